@@ -1,0 +1,1 @@
+"""The Dynamic LoRA server: requests, scheduling, the model and the HTTP API."""

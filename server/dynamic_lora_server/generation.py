@@ -1,0 +1,152 @@
+"""A generation as the HTTP layer asks for it and gets it back. Imports no torch."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dynamic_lora_server.errors import InvalidParameter
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    EOS = "eos"  # the model's end-of-sequence token
+    STOP = "stop"  # a stop string or stop token id of the request
+    LENGTH = "length"  # max_new_tokens reached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature=0` is greedy.
+
+    Penalties and filters are applied in the order repetition, presence and
+    frequency penalty, temperature, top-k, top-p, min-p. `repetition_penalty`
+    (Keskar et al. 2019) covers prompt and output, the other two the output
+    only, as in OpenAI's API. Log-probabilities are those of the model before
+    any penalty, temperature or filter.
+
+    Raises InvalidParameter, naming the field.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False  # report the chosen token's log-probability
+    top_logprobs: int = 0  # and those of the n most likely tokens
+
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        _check("temperature", 0 <= self.temperature <= 100, "must lie between 0 and 100")
+        _check("top_k", self.top_k >= 0, "must be 0 (off) or more")
+        _check("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
+        _check("min_p", 0 <= self.min_p <= 1, "must lie between 0 and 1")
+        _check("repetition_penalty", 0 < self.repetition_penalty <= 100, "must be above 0")
+        _check("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie between -2 and 2")
+        _check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie between -2 and 2")
+        _check("seed", self.seed is None or 0 <= self.seed < 2**64, "must fit in 64 bits")
+        _check("top_logprobs", 0 <= self.top_logprobs <= 20, "must lie between 0 and 20")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the choice depends on the tokens seen so far."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+
+def _check(name: str, valid: bool, rule: str) -> None:
+    if not valid:
+        raise InvalidParameter(f"{name} {rule}.", field=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """One request, whatever wire it came over.
+
+    `prompt` is text, already rendered, or token ids. `adapter` is a task name,
+    None for the base model. `n` asks for that many independent continuations;
+    continuation i uses seed + i where a seed is given.
+    """
+
+    prompt: str | tuple[int, ...]
+    adapter: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False  # keep the stop string in the text
+    add_special_tokens: bool = True
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check("n", 1 <= self.n <= 32, "must lie between 1 and 32")
+        _check("stop", all(self.stop), "must not hold an empty string")
+        _check("stop", len(self.stop) <= 32, "must hold at most 32 strings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A candidate token and its natural-log probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPiece:
+    """One generated token of continuation `index`.
+
+    `text` is what this token adds to the visible text: empty while a character
+    is incomplete or while the text may turn out to be a stop string.
+    `token_text` is the token decoded alone. `logprob` is set when asked for.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    token_text: str
+    special: bool
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The single successful end of continuation `index`.
+
+    `tail` is text held back until now (to be appended after the last piece's
+    text); `text` is the whole text.
+    """
+
+    index: int
+    reason: FinishReason
+    text: str
+    tail: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """First event of a generation: who serves it. `version` is the adapter's content hash."""
+
+    adapter: str | None
+    version: str | None
+    num_prompt_tokens: int
+
+
+GenerationEvent = Started | TokenPiece | Finish
