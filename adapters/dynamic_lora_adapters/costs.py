@@ -1,0 +1,183 @@
+"""Which delta kernel is fastest for the run at hand, by measurement.
+
+At start-up each kernel is timed on the model's own layer shapes over a grid
+of adapter counts and segment lengths. A run is then looked up at the nearest
+grid point; a padding kernel is charged for its longest segment, the others
+for the mean.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel
+from dynamic_lora_adapters.segments import DeltaPlan, Run
+from dynamic_lora_adapters.slots import Slab
+
+NUM_ADAPTERS_GRID = (1, 2, 4, 8, 16, 32)
+LENGTH_GRID = (1, 2, 4, 8, 32, 128)
+MAX_ROWS = 256
+PROBE_RANK = 16
+_HOPELESS = 4.0  # a kernel this many times slower than the best is not timed further
+
+Point = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCosts:
+    """Seconds per step of each kernel at (number of adapters, rows per adapter)."""
+
+    seconds: Mapping[str, Mapping[Point, float]]
+
+    def of(self, name: str, num_adapters: int, length: float) -> float:
+        """Measured seconds at the grid point nearest on a logarithmic scale."""
+        points = self.seconds[name]
+        nearest = min(points, key=lambda point: _distance(point, num_adapters, length))
+        # Beyond the grid cost grows with the number of rows.
+        grown = (num_adapters * length) / (nearest[0] * nearest[1])
+        return points[nearest] * max(grown, 1.0)
+
+    def to_json(self) -> str:
+        """The table as text, for a cache between starts."""
+        rows = [[name, *point, s] for name, t in self.seconds.items() for point, s in t.items()]
+        return json.dumps(rows)
+
+    @classmethod
+    def from_json(cls, text: str) -> "KernelCosts":
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        table: dict[str, dict[Point, float]] = {}
+        for name, adapters, length, seconds in json.loads(text):
+            table.setdefault(str(name), {})[int(adapters), int(length)] = float(seconds)
+        if set(table) != set(KERNELS) or any((1, 1) not in points for points in table.values()):
+            raise ValueError("the cached kernel costs are of another version")
+        return cls(table)
+
+
+class KernelChooser:
+    """Names the kernel of every run of a plan."""
+
+    def __init__(self, costs: KernelCosts) -> None:
+        self._costs = costs
+
+    def choose(self, run: Run) -> DeltaKernel:
+        """The kernel with the least measured cost for this run."""
+        mean = run.num_rows / run.num_slots
+
+        def cost(name: str) -> float:
+            padded = name == "sorted_groups" and not run.uniform
+            return self._costs.of(name, run.num_slots, run.max_length if padded else mean)
+
+        return KERNELS[min(KERNELS, key=cost)]
+
+    def assign(self, plan: DeltaPlan) -> DeltaPlan:
+        """Set the kernel of each run of `plan` and return it."""
+        for run in plan.runs:
+            run.kernel = self.choose(run)
+        return plan
+
+
+def measure_costs(
+    groups: Sequence[ProjectionGroup],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tick: Callable[[], None] = lambda: None,
+) -> KernelCosts:
+    """Time every kernel over the grid; `tick` is called once per grid point.
+
+    Takes one to three seconds for a small model on a CPU.
+    """
+    bench = _Bench(groups, device, dtype)
+    seconds: dict[str, dict[Point, float]] = {name: {} for name in KERNELS}
+    hopeless: dict[str, int] = {}
+    for num_adapters in NUM_ADAPTERS_GRID:
+        for length in LENGTH_GRID:
+            tick()
+            if num_adapters * length > MAX_ROWS:
+                continue
+            point = (num_adapters, length)
+            for name, kernel in KERNELS.items():
+                if hopeless.get(name, MAX_ROWS + 1) > length:
+                    seconds[name][point] = bench.time(kernel, *point)
+            best = min(table[point] for table in seconds.values() if point in table)
+            for name, table in seconds.items():
+                slow = point not in table or table[point] > _HOPELESS * best
+                table.setdefault(point, math.inf)
+                if slow and length >= LENGTH_GRID[2]:
+                    hopeless[name] = min(length, hopeless.get(name, length))
+        hopeless.clear()
+    return KernelCosts(seconds)
+
+
+def num_grid_points() -> int:
+    """How often `measure_costs` calls `tick`."""
+    return len(NUM_ADAPTERS_GRID) * len(LENGTH_GRID)
+
+
+class _Bench:
+    """Random tables of the model's distinct group shapes, weighted by how often they occur."""
+
+    def __init__(
+        self, groups: Sequence[ProjectionGroup], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._device = device
+        self._dtype = dtype
+        shapes = Counter((g.in_features, g.out_features, len(g.paths)) for g in groups)
+        self._weights = list(shapes.values())
+        self._shapes = [(i, o, PROBE_RANK * members) for i, o, members in shapes]
+        slots = max(NUM_ADAPTERS_GRID)
+        self._slab = Slab(
+            number=0,
+            signature=tuple(rank for _, _, rank in self._shapes),
+            a=[self._random(slots, rank, width) for width, _, rank in self._shapes],
+            b=[self._random(slots, rank, width) for _, width, rank in self._shapes],
+            num_bytes=0,
+            tenants=[None] * slots,
+        )
+
+    def time(self, kernel: DeltaKernel, num_adapters: int, length: int) -> float:
+        rows = num_adapters * length
+        inputs = [self._random(rows, width) for width, _, _ in self._shapes]
+        outputs = [self._random(rows, width) for _, width, _ in self._shapes]
+        # Walk through the slots so that the factors do not sit in the CPU's cache.
+        starts = range(0, len(self._slab.tenants) - num_adapters + 1, num_adapters)
+        samples = []
+        for start in (*starts, *starts)[:4]:
+            run = Run(self._slab, start, 0, [length] * num_adapters)
+            samples.append(self._once(kernel, run, inputs, outputs))
+        return min(samples[1:] or samples)
+
+    def _once(
+        self,
+        kernel: DeltaKernel,
+        run: Run,
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> float:
+        total = 0.0
+        for index, weight in enumerate(self._weights):
+            a, b = self._slab.a[index], self._slab.b[index]
+            assert a is not None and b is not None
+            self._synchronise()
+            begin = time.perf_counter()
+            kernel(outputs[index], inputs[index], a[run.slots], b[run.slots], run)
+            self._synchronise()
+            total += weight * (time.perf_counter() - begin)
+        return total
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self._device, dtype=self._dtype)
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _distance(point: Point, num_adapters: int, length: float) -> float:
+    return abs(math.log2(point[0] / num_adapters)) + abs(math.log2(point[1] / length))

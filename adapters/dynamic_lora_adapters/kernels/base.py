@@ -1,0 +1,28 @@
+"""The one meaning that every delta kernel implements."""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from dynamic_lora_adapters.segments import Run
+
+
+class DeltaKernel(Protocol):
+    """Adds the low-rank deltas of a run of adapters to a layer's output.
+
+    Semantics, for segment i of the run, with `rows_i` its rows:
+
+        out[rows_i] += (x[rows_i] @ a[i].T) @ b[i]
+
+    Shapes: x [num_rows, in], out [num_rows, out], a [num_slots, rank, in],
+    b [num_slots, rank, out]; scaling is folded into b, ranks shorter than the
+    table's are padded with zero rows. `out` is changed in place; nothing else
+    is. x, out and the tables share one dtype and device.
+    """
+
+    name: str
+
+    def __call__(
+        self, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: "Run"
+    ) -> None: ...

@@ -1,0 +1,30 @@
+"""One batched product per side over equally long groups of rows."""
+
+import torch
+
+from dynamic_lora_adapters.segments import Run
+
+
+class SortedGroups:
+    """Segments as a batch dimension: `baddbmm` over [num_slots, length, .].
+
+    Segments of equal length are a plain view of the packed rows and the delta
+    accumulates in place; otherwise rows are gathered into a padded grid and
+    the result is added back. Best for many adapters with few rows each.
+    The idea of segmented gather products is Punica's (Chen et al. 2023).
+    """
+
+    name = "sorted_groups"
+
+    def __call__(
+        self, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: Run
+    ) -> None:
+        if run.uniform:
+            grid = (run.num_slots, run.max_length)
+            shrunk = torch.bmm(x.unflatten(0, grid), a.transpose(1, 2))
+            out.unflatten(0, grid).baddbmm_(shrunk, b)
+            return
+        gather, scatter = run.padding(x.device)
+        grid = (run.num_slots, run.max_length)
+        shrunk = torch.bmm(x.index_select(0, gather).unflatten(0, grid), a.transpose(1, 2))
+        out.add_(torch.bmm(shrunk, b).flatten(0, 1).index_select(0, scatter))

@@ -1,0 +1,118 @@
+"""Which rows of a batch belong to which adapter slot, computed once per step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from dynamic_lora_adapters.kernels.base import DeltaKernel
+    from dynamic_lora_adapters.slots import ResidentAdapter, Slab
+
+
+@dataclass(slots=True)
+class Run:
+    """Neighbouring rows served by neighbouring slots of one slab.
+
+    Rows `row_start:row_stop` of the batch are cut into segments, one per slot
+    `slot_start, slot_start + 1, ...`; segment i holds `lengths[i]` rows. The
+    index tensors that kernels derive from the lengths are made on first use
+    and shared by all layers of the step.
+    """
+
+    slab: "Slab"
+    slot_start: int
+    row_start: int
+    lengths: list[int]
+    kernel: "DeltaKernel | None" = None
+    _pad: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _owner: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all segments have the same length, so that a view can replace padding."""
+        return min(self.lengths) == max(self.lengths)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row_start, self.row_start + self.num_rows)
+
+    @property
+    def slots(self) -> slice:
+        return slice(self.slot_start, self.slot_start + self.num_slots)
+
+    def padding(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices between packed rows and a padded [num_slots, max_length] grid.
+
+        Returns `(gather, scatter)`: `gather` [num_slots * max_length] names the
+        packed row that fills each cell (a cell without a row repeats the
+        segment's first), `scatter` [num_rows] the cell of each packed row.
+        """
+        if self._pad is None:
+            lengths = torch.tensor(self.lengths)
+            starts = lengths.cumsum(0) - lengths
+            column = torch.arange(self.max_length)
+            inside = column < lengths[:, None]
+            gather = (starts[:, None] + torch.where(inside, column, 0)).reshape(-1)
+            scatter = inside.reshape(-1).nonzero().squeeze(1)
+            self._pad = gather.to(device), scatter.to(device)
+        return self._pad
+
+    def owner(self, device: torch.device) -> torch.Tensor:
+        """Segment number of every row, shape [num_rows]."""
+        if self._owner is None:
+            lengths = torch.tensor(self.lengths)
+            self._owner = torch.repeat_interleave(torch.arange(self.num_slots), lengths).to(device)
+        return self._owner
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaPlan:
+    """The runs of one step. Rows outside every run are base rows and get no delta."""
+
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple["ResidentAdapter | None", int]]) -> "DeltaPlan":
+        """Plan for consecutive pieces `(adapter, number of rows)` of a batch.
+
+        The pieces should be sorted by `slot_order`, so that neighbouring slots
+        form one run; any order is served correctly.
+        """
+        runs: list[Run] = []
+        start = 0
+        for adapter, num_rows in rows:
+            if adapter is not None and num_rows:
+                _extend(runs, adapter, start, num_rows)
+            start += num_rows
+        return cls(tuple(runs))
+
+
+def slot_order(adapter: "ResidentAdapter | None") -> tuple[int, int]:
+    """Sort key that puts base rows first and neighbouring slots side by side."""
+    return (-1, -1) if adapter is None else (adapter.slab.number, adapter.slot)
+
+
+def _extend(runs: list[Run], adapter: "ResidentAdapter", start: int, num_rows: int) -> None:
+    last = runs[-1] if runs else None
+    if last is not None and last.slab is adapter.slab and last.rows.stop == start:
+        if adapter.slot == last.slots.stop - 1:
+            last.lengths[-1] += num_rows
+            return
+        if adapter.slot == last.slots.stop:
+            last.lengths.append(num_rows)
+            return
+    runs.append(Run(adapter.slab, adapter.slot, start, [num_rows]))
