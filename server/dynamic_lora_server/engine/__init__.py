@@ -1,0 +1,1 @@
+"""The step loop: schedule, build the batch, run the model, sample, emit."""

@@ -1,0 +1,224 @@
+"""Attention over a packed batch and the KV cache, for transformers' models.
+
+transformers' `AttentionInterface` lets every model that uses it call one
+function for attention. Ours writes the new keys and values to the cache and
+attends, sequence by sequence, to what the cache holds. The step at hand is
+passed beside the model, in a context variable that `attending` sets.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from dynamic_lora_server.engine.batch import Span
+from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
+from dynamic_lora_server.engine.paged_attention import PagedKernel
+from dynamic_lora_server.errors import UnsupportedModel
+
+ATTENTION_NAME = "dynamic_lora"
+
+# Arguments that models pass along and that change nothing here.
+_BENIGN = frozenset(
+    {
+        "dropout",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_router_logits",
+        "is_causal",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a layer attends: what transformers passes beside q, k and v."""
+
+    scaling: float
+    window: int | None = None  # a token sees itself and the window - 1 before it
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # one logit per head, as in GPT-OSS
+
+    @property
+    def plain(self) -> bool:
+        """Whether `scaled_dot_product_attention` computes it."""
+        return self.softcap is None and self.sinks is None
+
+
+@dataclass(slots=True)
+class AttentionStep:
+    """One forward pass: the spans of the batch and, but for the probe, the cache.
+
+    Without a cache each sequence attends to its own new tokens only, and the
+    layers' geometry is recorded; the start-up probe uses this.
+    """
+
+    spans: Sequence[Span]
+    cells: torch.Tensor | None = None
+    cache: KVCache | None = None
+    paged_kernel: PagedKernel | None = None
+    observed: dict[int, LayerGeometry] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    _gathers: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule
+    ) -> torch.Tensor:
+        """Write the new keys and values, then attend.
+
+        Shapes: q [heads, num_tokens, dim], k, v [kv_heads, num_tokens, dim];
+        returns [num_tokens, heads, value_dim].
+        """
+        self.observed[layer] = LayerGeometry(k.shape[0], k.shape[2], v.shape[2])
+        if self.cache is None:
+            return self._each_span(q, rule, lambda span: (_rows(k, span), _rows(v, span)))
+        assert self.cells is not None
+        self.cache.write(layer, self.cells, k.transpose(0, 1), v.transpose(0, 1))
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.paged_kernel is not None and rule.plain:
+            return self.paged_kernel(q.transpose(0, 1), keys, values, rule.scaling, rule.window)
+        return self._each_span(
+            q, rule, lambda span: (self._history(keys, span), self._history(values, span))
+        )
+
+    def _each_span(self, q: torch.Tensor, rule: Rule, history: Any) -> torch.Tensor:
+        outputs = []
+        for span in self.spans:
+            k, v = history(span)
+            outputs.append(self._attend_one(_rows(q, span), k, v, rule))
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return joined.transpose(0, 1)
+
+    def _history(self, table: torch.Tensor, span: Span) -> torch.Tensor:
+        """Cached entries of a sequence, [kv_heads, num_total, dim]; a view where it can be."""
+        if len(span.starts) == 1:
+            start = span.starts[0]
+            return table[start : start + span.num_total].transpose(0, 1)
+        if span.row not in self._gathers:
+            positions = torch.arange(span.num_total)
+            starts = torch.tensor(span.starts)[positions // span.chunk_size]
+            self._gathers[span.row] = (starts + positions % span.chunk_size).to(table.device)
+        return table.index_select(0, self._gathers[span.row]).transpose(0, 1)
+
+    def _attend_one(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule
+    ) -> torch.Tensor:
+        """q [heads, new, dim] over k, v [kv_heads, total, dim] -> [heads, new, dim]."""
+        if q.shape[1] == 1 and rule.window is not None:
+            k, v = k[:, -rule.window :], v[:, -rule.window :]
+        if not rule.plain:
+            return _attend_by_hand(q, k, v, rule, self._mask(q, k, rule.window))
+        if q.shape[1] == 1:
+            return _attend_decode(q, k, v, rule.scaling)
+        whole = q.shape[1] == k.shape[1] and (rule.window is None or k.shape[1] <= rule.window)
+        return F.scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=None if whole else self._mask(q, k, rule.window),
+            is_causal=whole,
+            scale=rule.scaling,
+            enable_gqa=q.shape[0] != k.shape[0],
+        )[0]
+
+    def _mask(self, q: torch.Tensor, k: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """True where a new token may look, [new, total]; None if it may look everywhere."""
+        if q.shape[1] == 1:
+            return None
+        key = (q.shape[1], k.shape[1], window)
+        if key not in self._masks:
+            last = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
+            column = torch.arange(k.shape[1], device=q.device)
+            mask = column <= last
+            if window is not None:
+                mask &= column > last - window
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def _rows(x: torch.Tensor, span: Span) -> torch.Tensor:
+    return x[:, span.row : span.row + span.num_new]
+
+
+def _attend_decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """One new token: the query heads of a KV head become the rows of one small product."""
+    grouped = q.view(1, k.shape[0], -1, q.shape[2])
+    out = F.scaled_dot_product_attention(grouped, k[None], v[None], scale=scaling)
+    return out.view(q.shape[0], 1, v.shape[2])
+
+
+def _attend_by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention with soft-capped logits (Gemma 2) or sinks (GPT-OSS), step by step."""
+    grouped = q.unflatten(0, (k.shape[0], -1))  # [kv_heads, group, new, dim]
+    scores = grouped @ k[:, None].transpose(2, 3) * rule.scaling
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if rule.sinks is not None:
+        sinks = rule.sinks.view(k.shape[0], -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+    return (weights[..., : k.shape[1]] @ v[:, None]).flatten(0, 1)
+
+
+_STEP: ContextVar[AttentionStep] = ContextVar("attention_step")
+
+
+@contextmanager
+def attending(step: AttentionStep) -> Iterator[AttentionStep]:
+    """Make `step` the one that the model's attention calls refer to."""
+    token = _STEP.set(step)
+    try:
+        yield step
+    finally:
+        _STEP.reset(token)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+    _refuse_unknown(module, attention_mask, extra)
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    rule = Rule(scaling, sliding_window, softcap, s_aux)
+    return _STEP.get().attend(layer, query[0], key[0], value[0], rule)[None], None
+
+
+def _refuse_unknown(
+    module: nn.Module, attention_mask: torch.Tensor | None, extra: dict[str, Any]
+) -> None:
+    kind = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedModel(f"{kind} builds its own attention mask, which is not served.")
+    if extra.get("is_causal") is False:
+        raise UnsupportedModel(f"{kind} is not causal; only decoder-only models are served.")
+    unknown = [n for n, value in extra.items() if value is not None and n not in _BENIGN]
+    if unknown:
+        raise UnsupportedModel(f"{kind} passes {', '.join(unknown)} to attention; not served.")
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)

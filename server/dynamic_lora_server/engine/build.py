@@ -1,0 +1,154 @@
+"""Puts an engine together around a loaded model."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dynamic_lora_adapters.costs import KernelChooser, KernelCosts, measure_costs
+from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.inject import inject, observe_groups
+from dynamic_lora_adapters.slots import AdapterPool
+from dynamic_lora_server.engine.engine import Engine
+from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
+from dynamic_lora_server.engine.kv_space import ContiguousSpace, KVSpace, PagedSpace
+from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
+from dynamic_lora_server.engine.probe import adopt_attention, trial_run
+from dynamic_lora_server.engine.scheduler import Scheduler
+from dynamic_lora_server.errors import InvalidParameter
+
+logger = logging.getLogger(__name__)
+
+# RoPE kinds whose angles depend on the longest sequence in the batch; up to the
+# original window they do not.
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Sizes of an engine; memory in bytes, None for a share of what is free.
+
+    `paged` None means: paged on CUDA, contiguous on a CPU. `costs_file` keeps
+    the measured kernel costs between starts.
+    """
+
+    max_running: int = 64
+    prefill_chunk: int = 512
+    adapter_memory: int | None = None
+    kv_memory: int | None = None
+    paged: bool | None = None
+    costs_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """The engine with what its surroundings need to know of it."""
+
+    engine: Engine
+    pool: AdapterPool
+    geometry: BaseGeometry
+    space: KVSpace
+    context_length: int
+
+
+def build_engine(
+    model: PreTrainedModel,
+    *,
+    model_id: str,
+    options: EngineOptions,
+    on_step: Callable[[str], object] = logger.info,
+) -> BuiltEngine:
+    """Check the model, wrap its layers, size the caches and measure the kernels.
+
+    `on_step` is told what is being done. Raises UnsupportedModel if the model
+    cannot be served exactly.
+    """
+    on_step("Checking the model")
+    model.requires_grad_(False)
+    geometry = BaseGeometry.of(model, model_id=model_id)
+    layers = adopt_attention(model)
+    groups = observe_groups(model, geometry.linears, trial_run(model))
+    site = inject(model, groups)
+    on_step("Measuring the delta kernels")
+    costs = _kernel_costs(groups, model, options.costs_file)
+    pool = AdapterPool(
+        groups,
+        budget_bytes=options.adapter_memory or _share_of_free(model.device, 0.25),
+        device=model.device,
+        dtype=model.dtype,
+    )
+    context_length = context_window(model.config)
+    space = _kv_space(model, layers, options)
+    runner = ModelRunner(
+        model=model,
+        site=site,
+        cache=KVCache(layers, num_cells=space.num_cells, device=model.device, dtype=model.dtype),
+        chooser=KernelChooser(costs),
+        paged=isinstance(space, PagedSpace),
+    )
+    scheduler = Scheduler(
+        space, max_running=options.max_running, max_step_tokens=options.prefill_chunk
+    )
+    return BuiltEngine(
+        engine=Engine(scheduler, runner),
+        pool=pool,
+        geometry=geometry,
+        space=space,
+        context_length=min(context_length, space.num_cells),
+    )
+
+
+def context_window(config: PreTrainedConfig) -> int:
+    """Tokens a sequence may have: the model's window, or less where RoPE demands it."""
+    window = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None)
+        window = min(window, int(original or window))
+    return window
+
+
+def _kv_space(
+    model: PreTrainedModel, layers: list[LayerGeometry], options: EngineOptions
+) -> KVSpace:
+    per_token = KVCache.bytes_per_token(layers, model.dtype)
+    memory = options.kv_memory or _share_of_free(model.device, 0.25)
+    # No more than every running sequence at its full window can ever use.
+    num_cells = min(memory // per_token, options.max_running * context_window(model.config))
+    paged = model.device.type == "cuda" if options.paged is None else options.paged
+    if num_cells < (PAGE_SIZE if paged else 1):
+        raise InvalidParameter(
+            f"kv_memory of {memory} bytes holds {num_cells} tokens of {per_token} bytes each.",
+            field="kv_memory",
+            fix="Give the KV cache more memory.",
+        )
+    return PagedSpace(num_cells // PAGE_SIZE, PAGE_SIZE) if paged else ContiguousSpace(num_cells)
+
+
+def _share_of_free(device: torch.device, share: float) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * share)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * share)
+
+
+def _kernel_costs(
+    groups: list[ProjectionGroup], model: PreTrainedModel, cache: Path | None
+) -> KernelCosts:
+    if cache is not None and cache.is_file():
+        try:
+            return KernelCosts.from_json(cache.read_text())
+        except ValueError:
+            cache.unlink()  # written by another version: measure anew
+    costs = measure_costs(groups, device=model.device, dtype=model.dtype)
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(costs.to_json())
+    return costs

@@ -1,0 +1,55 @@
+"""The tensors that hold keys and values, one pair per layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """Sizes of one layer's keys and values, as observed in the start-up probe."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        """Keys and values of one token."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+class KVCache:
+    """Per layer: keys [num_cells, num_kv_heads, key_dim], values likewise.
+
+    A cell belongs to one token of one sequence; who holds which is
+    `kv_space`'s business. On a CPU the memory of untouched cells is not
+    committed by the operating system until first written.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerGeometry],
+        *,
+        num_cells: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        def table(layer: LayerGeometry, width: int) -> torch.Tensor:
+            return torch.empty(num_cells, layer.num_kv_heads, width, device=device, dtype=dtype)
+
+        self.keys = [table(layer, layer.key_dim) for layer in layers]
+        self.values = [table(layer, layer.value_dim) for layer in layers]
+
+    @staticmethod
+    def bytes_per_token(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> int:
+        """Memory of one cell over all layers."""
+        return sum(layer.num_elements for layer in layers) * dtype.itemsize
+
+    def write(
+        self, layer: int, cells: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Store keys and values [num_tokens, num_kv_heads, dim] of new tokens."""
+        self.keys[layer].index_copy_(0, cells, keys)
+        self.values[layer].index_copy_(0, cells, values)

@@ -1,0 +1,157 @@
+"""Bookkeeping of KV-cache space; the tensors are in `kv_cache`. Imports no torch.
+
+Space is counted in *cells*: one cell holds the keys and values of one token in
+every layer. Two layouts share one contract:
+
+    contiguous  |--- seq 1 ---|free|-- seq 2 --|...   one region per sequence (CPU)
+    paged       |1|2|1|free|2|...                     pages of equal size (CUDA)
+
+A sequence's whole need is reserved when it is admitted, so a running sequence
+is never evicted for lack of space.
+"""
+
+from abc import ABC, abstractmethod
+from bisect import insort
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Cells of one sequence: position p lies in chunk p // chunk_size."""
+
+    starts: tuple[int, ...]  # first cell of each chunk
+    chunk_size: int
+    num_cells: int  # the positions that may be used
+
+    def cell(self, position: int) -> int:
+        """The cell of a position."""
+        chunk, offset = divmod(position, self.chunk_size)
+        return self.starts[chunk] + offset
+
+    def cells(self, start: int, stop: int) -> list[int]:
+        """The cells of positions `start:stop`."""
+        return [self.cell(position) for position in range(start, stop)]
+
+
+class KVSpace(ABC):
+    """Hands out cells. `can_allocate` changes nothing; `allocate` must be preceded by it."""
+
+    num_cells: int
+
+    @property
+    @abstractmethod
+    def num_free(self) -> int:
+        """Cells that no sequence holds."""
+
+    @abstractmethod
+    def can_allocate(self, num_tokens: int) -> bool:
+        """Whether `allocate(num_tokens)` would succeed now."""
+
+    @abstractmethod
+    def fits_empty(self, num_tokens: int) -> bool:
+        """Whether that many tokens would fit if nothing else ran."""
+
+    @abstractmethod
+    def allocate(self, num_tokens: int) -> Allocation:
+        """Reserve cells for `num_tokens` positions."""
+
+    @abstractmethod
+    def free(self, allocation: Allocation) -> None:
+        """Give the cells back."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if free and held cells do not add up."""
+
+
+class ContiguousSpace(KVSpace):
+    """First fit over free regions, neighbours joined on free."""
+
+    def __init__(self, num_cells: int) -> None:
+        self.num_cells = num_cells
+        self._gaps: list[tuple[int, int]] = [(0, num_cells)]  # (start, length), by start
+        self._held: dict[int, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return sum(length for _, length in self._gaps)
+
+    def can_allocate(self, num_tokens: int) -> bool:
+        return any(length >= num_tokens for _, length in self._gaps)
+
+    def fits_empty(self, num_tokens: int) -> bool:
+        return num_tokens <= self.num_cells
+
+    def allocate(self, num_tokens: int) -> Allocation:
+        for index, (start, length) in enumerate(self._gaps):
+            if length >= num_tokens:
+                rest = (start + num_tokens, length - num_tokens)
+                self._gaps[index : index + 1] = [rest] if rest[1] else []
+                self._held[start] = num_tokens
+                return Allocation((start,), num_tokens, num_tokens)
+        raise RuntimeError(f"no gap of {num_tokens} cells; ask can_allocate first")
+
+    def free(self, allocation: Allocation) -> None:
+        start = allocation.starts[0]
+        length = self._held.pop(start)
+        insort(self._gaps, (start, length))
+        joined: list[tuple[int, int]] = []
+        for gap in self._gaps:
+            if joined and sum(joined[-1]) == gap[0]:
+                joined[-1] = (joined[-1][0], joined[-1][1] + gap[1])
+            else:
+                joined.append(gap)
+        self._gaps = joined
+
+    def check_integrity(self) -> None:
+        edges = sorted([*self._gaps, *self._held.items()])
+        position = 0
+        for start, length in edges:
+            if start != position or length <= 0:
+                raise RuntimeError(f"cells lost or held twice at {position}")
+            position += length
+        if position != self.num_cells:
+            raise RuntimeError(f"{self.num_cells - position} cells are lost")
+
+
+class PagedSpace(KVSpace):
+    """Pages of `page_size` cells from a free list."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_cells = num_pages * page_size
+        self.page_size = page_size
+        self._num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._held: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free) * self.page_size
+
+    def can_allocate(self, num_tokens: int) -> bool:
+        return self._pages_for(num_tokens) <= len(self._free)
+
+    def fits_empty(self, num_tokens: int) -> bool:
+        return self._pages_for(num_tokens) <= self._num_pages
+
+    def allocate(self, num_tokens: int) -> Allocation:
+        count = self._pages_for(num_tokens)
+        if count > len(self._free):
+            raise RuntimeError(f"no {count} free pages; ask can_allocate first")
+        pages = [self._free.pop() for _ in range(count)]
+        self._held.update(pages)
+        starts = tuple(page * self.page_size for page in pages)
+        return Allocation(starts, self.page_size, num_tokens)
+
+    def free(self, allocation: Allocation) -> None:
+        pages = [start // self.page_size for start in allocation.starts]
+        self._held.difference_update(pages)
+        self._free.extend(pages)
+
+    def check_integrity(self) -> None:
+        everything = sorted([*self._free, *self._held])
+        if everything != list(range(self._num_pages)):
+            raise RuntimeError("pages are lost or held twice")
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)

@@ -1,0 +1,141 @@
+"""From logits to the next token of every row, vectorised over rows."""
+
+import struct
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+
+from dynamic_lora_server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token; log-probabilities are set where the request asked for them."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+    """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
+
+    Draws depend on a sequence's seed and on how many tokens it has, on nothing
+    else in the batch. Log-probabilities are those of the untouched logits.
+    """
+    scores = _penalise(logits, sequences)
+    chosen = scores.argmax(dim=-1)
+    drawn = [row for row, s in enumerate(sequences) if not s.sampling.greedy]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        chosen[rows] = _draw(scores[rows], [sequences[row] for row in drawn])
+    token_ids = chosen.tolist()
+    reports = _logprobs(logits, sequences, chosen)
+    return [
+        reports.get(row) or Sampled(token_id=token_id) for row, token_id in enumerate(token_ids)
+    ]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) that depends on its arguments only (BLAKE2b as a counter-based RNG)."""
+    digest = blake2b(struct.pack("<QQ", seed, index), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def _penalise(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    rows = [(row, s) for row, s in enumerate(sequences) if s.sampling.penalised]
+    if not rows:
+        return logits
+    scores = logits.clone()
+    for row, sequence in rows:
+        _penalise_row(scores[row], sequence)
+    return scores
+
+
+def _penalise_row(scores: torch.Tensor, sequence: Sequence) -> None:
+    """Repetition penalty as in CTRL (Keskar et al. 2019), the other two as in OpenAI's API."""
+    sampling = sequence.sampling
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sequence.tokens(0, sequence.num_tokens), device=scores.device).unique()
+        values = scores[seen]
+        penalty = sampling.repetition_penalty
+        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if sequence.output_ids and (sampling.presence_penalty or sampling.frequency_penalty):
+        output = torch.tensor(sequence.output_ids, device=scores.device)
+        seen, counts = output.unique(return_counts=True)
+        scores[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Token ids [num_rows], drawn by inverting the cumulative distribution.
+
+    The distribution is laid out in vocabulary order and in float64, so that a
+    rounding difference in the logits moves the draw only at a boundary.
+    """
+
+    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, device=scores.device, dtype=dtype)[:, None]
+
+    scaled = scores / column([s.sampling.temperature for s in sequences], scores.dtype)
+    filtered = [row for row, s in enumerate(sequences) if _filters(s)]
+    if filtered:
+        rows = torch.tensor(filtered, device=scores.device)
+        scaled[rows] = _filter(scaled[rows], [sequences[row] for row in filtered])
+    cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)
+    draws = column([uniform(s.seed, len(s.output_ids)) for s in sequences], torch.float64)
+    # Rounding may leave the last entry just below 1: scale the draw to it.
+    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def _filters(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sampling.top_k) or sampling.top_p < 1 or sampling.min_p > 0
+
+
+def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Top-k, then top-p (Holtzman et al. 2019), then min-p (Nguyen et al. 2024)."""
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=scores.device, dtype=scores.dtype)[:, None]
+
+    vocab = scores.shape[-1]
+    ranked, order = scores.sort(dim=-1, descending=True)
+    rank = torch.arange(vocab, device=scores.device)
+    top_k = column([s.sampling.top_k or vocab for s in sequences])
+    ranked = ranked.masked_fill(rank >= top_k, float("-inf"))
+    probabilities = torch.softmax(ranked, dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = column([s.sampling.top_p for s in sequences])
+    min_p = column([s.sampling.min_p for s in sequences])
+    # The likeliest token always stays, whatever the rounding of the sums.
+    drop = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])
+    drop[:, 0] = False
+    ranked = ranked.masked_fill(drop, float("-inf"))
+    return torch.empty_like(scores).scatter_(-1, order, ranked)
+
+
+def _logprobs(
+    logits: torch.Tensor, sequences: Seq[Sequence], chosen: torch.Tensor
+) -> dict[int, Sampled]:
+    wanted = [
+        row for row, s in enumerate(sequences) if s.sampling.logprobs or s.sampling.top_logprobs
+    ]
+    if not wanted:
+        return {}
+    rows = torch.tensor(wanted, device=logits.device)
+    logprobs = torch.log_softmax(logits[rows], dim=-1)
+    picked = logprobs.gather(1, chosen[rows, None]).squeeze(1).tolist()
+    most = max(sequences[row].sampling.top_logprobs for row in wanted)
+    top = logprobs.topk(most, dim=-1) if most else None
+    reports = {}
+    for i, row in enumerate(wanted):
+        count = sequences[row].sampling.top_logprobs
+        pairs: tuple[tuple[int, float], ...] = ()
+        if top is not None and count:
+            pairs = tuple(
+                zip(top.indices[i, :count].tolist(), top.values[i, :count].tolist(), strict=True)
+            )
+        reports[row] = Sampled(int(chosen[row]), picked[i], pairs)
+    return reports

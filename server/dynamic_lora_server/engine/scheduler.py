@@ -1,0 +1,116 @@
+"""Who runs in the next step. Imports no torch."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from dynamic_lora_server.engine.kv_space import KVSpace
+from dynamic_lora_server.engine.sequence import Phase, Sequence
+from dynamic_lora_server.generation import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next `num_tokens` pending tokens of a sequence; `samples` if its last one is known."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the model's answer to this piece's last token is the next token."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+class Scheduler:
+    """Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, 2023).
+
+    Every step runs one token of each decoding sequence, then fills up to
+    `max_step_tokens` with pieces of prompts, first come, first served. A
+    sequence is admitted when its whole KV need is free; it then runs to its
+    end, so nobody is preempted and the head of the queue is never overtaken.
+    """
+
+    def __init__(self, space: KVSpace, *, max_running: int, max_step_tokens: int) -> None:
+        self._space = space
+        self._max_running = max_running
+        self._max_step_tokens = max(max_step_tokens, max_running + 1)
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` would return anything."""
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Its KV need must fit into an empty cache."""
+        assert sequence.phase is Phase.WAITING
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[Piece]:
+        """The pieces of the next step, each with at least one token."""
+        self._admit()
+        budget = self._max_step_tokens
+        decoding = [s for s in self._running.values() if s.phase is Phase.DECODE]
+        pieces = [Piece(sequence, 1) for sequence in decoding]
+        budget -= len(pieces)
+        for sequence in self._running.values():
+            if sequence.phase is Phase.PREFILL and budget:
+                num_tokens = min(budget, sequence.num_pending)
+                pieces.append(Piece(sequence, num_tokens))
+                budget -= num_tokens
+        return pieces
+
+    def advance(self, piece: Piece, token_id: int | None) -> FinishReason | None:
+        """Record that a piece has run; with the sampled token if it samples.
+
+        Ends the sequence, and says why, if this token is its last.
+        """
+        sequence = piece.sequence
+        sequence.num_computed += piece.num_tokens
+        if token_id is None:
+            return None
+        sequence.phase = Phase.DECODE
+        sequence.output_ids.append(token_id)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self.end(sequence)
+        return reason
+
+    def end(self, sequence: Sequence) -> bool:
+        """Take a sequence out, wherever it is; False if it had ended already."""
+        if sequence.phase is Phase.ENDED:
+            return False
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        else:
+            del self._running[sequence.id]
+            assert sequence.allocation is not None
+            self._space.free(sequence.allocation)
+            sequence.allocation = None
+        sequence.phase = Phase.ENDED
+        return True
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if the KV space and the running sequences disagree."""
+        self._space.check_integrity()
+        if not self._running and self._space.num_free != self._space.num_cells:
+            raise RuntimeError("cells are held although nothing runs")
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_running:
+            sequence = self._waiting[0]
+            if not self._space.can_allocate(sequence.max_tokens):
+                return
+            self._waiting.popleft()
+            sequence.allocation = self._space.allocate(sequence.max_tokens)
+            sequence.phase = Phase.PREFILL
+            self._running[sequence.id] = sequence

@@ -1,0 +1,110 @@
+"""The engine thread, and the mailbox between it and everybody else."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent
+from dynamic_lora_server.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Queue this sequence."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End this sequence at once and say nothing more about it."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Fail everything and leave the loop."""
+
+
+Message = Submit | Cancel | Stop
+EventSink = Callable[[list[EngineEvent]], None]
+
+
+class Worker:
+    """Owns the engine thread. `sink` is called on that thread with the events of each step.
+
+    Messages are handled between steps, in the order in which they were sent.
+    """
+
+    def __init__(self, engine: Engine, sink: EventSink) -> None:
+        self._engine = engine
+        self._sink = sink
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._live: dict[int, Sequence] = {}
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def send(self, message: Message) -> None:
+        """Leave a message; never blocks."""
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        """Fail what is left, end the thread and wait for it."""
+        self.send(Stop())
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the step loop runs."""
+        return self._thread.is_alive()
+
+    @torch.inference_mode()
+    def _loop(self) -> None:
+        while self._read_mail():
+            events = self._engine.step()
+            for event in events:
+                if isinstance(event, FailedEvent):
+                    logger.error("sequence %d failed: %s", event.sequence_id, event.message)
+                    self._live.pop(event.sequence_id, None)
+                elif event.reason is not None:
+                    self._live.pop(event.sequence_id, None)
+            if events:
+                self._sink(events)
+        self._fail_the_rest()
+
+    def _read_mail(self) -> bool:
+        """Handle all messages, waiting for one if there is nothing to run; False on Stop."""
+        while True:
+            try:
+                message = self._inbox.get(block=not self._engine.scheduler.has_work)
+            except queue.Empty:
+                return True
+            match message:
+                case Submit(sequence):
+                    self._live[sequence.id] = sequence
+                    self._engine.add(sequence)
+                case Cancel(sequence):
+                    self._live.pop(sequence.id, None)
+                    self._engine.cancel(sequence)
+                case Stop():
+                    return False
+
+    def _fail_the_rest(self) -> None:
+        for sequence in self._live.values():
+            self._engine.cancel(sequence)
+        events: list[EngineEvent] = [
+            FailedEvent(sequence_id, "the server is shutting down") for sequence_id in self._live
+        ]
+        self._live.clear()
+        if events:
+            self._sink(events)
