@@ -1,0 +1,212 @@
+"""Everything that serves: model, tokenizer, registry, engine and service, put together."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dynamic_lora_adapters.archive import UploadLimits
+from dynamic_lora_adapters.registry import AdapterRegistry
+from dynamic_lora_adapters.slots import PoolStats
+from dynamic_lora_server.base_model import BaseModel, resolve_base
+from dynamic_lora_server.config import ServerConfig
+from dynamic_lora_server.dtypes import choose_dtype
+from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.residency import Residency
+from dynamic_lora_server.service import GenerationService, ServiceLimits
+from dynamic_lora_server.text import TokenizerView
+
+logger = logging.getLogger(__name__)
+
+
+class Tier(StrEnum):
+    """Where an adapter's weights are."""
+
+    DEVICE = "device"  # in a slot, ready for the next step
+    DISK = "disk"  # in the store; the next request brings it to the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """The engine at one moment."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    kv_used_tokens: int
+    kv_total_tokens: int
+    adapters: PoolStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """A loaded server without its HTTP side. `start` belongs on the serving event loop."""
+
+    config: ServerConfig
+    model_id: str
+    tokenizer: PreTrainedTokenizerBase
+    registry: AdapterRegistry
+    service: GenerationService
+    built: BuiltEngine
+    residencies: Residency
+    device: str
+    dtype: str
+
+    @classmethod
+    def load(
+        cls,
+        config: ServerConfig,
+        *,
+        shipped: Path | None = None,
+        on_step: Callable[[str], object] = logger.info,
+    ) -> "Runtime":
+        """Load the model and open the store; takes seconds and blocks.
+
+        `shipped` is a folder of adapters to publish on the first start; by
+        default those of the package. `on_step` is told what is being done.
+        Raises UnsupportedModel, BaseModelUnavailable or InvalidParameter.
+        """
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        on_step("Finding the base model")
+        base = resolve_base(config.model)
+        device = _device(config.device)
+        on_step("Loading the base model")
+        model, tokenizer = _load_model(base, config, device)
+        view = TokenizerView(tokenizer)
+        built = build_engine(
+            model, model_id=base.name, options=_options(config, base), on_step=on_step
+        )
+        on_step("Opening the adapter store")
+        registry = AdapterRegistry(
+            config.home,
+            built.geometry,
+            limits=UploadLimits(max_bytes=config.max_upload_bytes),
+            database_url=config.database_url,
+        )
+        published = registry.import_shipped(shipped or shipped_adapters())
+        logger.info("published %d shipped adapters", len(published))
+        residencies = Residency(registry, built.pool)
+        service = GenerationService(
+            built.engine, residencies, view, _limits(config, model, tokenizer, built)
+        )
+        return cls(
+            config=config,
+            model_id=base.name,
+            tokenizer=tokenizer,
+            registry=registry,
+            service=service,
+            built=built,
+            residencies=residencies,
+            device=str(device),
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and output may have together."""
+        return self.built.context_length
+
+    def start(self) -> None:
+        """Start the engine thread; call it on the event loop that will serve."""
+        self.service.start()
+
+    def close(self) -> None:
+        """Fail what runs, end the engine thread and let the store go."""
+        self.service.close()
+        self.registry.close()
+
+    def tier(self, digest: str) -> Tier:
+        """Where a version's weights are now."""
+        return Tier.DEVICE if digest in self.built.pool.resident_digests() else Tier.DISK
+
+    def stats(self) -> EngineStats:
+        """Counts and sizes at this moment."""
+        scheduler, space = self.built.engine.scheduler, self.built.space
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_steps=self.built.engine.num_steps,
+            kv_used_tokens=space.num_cells - space.num_free,
+            kv_total_tokens=space.num_cells,
+            adapters=self.built.pool.stats(),
+        )
+
+
+def shipped_adapters() -> Path:
+    """The folder of the adapters that come with the package."""
+    return Path(str(files("dynamic_lora_adapters"))) / "shipped"
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _load_model(
+    base: BaseModel, config: ServerConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    model_config = transformers.AutoConfig.from_pretrained(base.path)
+    dtype = choose_dtype(config.dtype, device, model_config)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    torch.nn.Module.eval(model)
+    return model, tokenizer
+
+
+def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
+    return EngineOptions(
+        max_running=config.max_running,
+        prefill_chunk=config.prefill_chunk,
+        adapter_memory=config.adapter_memory,
+        kv_memory=config.kv_memory,
+        costs_file=_costs_file(config, base),
+    )
+
+
+def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
+    """Where measured kernel costs are kept; the name says what they depend on."""
+    conditions = (
+        base.name,
+        config.dtype,
+        config.device,
+        torch.get_num_threads(),
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    )
+    key = sha256(repr(conditions).encode()).hexdigest()[:16]
+    return config.home / "kernel-costs" / f"{key}.json"
+
+
+def _limits(
+    config: ServerConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    built: BuiltEngine,
+) -> ServiceLimits:
+    eos: set[int] = set()
+    for source in (model.generation_config, tokenizer):
+        declared = getattr(source, "eos_token_id", None)
+        if declared is not None:
+            eos.update(declared if isinstance(declared, list) else [int(declared)])
+    return ServiceLimits(
+        context_length=built.context_length,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        eos_ids=frozenset(eos),
+    )

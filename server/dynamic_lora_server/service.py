@@ -1,0 +1,278 @@
+"""Generations for the HTTP layer: admission, adapter, engine, text."""
+
+import asyncio
+import itertools
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+
+from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.worker import Cancel, Submit, Worker
+from dynamic_lora_server.errors import (
+    ContextOverflow,
+    EngineFailed,
+    InvalidParameter,
+    NotReady,
+    QueueFull,
+)
+from dynamic_lora_server.generation import (
+    Finish,
+    FinishReason,
+    GenerationEvent,
+    GenerationSpec,
+    Started,
+    TokenLogprob,
+    TokenPiece,
+)
+from dynamic_lora_server.residency import Residency
+from dynamic_lora_server.text import Detokenizer, TokenizerView
+
+_SEED_SPACE = 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLimits:
+    """What a request may ask for, in tokens and in places."""
+
+    context_length: int
+    max_running: int
+    max_waiting: int
+    eos_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class _Continuation:
+    """One of the n answers to a request."""
+
+    index: int
+    sequence: Sequence
+    detokenizer: Detokenizer
+    done: bool = False
+
+
+@dataclass(slots=True)
+class _Pace:
+    """A running mean of how long a request takes, for Retry-After."""
+
+    seconds: float = 1.0
+
+    def record(self, seconds: float) -> None:
+        self.seconds += 0.1 * (seconds - self.seconds)
+
+
+class GenerationService:
+    """Runs generations on an engine thread of its own. Lives on one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        residency: Residency,
+        view: TokenizerView,
+        limits: ServiceLimits,
+    ) -> None:
+        self._residency = residency
+        self._view = view
+        self._limits = limits
+        self._ids = itertools.count()
+        self._inboxes: dict[int, asyncio.Queue[EngineEvent]] = {}
+        self._num_open = 0
+        self._pace = _Pace()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker = Worker(engine, self._receive)
+
+    def start(self) -> None:
+        """Start the engine thread; call it on the event loop that will serve."""
+        self._loop = asyncio.get_running_loop()
+        self._worker.start()
+
+    def close(self) -> None:
+        """Fail what runs and end the engine thread."""
+        self._worker.stop()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the step loop runs."""
+        return self._worker.alive
+
+    @property
+    def num_open(self) -> int:
+        """Continuations admitted and not yet ended."""
+        return self._num_open
+
+    async def stream(self, spec: GenerationSpec) -> AsyncIterator[GenerationEvent]:
+        """Run a generation: one Started, then TokenPieces, one Finish per continuation.
+
+        Closing the iterator ends the generation at once and frees its place.
+        Raises AdapterNotFound, ContextOverflow, InvalidParameter, QueueFull or
+        NotReady before Started, EngineFailed at any time.
+        """
+        if self._loop is None or not self._worker.alive:
+            raise NotReady("The engine is not running.")
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._place(spec.n))
+            prompt_ids = await self._prompt_ids(spec)
+            self._check(spec, prompt_ids)
+            version = resident = None
+            if spec.adapter is not None:
+                lease, resident = await stack.enter_async_context(
+                    self._residency.hold(spec.adapter)
+                )
+                version = lease.version.digest
+            yield Started(adapter=spec.adapter, version=version, num_prompt_tokens=len(prompt_ids))
+            continuations = self._continuations(spec, prompt_ids, resident)
+            inbox = stack.enter_context(self._submitted(continuations))
+            async for event in self._events(inbox, continuations):
+                yield event
+
+    @contextmanager
+    def _place(self, n: int) -> Iterator[None]:
+        capacity = self._limits.max_running + self._limits.max_waiting
+        if self._num_open + n > capacity:
+            rounds = max(1.0, self._num_open / self._limits.max_running)
+            retry_after = min(60, max(1, math.ceil(self._pace.seconds * rounds)))
+            raise QueueFull(
+                f"{self._num_open} continuations are running or waiting; the server takes "
+                f"{capacity}.",
+                retry_after=retry_after,
+            )
+        self._num_open += n
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._num_open -= n
+            self._pace.record(time.monotonic() - begin)
+
+    async def _prompt_ids(self, spec: GenerationSpec) -> tuple[int, ...]:
+        if not isinstance(spec.prompt, str):
+            return spec.prompt
+        # The tokenizer releases the GIL: a long prompt does not hold up the loop.
+        return await asyncio.to_thread(
+            self._view.encode, spec.prompt, add_special_tokens=spec.add_special_tokens
+        )
+
+    def _check(self, spec: GenerationSpec, prompt_ids: tuple[int, ...]) -> None:
+        if not prompt_ids:
+            raise InvalidParameter(
+                "The prompt is empty.", field="inputs", fix="Send at least one character."
+            )
+        if not all(0 <= token_id < self._view.vocab_size for token_id in prompt_ids):
+            raise InvalidParameter(
+                f"The prompt holds a token id outside 0 to {self._view.vocab_size - 1}.",
+                field="inputs",
+            )
+        wanted = len(prompt_ids) + spec.sampling.max_new_tokens
+        if wanted > self._limits.context_length:
+            raise ContextOverflow(
+                f"The prompt has {len(prompt_ids)} tokens and max_new_tokens is "
+                f"{spec.sampling.max_new_tokens}: {wanted} together, but the context holds "
+                f"{self._limits.context_length}.",
+                field="max_new_tokens",
+                fix="Shorten the prompt or ask for fewer tokens.",
+            )
+
+    def _continuations(
+        self, spec: GenerationSpec, prompt_ids: tuple[int, ...], adapter: ResidentAdapter | None
+    ) -> dict[int, _Continuation]:
+        seed = spec.sampling.seed
+        first = secrets.randbits(64) if seed is None else seed
+        continuations = {}
+        for index in range(spec.n):
+            sequence = Sequence(
+                id=next(self._ids),
+                prompt_ids=prompt_ids,
+                sampling=spec.sampling,
+                stop_ids=self._limits.eos_ids,
+                seed=(first + index) % _SEED_SPACE,
+                adapter=adapter,
+            )
+            detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
+            continuations[sequence.id] = _Continuation(index, sequence, detokenizer)
+        return continuations
+
+    @contextmanager
+    def _submitted(
+        self, continuations: dict[int, _Continuation]
+    ) -> Iterator[asyncio.Queue[EngineEvent]]:
+        """The continuations' events; what still runs when the block ends is cancelled."""
+        inbox: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        for sequence_id, continuation in continuations.items():
+            self._inboxes[sequence_id] = inbox
+            self._worker.send(Submit(continuation.sequence))
+        try:
+            yield inbox
+        finally:
+            for sequence_id, continuation in continuations.items():
+                self._inboxes.pop(sequence_id, None)
+                if not continuation.done:
+                    self._worker.send(Cancel(continuation.sequence))
+
+    async def _events(
+        self, inbox: "asyncio.Queue[EngineEvent]", continuations: dict[int, _Continuation]
+    ) -> AsyncIterator[GenerationEvent]:
+        remaining = len(continuations)
+        while remaining:
+            event = await inbox.get()
+            continuation = continuations[event.sequence_id]
+            if continuation.done:
+                continue  # tokens made between a stop string and its cancellation
+            if isinstance(event, FailedEvent):
+                continuation.done = True
+                raise EngineFailed(event.message)
+            yield self._piece(continuation, event)
+            finish = self._finish(continuation, event)
+            if finish is not None:
+                remaining -= 1
+                yield finish
+
+    def _piece(self, continuation: _Continuation, event: TokenEvent) -> TokenPiece:
+        sampled = event.sampled
+        view = self._view
+        return TokenPiece(
+            index=continuation.index,
+            token_id=sampled.token_id,
+            text=continuation.detokenizer.push(sampled.token_id),
+            token_text=view.text_of(sampled.token_id),
+            special=view.is_special(sampled.token_id),
+            logprob=sampled.logprob,
+            top=tuple(
+                TokenLogprob(token_id=token_id, text=view.text_of(token_id), logprob=logprob)
+                for token_id, logprob in sampled.top
+            ),
+        )
+
+    def _finish(self, continuation: _Continuation, event: TokenEvent) -> Finish | None:
+        detokenizer, sequence = continuation.detokenizer, continuation.sequence
+        reason = FinishReason.STOP if detokenizer.stopped else event.reason
+        if reason is None:
+            return None
+        if event.reason is None:
+            self._worker.send(Cancel(sequence))
+        continuation.done = True
+        tail = detokenizer.finish()
+        return Finish(
+            index=continuation.index,
+            reason=reason,
+            text=detokenizer.text,
+            tail=tail,
+            num_prompt_tokens=len(sequence.prompt_ids),
+            num_output_tokens=detokenizer.num_tokens,
+            seed=None if sequence.sampling.greedy else sequence.seed,
+        )
+
+    def _receive(self, events: list[EngineEvent]) -> None:
+        """Called on the engine thread with the events of a step."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            inbox = self._inboxes.get(event.sequence_id)
+            if inbox is not None:
+                inbox.put_nowait(event)

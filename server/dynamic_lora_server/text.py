@@ -1,0 +1,118 @@
+"""From token ids to visible text, as they come. Imports no torch."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from dynamic_lora_server.errors import UnsupportedModel
+
+
+class TokenizerView:
+    """What generation needs of a tokenizer. Raises UnsupportedModel for a slow one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UnsupportedModel(
+                f"{type(tokenizer).__name__} has no fast (tokenizers) version; text cannot be "
+                "decoded piece by piece."
+            )
+        self.backend: Tokenizer = backend
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._vocab_size = len(tokenizer)
+        self._text_of = lru_cache(maxsize=65536)(self._decode_one)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of known token ids, added tokens included."""
+        return self._vocab_size
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text."""
+        return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def text_of(self, token_id: int) -> str:
+        """One token decoded alone, special tokens included."""
+        return self._text_of(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is left out of visible text."""
+        return token_id in self._special
+
+    def _decode_one(self, token_id: int) -> str:
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+
+class Detokenizer:
+    """The visible text of one continuation, stop strings cut off.
+
+    `push` returns the text that a token makes certain: a character that is
+    still incomplete waits for its other bytes, and text that may turn out to
+    be the beginning of a stop string waits until it does or does not.
+    """
+
+    def __init__(
+        self, view: TokenizerView, *, stop: Sequence[str] = (), include_stop: bool = False
+    ) -> None:
+        self._backend = view.backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._decoded = ""
+        self._num_shown = 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All text decoded so far, held-back text included, up to the stop string."""
+        return self._decoded
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken, the one that completed a stop string included."""
+        return len(self._token_ids)
+
+    def push(self, token_id: int) -> str:
+        """Take one token; returns the new visible text, often empty. Sets `stopped`."""
+        assert not self.stopped, "no token may follow the stop string"
+        self._token_ids.append(token_id)
+        piece = self._stream.step(self._backend, token_id) or ""
+        searched = max(0, len(self._decoded) - max(map(len, self._stop), default=0))
+        self._decoded += piece
+        self._cut_at_stop(searched)
+        return self._show(len(self._decoded) - (0 if self.stopped else self._held_back()))
+
+    def finish(self) -> str:
+        """The text that was held back until the end, incomplete characters as U+FFFD."""
+        if not self.stopped:
+            whole = self._backend.decode(self._token_ids, skip_special_tokens=True)
+            if len(whole) > len(self._decoded) and whole.startswith(self._decoded):
+                self._decoded = whole
+        return self._show(len(self._decoded))
+
+    def _show(self, end: int) -> str:
+        start, self._num_shown = self._num_shown, max(end, self._num_shown)
+        return self._decoded[start : self._num_shown]
+
+    def _cut_at_stop(self, searched: int) -> None:
+        found = [(self._decoded.find(stop, searched), stop) for stop in self._stop]
+        found = [(at, stop) for at, stop in found if at >= 0]
+        if found:
+            at, stop = min(found, key=lambda hit: hit[0])
+            self._decoded = self._decoded[: at + len(stop) if self._include_stop else at]
+            self.stopped = True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
+                if self._decoded.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
