@@ -1,0 +1,122 @@
+"""`push`, `ls`, `show` and `rm`: the server's adapters."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import progress as bars
+
+from dynamic_lora_client.cli import output
+from dynamic_lora_client.cli.exit_codes import ExitCode
+from dynamic_lora_client.cli.options import Json, Name, Url
+from dynamic_lora_client.client import Client
+from dynamic_lora_client.config import DEFAULT_URL
+from dynamic_lora_client.files import Progress, UploadFiles
+from dynamic_lora_client.types import Upload
+
+
+def push(
+    name: Name,
+    path: Annotated[Path, typer.Argument(help="A PEFT directory, or a .zip / .tar / .tar.gz.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Take an adapter that names another base model.")
+    ] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Upload an adapter under a name."""
+    with output.reported_errors(), Client(url) as client:
+        skipped = UploadFiles.find(path).skipped
+        with _upload_bar(name) as on_progress:
+            upload = client.upload(name, path, force=force, on_progress=on_progress)
+        if as_json:
+            output.print_json({"created": upload.created, "adapter": upload.adapter.document})
+        else:
+            _print_upload(upload, skipped)
+
+
+def ls(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """List the server's adapters."""
+    with output.reported_errors(), Client(url) as client:
+        adapters = client.adapters()
+        if as_json:
+            output.print_json({"adapters": [adapter.document for adapter in adapters]})
+        elif adapters:
+            output.print_adapters(adapters)
+        else:
+            output.messages().print("No adapters yet: 'dynamic-lora push NAME PATH' uploads one.")
+
+
+def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Show an adapter's passport."""
+    with output.reported_errors(), Client(url) as client:
+        adapter = client.adapter(name)
+        if as_json:
+            output.print_json(adapter.document)
+        else:
+            output.print_passport(adapter)
+
+
+def rm(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Delete an adapter."""
+    with output.reported_errors(), Client(url) as client:
+        if not yes:
+            _confirm_deletion(name)
+        client.delete(name)
+        if as_json:
+            output.print_json({"deleted": name})
+        else:
+            output.messages().print(f"Deleted {name}.", markup=False)
+
+
+def _confirm_deletion(name: str) -> None:
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("Pass --yes to delete without being asked.")
+    try:
+        agreed = typer.confirm(f"Delete {name}?", err=True)
+    except typer.Abort:
+        agreed = False
+    if not agreed:
+        output.messages().print("Nothing deleted.")
+        raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+@contextmanager
+def _upload_bar(name: str) -> Iterator[Progress]:
+    console = output.messages()
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"Uploading {name}", total=None)
+        yield lambda sent, total: bar.update(task, completed=sent, total=total)
+
+
+def _print_upload(upload: Upload, skipped: tuple[str, ...]) -> None:
+    adapter, console = upload.adapter, output.messages()
+    state = "uploaded" if upload.created else "already there"
+    size = output.format_bytes(adapter.num_bytes)
+    output.results().print(
+        f"{adapter.name} {adapter.version[:12]} {state}: {adapter.kind}, rank {adapter.rank}, "
+        f"{len(adapter.target_modules)} target modules, {size}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if skipped:
+        console.print(f"Not sent (training state): {', '.join(skipped)}", markup=False)
+    if adapter.ignored_files:
+        console.print(f"Not needed: {', '.join(adapter.ignored_files)}", markup=False)
+    for note in adapter.notes:
+        console.print(f"Note: {output.one_line(note)}", markup=False)

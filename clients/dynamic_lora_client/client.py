@@ -1,0 +1,177 @@
+"""The synchronous client."""
+
+import os
+import time
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import httpx
+
+from dynamic_lora_client import protocol
+from dynamic_lora_client.config import DEFAULT_URL, ClientConfig
+from dynamic_lora_client.files import Progress, UploadFiles
+from dynamic_lora_client.retry import RetryBudget, RetryPolicy
+from dynamic_lora_client.transport import stream_errors, transport_errors
+from dynamic_lora_client.types import Adapter, Generation, Parameters, Token, Upload
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to one server over kept connections; safe to share between threads.
+
+    Every method raises the errors of `dynamic_lora_client.errors`. Answers 429
+    and 503 are retried as `retry` says. `transport` replaces the network, as
+    in httpx.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 300.0,
+        retry: RetryPolicy | None = None,
+        headers: Mapping[str, str] | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._config = ClientConfig(
+            url=url,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            retry=retry or RetryPolicy(),
+            headers=headers or {},
+        )
+        self._http = httpx.Client(
+            base_url=url,
+            headers=self._config.all_headers,
+            timeout=self._config.timeout,
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def generate(
+        self,
+        inputs: str,
+        *,
+        adapter: str | None = None,
+        raw: bool = False,
+        details: bool = True,
+        **parameters: Unpack[Parameters],
+    ) -> Generation:
+        """Generate with an adapter, or with the base model where none is named.
+
+        `raw` sends the text as the prompt itself, past the adapter's template.
+        Without `details` the answer holds the text alone.
+        """
+        return self._call(
+            protocol.generate(
+                inputs, adapter=adapter, raw=raw, details=details, parameters=parameters
+            )
+        )
+
+    def stream(
+        self,
+        inputs: str,
+        *,
+        adapter: str | None = None,
+        raw: bool = False,
+        **parameters: Unpack[Parameters],
+    ) -> Generator[Token | Generation, None, None]:
+        """Generate token by token; the last item is the whole Generation.
+
+        The request goes out with the first item asked for. Closing the
+        generator closes the connection, which frees the place on the server.
+        Raises StreamBroken where the stream ends early; it is never retried.
+        """
+        call = protocol.stream(inputs, adapter=adapter, raw=raw, parameters=parameters)
+        return self._stream(call)
+
+    def upload(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        on_progress: Progress | None = None,
+    ) -> Upload:
+        """Upload a PEFT directory, or an archive of one, under a name.
+
+        The files are read from disk as they are sent. `force` takes an adapter
+        that names another base model. See UploadFiles for what is sent.
+        """
+        files = UploadFiles.find(path)
+        return self._call(protocol.upload(name, files, force=force, on_progress=on_progress))
+
+    def adapters(self) -> list[Adapter]:
+        """All adapters of the server."""
+        return self._call(protocol.list_adapters())
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter. Raises AdapterNotFound."""
+        return self._call(protocol.get_adapter(name))
+
+    def delete(self, name: str) -> None:
+        """Delete an adapter. Raises AdapterNotFound."""
+        self._call(protocol.delete_adapter(name))
+
+    def health(self) -> bool:
+        """Whether the server's process is alive."""
+        return self._call(protocol.probe("/health"), RetryPolicy(max_attempts=1))
+
+    def ready(self) -> bool:
+        """Whether the server can generate: its model is loaded."""
+        return self._call(protocol.probe("/ready"), RetryPolicy(max_attempts=1))
+
+    def _call(self, call: protocol.Call[T], retry: RetryPolicy | None = None) -> T:
+        budget = RetryBudget(retry or self._config.retry)
+        while True:
+            with transport_errors(self._config), call.arguments() as arguments:
+                response = self._http.request(**arguments)
+            wait = budget.spend(response)
+            if wait is None:
+                return call.finish(response)
+            time.sleep(wait)
+
+    def _stream(
+        self, call: protocol.Call[protocol.GenerationStream]
+    ) -> Generator[Token | Generation, None, None]:
+        response = self._open(call)
+        try:
+            reader = call.read(response)
+            with stream_errors(self._config):
+                for chunk in response.iter_bytes():
+                    yield from reader.feed(chunk)
+            reader.close()
+        finally:
+            response.close()
+
+    def _open(self, call: protocol.Call[protocol.GenerationStream]) -> httpx.Response:
+        budget = RetryBudget(self._config.retry)
+        while True:
+            with transport_errors(self._config), call.arguments() as arguments:
+                request = self._http.build_request(**arguments)
+                response = self._http.send(request, stream=True)
+                if response.is_success:
+                    return response
+                response.read()
+            wait = budget.spend(response)
+            if wait is None:
+                call.check(response)
+            else:
+                time.sleep(wait)

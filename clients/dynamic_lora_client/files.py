@@ -1,0 +1,113 @@
+"""The files of an upload: chosen, opened and read with progress. Nothing is held in memory."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from dynamic_lora_client.errors import InvalidArgument
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes sent so far and the bytes in all; a retry starts again at 0."""
+
+FilePart = tuple[str, tuple[str, BinaryIO, str]]
+"""A multipart field in httpx's form: field name, (file name, content, media type)."""
+
+_MEDIA_TYPE = "application/octet-stream"
+
+# A trainer leaves these beside the adapter: often larger than it, never part of it.
+_TRAINING_STATE = ("*.pt", "*.pth", "training_args.bin", "trainer_state.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadFiles:
+    """What goes over the wire for one path.
+
+    A directory gives its visible top-level files, save `skipped`: what a
+    trainer keeps to resume from. A file (an archive) gives itself.
+    """
+
+    paths: tuple[Path, ...]
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> Self:
+        """Choose the files at `path`.
+
+        Raises InvalidArgument if there is nothing, or no `adapter_config.json`
+        in a directory.
+        """
+        root = Path(path)
+        if root.is_file():
+            return cls(paths=(root,))
+        if not root.is_dir():
+            raise InvalidArgument(
+                f"There is no file or directory {str(path)!r}.",
+                fix="Give a PEFT directory, or a .zip, .tar or .tar.gz of one.",
+            )
+        files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
+        if not any(p.name == "adapter_config.json" for p in files):
+            raise InvalidArgument(
+                f"{str(path)!r} is not a PEFT directory: it has no adapter_config.json.",
+                fix="Give the directory that PEFT's save_pretrained wrote.",
+            )
+        skipped = [p for p in files if any(fnmatch(p.name, rule) for rule in _TRAINING_STATE)]
+        return cls(
+            paths=tuple(p for p in files if p not in skipped),
+            skipped=tuple(p.name for p in skipped),
+        )
+
+    @contextmanager
+    def open(self, on_progress: Progress | None = None) -> Iterator[list[FilePart]]:
+        """The opened files as parts of a multipart body, closed at the end.
+
+        Raises InvalidArgument if one cannot be read.
+        """
+        meter = _Meter(on_progress)
+        with ExitStack() as stack:
+            yield [
+                ("files", (path.name, stack.enter_context(_open(path, meter)), _MEDIA_TYPE))
+                for path in self.paths
+            ]
+
+
+class _Meter:
+    """Adds up what several files gave."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self._total = 0
+        self._sent = 0
+        self._on_progress = on_progress
+
+    def expect(self, num_bytes: int) -> None:
+        self._total += num_bytes
+
+    def add(self, num_bytes: int) -> None:
+        self._sent += num_bytes
+        if self._on_progress is not None and num_bytes:
+            self._on_progress(self._sent, self._total)
+
+
+class _MeteredFile(io.BufferedReader):
+    """A file that reports each read to a meter."""
+
+    def __init__(self, path: Path, meter: _Meter) -> None:
+        super().__init__(io.FileIO(path))
+        self._meter = meter
+        meter.expect(os.fstat(self.fileno()).st_size)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self._meter.add(len(data))
+        return data
+
+
+def _open(path: Path, meter: _Meter) -> _MeteredFile:
+    try:
+        return _MeteredFile(path, meter)
+    except OSError as error:
+        raise InvalidArgument(f"Cannot read {str(path)!r}: {error.strerror}.") from error

@@ -1,0 +1,285 @@
+"""Requests built and answers read, without I/O: both clients send what this module makes."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from dynamic_lora_client.documents import Document
+from dynamic_lora_client.errors import InvalidArgument, InvalidResponse, StreamBroken
+from dynamic_lora_client.files import Progress, UploadFiles
+from dynamic_lora_client.problems import to_error
+from dynamic_lora_client.sse import SseDecoder
+from dynamic_lora_client.types import Adapter, Generation, Parameters, Token, Upload
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[T]):
+    """One exchange: what to send, and how to read a successful answer.
+
+    `accepted` lists error statuses that `read` takes as an answer.
+    """
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    params: Mapping[str, str] = field(default_factory=dict)
+    json: Mapping[str, Any] | None = None
+    form: Mapping[str, str] = field(default_factory=dict)
+    files: UploadFiles | None = None
+    on_progress: Progress | None = None
+    accepted: tuple[int, ...] = ()
+
+    @contextmanager
+    def arguments(self) -> Iterator[dict[str, Any]]:
+        """Arguments for httpx's `build_request`; files are open within the block."""
+        arguments: dict[str, Any] = {
+            "method": self.method,
+            "url": self.path,
+            "params": dict(self.params),
+        }
+        if self.json is not None:
+            arguments["content"] = _encode(self.json)
+            arguments["headers"] = {"content-type": "application/json"}
+        if self.files is None:
+            yield arguments
+            return
+        with self.files.open(self.on_progress) as parts:
+            yield arguments | {"data": dict(self.form), "files": parts}
+
+    def finish(self, response: httpx.Response) -> T:
+        """The result of an answer that was read whole. Raises ApiError, InvalidResponse."""
+        self.check(response)
+        return self.read(response)
+
+    def check(self, response: httpx.Response) -> None:
+        """Raise ApiError for an error status, InvalidResponse for one that is no answer."""
+        if response.status_code in self.accepted:
+            return
+        if response.status_code >= HTTPStatus.BAD_REQUEST:
+            raise to_error(response)
+        if not response.is_success:
+            raise InvalidResponse(
+                f"The server answered with status {response.status_code}.",
+                fix="Check its URL: nothing of this API redirects.",
+            )
+
+
+def _encode(values: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(values, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"The request cannot be written as JSON: {error}.") from None
+
+
+def generate(
+    inputs: str,
+    *,
+    adapter: str | None,
+    raw: bool,
+    details: bool,
+    parameters: Parameters,
+) -> Call[Generation]:
+    """One whole generation."""
+    return Call(
+        method="POST",
+        path="/generate",
+        params=_adapter_query(adapter),
+        json=_generate_body(inputs, raw=raw, details=details, parameters=parameters),
+        read=_read_generation,
+    )
+
+
+def stream(
+    inputs: str,
+    *,
+    adapter: str | None,
+    raw: bool,
+    parameters: Parameters,
+) -> Call["GenerationStream"]:
+    """A generation token by token; `read` gives the reader of its body."""
+    return Call(
+        method="POST",
+        path="/generate_stream",
+        params=_adapter_query(adapter),
+        json=_generate_body(inputs, raw=raw, details=True, parameters=parameters),
+        read=GenerationStream,
+    )
+
+
+def upload(
+    name: str, files: UploadFiles, *, force: bool, on_progress: Progress | None
+) -> Call[Upload]:
+    """Upload an adapter under a name."""
+    return Call(
+        method="POST",
+        path="/adapters",
+        form={"name": name} | ({"force": "true"} if force else {}),
+        files=files,
+        on_progress=on_progress,
+        read=lambda response: Upload(
+            adapter=_adapter(Document.parse(response.content)),
+            created=response.status_code == HTTPStatus.CREATED,
+        ),
+    )
+
+
+def list_adapters() -> Call[list[Adapter]]:
+    """All adapters."""
+    return Call(method="GET", path="/adapters", read=_read_adapters)
+
+
+def get_adapter(name: str) -> Call[Adapter]:
+    """One adapter."""
+    return Call(
+        method="GET",
+        path=_adapter_path(name),
+        read=lambda response: _adapter(Document.parse(response.content)),
+    )
+
+
+def delete_adapter(name: str) -> Call[None]:
+    """Delete one adapter."""
+    return Call(method="DELETE", path=_adapter_path(name), read=lambda _: None)
+
+
+def probe(path: str) -> Call[bool]:
+    """Whether `path` answers with success; 503 is the answer no."""
+    return Call(
+        method="GET",
+        path=path,
+        accepted=(HTTPStatus.SERVICE_UNAVAILABLE,),
+        read=lambda response: response.is_success,
+    )
+
+
+class GenerationStream:
+    """Reads the events of a streamed answer.
+
+    Raises StreamBroken where the server reports an error in the stream, and
+    from `close` where no last event came.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._headers = response.headers
+        self._decoder = SseDecoder()
+        self._tokens: list[Token] = []
+        self._finished = False
+
+    def feed(self, chunk: bytes) -> Iterator[Token | Generation]:
+        """The events that `chunk` completes."""
+        for data in self._decoder.feed(chunk):
+            yield from self._event(Document.parse(data))
+
+    def close(self) -> None:
+        """Check, when the body has ended, that the generation has too."""
+        if not self._finished:
+            raise StreamBroken("The stream ended before the generation did.")
+
+    def _event(self, event: Document) -> Iterator[Token | Generation]:
+        if "error" in event.values:
+            raise StreamBroken(event.text("error"), error_type=event.optional_text("error_type"))
+        token = event.child("token")
+        if token is not None:
+            self._tokens.append(_token(token))
+            yield self._tokens[-1]
+        text = event.optional_text("generated_text")
+        if text is not None:
+            self._finished = True
+            details = event.child("details")
+            yield _generation(text, self._headers, details, tuple(self._tokens))
+
+
+def _adapter_query(adapter: str | None) -> dict[str, str]:
+    return {} if adapter is None else {"adapter": adapter}
+
+
+def _adapter_path(name: str) -> str:
+    if name in ("", ".", ".."):
+        raise InvalidArgument(f"{name!r} is not the name of an adapter.")
+    return f"/adapters/{quote(name, safe='')}"
+
+
+def _generate_body(
+    inputs: str, *, raw: bool, details: bool, parameters: Parameters
+) -> dict[str, Any]:
+    unknown = sorted(parameters.keys() - Parameters.__optional_keys__)
+    if unknown:
+        raise InvalidArgument(
+            f"There is no generation parameter {unknown[0]!r}.",
+            fix=f"Known ones: {', '.join(sorted(Parameters.__optional_keys__))}.",
+        )
+    if isinstance(parameters.get("stop"), str):
+        raise InvalidArgument("stop must be a list of strings, not one string.")
+    body: dict[str, Any] = {"inputs": inputs, "parameters": {**parameters, "details": details}}
+    return body | ({"raw": True} if raw else {})
+
+
+def _read_generation(response: httpx.Response) -> Generation:
+    document = Document.parse(response.content)
+    details = document.child("details")
+    tokens = () if details is None else tuple(_token(t) for t in details.children("tokens"))
+    return _generation(document.text("generated_text"), response.headers, details, tokens)
+
+
+def _generation(
+    text: str, headers: httpx.Headers, details: Document | None, tokens: tuple[Token, ...]
+) -> Generation:
+    served_by = {
+        "adapter": headers.get("x-adapter"),
+        "adapter_version": headers.get("x-adapter-version"),
+    }
+    if details is None:
+        return Generation(text=text, tokens=tokens, **served_by)
+    return Generation(
+        text=text,
+        tokens=tokens,
+        finish_reason=details.text("finish_reason"),
+        num_prompt_tokens=details.optional_integer("prompt_tokens"),
+        num_tokens=details.integer("generated_tokens"),
+        seed=details.optional_integer("seed"),
+        **served_by,
+    )
+
+
+def _token(token: Document) -> Token:
+    return Token(
+        id=token.integer("id"),
+        text=token.text("text"),
+        logprob=token.optional_number("logprob"),
+        special=token.boolean("special"),
+    )
+
+
+def _read_adapters(response: httpx.Response) -> list[Adapter]:
+    document = Document.parse(response.content)
+    if not isinstance(document.values.get("adapters"), list):
+        raise InvalidResponse("The server's answer has no list 'adapters'.")
+    return [_adapter(passport) for passport in document.children("adapters")]
+
+
+def _adapter(passport: Document) -> Adapter:
+    card, residency = passport.child("card"), passport.child("residency")
+    return Adapter(
+        name=passport.text("name"),
+        version=passport.text("version"),
+        kind=passport.text("kind"),
+        rank=passport.integer("rank"),
+        target_modules=passport.texts("target_modules"),
+        num_parameters=passport.integer("num_parameters"),
+        num_bytes=passport.integer("bytes"),
+        base_model=passport.optional_text("base_model"),
+        created_at=passport.text("created_at"),
+        description=None if card is None else card.optional_text("description"),
+        notes=passport.texts("notes"),
+        ignored_files=passport.texts("ignored_files"),
+        tier=None if residency is None else residency.text("tier"),
+        document=passport.values,
+    )

@@ -1,0 +1,89 @@
+"""What goes in and what comes back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+
+class Parameters(TypedDict, total=False):
+    """How to generate. What is left out falls to the adapter's task card, then the server.
+
+    Greedy unless `do_sample` is true or `temperature` is above 0.
+    """
+
+    do_sample: bool
+    frequency_penalty: float
+    ignore_eos: bool
+    max_new_tokens: int
+    min_p: float
+    presence_penalty: float
+    repetition_penalty: float
+    seed: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One generated token; `logprob` is its natural-log probability where reported."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A finished generation.
+
+    `adapter` and `adapter_version` say who served it; for the base model the
+    server reports "base" and no version.
+    `finish_reason` ("length", "eos_token" or "stop_sequence"), the token
+    counts and `seed` are None, and `tokens` is empty, where no details were asked for.
+    """
+
+    text: str
+    adapter: str | None
+    adapter_version: str | None
+    finish_reason: str | None = None
+    num_prompt_tokens: int | None = None
+    num_tokens: int | None = None
+    seed: int | None = None
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter's passport.
+
+    `version` is the SHA-256 of its content; `tier` says where its weights are
+    ("device" or "disk"), None where the server did not say. `document` is the
+    passport as the server sent it, with every field.
+    """
+
+    name: str
+    version: str
+    kind: str
+    rank: int
+    target_modules: tuple[str, ...]
+    num_parameters: int
+    num_bytes: int
+    base_model: str | None
+    created_at: str
+    description: str | None
+    notes: tuple[str, ...]
+    ignored_files: tuple[str, ...]
+    tier: str | None
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """The answer to an upload; `created` is False if the server had this content already."""
+
+    adapter: Adapter
+    created: bool

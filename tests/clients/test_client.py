@@ -1,0 +1,445 @@
+"""Both clients, on a transport without a network: each test runs for each of them."""
+
+import asyncio
+import inspect
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dynamic_lora_client import (
+    AdapterNotFound,
+    ApiError,
+    AsyncClient,
+    BadRequest,
+    Busy,
+    Client,
+    Generation,
+    InvalidArgument,
+    InvalidResponse,
+    NotFound,
+    RetryPolicy,
+    ServerFault,
+    StreamBroken,
+    Timeout,
+    Token,
+    TransportError,
+    Unavailable,
+)
+from tests.clients.wire import (
+    GENERATION,
+    PASSPORT,
+    SERVED_BY,
+    STREAM,
+    TEXT,
+    VERSION,
+    problem,
+    sse,
+    token_event,
+)
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+class Caller:
+    """Calls one method of one kind of client; a stream comes back as a list."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, answers: Handler | list[Any], method: str, *args: Any, **kwargs: Any) -> Any:
+        options = kwargs.pop("client", {})
+        transport = httpx.MockTransport(self._recording(answers))
+        if self.kind == "sync":
+            return self._sync(transport, options, method, args, kwargs)
+        return asyncio.run(self._async(transport, options, method, args, kwargs))
+
+    def _recording(self, answers: Handler | list[Any]) -> Handler:
+        queue = iter(answers) if isinstance(answers, list) else None
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            self.requests.append(request)
+            if queue is None:
+                assert callable(answers)
+                return answers(request)
+            answer = next(queue)
+            if isinstance(answer, Exception):
+                raise answer
+            assert isinstance(answer, httpx.Response)
+            return answer
+
+        return handle
+
+    @staticmethod
+    def _sync(transport: Any, options: Any, method: str, args: Any, kwargs: Any) -> Any:
+        with Client(transport=transport, **options) as client:
+            result = getattr(client, method)(*args, **kwargs)
+            return list(result) if method == "stream" else result
+
+    @staticmethod
+    async def _async(transport: Any, options: Any, method: str, args: Any, kwargs: Any) -> Any:
+        async with AsyncClient(transport=transport, **options) as client:
+            if method == "stream":
+                return [event async for event in client.stream(*args, **kwargs)]
+            return await getattr(client, method)(*args, **kwargs)
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest) -> Caller:
+    return Caller(request.param)
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses taken, without taking them."""
+    taken: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(time, "sleep", taken.append)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return taken
+
+
+def _ok(
+    body: Any = None, status: int = 200, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    return httpx.Response(status, json=body, headers=headers)
+
+
+def _refusal(status: int, name: str = "invalid", **fields: Any) -> httpx.Response:
+    headers = {"content-type": "application/problem+json"}
+    return httpx.Response(status, json=problem(status, name, **fields), headers=headers)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def signatures(kind: type) -> dict[str, list[str]]:
+        members = inspect.getmembers(kind, inspect.isfunction)
+        return {n: list(inspect.signature(f).parameters) for n, f in members if n[0] != "_"}
+
+    assert signatures(Client) == signatures(AsyncClient)
+
+
+def test_generate_sends_the_wire_body_and_reads_the_answer(call: Caller) -> None:
+    result = call(
+        [_ok(GENERATION, headers=SERVED_BY)],
+        "generate",
+        "Zoë",
+        adapter="ner",
+        max_new_tokens=3,
+        stop=["\n"],
+    )
+    (request,) = call.requests
+    assert (request.method, str(request.url)) == (
+        "POST",
+        "http://127.0.0.1:8000/generate?adapter=ner",
+    )
+    assert request.headers["content-type"] == "application/json"
+    assert json.loads(request.content) == {
+        "inputs": "Zoë",
+        "parameters": {"max_new_tokens": 3, "stop": ["\n"], "details": True},
+    }
+    assert isinstance(result, Generation)
+    assert (result.text, result.adapter, result.adapter_version) == (TEXT, "ner", VERSION)
+    assert (result.finish_reason, result.seed) == ("eos_token", 11)
+    assert (result.num_prompt_tokens, result.num_tokens) == (7, 3)
+    assert result.tokens[0] == Token(id=5, text="Zoë", logprob=-0.25, special=False)
+    assert result.tokens[2].special
+
+
+def test_generate_raw_without_details_and_with_the_base(call: Caller) -> None:
+    result = call([_ok({"generated_text": "x"})], "generate", "a", raw=True, details=False)
+    (request,) = call.requests
+    assert request.url.query == b""
+    assert json.loads(request.content) == {
+        "inputs": "a",
+        "parameters": {"details": False},
+        "raw": True,
+    }
+    assert result == Generation(text="x", adapter=None, adapter_version=None)
+
+
+def test_stream_gives_tokens_and_then_the_whole(call: Caller) -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=STREAM, headers=SERVED_BY)
+
+    *tokens, last = call(answer, "stream", "a", adapter="ner", seed=11)
+    assert all(isinstance(token, Token) for token in tokens)
+    assert isinstance(last, Generation)
+    assert "".join(token.text for token in tokens) == last.text == TEXT
+    assert last.tokens == tuple(tokens)
+    assert (last.adapter, last.finish_reason, last.num_tokens) == ("ner", "eos_token", 3)
+    assert str(call.requests[0].url).endswith("/generate_stream?adapter=ner")
+    assert json.loads(call.requests[0].content)["parameters"]["seed"] == 11
+
+
+def test_stream_with_an_error_in_it(call: Caller) -> None:
+    body = sse(token_event(0), {"error": "engine stopped", "error_type": "engine-failed"})
+    with pytest.raises(StreamBroken, match="engine stopped") as caught:
+        call([httpx.Response(200, content=body)], "stream", "a")
+    assert caught.value.error_type == "engine-failed"
+
+
+def test_stream_that_ends_early(call: Caller) -> None:
+    with pytest.raises(StreamBroken, match="ended before the generation did") as caught:
+        call([httpx.Response(200, content=sse(token_event(0)))], "stream", "a")
+    assert caught.value.error_type is None
+    assert len(call.requests) == 1
+
+
+def test_stream_refused_before_it_begins(call: Caller) -> None:
+    with pytest.raises(AdapterNotFound):
+        call([_refusal(404, "adapter-not-found")], "stream", "a")
+
+
+def test_stream_is_retried_before_it_begins(call: Caller, sleeps: list[float]) -> None:
+    busy = httpx.Response(429, headers={"retry-after": "2"})
+    events = call([busy, httpx.Response(200, content=STREAM)], "stream", "a")
+    assert events[-1].text == TEXT
+    assert sleeps == [2]
+
+
+def test_upload_sends_the_files(call: Caller, peft_dir: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    result = call(
+        [_ok(PASSPORT, 201)],
+        "upload",
+        "ner",
+        peft_dir,
+        force=True,
+        on_progress=lambda *sent: seen.append(sent),
+    )
+    body = call.requests[0].content
+    assert body.index(b'name="name"\r\n\r\nner') < body.index(b'filename="adapter_config.json"')
+    assert b'name="force"\r\n\r\ntrue' in body
+    assert b'name="files"; filename="adapter_model.safetensors"' in body
+    assert b"optimizer.pt" not in body
+    assert (peft_dir / "adapter_model.safetensors").read_bytes() in body
+    assert seen[-1] == (200_008, 200_008)
+    assert result.created
+    assert result.adapter.name == "ner"
+
+
+def test_upload_of_known_content_is_not_created(call: Caller, peft_dir: Path) -> None:
+    result = call([_ok(PASSPORT)], "upload", "ner", peft_dir)
+    assert not result.created
+    assert b'name="force"' not in call.requests[0].content
+
+
+def test_upload_is_sent_whole_again_after_a_retry(
+    call: Caller, peft_dir: Path, sleeps: list[float]
+) -> None:
+    call([_refusal(503), _ok(PASSPORT, 201)], "upload", "ner", peft_dir)
+    first, second = (request.content for request in call.requests)
+    assert len(first) == len(second) > 200_000
+    assert sleeps == [0.5]
+
+
+def test_adapters_and_adapter(call: Caller) -> None:
+    (listed,) = call([_ok({"adapters": [PASSPORT]})], "adapters")
+    one = call([_ok(PASSPORT)], "adapter", "ner")
+    assert listed == one
+    assert (one.rank, one.num_bytes, one.tier) == (8, 4_913_432, "device")
+    assert one.target_modules == ("down_proj", "q_proj")
+    assert one.description == "Named entities\nof a [tweet]"
+    assert one.notes == ("trained from a local path",)
+    assert one.ignored_files == ("README.md",)
+    assert one.document["checks"] == ["shapes fit", "values finite"]
+    assert [r.url.path for r in call.requests] == ["/adapters", "/adapters/ner"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": 3}, "no 'name' that is a string"),
+        ({"rank": True}, "no 'rank' that is an integer"),
+        ({"rank": 8.5}, "no 'rank' that is an integer"),
+        ({"notes": [1]}, "no 'notes' that is a list of strings"),
+        ({"card": []}, "not a JSON object"),
+        ({"residency": {}}, "no 'tier' that is a string"),
+    ],
+)
+def test_passports_of_another_form(call: Caller, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidResponse, match=message):
+        call([_ok(PASSPORT | fields)], "adapter", "ner")
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"tokens": 3}, "no 'tokens' that is a list"),
+        ({"tokens": [{"id": 1, "text": "", "logprob": "x"}]}, "no 'logprob' that is a number"),
+        ({"tokens": [{"id": 1, "text": ""}]}, "no 'special' that is a boolean"),
+    ],
+)
+def test_details_of_another_form(call: Caller, details: Any, message: str) -> None:
+    with pytest.raises(InvalidResponse, match=message):
+        call([_ok({"generated_text": "", "details": details})], "generate", "a")
+
+
+def test_delete_quotes_the_name(call: Caller) -> None:
+    assert call([httpx.Response(204)], "delete", "a/b c") is None
+    (request,) = call.requests
+    assert (request.method, request.url.raw_path) == ("DELETE", b"/adapters/a%2Fb%20c")
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_names_that_are_paths_are_not_sent(call: Caller, name: str) -> None:
+    with pytest.raises(InvalidArgument, match="is not the name of an adapter"):
+        call([], "delete", name)
+    assert call.requests == []
+
+
+def test_ready_and_health(call: Caller) -> None:
+    assert call([_ok({})], "ready") is True
+    assert call([_refusal(503)], "ready") is False
+    assert call([_ok({})], "health") is True
+    with pytest.raises(NotFound):
+        call([_refusal(404)], "ready")
+    assert [r.url.path for r in call.requests] == ["/ready", "/ready", "/health", "/ready"]
+
+
+@pytest.mark.parametrize(
+    ("status", "name", "kind"),
+    [
+        (400, "invalid", BadRequest),
+        (413, "too-large", BadRequest),
+        (422, "invalid", BadRequest),
+        (404, "not-found", NotFound),
+        (404, "adapter-not-found", AdapterNotFound),
+        (429, "queue-full", Busy),
+        (503, "not-ready", Unavailable),
+        (500, "internal", ServerFault),
+        (502, "bad-gateway", ServerFault),
+    ],
+)
+def test_refusals(call: Caller, status: int, name: str, kind: type[ApiError]) -> None:
+    answer = _refusal(status, name, field="inputs", fix="Try another.", near=["ner"])
+    with pytest.raises(ApiError, match="It cannot be done. Try another.") as caught:
+        call([answer], "generate", "a", client={"retry": RetryPolicy(max_attempts=1)})
+    assert type(caught.value) is kind
+    assert caught.value.status == status
+    assert caught.value.fix == "Try another."
+    assert caught.value.problem.field == "inputs"
+    assert caught.value.problem.type == f"/problems/{name}"
+    assert caught.value.problem.near == ("ner",)
+
+
+def test_adapter_not_found_knows_the_near_names(call: Caller) -> None:
+    with pytest.raises(AdapterNotFound) as caught:
+        call([_refusal(404, "adapter-not-found", near=["ner", "net"])], "adapter", "nre")
+    assert caught.value.near == ("ner", "net")
+
+
+def test_refusal_in_another_servers_words(call: Caller) -> None:
+    answer = httpx.Response(502, text="<h1>Bad gateway</h1>")
+    with pytest.raises(ServerFault, match="answered 502 Bad Gateway: <h1>Bad gateway</h1>"):
+        call([answer], "adapters")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda _: httpx.Response(200, text="<html>"), "not JSON"),
+        (lambda _: httpx.Response(200, json=[1]), "not a JSON object"),
+        (lambda _: httpx.Response(200, json={}), "no list 'adapters'"),
+        (
+            lambda _: httpx.Response(200, json={"adapters": [{"name": 3}]}),
+            "no 'name' that is a string",
+        ),
+        (lambda _: httpx.Response(307, headers={"location": "/x"}), "answered with status 307"),
+    ],
+)
+def test_answers_that_are_not_of_this_api(call: Caller, answer: Handler, message: str) -> None:
+    with pytest.raises(InvalidResponse, match=message):
+        call(answer, "adapters")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (httpx.ConnectTimeout("x"), Timeout, r"did not accept the connection in 5 s\."),
+        (httpx.ReadTimeout("x"), Timeout, r"was silent for 300 s\."),
+        (httpx.ConnectError("refused"), TransportError, "Cannot connect to .*: refused. Is the"),
+        (httpx.RemoteProtocolError(""), TransportError, "failed: RemoteProtocolError"),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_no_answer(
+    call: Caller, method: str, error: Exception, kind: type[TransportError], message: str
+) -> None:
+    with pytest.raises(TransportError, match=message) as caught:
+        call([error], method, "a")
+    assert type(caught.value) is kind
+
+
+def test_retries_wait_as_the_server_says(call: Caller, sleeps: list[float]) -> None:
+    busy = httpx.Response(429, headers={"retry-after": "3"})
+    result = call([busy, httpx.Response(503), _ok(GENERATION)], "generate", "a")
+    assert result.text == TEXT
+    assert sleeps == [3, 1.0]
+
+
+def test_retries_end_with_the_last_refusal(call: Caller, sleeps: list[float]) -> None:
+    busy = httpx.Response(429, headers={"retry-after": "7"}, json=problem(429))
+    retry = RetryPolicy(max_attempts=3)
+    with pytest.raises(Busy) as caught:
+        call([busy, busy, busy], "generate", "a", client={"retry": retry})
+    assert caught.value.retry_after == 7
+    assert sleeps == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_tokens": 3}, "There is no generation parameter 'max_tokens'.*max_new_tokens"),
+        ({"stop": "\n"}, "stop must be a list of strings"),
+        ({"temperature": float("nan")}, "cannot be written as JSON"),
+        ({"seed": object()}, "cannot be written as JSON"),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_parameters_that_cannot_be_sent(
+    call: Caller, method: str, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        call([], method, "a", **parameters)
+    assert call.requests == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "ftp://a"}, "is not an http or https address"),
+        ({"url": "http://"}, "is not an http or https address"),
+        ({"url": "http://a:port"}, "is not valid"),
+        ({"connect_timeout": 0}, "connect_timeout must be above 0 seconds"),
+        ({"read_timeout": float("nan")}, "read_timeout must be above 0 seconds"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_settings_without_sense(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        kind(**options)
+
+
+def test_settings_reach_the_request(call: Caller) -> None:
+    options = {
+        "url": "https://host/lora",
+        "connect_timeout": 1.5,
+        "read_timeout": 9.0,
+        "headers": {"authorization": "Bearer x"},
+    }
+    call([_ok({"adapters": []})], "adapters", client=options)
+    (request,) = call.requests
+    assert str(request.url) == "https://host/lora/adapters"
+    assert request.headers["authorization"] == "Bearer x"
+    assert request.headers["user-agent"].startswith("dynamic-lora-client/")
+    timeout = request.extensions["timeout"]
+    assert (timeout["connect"], timeout["read"], timeout["write"]) == (1.5, 9.0, 9.0)

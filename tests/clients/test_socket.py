@@ -1,0 +1,113 @@
+"""The clients on a real socket: what a transport without a network cannot show."""
+
+import time
+import tracemalloc
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dynamic_lora_client import AsyncClient, Client, StreamBroken, Timeout, Token, TransportError
+from tests.clients.wire import PASSPORT, STREAM, TEXT, Wire, sse, token_event
+
+
+def test_stream_arrives_token_by_token(wire: Wire) -> None:
+    chunks = [sse(token_event(index)) for index in range(3)]
+    wire.reply(chunks=chunks, pause=0.2)
+    with Client(wire.url) as client:
+        began = time.monotonic()
+        arrivals = [time.monotonic() - began for _ in client.stream("a")]
+    # The last two come from one event.
+    assert arrivals[1] - arrivals[0] > 0.1
+    assert arrivals[2] - arrivals[1] > 0.1
+
+
+async def test_async_stream_cut_anywhere(wire: Wire) -> None:
+    wire.reply(chunks=[STREAM[start : start + 7] for start in range(0, len(STREAM), 7)])
+    async with AsyncClient(wire.url) as client:
+        events = [event async for event in client.stream("a")]
+    assert events[-1].text == TEXT
+
+
+def test_closing_a_stream_hangs_up(wire: Wire) -> None:
+    wire.reply(chunks=[sse(token_event(0))] * 100, pause=0.02)
+    with Client(wire.url) as client:
+        events = client.stream("a")
+        assert isinstance(next(events), Token)
+        events.close()
+        assert wire.sees_hang_up()
+
+
+def test_silent_server_is_given_up(wire: Wire) -> None:
+    wire.reply(chunks=[b"{}"], pause=1.0)
+    with Client(wire.url, read_timeout=0.2) as client, pytest.raises(Timeout, match="silent"):
+        client.generate("a")
+
+
+def test_silence_within_a_stream_breaks_it(wire: Wire) -> None:
+    wire.reply(chunks=[STREAM[:9], STREAM[9:]], pause=1.0)
+    with (
+        Client(wire.url, read_timeout=0.3) as client,
+        pytest.raises(StreamBroken, match=r"silent for 0\.3 s"),
+    ):
+        list(client.stream("a"))
+    assert len(wire.received) == 1
+
+
+async def test_connection_lost_within_a_stream_breaks_it(wire: Wire) -> None:
+    wire.reply(chunks=[sse(token_event(0))], breaks=True)
+    async with AsyncClient(wire.url) as client:
+        with pytest.raises(StreamBroken, match="connection was lost"):
+            async for _ in client.stream("a"):
+                pass
+    assert len(wire.received) == 1
+
+
+def test_nobody_listens(wire: Wire) -> None:
+    port = int(wire.url.rpartition(":")[2])
+    with (
+        Client(f"http://127.0.0.2:{port}") as client,
+        pytest.raises(TransportError, match="Cannot"),
+    ):
+        client.adapters()
+
+
+def test_upload_arrives_whole_with_its_length_announced(wire: Wire, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10_000
+    archive = tmp_path / "ner.tar"
+    archive.write_bytes(content)
+    wire.reply(PASSPORT, status=201)
+    seen: list[int] = []
+    with Client(wire.url) as client:
+        client.upload("ner", archive, on_progress=lambda sent, _: seen.append(sent))
+    (received,) = wire.received
+    assert content in received.body
+    assert int(received.headers["content-length"]) == len(received.body)
+    assert seen[-1] == len(content)
+    assert len(seen) > 20
+
+
+class _Drain(httpx.BaseTransport):
+    """Takes a request's body piece by piece and keeps nothing of it."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        assert isinstance(request.stream, httpx.SyncByteStream)
+        self.num_bytes = sum(len(chunk) for chunk in request.stream)
+        return httpx.Response(201, json=PASSPORT)
+
+
+def test_upload_is_never_whole_in_memory(tmp_path: Path) -> None:
+    size = 64_000_000
+    archive = tmp_path / "ner.tar"
+    with archive.open("wb") as file:
+        file.truncate(size)
+    drain = _Drain()
+    with Client(transport=drain) as client:
+        tracemalloc.start()
+        try:
+            client.upload("ner", archive)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert drain.num_bytes > size
+    assert peak < 4_000_000
