@@ -23,6 +23,7 @@ from dynamic_lora_adapters.slots import Slab
 NUM_ADAPTERS_GRID = (1, 2, 4, 8, 16, 32)
 LENGTH_GRID = (1, 2, 4, 8, 32, 128)
 MAX_ROWS = 256
+MAX_SECONDS = 5.0  # what is not timed by then is taken from the nearest point that was
 PROBE_RANK = 16
 _HOPELESS = 4.0  # a kernel this many times slower than the best is not timed further
 
@@ -31,7 +32,10 @@ Point = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class KernelCosts:
-    """Seconds per step of each kernel at (number of adapters, rows per adapter)."""
+    """Seconds per step of each kernel at (number of adapters, rows per adapter).
+
+    A kernel that fell far behind at some length has no points beyond it.
+    """
 
     seconds: Mapping[str, Mapping[Point, float]]
 
@@ -91,28 +95,38 @@ def measure_costs(
 ) -> KernelCosts:
     """Time every kernel over the grid; `tick` is called once per grid point.
 
-    Takes one to three seconds for a small model on a CPU.
+    Takes a second or two for a small model on a CPU, MAX_SECONDS at most.
     """
     bench = _Bench(groups, device, dtype)
     seconds: dict[str, dict[Point, float]] = {name: {} for name in KERNELS}
-    hopeless: dict[str, int] = {}
+    deadline = time.monotonic() + MAX_SECONDS
     for num_adapters in NUM_ADAPTERS_GRID:
+        contenders = dict(KERNELS)
         for length in LENGTH_GRID:
             tick()
             if num_adapters * length > MAX_ROWS:
                 continue
+            if time.monotonic() > deadline:
+                continue
             point = (num_adapters, length)
-            for name, kernel in KERNELS.items():
-                if hopeless.get(name, MAX_ROWS + 1) > length:
-                    seconds[name][point] = bench.time(kernel, *point)
-            best = min(table[point] for table in seconds.values() if point in table)
-            for name, table in seconds.items():
-                slow = point not in table or table[point] > _HOPELESS * best
-                table.setdefault(point, math.inf)
-                if slow and length >= LENGTH_GRID[2]:
-                    hopeless[name] = min(length, hopeless.get(name, length))
-        hopeless.clear()
+            for name, kernel in contenders.items():
+                seconds[name][point] = bench.time(kernel, *point)
+            contenders = _within_reach(contenders, seconds, point)
     return KernelCosts(seconds)
+
+
+def _within_reach(
+    contenders: Mapping[str, DeltaKernel],
+    seconds: Mapping[str, Mapping[Point, float]],
+    point: Point,
+) -> dict[str, DeltaKernel]:
+    """The kernels worth timing on longer segments: those not far behind at this point."""
+    best = min(seconds[name][point] for name in contenders)
+    return {
+        name: kernel
+        for name, kernel in contenders.items()
+        if seconds[name][point] <= _HOPELESS * best
+    }
 
 
 def num_grid_points() -> int:
@@ -148,7 +162,7 @@ class _Bench:
         # Walk through the slots so that the factors do not sit in the CPU's cache.
         starts = range(0, len(self._slab.tenants) - num_adapters + 1, num_adapters)
         samples = []
-        for start in (*starts, *starts)[:4]:
+        for start in (*starts, *starts)[:3]:
             run = Run(self._slab, start, 0, [length] * num_adapters)
             samples.append(self._once(kernel, run, inputs, outputs))
         return min(samples[1:] or samples)

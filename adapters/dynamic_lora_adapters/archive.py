@@ -1,0 +1,350 @@
+"""Taking in the files of an upload: loose ones, or one .zip, .tar or .tar.gz of them.
+
+Only the files of a fixed list are ever written, flat, under their own names.
+Everything is counted while it is written, so a header that lies about a size
+gains nothing.
+"""
+
+import gzip
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+from dynamic_lora_adapters.card import CARD_FILE
+from dynamic_lora_adapters.errors import AdapterTooLarge, InvalidAdapter, UnsafeArchive
+from dynamic_lora_adapters.weights import WEIGHTS_FILE
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE})
+
+# What trainers and the Hub put beside an adapter. Nothing here is read or kept,
+# not even looked into: training_args.bin is a pickle.
+IGNORED_FILES = frozenset(
+    {
+        ".DS_Store",
+        ".gitattributes",
+        ".gitignore",
+        "LICENSE",
+        "LICENSE.md",
+        "LICENSE.txt",
+        "NOTICE",
+        "README.md",
+        "added_tokens.json",
+        "all_results.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "config.json",
+        "eval_results.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "train_results.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+_CHUNK_BYTES = 1 << 20
+# What a tar header with its long names may take; far above what real ones do.
+_MAX_TAR_HEADER_BYTES = 1 << 20
+_MAX_NAME_LENGTH = 255
+_BROKEN_ARCHIVE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    gzip.BadGzipFile,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    ValueError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadLimits:
+    """Caps on one upload.
+
+    `max_bytes` counts all bytes after unpacking, ignored files included;
+    `max_files` counts archive members and loose files.
+    """
+
+    max_bytes: int = 2 << 30
+    max_files: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1 or self.max_files < 1:
+            raise ValueError("upload limits must be at least 1")
+
+
+class Intake:
+    """Collects the files of one upload in a folder.
+
+    Use: one `Intake` per upload, `add` for each file that comes; then hand the
+    folder and `ignored_files` to the registry. Every refusal is an
+    `InvalidAdapter` that names the file; the folder is then only fit to be thrown away.
+    """
+
+    def __init__(self, folder: Path, limits: UploadLimits | None = None) -> None:
+        self._folder = folder
+        self._limits = limits or UploadLimits()
+        self._num_bytes = 0
+        self._num_files = 0
+        self._seen: set[str] = set()
+        self._ignored: list[str] = []
+
+    @property
+    def ignored_files(self) -> list[str]:
+        """Names of the files that were dropped unread, in order of arrival."""
+        return list(self._ignored)
+
+    def add(self, filename: str, stream: BinaryIO) -> None:
+        """Take one uploaded file: an adapter's file, or an archive of them.
+
+        Archives are known by their content. `stream` must be seekable.
+        """
+        leaf = _checked_parts(filename)[-1:]
+        if leaf and (leaf[0] in ADAPTER_FILES or _is_ignored(leaf) or _is_pickle(leaf[0])):
+            self._take(leaf, stream)
+            return
+        unpack = _archive_reader(stream)
+        if unpack is None:
+            raise _unexpected(filename)
+        top_folders: set[str] = set()
+        try:
+            for name, member in unpack(self._limits, stream):
+                parts = _checked_parts(name)
+                if member is None:
+                    self._count_file()
+                else:
+                    self._take(_below_top(parts, top_folders), member)
+        except _BROKEN_ARCHIVE as error:
+            raise InvalidAdapter(
+                f"The archive {filename!r} is broken: {error}.",
+                field=filename,
+                fix="Pack the adapter's files again as .zip, .tar or .tar.gz.",
+            ) from None
+
+    def add_folder(self, source: Path) -> None:
+        """Take the files of a PEFT folder on this machine; its subfolders are ignored.
+
+        Raises `InvalidAdapter` if there is no such folder.
+        """
+        if not source.is_dir():
+            raise InvalidAdapter(f"{str(source)!r} is not a folder.", field="source")
+        for path in sorted(source.iterdir()):
+            if path.is_dir():
+                self._ignored.append(f"{path.name}/")
+                continue
+            with path.open("rb") as stream:
+                self._take([path.name], stream)
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._limits.max_bytes:
+            raise _too_large(self._limits.max_bytes)
+
+    def _count_file(self) -> None:
+        self._num_files += 1
+        if self._num_files > self._limits.max_files:
+            raise AdapterTooLarge(
+                f"The upload holds more than {self._limits.max_files} files.", field="files"
+            )
+
+    def _take(self, parts: list[str], stream: IO[bytes]) -> None:
+        leaf = parts[-1] if parts else ""
+        self._count_file()
+        if _is_ignored(parts):
+            self._ignored.append("/".join(parts))
+            return
+        if _is_pickle(leaf):
+            raise UnsafeArchive(
+                f"{leaf!r} is a pickle, which can run code; it was not read.",
+                field=leaf,
+                fix="Save with save_pretrained(path, safe_serialization=True) "
+                "and upload adapter_model.safetensors.",
+            )
+        if leaf not in ADAPTER_FILES:
+            raise _unexpected("/".join(parts))
+        if leaf in self._seen:
+            raise UnsafeArchive(f"The file {leaf!r} comes twice.", field=leaf)
+        self._seen.add(leaf)
+        with (self._folder / leaf).open("xb") as target:
+            while chunk := stream.read(_CHUNK_BYTES):
+                self._count(len(chunk))
+                target.write(chunk)
+
+
+def _checked_parts(name: str) -> list[str]:
+    if len(name) > _MAX_NAME_LENGTH:
+        raise UnsafeArchive(f"A file's name is {len(name)} characters long.", field="files")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or any(c in name for c in "\\:\0"):
+        raise UnsafeArchive(
+            f"The file name {name!r} points outside the upload.",
+            field=name,
+            fix="Use plain relative names.",
+        )
+    return parts
+
+
+def _below_top(parts: list[str], top_folders: set[str]) -> list[str]:
+    """Strip the one folder that all members may share; `top_folders` remembers it."""
+    if _is_ignored(parts):
+        return parts
+    top_folders.add(parts[0] if len(parts) > 1 else "")
+    if len(parts) > 2 or len(top_folders) > 1:
+        name = "/".join(parts)
+        raise UnsafeArchive(
+            f"The archive's member {name!r} lies in a folder of its own.",
+            field=name,
+            fix="Pack the adapter's files alone, without subfolders.",
+        )
+    return parts[-1:]
+
+
+def _is_ignored(parts: list[str]) -> bool:
+    # Finder packs "__MACOSX/" and "._name" beside the real files.
+    return bool(parts) and (
+        parts[-1] in IGNORED_FILES or parts[-1].startswith("._") or parts[0] == "__MACOSX"
+    )
+
+
+def _is_pickle(leaf: str) -> bool:
+    return leaf.lower().endswith(_PICKLE_SUFFIXES)
+
+
+def _unexpected(name: str) -> InvalidAdapter:
+    return InvalidAdapter(
+        f"The file {name!r} belongs to no adapter and is no archive.",
+        field=name,
+        fix=f"Upload {', '.join(sorted(ADAPTER_FILES))}, or a .zip, .tar or .tar.gz of them.",
+    )
+
+
+# Names of members with their data; None for a folder.
+_Members = Iterator[tuple[str, IO[bytes] | None]]
+
+
+def _archive_reader(stream: BinaryIO) -> Callable[[UploadLimits, BinaryIO], _Members] | None:
+    stream.seek(0)
+    head = stream.read(512)
+    stream.seek(0)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _zip_members
+    if head.startswith(b"\x1f\x8b"):
+        return _gzip_members
+    if head[257:262] == b"ustar":
+        return _tar_members
+    return None
+
+
+def _zip_members(_: UploadLimits, stream: BinaryIO) -> _Members:
+    with zipfile.ZipFile(stream) as archive:
+        for info in archive.infolist():
+            mode = info.external_attr >> 16
+            # Without Unix attributes the type bits are 0.
+            if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _not_a_file(info.filename)
+            if info.flag_bits & 1:
+                raise InvalidAdapter(
+                    f"The archive's member {info.filename!r} is encrypted.", field=info.filename
+                )
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise InvalidAdapter(
+                    f"The archive's member {info.filename!r} is packed in a way that is not read.",
+                    field=info.filename,
+                    fix="Pack the files with plain 'zip'.",
+                )
+            if info.is_dir():
+                yield info.filename, None
+                continue
+            with archive.open(info) as member:
+                yield info.filename, member
+
+
+def _gzip_members(limits: UploadLimits, stream: BinaryIO) -> _Members:
+    with gzip.GzipFile(fileobj=stream) as unzipped:
+        yield from _tar_members(limits, cast(BinaryIO, unzipped))
+
+
+def _tar_members(limits: UploadLimits, stream: BinaryIO) -> _Members:
+    source = _MeteredReader(stream, limits.max_bytes)
+    # "r|" reads strictly forwards, so the meter sees each byte once.
+    with tarfile.open(fileobj=cast(BinaryIO, source), mode="r|") as archive:
+        while True:
+            source.limit(_MAX_TAR_HEADER_BYTES)
+            info = archive.next()
+            if info is None:
+                return
+            source.limit(None)
+            if info.isdir():
+                yield info.name, None
+                continue
+            member = archive.extractfile(info) if info.isreg() and not info.issparse() else None
+            if member is None:
+                raise _not_a_file(info.name)
+            yield info.name, member
+            # Skipping what was not read would count as the next header.
+            while member.read(_CHUNK_BYTES):
+                pass
+
+
+def _not_a_file(name: str) -> UnsafeArchive:
+    return UnsafeArchive(
+        f"The archive's member {name!r} is a link or a device.",
+        field=name,
+        fix="Pack the files themselves, for example with 'tar --dereference'.",
+    )
+
+
+class _MeteredReader:
+    """Reads a tar stream within bounds, whatever its headers say.
+
+    `tarfile` reads long names whole into memory and unpacks members only to
+    skip them: headers must stay within `limit`, all of the stream within the
+    upload's cap.
+    """
+
+    def __init__(self, stream: BinaryIO, max_bytes: int) -> None:
+        self._stream = stream
+        self._max_bytes = self._left = max_bytes
+        # Opening the archive reads the first header already.
+        self._header_left: int | None = _MAX_TAR_HEADER_BYTES
+
+    def limit(self, num_bytes: int | None) -> None:
+        """Allow so many bytes until the next call; None for no bound of their own."""
+        self._header_left = num_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as a file does; raises once a bound is passed."""
+        data = self._stream.read(size)
+        if self._header_left is not None:
+            self._header_left -= len(data)
+            if self._header_left < 0:
+                raise UnsafeArchive("The archive has an oversized header.", field="files")
+        self._left -= len(data)
+        if self._left < 0:
+            raise _too_large(self._max_bytes)
+        return data
+
+
+def _too_large(max_bytes: int) -> AdapterTooLarge:
+    return AdapterTooLarge(
+        f"The upload is larger than {max_bytes} bytes when unpacked.",
+        field="files",
+        fix="Upload a smaller adapter, or raise the server's upload limit.",
+    )

@@ -1,0 +1,214 @@
+"""The index of a home: which name means which content, and what happened to it.
+
+Three tables. `adapter_names` points each name at a digest; `adapter_versions`
+holds the passport of a content under a name; `adapter_events` only grows. All
+are kept per base model, so that one home can serve several bases in turn and
+each keeps its own names. One database belongs to one home.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Engine, Text, event
+from sqlmodel import Field, Session, SQLModel, create_engine, select
+
+
+class EventKind(StrEnum):
+    """What can happen to a name."""
+
+    UPLOADED = "uploaded"
+    MOVED = "moved"
+    SHIPPED = "shipped"
+    DELETED = "deleted"
+    LOST = "lost"
+
+
+class NameRow(SQLModel, table=True):
+    """A name, and the content it means now."""
+
+    __tablename__ = "adapter_names"
+
+    base: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    digest: str = Field(index=True)
+    created_at: str
+    updated_at: str
+
+
+class VersionRow(SQLModel, table=True):
+    """A content under a name; `passport` and `sizes` (file to bytes) are JSON."""
+
+    __tablename__ = "adapter_versions"
+
+    base: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    digest: str = Field(primary_key=True)
+    passport: str = Field(sa_type=Text)
+    sizes: str = Field(sa_type=Text)
+    created_at: str
+
+
+class EventRow(SQLModel, table=True):
+    """One line of history."""
+
+    __tablename__ = "adapter_events"
+
+    id: int | None = Field(default=None, primary_key=True)
+    base: str
+    name: str = Field(index=True)
+    digest: str
+    kind: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A version as the index holds it."""
+
+    base: str
+    name: str
+    digest: str
+    passport: str
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """One thing that happened to a name."""
+
+    name: str
+    digest: str
+    kind: EventKind
+    at: datetime
+
+
+class AdapterIndex:
+    """Names, versions and history in a database; each method is one transaction."""
+
+    def __init__(self, url: str, base: str) -> None:
+        self._base = base
+        self._engine = create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _wait_for_other_connections)
+        tables = [_table(row) for row in (NameRow, VersionRow, EventRow)]
+        SQLModel.metadata.create_all(self._engine, tables=tables)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @property
+    def engine(self) -> Engine:
+        """The database engine, for tools that read the tables."""
+        return self._engine
+
+    def names(self) -> dict[str, str]:
+        """The digest of each name of this base."""
+        with Session(self._engine) as session:
+            rows = session.exec(select(NameRow).where(NameRow.base == self._base)).all()
+            return {row.name: row.digest for row in rows}
+
+    def versions(self) -> list[StoredVersion]:
+        """Every version of every base."""
+        with Session(self._engine) as session:
+            return [
+                StoredVersion(r.base, r.name, r.digest, r.passport, json.loads(r.sizes))
+                for r in session.exec(select(VersionRow)).all()
+            ]
+
+    def is_used(self, digest: str) -> bool:
+        """Whether any version of any base has this content."""
+        with Session(self._engine) as session:
+            query = select(VersionRow).where(VersionRow.digest == digest)
+            return session.exec(query).first() is not None
+
+    def put(
+        self,
+        name: str,
+        digest: str,
+        *,
+        passport: str,
+        sizes: Mapping[str, int],
+        shipped: bool = False,
+    ) -> None:
+        """Point `name` at `digest`; the version it pointed at before is dropped."""
+        now = _now()
+        with Session(self._engine) as session:
+            row = session.get(NameRow, (self._base, name))
+            kind = EventKind.UPLOADED if row is None else EventKind.MOVED
+            if row is None:
+                row = NameRow(
+                    base=self._base, name=name, digest=digest, created_at=now, updated_at=now
+                )
+            else:
+                self._drop_version(session, self._base, name, row.digest)
+                row.digest, row.updated_at = digest, now
+            session.add(row)
+            session.add(
+                VersionRow(
+                    base=self._base,
+                    name=name,
+                    digest=digest,
+                    passport=passport,
+                    sizes=json.dumps(sizes, sort_keys=True),
+                    created_at=now,
+                )
+            )
+            kind = EventKind.SHIPPED if shipped else kind
+            self._record(session, self._base, name, digest, kind)
+            session.commit()
+
+    def drop(self, name: str, kind: EventKind, *, base: str | None = None) -> None:
+        """Forget a name (of `base`, by default the one served) and its version."""
+        base = base or self._base
+        with Session(self._engine) as session:
+            row = session.get(NameRow, (base, name))
+            if row is None:
+                return
+            self._drop_version(session, base, name, row.digest)
+            session.delete(row)
+            self._record(session, base, name, row.digest, kind)
+            session.commit()
+
+    def history(self, name: str | None = None) -> list[AdapterEvent]:
+        """What happened to `name`, or to all names of this base, oldest first."""
+        query = select(EventRow).where(EventRow.base == self._base)
+        if name is not None:
+            query = query.where(EventRow.name == name)
+        with Session(self._engine) as session:
+            rows = session.exec(query).all()
+            events = sorted(rows, key=lambda row: row.id or 0)
+            return [
+                AdapterEvent(r.name, r.digest, EventKind(r.kind), datetime.fromisoformat(r.at))
+                for r in events
+            ]
+
+    def _drop_version(self, session: Session, base: str, name: str, digest: str) -> None:
+        version = session.get(VersionRow, (base, name, digest))
+        if version is not None:
+            session.delete(version)
+            session.flush()
+
+    def _record(self, session: Session, base: str, name: str, digest: str, kind: EventKind) -> None:
+        session.add(EventRow(base=base, name=name, digest=digest, kind=kind, at=_now()))
+
+
+def shipped_digests(events: Sequence[AdapterEvent]) -> set[str]:
+    """The contents that came with the package, out of a name's history."""
+    return {event.digest for event in events if event.kind is EventKind.SHIPPED}
+
+
+def _table(row: type[SQLModel]) -> Any:
+    return row.__table__  # type: ignore[attr-defined]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _wait_for_other_connections(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA busy_timeout = 30000")

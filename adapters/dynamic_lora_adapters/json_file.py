@@ -1,0 +1,74 @@
+"""Strict reading of an adapter's JSON files.
+
+Python's own reader keeps the last of two equal keys and accepts NaN: both would
+let a file mean one thing to the person who checked it and another to the server.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dynamic_lora_adapters.errors import InvalidAdapter
+
+MAX_JSON_BYTES = 1 << 20
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read one JSON object from a file.
+
+    Raises `InvalidAdapter`, with the file's name as its field, when the file is
+    missing, over 1 MiB, not UTF-8, not JSON, not an object, or holds a repeated
+    key, NaN or an infinity.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise InvalidAdapter(
+            f"{path.name} is missing.",
+            field=path.name,
+            fix="Upload every file that PEFT's save_pretrained wrote.",
+        ) from None
+    return parse_json_object(data, path.name)
+
+
+def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
+    """Parse one JSON object; `name` is what the errors call the document."""
+    if len(data) > MAX_JSON_BYTES:
+        raise InvalidAdapter(f"{name} is larger than {MAX_JSON_BYTES} bytes.", field=name)
+    try:
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    except UnicodeDecodeError as error:
+        raise InvalidAdapter(f"{name} is not UTF-8: {error}.", field=name) from None
+    except RecursionError:
+        raise InvalidAdapter(f"{name} is nested too deeply.", field=name) from None
+    except ValueError as error:
+        raise InvalidAdapter(f"{name} is not valid JSON: {error}.", field=name) from None
+    if not isinstance(value, dict):
+        raise InvalidAdapter(f"{name} must hold a JSON object.", field=name)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number that JSON allows")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large")
+    return value

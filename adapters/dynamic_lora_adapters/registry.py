@@ -1,0 +1,336 @@
+"""The adapters a server knows: from an upload's folder to factors under a name."""
+
+import difflib
+import hashlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+
+from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
+from dynamic_lora_adapters.card import CARD_FILE, TaskCard
+from dynamic_lora_adapters.errors import (
+    AdapterNotFound,
+    IncompatibleAdapter,
+    UnsupportedAdapter,
+)
+from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.index import (
+    AdapterEvent,
+    AdapterIndex,
+    EventKind,
+    StoredVersion,
+    shipped_digests,
+)
+from dynamic_lora_adapters.json_file import read_json_object
+from dynamic_lora_adapters.names import check_adapter_name, check_base_model, model_leaf
+from dynamic_lora_adapters.passport import Passport, write_passport
+from dynamic_lora_adapters.spec import LoraSpec
+from dynamic_lora_adapters.store import BlobStore
+from dynamic_lora_adapters.targets import find_targets, unmatched_names
+from dynamic_lora_adapters.weights import (
+    WEIGHTS_FILE,
+    LoraFactors,
+    content_digest,
+    read_adapter,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterVersion:
+    """A name and the content it means at one moment. Versions never change."""
+
+    name: str
+    digest: str
+    passport: Passport
+    card: TaskCard | None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """The outcome of an upload; `created` is False if the name had this content already."""
+
+    passport: Passport
+    created: bool
+
+
+class Lease(AbstractContextManager["Lease"]):
+    """Keeps a version's files on disk while it is in use; releasing twice is harmless."""
+
+    __slots__ = ("_registry", "released", "version")
+
+    def __init__(self, version: AdapterVersion, registry: "AdapterRegistry") -> None:
+        self.version = version
+        self.released = False
+        self._registry = registry
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _value: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._registry.release(self)
+
+
+class AdapterRegistry:
+    """Names to adapter versions, kept on disk under `home` and fitted to one base.
+
+    All methods may be called from any thread; they block, `publish` for as long
+    as reading the weights takes. `resolve` and `list` touch no disk. Opening
+    cleans up after a crash, and raises `AdapterError` while another process
+    uses the home. Use `close`, or the registry as a context manager.
+
+    `database_url` names another database than `home/index.sqlite`; a database
+    serves one home only.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        geometry: BaseGeometry,
+        *,
+        limits: UploadLimits | None = None,
+        database_url: str | None = None,
+    ) -> None:
+        self.limits = limits or UploadLimits()
+        self._geometry = geometry
+        self._store = BlobStore(home)
+        self._index = AdapterIndex(
+            database_url or f"sqlite:///{home / 'index.sqlite'}", _base_key(geometry)
+        )
+        self._lock = threading.RLock()
+        self._num_leases: Counter[str] = Counter()
+        self._versions: dict[str, AdapterVersion] = {}
+        self._recover()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _value: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index and let another process have the home."""
+        self._index.close()
+        self._store.close()
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A fresh folder on the store's disk to collect one upload in (see `Intake`)."""
+        return self._store.staging()
+
+    def publish(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        force: bool = False,
+        ignored_files: Sequence[str] = (),
+    ) -> Publication:
+        """Check everything about the adapter in a `staging` folder and give it a name.
+
+        A name that exists moves to the new content; requests that hold a lease
+        keep the old one. `force` accepts an adapter that declares another base
+        model, if its shapes fit. Raises an `AdapterError`; nothing is changed then.
+        """
+        check_adapter_name(
+            name, reserved=(self._geometry.model_id, model_leaf(self._geometry.model_id))
+        )
+        version = self._inspect(name, folder, force, ignored_files)
+        return self._commit(version, folder)
+
+    def resolve(self, name: str) -> AdapterVersion:
+        """The version a name means now; raises `AdapterNotFound` with the near misses."""
+        version = self._versions.get(name)
+        if version is None:
+            raise AdapterNotFound(name, difflib.get_close_matches(name, list(self._versions)))
+        return version
+
+    def list(self) -> Sequence[Passport]:
+        """The passports of all adapters that fit the base, by name."""
+        versions = self._versions.copy()
+        return [versions[name].passport for name in sorted(versions)]
+
+    def delete(self, name: str) -> None:
+        """Forget a name. Its files go when no other name and no lease needs them."""
+        with self._lock:
+            version = self.resolve(name)
+            self._index.drop(name, EventKind.DELETED)
+            del self._versions[name]
+            self._collect(version.digest)
+
+    def lease(self, name: str) -> Lease:
+        """Resolve a name and keep that version's files until `release`."""
+        with self._lock:
+            version = self.resolve(name)
+            self._num_leases[version.digest] += 1
+        return Lease(version, self)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease; the last one of a forgotten version removes its files."""
+        with self._lock:
+            if lease.released:
+                return
+            lease.released = True
+            self._num_leases[lease.version.digest] -= 1
+            self._collect(lease.version.digest)
+
+    def load(self, digest: str) -> dict[str, LoraFactors]:
+        """Read a version's factors, checked again, by module path.
+
+        Hold a lease meanwhile. Raises `AdapterNotFound` if the files are gone.
+        """
+        folder = self._store.path(digest)
+        if not folder.is_dir():
+            raise AdapterNotFound(digest)
+        return read_adapter(folder, _read_spec(folder), self._geometry)
+
+    def history(self, name: str | None = None) -> Sequence[AdapterEvent]:
+        """What happened to a name, or to all, oldest first; deleted names included."""
+        return self._index.history(name)
+
+    def import_shipped(self, folder: Path) -> Sequence[str]:
+        """Publish the adapters that come with the package, under their folders' names.
+
+        Each is published once: a name that the user deleted stays deleted, one
+        that the user gave to another adapter stays the user's. New content
+        replaces an earlier shipped one. Adapters that do not fit this base are
+        skipped. Returns the names that were published.
+        """
+        names = [p.name for p in sorted(folder.iterdir()) if (p / CONFIG_FILE).is_file()]
+        return [name for name in names if self._import_one(name, folder / name)]
+
+    def _import_one(self, name: str, source: Path) -> bool:
+        shipped = shipped_digests(self._index.history(name))
+        current = self._versions.get(name)
+        if shipped and current is None:
+            return False
+        if current is not None and current.digest not in shipped:
+            logger.info("shipped adapter %r skipped: the name is taken", name)
+            return False
+        # Not reading the factors keeps PEFT out of an ordinary start.
+        if current is not None and current.digest == _digest(source):
+            return False
+        with self.staging() as folder:
+            intake = Intake(folder, self.limits)
+            intake.add_folder(source)
+            try:
+                version = self._inspect(name, folder, False, intake.ignored_files)
+            except (IncompatibleAdapter, UnsupportedAdapter) as error:
+                logger.info("shipped adapter %r skipped: %s", name, error)
+                return False
+            self._commit(version, folder, shipped=True)
+        return True
+
+    def _inspect(
+        self, name: str, folder: Path, force: bool, ignored_files: Sequence[str]
+    ) -> AdapterVersion:
+        spec = _read_spec(folder)
+        card = TaskCard.read(folder)
+        notes = check_base_model(spec.base_model, self._geometry.model_id, force=force)
+        if spec.revision:
+            notes.append(f"The adapter was trained on revision {spec.revision!r} of its base.")
+        factors = read_adapter(folder, spec, self._geometry)
+        for unmatched in unmatched_names(spec, find_targets(spec, self._geometry)):
+            notes.append(f"target_modules lists {unmatched!r}, which the base does not have.")
+        digest = _digest(folder)
+        passport = write_passport(
+            name=name,
+            version=digest,
+            created_at=datetime.now(UTC),
+            folder=folder,
+            spec=spec,
+            factors=factors,
+            card=card,
+            notes=notes,
+            ignored_files=ignored_files,
+        )
+        return AdapterVersion(name=name, digest=digest, passport=passport, card=card)
+
+    def _commit(
+        self, version: AdapterVersion, folder: Path, *, shipped: bool = False
+    ) -> Publication:
+        with self._lock:
+            current = self._versions.get(version.name)
+            if current is not None and current.digest == version.digest:
+                return Publication(current.passport, created=False)
+            # Files first: a crash in between leaves files that no row knows,
+            # which the next start removes.
+            self._store.publish(folder, version.digest)
+            try:
+                self._index.put(
+                    version.name,
+                    version.digest,
+                    passport=version.passport.model_dump_json(),
+                    sizes=self._store.sizes(version.digest),
+                    shipped=shipped,
+                )
+            except Exception:
+                self._collect(version.digest)
+                raise
+            self._versions[version.name] = version
+            if current is not None:
+                self._collect(current.digest)
+            return Publication(version.passport, created=True)
+
+    def _collect(self, digest: str) -> None:
+        """Remove a content that nothing needs any more."""
+        if self._num_leases[digest] == 0:
+            del self._num_leases[digest]
+            if not self._index.is_used(digest):
+                self._store.remove(digest)
+
+    def _recover(self) -> None:
+        base = _base_key(self._geometry)
+        current = self._index.names()
+        for stored in self._index.versions():
+            if self._store.sizes(stored.digest) != stored.sizes:
+                logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
+                self._index.drop(stored.name, EventKind.LOST, base=stored.base)
+            elif stored.base == base and current.get(stored.name) == stored.digest:
+                self._versions[stored.name] = self._restore(stored)
+        known = {stored.digest for stored in self._index.versions()}
+        for digest in self._store.digests() - known:
+            self._store.remove(digest)
+
+    def _restore(self, stored: StoredVersion) -> AdapterVersion:
+        try:
+            passport = Passport.model_validate_json(stored.passport)
+        except ValidationError:
+            # Written by a release whose passports had other fields.
+            folder = self._store.path(stored.digest)
+            return self._inspect(stored.name, folder, True, ())
+        return AdapterVersion(
+            name=stored.name, digest=stored.digest, passport=passport, card=passport.card
+        )
+
+
+def _base_key(geometry: BaseGeometry) -> str:
+    """What tells one base's names from another's in a shared home."""
+    text = f"{geometry.fingerprint} {model_leaf(geometry.model_id)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_spec(folder: Path) -> LoraSpec:
+    return LoraSpec.parse(read_json_object(folder / CONFIG_FILE))
+
+
+def _digest(folder: Path) -> str:
+    card = folder / CARD_FILE
+    content = read_json_object(card) if card.exists() else None
+    return content_digest(_read_spec(folder), folder / WEIGHTS_FILE, content)

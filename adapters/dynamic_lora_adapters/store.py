@@ -1,0 +1,131 @@
+"""Adapters on disk, by content.
+
+    home/
+        lock                          held while a server uses the folder
+        index.sqlite                  names, versions, history (see `index`)
+        adapters/<digest>/            one adapter, never changed once it is there
+            adapter_config.json
+            adapter_model.safetensors
+            task.json                 if the adapter has a card
+        staging/<random>/             uploads in progress, and folders on their way out
+
+A folder enters `adapters/` by one rename, after its files were flushed to disk,
+and leaves it by one rename back to `staging/`. So whatever a crash interrupts,
+`adapters/` holds whole adapters only, and `staging/` can be emptied at start.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dynamic_lora_adapters.archive import ADAPTER_FILES
+from dynamic_lora_adapters.errors import AdapterError
+
+if sys.platform != "win32":
+    import fcntl
+
+
+class BlobStore:
+    """The folders under one home; not thread-safe but for `staging` and reads.
+
+    Opening takes the home for this process: raises `AdapterError` if another
+    holds it. `close` gives it back.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._blobs = home / "adapters"
+        self._staging = home / "staging"
+        for folder in (self._blobs, self._staging):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_home(home)
+        self._sweep_staging()
+
+    def close(self) -> None:
+        """Let another process have the home."""
+        self._lock.close()
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A fresh empty folder for one upload; gone at the end unless published."""
+        folder = self._staging / secrets.token_hex(16)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def path(self, digest: str) -> Path:
+        """Where the adapter of this digest is, if it is there."""
+        return self._blobs / digest
+
+    def digests(self) -> set[str]:
+        """All digests in the store."""
+        return {folder.name for folder in self._blobs.iterdir()}
+
+    def sizes(self, digest: str) -> dict[str, int]:
+        """Bytes of each file of an adapter; empty if there is no such adapter."""
+        return _file_sizes(self.path(digest))
+
+    def publish(self, folder: Path, digest: str) -> None:
+        """Move a staged folder to its place; a whole one that is already there stays."""
+        target = self.path(digest)
+        if target.exists():
+            if _file_sizes(target) == _file_sizes(folder):
+                return
+            self.remove(digest)
+        for path in folder.iterdir():
+            if path.name in ADAPTER_FILES:
+                _flush(path)
+            else:
+                path.unlink()
+        _flush(folder)
+        os.replace(folder, target)
+        _flush(self._blobs)
+
+    def remove(self, digest: str) -> None:
+        """Drop an adapter; it disappears at once and as a whole."""
+        doomed = self._staging / secrets.token_hex(16)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path(digest), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _sweep_staging(self) -> None:
+        for folder in self._staging.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    if not folder.is_dir():
+        return {}
+    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name in ADAPTER_FILES}
+
+
+def _take_home(home: Path) -> IO[bytes]:
+    stream = (home / "lock").open("wb")
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise AdapterError(
+                f"Another server is using {str(home)!r}.",
+                field="home",
+                fix="Stop it, or give this server a --home of its own.",
+            ) from None
+    return stream
+
+
+def _flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # Windows opens no folders and needs no flush for them.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

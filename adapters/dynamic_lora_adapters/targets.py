@@ -1,0 +1,165 @@
+"""Which modules of the base an adapter targets, exactly as PEFT decides it."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, UnsupportedAdapter
+from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.spec import ALL_LINEAR, LoraSpec
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_PROBE_SECONDS = 10.0
+_PROBE = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.match(pattern, name), re.fullmatch(pattern, name)
+"""
+_PLAIN_NAME = re.compile(r"[\w.]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One module that takes a delta, with its own rank and scaling."""
+
+    path: str
+    rank: int
+    scaling: float
+
+
+def find_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
+    """The modules of the base that `spec` adapts, in the model's order.
+
+    The matching is PEFT's own code. Raises `IncompatibleAdapter` if nothing
+    matches, `UnsupportedAdapter` if a matched module is no linear layer that
+    can take a delta, `InvalidAdapter` for a pattern that takes unreasonably
+    long to match.
+    """
+    _prove_patterns_fast(spec, geometry.modules)
+    try:
+        targets = _matches(spec, geometry)
+    except re.error as error:
+        # Sound by itself, but not inside the expressions that PEFT builds from it.
+        raise InvalidAdapter(
+            f"PEFT cannot use a regular expression of this config: {error}.",
+            field=", ".join(sorted({key for key, _ in spec.patterns()})),
+        ) from None
+    if not targets:
+        raise IncompatibleAdapter(
+            f"target_modules {_shown(spec)} matches no module of {geometry.model_id!r}.",
+            field="target_modules",
+            fix=f"The layers that can be adapted are: {', '.join(_leaf_names(geometry))}.",
+        )
+    for target in targets:
+        if target.path not in geometry.linears:
+            raise UnsupportedAdapter(
+                f"target_modules matches {target.path!r} ({geometry.modules[target.path]}), "
+                "which cannot take a delta.",
+                field="target_modules",
+                fix=f"The layers that can be adapted are: {', '.join(_leaf_names(geometry))}.",
+            )
+    return targets
+
+
+def unmatched_names(spec: LoraSpec, targets: Iterable[Target]) -> list[str]:
+    """The entries of a `target_modules` list that matched nothing (PEFT lets them pass)."""
+    if isinstance(spec.target_modules, str):
+        return []
+    paths = [target.path for target in targets]
+    return [
+        name
+        for name in spec.target_modules
+        if not any(path == name or path.endswith(f".{name}") for path in paths)
+    ]
+
+
+def _target(spec: LoraSpec, path: str) -> Target:
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = dict(spec.rank_pattern), dict(spec.alpha_pattern)
+    rank = ranks.get(get_pattern_key(list(ranks), path), spec.rank)
+    alpha = alphas.get(get_pattern_key(list(alphas), path), spec.alpha)
+    return Target(path, rank, spec.scaling(rank, alpha))
+
+
+def _matches(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = _peft_config(spec, geometry)
+    paths = [path for path in geometry.modules if check_target_module_exists(config, path)]
+    return [_target(spec, path) for path in paths]
+
+
+def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":
+    from peft import LoraConfig
+
+    target_modules: list[str] | str
+    if not isinstance(spec.target_modules, str):
+        target_modules = list(spec.target_modules)
+    elif spec.target_modules.lower() == ALL_LINEAR:
+        # PEFT expands the word to every linear layer but the output head.
+        conv1d = [path for path, kind in geometry.modules.items() if kind == "Conv1D"]
+        target_modules = [*geometry.linears, *conv1d]
+    else:
+        target_modules = spec.target_modules
+    exclude = spec.exclude_modules
+    return LoraConfig(
+        target_modules=target_modules,
+        exclude_modules=list(exclude) if isinstance(exclude, tuple) else exclude,
+        layers_to_transform=list(spec.layers_to_transform) if spec.layers_to_transform else None,
+        layers_pattern=list(spec.layers_pattern) or None,
+    )
+
+
+def _prove_patterns_fast(spec: LoraSpec, names: Iterable[str]) -> None:
+    # A regular expression can backtrack for hours while it holds the interpreter
+    # lock. Patterns from outside are first run in a process that can be killed.
+    patterns = [pattern for _, pattern in spec.patterns() if not _PLAIN_NAME.fullmatch(pattern)]
+    if not patterns:
+        return
+    # The shapes in which PEFT uses them: whole paths, ends of paths, layer segments.
+    shapes = ("{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+    probes = [shape.replace("{}", pattern) for pattern in patterns for shape in shapes]
+    probes = [probe for probe in probes if _compiles(probe)]
+    try:
+        # Not checked: a pattern that fails there fails here too, with its own error.
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PROBE],
+            input=json.dumps([probes, list(names)]).encode(),
+            timeout=_PROBE_SECONDS,
+            capture_output=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        key = ", ".join(sorted({key for key, _ in spec.patterns()}))
+        raise InvalidAdapter(
+            f"A regular expression in {key} takes over {_PROBE_SECONDS:.0f} seconds to match.",
+            field=key,
+            fix="List the module names instead.",
+        ) from None
+
+
+def _compiles(pattern: str) -> bool:
+    # Inline flags, for one, are legal only at the start of a pattern.
+    with contextlib.suppress(re.error):
+        re.compile(pattern)
+        return True
+    return False
+
+
+def _leaf_names(geometry: BaseGeometry) -> list[str]:
+    return sorted({path.rsplit(".", 1)[-1] for path in geometry.linears})
+
+
+def _shown(spec: LoraSpec) -> str:
+    targets = spec.target_modules
+    return repr(targets if isinstance(targets, str) else list(targets))[:200]

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from dynamic_lora_adapters.costs import (
+    LENGTH_GRID,
+    NUM_ADAPTERS_GRID,
+    KernelChooser,
+    KernelCosts,
+    measure_costs,
+    num_grid_points,
+)
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.kernels import KERNELS
+from dynamic_lora_adapters.segments import DeltaPlan, Run
+from tests.support.slabs import make_slab
+
+
+def costs(**cheap: tuple[int, int]) -> KernelCosts:
+    """A table on which each named kernel is the fastest at its point."""
+    points = [(n, m) for n in NUM_ADAPTERS_GRID for m in LENGTH_GRID]
+    return KernelCosts(
+        {name: {p: 1.0 if cheap.get(name) == p else 9.0 for p in points} for name in KERNELS}
+    )
+
+
+def run(*lengths: int) -> Run:
+    return Run(make_slab(len(lengths), 8, 4, 4), 0, 0, list(lengths))
+
+
+def test_the_cheapest_kernel_at_the_nearest_point_is_chosen() -> None:
+    chooser = KernelChooser(costs(rank_concat=(4, 1), sorted_groups=(8, 4), segment_loop=(1, 32)))
+    assert chooser.choose(run(1, 1, 1, 1)).name == "rank_concat"
+    assert chooser.choose(run(*[4] * 8)).name == "sorted_groups"
+    assert chooser.choose(run(30)).name == "segment_loop"
+
+
+def test_padding_is_charged_for_the_longest_segment() -> None:
+    # At a mean length of 8 the groups would win, but padded to 32 they lose.
+    chooser = KernelChooser(costs(sorted_groups=(4, 8)))
+    assert chooser.choose(run(8, 8, 8, 8)).name == "sorted_groups"
+    assert chooser.choose(run(29, 1, 1, 1)).name != "sorted_groups"
+
+
+def test_cost_grows_beyond_the_grid() -> None:
+    table = costs()
+    assert table.of("segment_loop", 64, 128) == pytest.approx(9.0 * 2)
+
+
+def test_assign_names_a_kernel_for_every_run() -> None:
+    plan = DeltaPlan((run(1), run(2, 2)))
+    assert all(r.kernel is not None for r in KernelChooser(costs()).assign(plan).runs)
+
+
+def test_measured_costs_survive_the_cache() -> None:
+    ticks: list[None] = []
+    groups = [ProjectionGroup(("q",), 16, (16,))]
+    measured = measure_costs(
+        groups,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        tick=lambda: ticks.append(None),
+    )
+    assert len(ticks) == num_grid_points()
+    assert set(measured.seconds) == set(KERNELS)
+    assert all(seconds[1, 1] > 0 for seconds in measured.seconds.values())
+    assert KernelCosts.from_json(measured.to_json()).seconds == measured.seconds
+
+
+@pytest.mark.parametrize("text", ["[]", '[["segment_loop", 1, 1, 0.5]]', "not json"])
+def test_a_foreign_cache_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="another version|Expecting value"):
+        KernelCosts.from_json(text)

@@ -1,0 +1,93 @@
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlmodel import Session, select
+
+from dynamic_lora_adapters.index import (
+    AdapterIndex,
+    EventKind,
+    NameRow,
+    StoredVersion,
+    shipped_digests,
+)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'index.sqlite'}"
+
+
+@pytest.fixture
+def index(url: str) -> Iterator[AdapterIndex]:
+    index = AdapterIndex(url, "base-a")
+    yield index
+    index.close()
+
+
+def put(index: AdapterIndex, name: str, digest: str, *, shipped: bool = False) -> None:
+    index.put(name, digest, passport=f"p-{digest}", sizes={"f": 3}, shipped=shipped)
+
+
+def kinds(index: AdapterIndex, name: str | None = None) -> list[str]:
+    return [str(event.kind) for event in index.history(name)]
+
+
+def test_a_name_points_at_its_latest_content(index: AdapterIndex) -> None:
+    put(index, "ner", "d1")
+    put(index, "ner", "d2")
+    assert index.names() == {"ner": "d2"}
+    assert index.versions() == [StoredVersion("base-a", "ner", "d2", "p-d2", {"f": 3})]
+    assert kinds(index) == ["uploaded", "moved"]
+    assert not index.is_used("d1")
+
+
+def test_two_names_share_a_content(index: AdapterIndex) -> None:
+    put(index, "a", "d")
+    put(index, "b", "d")
+    index.drop("a", EventKind.DELETED)
+    assert index.is_used("d")
+    index.drop("b", EventKind.LOST)
+    assert not index.is_used("d")
+    assert kinds(index, "a") == ["uploaded", "deleted"]
+    assert kinds(index, "b") == ["uploaded", "lost"]
+
+
+def test_dropping_what_is_not_there_leaves_no_trace(index: AdapterIndex) -> None:
+    index.drop("x", EventKind.DELETED)
+    assert index.history() == []
+
+
+def test_it_is_all_there_after_a_restart(index: AdapterIndex, url: str) -> None:
+    put(index, "ner", "d", shipped=True)
+    index.close()
+    again = AdapterIndex(url, "base-a")
+    assert again.names() == {"ner": "d"}
+    assert shipped_digests(again.history("ner")) == {"d"}
+    again.close()
+
+
+def test_each_base_has_its_own_names(index: AdapterIndex, url: str) -> None:
+    other = AdapterIndex(url, "base-b")
+    put(index, "ner", "d1")
+    put(other, "ner", "d2")
+    assert index.names() == {"ner": "d1"}
+    assert other.names() == {"ner": "d2"}
+    assert other.is_used("d1")
+    assert {version.base for version in index.versions()} == {"base-a", "base-b"}
+    index.drop("ner", EventKind.LOST, base="base-b")
+    assert other.names() == {}
+    assert kinds(index) == ["uploaded"]
+    other.close()
+
+
+def test_times_are_utc_and_creation_survives_a_move(index: AdapterIndex) -> None:
+    put(index, "ner", "d1")
+    put(index, "ner", "d2")
+    (event, _) = index.history("ner")
+    assert event.at.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - event.at) < timedelta(minutes=5)
+    with Session(index.engine) as session:
+        row = session.exec(select(NameRow)).one()
+    assert row.created_at < row.updated_at

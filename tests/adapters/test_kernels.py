@@ -1,0 +1,59 @@
+"""Every delta kernel against the slow loop, over dtype x rank x batch x popularity."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamic_lora_adapters.kernels import KERNELS, REFERENCE, DeltaKernel
+from dynamic_lora_adapters.segments import Run
+from tests.support.slabs import make_slab
+
+POPULARITY = {
+    "one": [8],
+    "distinct": [1] * 8,
+    "uniform": [4, 4, 4, 4],
+    "zipf": [16, 8, 5, 4, 3],
+    "skewed": [100, 1, 1],
+    "single row": [1],
+}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-1}
+
+
+def relative_error(kernel: DeltaKernel, lengths: list[int], rank: int, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    slab = make_slab(len(lengths) + 2, rank, 48, 80, generator=generator, dtype=dtype)
+    run = Run(slab, 1, 0, lengths)
+    a, b = slab.a[0], slab.b[0]
+    assert a is not None and b is not None
+    x = torch.randn(run.num_rows, 48, generator=generator).to(dtype)
+    expected = torch.randn(run.num_rows, 80, generator=generator).to(dtype)
+    actual = expected.clone()
+    REFERENCE(expected, x, a[run.slots], b[run.slots], run)
+    kernel(actual, x, a[run.slots], b[run.slots], run)
+    return float((actual - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("rank", [8, 24, 64])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_kernel_equals_reference(name: str, popularity: str, rank: int, dtype: torch.dtype) -> None:
+    error = relative_error(KERNELS[name], POPULARITY[popularity], rank, dtype)
+    assert error < TOLERANCE[dtype]
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12), rank=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_kernels_agree_on_any_lengths(lengths: list[int], rank: int) -> None:
+    for kernel in KERNELS.values():
+        assert relative_error(kernel, lengths, 8 * rank, torch.float32) < 1e-4
+
+
+def test_reference_adds_the_product_to_the_output() -> None:
+    slab = make_slab(1, 2, 3, 4)
+    a, b = slab.a[0], slab.b[0]
+    assert a is not None and b is not None
+    x, out = torch.randn(5, 3), torch.ones(5, 4)
+    REFERENCE(out, x, a, b, Run(slab, 0, 0, [5]))
+    torch.testing.assert_close(out, 1 + x @ a[0].T @ b[0])

@@ -1,0 +1,159 @@
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool, ResidentAdapter
+from dynamic_lora_adapters.weights import LoraFactors
+
+GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]
+SLOT_BYTES = 8 * (16 + 24) * 4  # an adapter of rank 8 on q alone, in float32
+
+
+def factors(rank: int = 8, *, seed: int = 0, path: str = "q") -> dict[str, LoraFactors]:
+    generator = torch.Generator().manual_seed(seed)
+    width = {"q": 16, "k": 8, "o": 16}[path]
+    return {
+        path: LoraFactors(
+            a=torch.randn(rank, 16, generator=generator),
+            b=torch.randn(width, rank, generator=generator),
+            rank=rank,
+            scaling=1.0,
+        )
+    }
+
+
+def make_pool(num_slots: int) -> AdapterPool:
+    return AdapterPool(
+        GROUPS,
+        budget_bytes=SLOT_BYTES * num_slots,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def admit(pool: AdapterPool, digest: str, rank: int = 8) -> ResidentAdapter:
+    adapter = pool.admit(digest, factors(rank))
+    assert adapter is not None
+    return adapter
+
+
+def test_admitted_factors_lie_in_the_slot() -> None:
+    pool = make_pool(2)
+    adapter = pool.admit("a", factors(5, seed=3))
+    assert adapter is not None
+    expected = factors(5, seed=3)["q"]
+    a, b = adapter.slab.a[0], adapter.slab.b[0]
+    assert a is not None and b is not None
+    torch.testing.assert_close(
+        b[adapter.slot].T @ a[adapter.slot],
+        torch.cat([expected.b @ expected.a, torch.zeros(8, 16)]),
+    )
+    assert adapter.slab.a[1] is None
+
+
+def test_least_recently_used_idle_adapter_is_evicted() -> None:
+    pool = make_pool(2)
+    a, b = admit(pool, "a"), admit(pool, "b")
+    pool.release(a)
+    pool.release(b)
+    again = pool.lease("a")
+    assert again is a
+    pool.release(a)
+    admit(pool, "c")
+    assert pool.resident_digests() == ["a", "c"]
+    assert pool.stats().num_evictions == 1
+    pool.check_integrity()
+
+
+def test_leased_adapters_are_never_evicted() -> None:
+    pool = make_pool(1)
+    a = admit(pool, "a")
+    assert pool.admit("b", factors()) is None
+    pool.release(a)
+    assert pool.admit("b", factors()) is not None
+    assert pool.lease("a") is None
+
+
+def test_adapter_over_the_whole_budget_is_refused_with_both_numbers() -> None:
+    pool = make_pool(1)
+    with pytest.raises(AdapterCapacityError, match=f"needs {2 * SLOT_BYTES} bytes.*{SLOT_BYTES}"):
+        pool.admit("big", factors(16))
+
+
+def test_dropping_returns_the_bytes_after_the_last_lease() -> None:
+    pool = make_pool(4)
+    a = admit(pool, "a")
+    pool.drop("a")
+    assert pool.lease("a") is None
+    assert pool.stats().used_bytes > 0
+    pool.release(a)
+    assert pool.stats().used_bytes == 0
+    pool.check_integrity()
+
+
+def test_dropping_an_unknown_adapter_does_nothing() -> None:
+    pool = make_pool(1)
+    pool.drop("nobody")
+    assert pool.stats().num_resident == 0
+
+
+def test_adapters_of_other_shapes_get_their_own_slabs() -> None:
+    pool = make_pool(2 * SLAB_SLOTS + 2)
+    a, b, c = admit(pool, "a", 8), admit(pool, "b", 16), admit(pool, "c", 3)
+    assert a.slab is c.slab
+    assert a.slab is not b.slab
+    assert a.slab.signature == (8, 0)
+    assert b.slab.signature == (16, 0)
+
+
+def test_admitting_a_resident_adapter_shares_its_slot() -> None:
+    pool = make_pool(2)
+    assert admit(pool, "a") is admit(pool, "a")
+    assert pool.stats().num_loads == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["use", "end", "drop"])), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_uses_keeps_the_pool_sound(moves: list[tuple[int, str]]) -> None:
+    pool = make_pool(5)
+    held: dict[int, list[ResidentAdapter]] = {}
+    for number, move in moves:
+        digest, rank = f"adapter {number}", 8 * (1 + number % 3)
+        if move == "use":
+            adapter = pool.lease(digest) or pool.admit(digest, factors(rank))
+            if adapter is not None:
+                held.setdefault(number, []).append(adapter)
+        elif move == "end" and held.get(number):
+            pool.release(held[number].pop())
+        elif move == "drop":
+            pool.drop(digest)
+        pool.check_integrity()
+    for adapters in held.values():
+        for adapter in adapters:
+            pool.release(adapter)
+    pool.check_integrity()
+    assert pool.stats().num_leased == 0
+
+
+def test_threads_may_use_the_pool_at_once() -> None:
+    pool = make_pool(3)
+
+    def work(offset: int) -> None:
+        for step in range(100):
+            digest = f"adapter {(step + offset) % 5}"
+            adapter = pool.lease(digest) or pool.admit(digest, factors())
+            if adapter is not None:
+                pool.release(adapter)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pool.check_integrity()
+    assert pool.stats().num_leased == 0

@@ -1,0 +1,1 @@
+"""Tiny models, tokenizers and adapters that the tests make for themselves."""
