@@ -1,0 +1,101 @@
+"""The engine's greedy tokens are those of PEFT on the same model, alone and mixed."""
+
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+
+from dynamic_lora_server.engine.build import BuiltEngine
+from tests.support.adapters import load_with_peft, make_adapter
+from tests.support.engines import (
+    ADAPTER_KINDS,
+    admit,
+    make_engine,
+    make_sequence,
+    peft_greedy,
+    random_prompt,
+    run_all,
+)
+from tests.support.models import TINY_MODELS, tiny_llama
+
+NUM_TOKENS = 10
+TASKS = ["attention", "all", None, "rslora", "down", "large", None, "one layer", "pattern", "all"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    base = tiny_llama()
+    return {name: make_adapter(root / name, base, **kind) for name, kind in ADAPTER_KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(folders: dict[str, Path]) -> PeftModel:
+    return load_with_peft(tiny_llama(), {name.replace(" ", "_"): p for name, p in folders.items()})
+
+
+def expected_tokens(oracle: PeftModel, task: str | None, prompt: list[int]) -> list[int]:
+    return peft_greedy(oracle, task and task.replace(" ", "_"), prompt, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module", params=["contiguous", "paged"])
+def built(request: pytest.FixtureRequest) -> BuiltEngine:
+    return make_engine(tiny_llama(), paged=request.param == "paged")
+
+
+@pytest.mark.parametrize("task", [*ADAPTER_KINDS, None])
+def test_alone(
+    built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path], task: str | None
+) -> None:
+    prompt = random_prompt(40, seed=9)
+    adapter = None if task is None else admit(built, folders[task])
+    (tokens,) = run_all(built, [make_sequence(prompt, adapter=adapter)])
+    assert tokens == expected_tokens(oracle, task, prompt)
+
+
+def test_mixed(built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]) -> None:
+    prompts = [random_prompt(3 + 9 * i, seed=i) for i in range(len(TASKS))]
+    sequences = [
+        make_sequence(prompt, adapter=None if task is None else admit(built, folders[task]))
+        for task, prompt in zip(TASKS, prompts, strict=True)
+    ]
+    tokens = run_all(built, sequences)
+    for task, prompt, actual in zip(TASKS, prompts, tokens, strict=True):
+        assert actual == expected_tokens(oracle, task, prompt), task
+
+
+def test_late_comers_join_a_running_batch(
+    built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    first, second = random_prompt(20, seed=1), random_prompt(50, seed=2)
+    early = make_sequence(first, adapter=admit(built, folders["all"]))
+    built.engine.add(early)
+    for _ in range(4):
+        built.engine.step()
+    assert early.output_ids
+    late = make_sequence(second, adapter=admit(built, folders["down"]))
+    run_all(built, [late])
+    assert early.output_ids == expected_tokens(oracle, "all", first)
+    assert late.output_ids == expected_tokens(oracle, "down", second)
+
+
+@pytest.mark.parametrize("family", sorted(set(TINY_MODELS) - {"gpt2"}))
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_architectures(family: str, paged: bool, tmp_path: Path) -> None:
+    """Beyond the sliding windows of 32 tokens where the architecture has them."""
+    build = TINY_MODELS[family]
+    folder = make_adapter(tmp_path / "a", build(), rank=4, targets="all-linear")
+    oracle = load_with_peft(build(), {"a": folder})
+    built = make_engine(build(), paged=paged)
+    prompts = [random_prompt(length, seed=length) for length in (60, 11, 45)]
+    tasks = ["a", None, "a"]
+    adapter = admit(built, folder)
+    tokens = run_all(
+        built,
+        [
+            make_sequence(prompt, adapter=adapter if task else None)
+            for task, prompt in zip(tasks, prompts, strict=True)
+        ],
+    )
+    for task, prompt, actual in zip(tasks, prompts, tokens, strict=True):
+        assert actual == peft_greedy(oracle, task, prompt, NUM_TOKENS)

@@ -1,0 +1,141 @@
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dynamic_lora_server.engine.sampler import _filter, sample, uniform
+from dynamic_lora_server.engine.sequence import Sequence
+from tests.support.engines import make_sequence
+
+VOCAB = 50
+
+
+def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def tokens(scores: torch.Tensor, *sequences: Sequence) -> list[int]:
+    return [sampled.token_id for sampled in sample(scores, sequences)]
+
+
+def test_greedy_takes_the_most_likely() -> None:
+    scores = logits(rows=3)
+    rows = [make_sequence([1]) for _ in range(3)]
+    assert tokens(scores, *rows) == scores.argmax(-1).tolist()
+
+
+def test_draws_follow_the_distribution() -> None:
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    count = 4000
+    drawn = Counter(
+        tokens(scores, make_sequence([1], temperature=1.0, seed=seed))[0] for seed in range(count)
+    )
+    for token, probability in enumerate(torch.softmax(scores[0], -1).tolist()):
+        # Four standard deviations of a binomial.
+        margin = 4 * math.sqrt(count * probability * (1 - probability))
+        assert abs(drawn[token] - count * probability) < margin
+
+
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
+    scores = logits(rows=4)
+    alone = [
+        tokens(scores[i : i + 1], make_sequence([1], temperature=0.9, seed=i))[0] for i in range(4)
+    ]
+    others = [make_sequence([1], temperature=0.9, seed=i) for i in range(4)]
+    assert tokens(scores, *others) == alone
+    mixed = [make_sequence([1], top_k=3, temperature=2.0, seed=99), others[1]]
+    assert tokens(scores[:2], *mixed)[1] == alone[1]
+
+
+def test_successive_draws_of_one_seed_differ() -> None:
+    assert len({uniform(5, index) for index in range(100)}) == 100
+    assert all(0 <= uniform(seed, 0) < 1 for seed in range(1000))
+    assert uniform(5, 3) == uniform(5, 3)
+
+
+@given(
+    seed=st.integers(0, 100),
+    temperature=st.floats(0.1, 5),
+    top_k=st.integers(0, VOCAB),
+    top_p=st.floats(0.05, 1),
+    min_p=st.floats(0, 0.5),
+)
+@settings(max_examples=100, deadline=None)
+def test_filters_keep_the_tokens_that_transformers_keeps(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    scores = logits(seed)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    warpers.append(TopPLogitsWarper(top_p))
+    warpers.append(MinPLogitsWarper(min_p))
+    expected = warpers(torch.LongTensor([[1]]), torch.FloatTensor(scores)).isfinite()
+    sequence = make_sequence([1], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    actual = _filter(scores / temperature, [sequence]).isfinite()
+    # At an exact boundary rounding may keep one token more or less.
+    assert (expected ^ actual).sum() <= 1
+    assert actual.any()
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=lambda p: str(*p)
+)
+def test_the_strictest_filters_are_greedy(params: dict[str, Any]) -> None:
+    scores = logits()
+    sequence = make_sequence([1], temperature=1.0, seed=4, **params)
+    assert tokens(scores, sequence) == [int(scores.argmax())]
+
+
+def test_repetition_penalty_is_transformers_over_prompt_and_output() -> None:
+    scores = logits()
+    sequence = make_sequence([3, 4, 5], repetition_penalty=1.7)
+    sequence.output_ids += [int(scores.argmax()), 9]
+    seen = torch.tensor([sequence.tokens(0, sequence.num_tokens)])
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, scores.clone())
+    assert tokens(scores, sequence) == [int(expected.argmax())]
+
+
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+    scores = torch.zeros(1, 4)
+    scores[0] = torch.tensor([1.0, 0.9, 0.8, 0.0])
+    once = make_sequence([0, 0, 0], presence_penalty=0.15)
+    assert tokens(scores, once) == [0]
+    once.output_ids.append(0)
+    assert tokens(scores, once) == [1]
+    twice = make_sequence([1], frequency_penalty=0.15)
+    twice.output_ids += [0, 0, 1]
+    assert tokens(scores, twice) == [2]
+
+
+def test_penalties_leave_the_callers_logits_alone() -> None:
+    scores = logits()
+    before = scores.clone()
+    sample(scores, [make_sequence([1, 2], repetition_penalty=2.0)])
+    assert torch.equal(scores, before)
+
+
+def test_logprobs_are_the_models_own() -> None:
+    scores = logits(rows=2)
+    expected = torch.log_softmax(scores, -1)
+    plain = make_sequence([1])
+    asked = make_sequence([1], temperature=3.0, logprobs=True, top_logprobs=3, top_k=5)
+    first, second = sample(scores, [plain, asked])
+    assert first.logprob is None
+    assert first.top == ()
+    assert second.logprob == pytest.approx(float(expected[1, second.token_id]), rel=1e-5)
+    best = expected[1].topk(3)
+    assert [token for token, _ in second.top] == best.indices.tolist()
+    assert [value for _, value in second.top] == pytest.approx(best.values.tolist())

@@ -1,0 +1,109 @@
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamic_lora_server.engine.kv_space import ContiguousSpace
+from dynamic_lora_server.engine.scheduler import Scheduler
+from dynamic_lora_server.engine.sequence import Phase
+from dynamic_lora_server.generation import FinishReason
+from tests.support.engines import make_sequence
+
+TOKEN = 7
+
+
+def make_scheduler(cells: int = 1000, running: int = 4, step: int = 8) -> Scheduler:
+    return Scheduler(ContiguousSpace(cells), max_running=running, max_step_tokens=step)
+
+
+def step(scheduler: Scheduler, token: int = TOKEN) -> list[tuple[int, int]]:
+    """One step; (sequence id, tokens run) of each piece."""
+    pieces = scheduler.schedule()
+    summary = [(piece.sequence.id, piece.num_tokens) for piece in pieces]
+    for piece in pieces:
+        scheduler.advance(piece, token if piece.samples else None)
+    return summary
+
+
+def test_prompts_are_run_in_pieces_beside_decoding() -> None:
+    scheduler = make_scheduler()
+    short, long = make_sequence([1] * 3), make_sequence([1] * 20)
+    scheduler.add(short)
+    scheduler.add(long)
+    assert step(scheduler) == [(short.id, 3), (long.id, 5)]
+    assert step(scheduler) == [(short.id, 1), (long.id, 7)]
+    assert long.output_ids == []
+    assert step(scheduler) == [(short.id, 1), (long.id, 7)]
+    assert step(scheduler) == [(short.id, 1), (long.id, 1)]
+    assert (len(short.output_ids), len(long.output_ids)) == (4, 1)
+
+
+def test_no_more_than_max_running_are_admitted() -> None:
+    scheduler = make_scheduler(running=2)
+    for _ in range(3):
+        scheduler.add(make_sequence([1]))
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+
+
+def test_the_head_of_the_queue_is_not_overtaken() -> None:
+    scheduler = make_scheduler(cells=30)
+    scheduler.add(make_sequence([1] * 5))
+    large, small = make_sequence([1] * 18), make_sequence([1])
+    scheduler.add(large)
+    scheduler.add(small)
+    step(scheduler)
+    assert large.phase is small.phase is Phase.WAITING
+
+
+def test_sequences_end_by_length_stop_and_eos() -> None:
+    endings: list[tuple[dict[str, Any], FinishReason | None]] = [
+        ({"max_new_tokens": 1}, FinishReason.LENGTH),
+        ({"stop_token_ids": (TOKEN,)}, FinishReason.STOP),
+        ({"ignore_eos": False}, None),
+    ]
+    for params, reason in endings:
+        scheduler = make_scheduler()
+        sequence = make_sequence([1, 2], **params)
+        scheduler.add(sequence)
+        (piece,) = scheduler.schedule()
+        assert scheduler.advance(piece, TOKEN) is reason
+        assert (sequence.phase is Phase.ENDED) is (reason is not None)
+    (piece,) = scheduler.schedule()
+    assert scheduler.advance(piece, 1) is FinishReason.EOS
+
+
+def test_ending_twice_is_harmless_wherever_the_sequence_is() -> None:
+    scheduler = make_scheduler(running=1)
+    running, waiting = make_sequence([1]), make_sequence([1])
+    scheduler.add(running)
+    scheduler.add(waiting)
+    step(scheduler)
+    for sequence in (running, waiting):
+        assert scheduler.end(sequence)
+        assert not scheduler.end(sequence)
+    assert not scheduler.has_work
+    scheduler.check_integrity()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 8)), min_size=1, max_size=12),
+    st.integers(1, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_sequence_ends_and_no_step_is_over_budget(
+    shapes: list[tuple[int, int]], budget: int
+) -> None:
+    scheduler = make_scheduler(cells=60, running=3, step=budget)
+    sequences = [make_sequence([1] * n, max_new_tokens=m) for n, m in shapes]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    num_steps = 0
+    while scheduler.has_work:
+        summary = step(scheduler)
+        assert summary
+        assert sum(n for _, n in summary) <= max(budget, 4)
+        scheduler.check_integrity()
+        num_steps += 1
+        assert num_steps < 2000
+    assert [len(s.output_ids) for s in sequences] == [m for _, m in shapes]

@@ -1,0 +1,67 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from dynamic_lora_adapters.errors import AdapterCapacityError
+from tests.support.adapters import make_adapter
+from tests.support.models import tiny_llama
+from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
+
+
+def names(count: int) -> list[str]:
+    return [f"task-{i}" for i in range(count)]
+
+
+async def test_more_adapters_than_room_are_served_in_turn(tmp_path: Path) -> None:
+    folders = [
+        make_adapter(tmp_path / name, tiny_llama(), rank=8, targets=["q_proj"], seed=i)
+        for i, name in enumerate(names(5))
+    ]
+    async with serving(tmp_path, adapter_memory=2 * 2 * 8 * (64 + 128) * 4) as runtime:
+        for name, folder in zip(names(5), folders, strict=True):
+            publish(runtime, name, folder)
+        alone = [token_ids(await collect(runtime, spec(adapter=name))) for name in names(5)]
+        requests = [spec(adapter=name) for name in names(5) * 3]
+        together = await asyncio.gather(*(collect(runtime, r) for r in requests))
+        assert [token_ids(events) for events in together] == alone * 3
+        stats = runtime.stats().adapters
+        assert stats.num_resident == 2
+        assert stats.num_evictions >= 3
+
+
+async def test_one_load_serves_all_who_wait_for_it(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", folder)
+        done = await asyncio.gather(*(collect(runtime, spec(adapter="a")) for _ in range(6)))
+        assert all(finishes(events) for events in done)
+        assert runtime.stats().adapters.num_loads == 1
+
+
+async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "big", tiny_llama(), rank=32, targets="all-linear")
+    async with serving(tmp_path, adapter_memory=4096) as runtime:
+        publish(runtime, "big", folder)
+        with pytest.raises(AdapterCapacityError, match="adapters may use 4096 in all") as refused:
+            await collect(runtime, spec(adapter="big"))
+        assert refused.value.fix == "Start the server with a larger --adapter-memory."
+        assert finishes(await collect(runtime, spec()))
+
+
+async def test_a_request_cancelled_while_it_loads_leaves_no_lease(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama(), targets="all-linear")
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", folder)
+        for pause in (0.0, 0.0005, 0.002, 0.005, 0.01, 0.02):
+            task = asyncio.create_task(collect(runtime, spec(adapter="a", max_new_tokens=300)))
+            await asyncio.sleep(pause)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            runtime.residencies.forget(runtime.registry.resolve("a").digest)
+        for _ in range(300):
+            if not runtime.stats().adapters.num_leased:
+                break
+            await asyncio.sleep(0.01)
+        assert runtime.stats().adapters.num_leased == 0

@@ -1,0 +1,66 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynamic_lora_server.dtypes import choose_dtype
+from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
+from dynamic_lora_server.runtime import Runtime, Tier, shipped_adapters
+from tests.support.adapters import make_adapter
+from tests.support.models import tiny_falcon, tiny_llama, tiny_tokenizer
+from tests.support.runtimes import collect, load_runtime, publish, serving, spec, tiny_config
+
+
+async def test_adapters_survive_a_restart(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    async with serving(tmp_path) as runtime:
+        digest = publish(runtime, "a", folder)
+        before = await collect(runtime, spec(adapter="a"))
+        assert runtime.tier(digest) is Tier.DEVICE
+    async with serving(tmp_path) as runtime:
+        assert runtime.tier(digest) is Tier.DISK
+        assert await collect(runtime, spec(adapter="a")) == before
+        assert runtime.tier(digest) is Tier.DEVICE
+
+
+def test_shipped_adapters_of_another_base_are_skipped(tmp_path: Path) -> None:
+    runtime = Runtime.load(tiny_config(tmp_path), shipped=shipped_adapters())
+    assert list(runtime.registry.list()) == []
+    runtime.registry.close()
+
+
+def test_a_model_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
+    tiny_falcon().save_pretrained(tmp_path / "falcon")
+    tiny_tokenizer().save_pretrained(tmp_path / "falcon")
+    with pytest.raises(UnsupportedModel, match="FalconForCausalLM"):
+        load_runtime(tmp_path, model=str(tmp_path / "falcon"))
+
+
+def test_a_kv_cache_too_small_for_a_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match="kv_memory of 100 bytes holds 0 tokens of 512"):
+        load_runtime(tmp_path, kv_memory=100)
+
+
+def test_kernel_costs_are_measured_once_for_each_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_runtime(tmp_path).registry.close()
+    (costs,) = (tmp_path / "home" / "kernel-costs").iterdir()
+    monkeypatch.setattr("dynamic_lora_server.engine.build.measure_costs", None)
+    load_runtime(tmp_path).registry.close()
+    monkeypatch.undo()
+    costs.write_text("[]")
+    load_runtime(tmp_path).registry.close()
+    assert costs.read_text() != "[]"
+    shutil.rmtree(tmp_path / "home")
+
+
+def test_dtype_by_name_and_by_measurement() -> None:
+    config, cpu = tiny_llama().config, torch.device("cpu")
+    assert choose_dtype("bfloat16", cpu, config) is torch.bfloat16
+    assert choose_dtype("auto", cpu, config) in (torch.float32, torch.bfloat16)
+    config.dtype = torch.float32
+    assert choose_dtype("auto", torch.device("cuda"), config) is torch.bfloat16
+    config.dtype = torch.float16
+    assert choose_dtype("auto", torch.device("cuda"), config) is torch.float16

@@ -1,0 +1,196 @@
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from dynamic_lora_adapters.errors import AdapterNotFound
+from dynamic_lora_server.errors import (
+    ContextOverflow,
+    EngineFailed,
+    InvalidParameter,
+    NotReady,
+    QueueFull,
+)
+from dynamic_lora_server.generation import FinishReason, Started, TokenPiece
+from dynamic_lora_server.runtime import Runtime
+from tests.support.adapters import make_adapter
+from tests.support.models import tiny_llama
+from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
+
+
+@pytest.fixture
+async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
+    async with serving(tmp_path, max_running=4, max_waiting=4) as running:
+        make = make_adapter(tmp_path / "ner", tiny_llama(), targets="all-linear")
+        publish(running, "ner", make)
+        yield running
+
+
+async def quiet(runtime: Runtime) -> None:
+    """Wait until the engine has no sequence left."""
+    for _ in range(500):
+        if not runtime.built.engine.scheduler.has_work:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the engine did not come to rest")
+
+
+async def test_events_of_a_request(runtime: Runtime) -> None:
+    events = await collect(runtime, spec("the king", adapter="ner"))
+    started, *pieces, finish = events
+    assert isinstance(started, Started)
+    assert started.adapter == "ner"
+    assert started.version == runtime.registry.resolve("ner").digest
+    assert all(isinstance(piece, TokenPiece) for piece in pieces)
+    end = finishes(events)[0]
+    assert finish is end
+    assert end.reason is FinishReason.LENGTH
+    assert end.num_output_tokens == len(pieces) == 8
+    assert end.num_prompt_tokens == started.num_prompt_tokens
+    text = "".join(piece.text for piece in pieces if isinstance(piece, TokenPiece))
+    assert text + end.tail == end.text
+
+
+async def test_each_row_of_a_mixed_batch_equals_the_request_alone(runtime: Runtime) -> None:
+    requests = [
+        spec("the king", adapter="ner"),
+        spec("the king"),
+        spec("a longer prompt than the others", adapter="ner", temperature=1.0, seed=3),
+        spec("on the hill", temperature=0.8, seed=5, top_p=0.9, top_k=20),
+    ]
+    alone = [token_ids(await collect(runtime, request)) for request in requests]
+    together = await asyncio.gather(*(collect(runtime, request) for request in requests))
+    assert [token_ids(events) for events in together] == alone
+    assert alone[0] != alone[1]
+
+
+async def test_n_continuations_draw_with_successive_seeds(runtime: Runtime) -> None:
+    events = await collect(runtime, spec(n=3, temperature=1.0, seed=7))
+    assert {end.seed for end in finishes(events).values()} == {7, 8, 9}
+    second = await collect(runtime, spec(temperature=1.0, seed=8))
+    assert token_ids(events, 1) == token_ids(second)
+    assert len({tuple(token_ids(events, i)) for i in range(3)}) == 3
+
+
+async def test_an_unseeded_request_reports_the_seed_it_drew_with(runtime: Runtime) -> None:
+    events = await collect(runtime, spec(temperature=1.0))
+    seed = finishes(events)[0].seed
+    assert token_ids(await collect(runtime, spec(temperature=1.0, seed=seed))) == token_ids(events)
+
+
+async def test_stop_string_ends_the_text_and_the_sequence(runtime: Runtime) -> None:
+    free = finishes(await collect(runtime, spec(max_new_tokens=40)))[0].text
+    stop = free[5:7]
+    events = await collect(runtime, spec(max_new_tokens=40, stop=(stop,)))
+    end = finishes(events)[0]
+    assert end.reason is FinishReason.STOP
+    assert end.text == free[: free.index(stop)]
+    await quiet(runtime)
+
+
+async def test_stop_token_ends_the_sequence(runtime: Runtime) -> None:
+    free = token_ids(await collect(runtime, spec()))
+    events = await collect(runtime, spec(stop_token_ids=(free[3],)))
+    assert finishes(events)[0].reason is FinishReason.STOP
+    assert token_ids(events) == free[: free.index(free[3]) + 1]
+
+
+async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> None:
+    stream = runtime.service.stream(spec(adapter="ner", n=4, max_new_tokens=400))
+    async for event in stream:
+        if isinstance(event, TokenPiece):
+            break
+    assert runtime.service.num_open == 4
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert runtime.service.num_open == 0
+    await quiet(runtime)
+    stats = runtime.stats()
+    assert stats.kv_used_tokens == 0
+    assert stats.adapters.num_leased == 0
+
+
+async def test_cancelling_the_task_frees_the_place(runtime: Runtime) -> None:
+    task = asyncio.create_task(collect(runtime, spec(adapter="ner", max_new_tokens=400)))
+    while not runtime.stats().num_running:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await quiet(runtime)
+    assert runtime.service.num_open == 0
+
+
+async def test_a_full_queue_refuses_with_a_pause(runtime: Runtime) -> None:
+    tasks = [asyncio.create_task(collect(runtime, spec(max_new_tokens=100, n=4))) for _ in range(2)]
+    while runtime.service.num_open < 8:
+        await asyncio.sleep(0.001)
+    with pytest.raises(QueueFull, match="8 continuations are running or waiting") as refused:
+        await collect(runtime, spec())
+    assert 1 <= refused.value.retry_after <= 60
+    done = await asyncio.gather(*tasks)
+    assert all(len(finishes(events)) == 4 for events in done)
+    assert finishes(await collect(runtime, spec()))
+
+
+async def test_a_request_over_the_context_is_refused_with_both_numbers(runtime: Runtime) -> None:
+    with pytest.raises(ContextOverflow, match=r"has 2 tokens .* is 511: 513 .* holds 512"):
+        await collect(runtime, spec((5, 6), max_new_tokens=511))
+    events = await collect(runtime, spec((5, 6), max_new_tokens=3))
+    assert finishes(events)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("", "prompt is empty"), ((5, 300), "outside 0 to"), ((-1,), "outside 0")]
+)
+async def test_impossible_prompts_are_refused(
+    runtime: Runtime, prompt: str | tuple[int, ...], text: str
+) -> None:
+    with pytest.raises(InvalidParameter, match=text):
+        await collect(runtime, spec(prompt, add_special_tokens=False))
+
+
+async def test_an_unknown_adapter_is_refused_with_near_names(runtime: Runtime) -> None:
+    with pytest.raises(AdapterNotFound, match="Did you mean 'ner'"):
+        await collect(runtime, spec(adapter="nerr"))
+    assert runtime.service.num_open == 0
+
+
+async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runtime.built.engine), "_run", broken)
+        with pytest.raises(EngineFailed, match="the device is on fire"):
+            await collect(runtime, spec(adapter="ner"))
+    assert finishes(await collect(runtime, spec(adapter="ner")))
+
+
+async def test_a_deleted_adapter_serves_out_its_requests(runtime: Runtime) -> None:
+    expected = token_ids(await collect(runtime, spec(adapter="ner", max_new_tokens=60)))
+    stream = runtime.service.stream(spec(adapter="ner", max_new_tokens=60))
+    events = [await anext(stream), await anext(stream)]
+    digest = runtime.registry.resolve("ner").digest
+    runtime.registry.delete("ner")
+    runtime.residencies.forget(digest)
+    events += [event async for event in stream]
+    assert token_ids(events) == expected
+    with pytest.raises(AdapterNotFound):
+        await collect(runtime, spec(adapter="ner"))
+    assert runtime.stats().adapters.used_bytes == 0
+
+
+async def test_shutting_down_fails_what_runs(tmp_path: Path) -> None:
+    async with serving(tmp_path) as runtime:
+        stream = runtime.service.stream(spec(max_new_tokens=400))
+        await anext(stream)
+        await anext(stream)
+        runtime.service.close()
+        with pytest.raises(EngineFailed, match="shutting down"):
+            async for _ in stream:
+                pass
+        with pytest.raises(NotReady, match="not running"):
+            await collect(runtime, spec())

@@ -1,0 +1,159 @@
+"""The rules that hold the code in shape: who imports whom, how long things are, what is listed."""
+
+import ast
+import importlib
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "dynamic_lora_adapters": ROOT / "adapters" / "dynamic_lora_adapters",
+    "dynamic_lora_server": ROOT / "server" / "dynamic_lora_server",
+    "dynamic_lora_client": ROOT / "clients" / "dynamic_lora_client",
+}
+MAY_IMPORT: dict[str, set[str]] = {
+    "dynamic_lora_adapters": set(),
+    "dynamic_lora_server": {"dynamic_lora_adapters"},
+    "dynamic_lora_client": set(),
+}
+# Policies and bookkeeping are tested without tensors, so they must not need them.
+WITHOUT_TORCH = [
+    "dynamic_lora_server/engine/kv_space.py",
+    "dynamic_lora_server/engine/scheduler.py",
+    "dynamic_lora_server/engine/sequence.py",
+    "dynamic_lora_server/config.py",
+    "dynamic_lora_server/generation.py",
+    "dynamic_lora_server/errors.py",
+    "dynamic_lora_adapters/archive.py",
+    "dynamic_lora_adapters/spec.py",
+    "dynamic_lora_adapters/errors.py",
+]
+MAX_FUNCTION_LINES = 60
+MAX_MODULE_LINES = 350
+
+
+def modules() -> Iterator[Path]:
+    for folder in PACKAGES.values():
+        yield from sorted(folder.rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(path.parents[len(path.relative_to(ROOT).parts) - 2]))
+
+
+ALL = {name(path): path for path in modules()}
+
+
+def imports(tree: ast.Module, *, top_level_only: bool = False) -> set[str]:
+    """Modules that a file imports at run time (not those under TYPE_CHECKING)."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_imports_point_one_way(path: str) -> None:
+    package = path.split("/")[0]
+    allowed = MAY_IMPORT[package] | {package}
+    for imported in imports(ast.parse(ALL[path].read_text())):
+        top = imported.split(".")[0]
+        assert top not in PACKAGES or top in allowed, f"{path} imports {imported}"
+
+
+def test_no_import_cycles() -> None:
+    known = {module_name(path) for path in ALL}
+    graph = {
+        module_name(path): imports(ast.parse(file.read_text()), top_level_only=True) & known
+        for path, file in ALL.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for imported in sorted(graph[module] - {module}):
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def reachable(path: str) -> set[str]:
+    """Everything a module's import brings in, third parties by their top name."""
+    files = {module_name(p): p for p in ALL}
+    seen: set[str] = set()
+    queue = [path]
+    while queue:
+        for imported in imports(ast.parse(ALL[queue.pop()].read_text()), top_level_only=True):
+            if imported not in seen:
+                seen.add(imported)
+                if imported in files:
+                    queue.append(files[imported])
+    return seen
+
+
+@pytest.mark.parametrize("path", WITHOUT_TORCH)
+def test_bookkeeping_imports_no_torch(path: str) -> None:
+    brought = {imported.split(".")[0] for imported in reachable(path)}
+    assert not brought & {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_modules_and_functions_are_short(path: str) -> None:
+    source = ALL[path].read_text()
+    assert source.count("\n") <= MAX_MODULE_LINES, f"{path} is too long"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{path}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_every_module_says_what_it_is(path: str) -> None:
+    assert ast.get_docstring(ast.parse(ALL[path].read_text())), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_exports_are_sorted_and_real(package: str) -> None:
+    module = importlib.import_module(package)
+    exported = getattr(module, "__all__", [])
+    assert exported == sorted(exported)
+    for export in exported:
+        assert hasattr(module, export)
+
+
+def test_architecture_page_lists_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    listed = set(re.findall(r"`([a-z0-9_/]+\.py)`", page))
+    wanted = {path.split("/", 1)[1] for path in ALL if not path.endswith("__init__.py")}
+    assert wanted - listed == set(), "not in docs/architecture.md"
+    assert listed - wanted == set(), "listed, but there is no such module"
+
+
+def test_version_is_that_of_the_changelog() -> None:
+    version = importlib.metadata.version("dynamic-lora")
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    released = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)
+    assert released is not None
+    assert released[1] == version
