@@ -59,12 +59,17 @@ def imports(tree: ast.Module, *, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            found.update(_imported(node.module, alias.name) for alias in node.names)
         if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         nodes.extend(ast.iter_child_nodes(node))
     return found
+
+
+def _imported(module: str, attribute: str) -> str:
+    """`from a import b` imports the module a.b where there is one, else a."""
+    submodule = f"{module}.{attribute}"
+    return submodule if submodule in {module_name(path) for path in ALL} else module
 
 
 def module_name(path: str) -> str:
