@@ -1,4 +1,4 @@
-"""From token ids to visible text, as they come. Imports no torch."""
+"""From token ids to visible text, as they come."""
 
 from collections.abc import Sequence
 from functools import lru_cache

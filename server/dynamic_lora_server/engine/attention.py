@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from dynamic_lora_server.engine.batch import Span
+from dynamic_lora_server.engine.decode_groups import DecodeGroup, group_decodes
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
 from dynamic_lora_server.engine.paged_attention import PagedKernel
 from dynamic_lora_server.errors import UnsupportedModel
@@ -68,6 +69,7 @@ class AttentionStep:
     observed: dict[int, LayerGeometry] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     _gathers: dict[int, torch.Tensor] = field(default_factory=dict)
+    _splits: dict[int | None, tuple[list[DecodeGroup], list[Span]]] = field(default_factory=dict)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule
@@ -79,23 +81,37 @@ class AttentionStep:
         """
         self.observed[layer] = LayerGeometry(k.shape[0], k.shape[2], v.shape[2])
         if self.cache is None:
-            return self._each_span(q, rule, lambda span: (_rows(k, span), _rows(v, span)))
+            out = q.new_empty(q.shape[1], q.shape[0], v.shape[2])
+            for span in self.spans:
+                new = _rows(q, span), _rows(k, span), _rows(v, span)
+                _place(out, span, self._attend_one(*new, rule))
+            return out
         assert self.cells is not None
         self.cache.write(layer, self.cells, k.transpose(0, 1), v.transpose(0, 1))
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.paged_kernel is not None and rule.plain:
             return self.paged_kernel(q.transpose(0, 1), keys, values, rule.scaling, rule.window)
-        return self._each_span(
-            q, rule, lambda span: (self._history(keys, span), self._history(values, span))
-        )
+        return self._attend_cached(q, keys, values, rule)
 
-    def _each_span(self, q: torch.Tensor, rule: Rule, history: Any) -> torch.Tensor:
-        outputs = []
-        for span in self.spans:
-            k, v = history(span)
-            outputs.append(self._attend_one(_rows(q, span), k, v, rule))
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return joined.transpose(0, 1)
+    def _attend_cached(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule
+    ) -> torch.Tensor:
+        groups, singles = self._split(q, rule)
+        out = q.new_empty(q.shape[1], q.shape[0], values.shape[2])
+        for group in groups:
+            out.index_copy_(0, group.rows, group.attend(q, keys, values, rule.scaling))
+        for span in singles:
+            k, v = self._history(keys, span), self._history(values, span)
+            _place(out, span, self._attend_one(_rows(q, span), k, v, rule))
+        return out
+
+    def _split(self, q: torch.Tensor, rule: Rule) -> tuple[Sequence[DecodeGroup], Sequence[Span]]:
+        """Groups of decoding spans and the other spans; the same for all layers of a kind."""
+        if not rule.plain:
+            return (), self.spans
+        if rule.window not in self._splits:
+            self._splits[rule.window] = group_decodes(self.spans, rule.window, q)
+        return self._splits[rule.window]
 
     def _history(self, table: torch.Tensor, span: Span) -> torch.Tensor:
         """Cached entries of a sequence, [kv_heads, num_total, dim]; a view where it can be."""
@@ -146,6 +162,11 @@ class AttentionStep:
 
 def _rows(x: torch.Tensor, span: Span) -> torch.Tensor:
     return x[:, span.row : span.row + span.num_new]
+
+
+def _place(out: torch.Tensor, span: Span, attended: torch.Tensor) -> None:
+    """Put [heads, num_new, dim] of a span into its rows of [num_tokens, heads, dim]."""
+    out[span.row : span.row + span.num_new] = attended.transpose(0, 1)
 
 
 def _attend_decode(

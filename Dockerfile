@@ -1,0 +1,52 @@
+# Dynamic LoRA's server. BASE: any Debian-like image with Python 3.11+, its venv module and
+# CA certificates.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+# cpu: the CPU build of torch, or, where pip's index has none, the general build (larger; it
+# serves on CPUs as well). cuda: a build with CUDA, checked to be one.
+ARG TORCH=cpu
+# Where pip finds the chosen build when its default index lacks it. Predefined names of pip.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+RUN python3 -m venv /opt/dynamic-lora
+COPY constraints.txt ./
+# torch first, in a layer of its own: by far the largest part, and the one that changes least.
+RUN set -eu; \
+    torch="$(grep '^torch==' constraints.txt)"; \
+    pip="/opt/dynamic-lora/bin/pip install -c constraints.txt"; \
+    case "$TORCH" in \
+      cpu) $pip "$torch+cpu" || { echo "No CPU build of $torch in pip's index: taking the \
+general build. Name an index that has one with --build-arg PIP_EXTRA_INDEX_URL."; $pip "$torch"; } ;; \
+      cuda) $pip "$torch"; /opt/dynamic-lora/bin/python -c 'import sys, torch; \
+sys.exit(torch.version.cuda is None and "TORCH=cuda, but pip chose a build without CUDA: \
+name an index that has one with --build-arg PIP_EXTRA_INDEX_URL.")' ;; \
+      *) echo "TORCH=$TORCH: expected cpu or cuda." >&2; exit 1 ;; \
+    esac
+COPY . .
+RUN /opt/dynamic-lora/bin/pip install -c constraints.txt '.[server]'
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="Dynamic LoRA" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin dynamic-lora \
+    && install -d -o dynamic-lora -g dynamic-lora /var/lib/dynamic-lora /var/cache/dynamic-lora
+COPY --from=build /opt/dynamic-lora /opt/dynamic-lora
+# XDG_CACHE_HOME and HF_HOME: the converted base model and Hub downloads, kept in one volume.
+ENV PATH=/opt/dynamic-lora/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/var/cache/dynamic-lora \
+    HF_HOME=/var/cache/dynamic-lora/huggingface \
+    HOST=0.0.0.0 \
+    PORT=8000
+USER dynamic-lora
+WORKDIR /home/dynamic-lora
+VOLUME ["/var/lib/dynamic-lora", "/var/cache/dynamic-lora"]
+EXPOSE 8000
+# The first start fetches the base model, so it gets time; until then /ready answers 503.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/ready\", timeout=4)"]
+ENTRYPOINT ["dynamic-lora"]
+CMD ["serve", "--home", "/var/lib/dynamic-lora"]

@@ -1,0 +1,1 @@
+"""Measurements of a running server. Not part of the installed package."""

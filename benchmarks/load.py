@@ -1,0 +1,140 @@
+"""The closed loop: a fixed number of clients, each with one request under way at any time."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import httpx
+
+from benchmarks.errors import BenchmarkError, RequestFailed
+from benchmarks.stats import Summary, Timing, summarise
+from benchmarks.wire import Wire
+from benchmarks.workload import PromptMaker, Request, Workload, requests, warm_up_requests
+
+Send = Callable[[Request], Awaitable[Timing]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopResult:
+    """What a closed loop saw: the requests that succeeded, and why the others did not."""
+
+    timings: list[Timing]
+    failures: list[str]
+    wall_s: float
+
+
+async def closed_loop(
+    send: Send, work: Iterable[Request], *, num_clients: int, seconds: float | None = None
+) -> LoopResult:
+    """Send `work` from `num_clients` at once; each sends its next when its last has ended.
+
+    Ends when the work is used up, or when `seconds` have passed since the start; requests
+    under way then are finished and counted. The wall time runs from the first request's
+    start to the last one's end.
+    """
+    timings: list[Timing] = []
+    failures: list[str] = []
+    start = time.perf_counter()
+    queue = _until(iter(work), None if seconds is None else start + seconds)
+
+    async def client() -> None:
+        # The generator is shared and never awaits: each request is taken by one client.
+        for request in queue:
+            try:
+                timings.append(await send(request))
+            except RequestFailed as failure:
+                failures.append(str(failure))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(num_clients):
+            group.create_task(client())
+    wall_s = time.perf_counter() - start
+    return LoopResult(timings=timings, failures=failures, wall_s=wall_s)
+
+
+def _until(work: Iterator[Request], end: float | None) -> Iterator[Request]:
+    for request in work:
+        if end is not None and time.perf_counter() >= end:
+            return
+        yield request
+
+
+async def send_streaming(http: httpx.AsyncClient, wire: Wire, request: Request) -> Timing:
+    """Post one request and time its tokens.
+
+    Raises RequestFailed: refused, broken off, or not of the length that was asked.
+    """
+    sent = time.perf_counter()
+    arrivals: list[float] = []
+    total: int | None = None
+    num_tokens = 0
+    try:
+        async with http.stream(
+            "POST", wire.path, json=wire.body(request), params=wire.params(request)
+        ) as response:
+            async for event in _events(response):
+                delta = wire.read(event)
+                if delta.num_tokens:
+                    arrivals.append(time.perf_counter())
+                num_tokens += delta.num_tokens
+                total = total if delta.total_output_tokens is None else delta.total_output_tokens
+    except httpx.HTTPError as error:
+        raise RequestFailed(f"{type(error).__name__}: {error}") from error
+    # The server's own count is right where one event carries several tokens.
+    total = num_tokens if total is None else total
+    if total != request.num_output_tokens or not arrivals:
+        raise RequestFailed(f"{request.num_output_tokens} tokens were asked, {total} came")
+    return Timing(
+        sent=sent, first_token=arrivals[0], last_token=arrivals[-1], num_output_tokens=total
+    )
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    if response.status_code != 200:
+        text = (await response.aread()).decode(errors="replace")
+        raise RequestFailed(f"status {response.status_code}: {text[:300]}")
+    async for line in response.aiter_lines():
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == "[DONE]":
+            continue
+        try:
+            event = json.loads(data)
+        except ValueError as error:
+            raise RequestFailed(f"an event is no JSON: {data[:200]}") from error
+        yield event
+
+
+async def measure(
+    http: httpx.AsyncClient, wire: Wire, workload: Workload, prompts: PromptMaker
+) -> Summary:
+    """Warm up, then run one cell. Raises BenchmarkError where every request failed."""
+
+    async def send(request: Request) -> Timing:
+        return await send_streaming(http, wire, request)
+
+    warm_up = warm_up_requests(workload, prompts)
+    warm = await closed_loop(send, warm_up, num_clients=workload.num_clients)
+    if warm.failures:
+        raise BenchmarkError(f"warm-up failed: {_reasons(warm.failures)}")
+    work: Iterable[Request] = requests(workload, prompts)
+    if workload.num_requests is not None:
+        # Made beforehand, so that making prompts takes no time from the server's processor.
+        work = list(islice(work, workload.num_requests))
+    result = await closed_loop(
+        send,
+        work,
+        num_clients=workload.num_clients,
+        seconds=workload.seconds,
+    )
+    if not result.timings:
+        raise BenchmarkError(f"no request succeeded: {_reasons(result.failures)}")
+    return summarise(result.timings, wall_s=result.wall_s, num_failed=len(result.failures))
+
+
+def _reasons(failures: list[str]) -> str:
+    return "; ".join(f"{count}x {reason}" for reason, count in Counter(failures).most_common(3))

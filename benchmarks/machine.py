@@ -1,0 +1,73 @@
+"""Facts of the machine that a measurement was made on."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("dynamic-lora", "torch", "transformers", "peft", "numpy")
+# What decides the speed of matrix products on x86 and ARM.
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Processor, memory, accelerator and versions."""
+
+    cpu: str
+    num_cores: int
+    cpu_flags: list[str]
+    memory_gib: float
+    gpu: str | None
+    system: str
+    python: str
+    packages: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        """The machine in one line."""
+        parts = [f"{self.cpu}, {self.num_cores} cores", ", ".join(self.cpu_flags)]
+        parts += [f"{self.memory_gib:.0f} GiB", self.gpu or "no GPU", f"Python {self.python}"]
+        parts += [f"{name} {number}" for name, number in self.packages.items()]
+        return "; ".join(part for part in parts if part)
+
+
+def describe_machine() -> Machine:
+    """The facts of this machine, for the process's own share of its cores."""
+    fields = _cpuinfo()
+    flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        cpu=fields.get("model name") or platform.processor() or platform.machine(),
+        num_cores=len(os.sched_getaffinity(0)),
+        cpu_flags=[flag for flag in _FLAGS if flag in flags],
+        memory_gib=round(memory / 2**30, 1),
+        gpu=_gpu(),
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        packages=_versions(),
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,130 @@
+"""A base with PEFT adapters, loaded into this process and timed batch by batch."""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.peers.base import Setup
+from benchmarks.stats import Summary, Timing, summarise
+from benchmarks.workload import PromptMaker, Request, Workload, requests, warm_up_requests
+
+# PEFT's name, in `adapter_names`, for a row of the base model.
+_BASE_ROW = "__base__"
+
+
+@contextmanager
+def opened(setup: Setup) -> Iterator["PeftSession"]:
+    """Load the base and every adapter; free them on leaving."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, setup.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(setup.base, dtype=dtype)
+    model.to(device)
+    for index, folder in enumerate(setup.adapters):
+        if index == 0:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=folder.name)
+        else:
+            model.load_adapter(folder, adapter_name=folder.name)
+    tokenizer = AutoTokenizer.from_pretrained(setup.base, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    names = [folder.name for folder in setup.adapters]
+    try:
+        yield PeftSession(model.eval(), tokenizer, names, setup.dtype)
+    finally:
+        del model
+        gc.collect()
+
+
+class _StepClock(StoppingCriteria):
+    """Notes the time after every generated token; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        del scores, kwargs
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True, slots=True)
+class PeftSession:
+    """What `opened` gives: a model in evaluation mode, its adapters by name."""
+
+    model: Any
+    tokenizer: Any
+    names: list[str]
+    dtype: str
+
+    @property
+    def version(self) -> str:
+        """The versions and the dtype."""
+        libraries = f"peft {version('peft')}, transformers {version('transformers')}"
+        return f"{libraries}, {self.dtype}, in process"
+
+    def measure(self, workload: Workload, prompts: PromptMaker) -> Summary:
+        """Generate batch after batch. Raises BenchmarkError where a row comes short."""
+        warm_up = warm_up_requests(workload, prompts)
+        self._batch(warm_up[: workload.num_clients])
+        work = islice(requests(workload, prompts), workload.num_requests)
+        timings: list[Timing] = []
+        start = time.perf_counter()
+        while batch := list(islice(work, workload.num_clients)):
+            timings += self._batch(batch)
+            if workload.seconds is not None and time.perf_counter() - start >= workload.seconds:
+                break
+        return summarise(timings, wall_s=time.perf_counter() - start)
+
+    def _batch(self, batch: list[Request]) -> list[Timing]:
+        num_tokens = batch[0].num_output_tokens
+        clock = _StepClock()
+        sent = time.perf_counter()
+        inputs = self.tokenizer(
+            [request.prompt for request in batch], return_tensors="pt", padding=True
+        ).to(self.model.device)
+        with torch.inference_mode():
+            output = self._generate(
+                batch,
+                **inputs,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        if output.shape[1] - inputs["input_ids"].shape[1] != num_tokens:
+            raise BenchmarkError(f"{num_tokens} tokens were asked, not what came")
+        timing = Timing(
+            sent=sent,
+            first_token=clock.times[0],
+            last_token=clock.times[-1],
+            num_output_tokens=num_tokens,
+        )
+        return [timing] * len(batch)
+
+    def _generate(self, batch: list[Request], **arguments: Any) -> torch.Tensor:
+        if self.names and all(request.adapter is None for request in batch):
+            # Cheaper than a batch whose rows are all named base rows.
+            with self.model.disable_adapter():
+                return self._tokens(arguments)
+        if self.names:
+            rows = [_BASE_ROW if r.adapter is None else self.names[r.adapter] for r in batch]
+            arguments["adapter_names"] = rows
+        return self._tokens(arguments)
+
+    def _tokens(self, arguments: dict[str, Any]) -> torch.Tensor:
+        output: torch.Tensor = self.model.generate(**arguments)
+        return output

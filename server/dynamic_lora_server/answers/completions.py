@@ -1,0 +1,103 @@
+"""Generation events as `/v1/completions` answers them."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_of
+from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
+from dynamic_lora_server.schemas import openai as wire
+from dynamic_lora_server.sse import event
+from dynamic_lora_server.streams import Continuation, Generation, merge
+
+
+class CompletionAnswer:
+    """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p.
+
+    `num_top` is the request's `logprobs`: None for no log-probabilities.
+    """
+
+    def __init__(self, *, model: str, n: int, num_top: int | None, usage: bool) -> None:
+        self._stamp = Stamp.new("cmpl", model)
+        self._n = n
+        self._num_top = num_top
+        self._usage = usage
+
+    def whole(self, prompts: Sequence[Sequence[Continuation]]) -> wire.Completion:
+        """The answer that is sent at once."""
+        choices = [
+            self._choice(position, continuation)
+            for position, continuations in enumerate(prompts)
+            for continuation in continuations
+        ]
+        usage = usage_of((p, c.finish) for p, cs in enumerate(prompts) for c in cs)
+        return self._completion(choices, usage)
+
+    async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
+        """A chunk for each piece of text, one for each end, and the usage if asked for."""
+        usage = UsageCount()
+        offsets: dict[int, int] = {}
+        async with aclosing(merge([generation.events for generation in generations])) as events:
+            async for position, current in events:
+                if isinstance(current, Finish):
+                    usage.add(position, current)
+                choice = self._piece(position, current, offsets)
+                if choice is not None:
+                    yield event(self._completion([choice], None))
+        if self._usage:
+            yield event(self._completion([], usage.answer()))
+
+    def _completion(
+        self, choices: list[wire.CompletionChoice], usage: wire.Usage | None
+    ) -> wire.Completion:
+        stamp = self._stamp
+        return wire.Completion(
+            id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
+        )
+
+    def _choice(self, position: int, continuation: Continuation) -> wire.CompletionChoice:
+        finish = continuation.finish
+        return wire.CompletionChoice(
+            index=position * self._n + finish.index,
+            text=finish.text,
+            logprobs=self._logprobs(continuation.pieces, 0),
+            finish_reason=FINISH[finish.reason],
+        )
+
+    def _piece(
+        self, position: int, current: GenerationEvent, offsets: dict[int, int]
+    ) -> wire.CompletionChoice | None:
+        if isinstance(current, Finish):
+            return wire.CompletionChoice(
+                index=position * self._n + current.index,
+                text=current.tail,
+                finish_reason=FINISH[current.reason],
+            )
+        if not isinstance(current, TokenPiece) or not (current.text or self._num_top is not None):
+            return None
+        index = position * self._n + current.index
+        offset = offsets.get(index, 0)
+        offsets[index] = offset + len(current.text)
+        return wire.CompletionChoice(
+            index=index, text=current.text, logprobs=self._logprobs([current], offset)
+        )
+
+    def _logprobs(
+        self, pieces: Sequence[TokenPiece], offset: int
+    ) -> wire.CompletionLogprobs | None:
+        if self._num_top is None:
+            return None
+        offsets = []
+        for piece in pieces:
+            offsets.append(offset)
+            offset += len(piece.text)
+        return wire.CompletionLogprobs(
+            tokens=[piece.token_text for piece in pieces],
+            token_logprobs=[piece.logprob for piece in pieces],
+            top_logprobs=[_top(piece) for piece in pieces] if self._num_top else None,
+            text_offset=offsets,
+        )
+
+
+def _top(piece: TokenPiece) -> dict[str, float]:
+    # Two tokens may read the same; the likelier one comes first and keeps the key.
+    return {token.text: token.logprob for token in reversed(piece.top)}

@@ -1,0 +1,74 @@
+"""What the two kinds of OpenAI answers share."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from dynamic_lora_server.generation import Finish, FinishReason
+from dynamic_lora_server.problems import openai_error, stream_fault
+from dynamic_lora_server.schemas import openai as wire
+from dynamic_lora_server.sse import DONE, json_event
+
+FINISH: dict[FinishReason, wire.FinishName] = {
+    FinishReason.EOS: "stop",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What every part of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, model: str) -> "Stamp":
+        """A stamp for an answer that begins now."""
+        return cls(id=f"{prefix}-{secrets.token_hex(12)}", created=int(time.time()), model=model)
+
+
+@dataclass(slots=True)
+class UsageCount:
+    """Token counts of a request; each prompt counts once, whatever `n` is."""
+
+    prompts: dict[int, int] = field(default_factory=dict)
+    num_output_tokens: int = 0
+
+    def add(self, prompt: int, finish: Finish) -> None:
+        """Count one continuation of the prompt at this position."""
+        self.prompts[prompt] = finish.num_prompt_tokens
+        self.num_output_tokens += finish.num_output_tokens
+
+    def answer(self) -> wire.Usage:
+        """The counts as OpenAI names them."""
+        num_prompt_tokens = sum(self.prompts.values())
+        return wire.Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=self.num_output_tokens,
+            total_tokens=num_prompt_tokens + self.num_output_tokens,
+        )
+
+
+def usage_of(finishes: Iterable[tuple[int, Finish]]) -> wire.Usage:
+    """The usage of whole continuations, each with its prompt's position."""
+    count = UsageCount()
+    for prompt, finish in finishes:
+        count.add(prompt, finish)
+    return count.answer()
+
+
+async def framed(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """End a stream as OpenAI does: `[DONE]`, or an error object after a failure."""
+    async with aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except Exception as error:
+            yield json_event(openai_error(stream_fault(error)))
+        else:
+            yield DONE

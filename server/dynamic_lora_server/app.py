@@ -1,0 +1,122 @@
+"""The FastAPI application: routes, error answers, and the runtime's life."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+
+from dynamic_lora_server import problems
+from dynamic_lora_server.body_limit import BodyLimit
+from dynamic_lora_server.config import ServerConfig
+from dynamic_lora_server.metrics import RequestCounter
+from dynamic_lora_server.routes import adapters, chat, completions, generate, models, service
+from dynamic_lora_server.schemas.generate import StreamEvent
+from dynamic_lora_server.schemas.openai import ChatChunk
+from dynamic_lora_server.schemas.problem import Problem
+from dynamic_lora_server.state import Load, ServerState
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+_DESCRIPTION = """\
+One base model, many LoRA adapters, mixed in one batch.
+
+Errors are problem documents (RFC 9457); below `/v1`, OpenAI's error objects.
+Until the model is loaded everything but `/health` and `/metrics` answers 503.
+"""
+
+
+def create_app(
+    config: ServerConfig,
+    *,
+    load: Load | None = None,
+    on_ready: "Callable[[Runtime], object] | None" = None,
+    on_failure: Callable[[Exception], object] | None = None,
+) -> FastAPI:
+    """The application of one server. It serves at once and loads the model meanwhile.
+
+    `load` makes the runtime (default: `Runtime.load` of `config`) on a thread of
+    its own. `on_ready` or `on_failure` is called on the event loop with the outcome.
+    """
+    state = ServerState(config)
+    bring_up = partial(_bring_up, state, load or partial(_load, config), on_ready, on_failure)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(bring_up())
+        yield
+        loading.cancel()
+        with suppress(asyncio.CancelledError):
+            await loading
+        await state.go_down()
+
+    app = FastAPI(
+        title="Dynamic LoRA",
+        version=version("dynamic-lora"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+    )
+    app.state.server = state
+    for resource in (generate, adapters, completions, chat, models, service):
+        app.include_router(resource.router)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(RequestCounter, metrics=state.metrics)
+    problems.install(app)
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
+    return app
+
+
+def _load(config: ServerConfig) -> "Runtime":
+    # Imports torch and transformers: on the loading thread, so that /health need not wait.
+    from dynamic_lora_server.runtime import Runtime
+
+    return Runtime.load(config)
+
+
+async def _bring_up(
+    state: ServerState,
+    load: Load,
+    on_ready: "Callable[[Runtime], object] | None",
+    on_failure: Callable[[Exception], object] | None,
+) -> None:
+    try:
+        await state.come_up(load)
+    except Exception as error:
+        _log.debug("the model could not be loaded", exc_info=error)
+        if on_failure is None:
+            _log.error("the model could not be loaded: %s", error)
+        else:
+            on_failure(error)
+        return
+    if on_ready is not None:
+        on_ready(state.runtime)
+
+
+def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """FastAPI's document, with the models that only other media types refer to."""
+    if app.openapi_schema is None:
+        schema = build()
+        schemas = schema["components"]["schemas"]
+        for model in (Problem, StreamEvent, ChatChunk):
+            own = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(own.pop("$defs", {}))
+            schemas[model.__name__] = own
+        _drop_default_errors(schema)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _drop_default_errors(schema: dict[str, Any]) -> None:
+    """Take out the 422 that FastAPI adds by itself: this server answers with other documents."""
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    for operation in (op for path in schema["paths"].values() for op in path.values()):
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]

@@ -1,0 +1,208 @@
+"""`dynamic-lora serve`: load a base model and serve it with its adapters over HTTP."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dynamic_lora_server.config import (
+    DEVICES,
+    DTYPES,
+    LOG_LEVELS,
+    ServerConfig,
+    default_home,
+    parse_bytes,
+)
+from dynamic_lora_server.errors import ServerError
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
+
+_GRACE_SECONDS = 10
+_START_FAILED = 1
+_DEFAULT = ServerConfig()
+
+
+# One alias for each option, so that the command's signature can be read.
+_Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of the base model.", show_default="SmolLM2-135M-Instruct"),
+]
+_Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
+_Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
+_Home = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="DYNAMIC_LORA_HOME", help="Adapter store.", show_default="the user's data folder"
+    ),
+]
+_DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(envvar="DYNAMIC_LORA_DATABASE_URL", help="Index instead of HOME's SQLite."),
+]
+_AdapterRoot = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder below which POST /adapters may read a source. Repeatable."),
+]
+_MaxUploadBytes = Annotated[str, typer.Option(help="Cap on one upload.")]
+_AdapterMemory = Annotated[
+    str | None, typer.Option(help="Device memory for adapters.", show_default="by free memory")
+]
+_KvMemory = Annotated[
+    str | None, typer.Option(help="Device memory for the KV cache.", show_default="by free memory")
+]
+_MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
+_MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
+_PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
+_Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
+_Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
+_LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]
+
+
+def serve(
+    model: _Model = None,
+    host: _Host = _DEFAULT.host,
+    port: _Port = _DEFAULT.port,
+    home: _Home = None,
+    database_url: _DatabaseUrl = None,
+    adapter_root: _AdapterRoot = None,
+    max_upload_bytes: _MaxUploadBytes = "2GiB",
+    adapter_memory: _AdapterMemory = None,
+    kv_memory: _KvMemory = None,
+    max_running: _MaxRunning = _DEFAULT.max_running,
+    max_waiting: _MaxWaiting = _DEFAULT.max_waiting,
+    prefill_chunk: _PrefillChunk = _DEFAULT.prefill_chunk,
+    dtype: _Dtype = _DEFAULT.dtype,
+    device: _Device = _DEFAULT.device,
+    threads: _Threads = None,
+    log_level: _LogLevel = _DEFAULT.log_level,
+) -> None:
+    """Serve a base model and its LoRA adapters over HTTP, in the foreground."""
+    console = Console(stderr=True)
+    try:
+        config = ServerConfig(
+            model=model,
+            host=host,
+            port=port,
+            home=home or default_home(),
+            database_url=database_url,
+            adapter_roots=tuple(adapter_root or ()),
+            max_upload_bytes=parse_bytes(max_upload_bytes),
+            adapter_memory=None if adapter_memory is None else parse_bytes(adapter_memory),
+            kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
+            max_running=max_running,
+            max_waiting=max_waiting,
+            prefill_chunk=prefill_chunk,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            log_level=log_level,
+        )
+    except ServerError as error:
+        raise typer.BadParameter(" ".join(filter(None, (error.message, error.fix)))) from error
+    run_server(config, console)
+
+
+def run_server(config: ServerConfig, console: Console) -> None:
+    """Serve until interrupted. Exits with 1 if the model cannot be loaded or the port is taken."""
+    handler = RichHandler(console=console, show_path=False)
+    logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
+    session = _Session(config, console)
+    session.run()
+    if session.failed:
+        raise typer.Exit(_START_FAILED)
+
+
+class _Session:
+    """One run of the server in the terminal: what it shows, and how it ends."""
+
+    def __init__(self, config: ServerConfig, console: Console) -> None:
+        import uvicorn
+
+        from dynamic_lora_server.app import create_app
+
+        self._console = console
+        self._steps = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
+        )
+        self._num_steps = 0
+        self.failed = False
+        app = create_app(
+            config, load=self._load, on_ready=self._on_ready, on_failure=self._on_failure
+        )
+        self._config = config
+        self._server: uvicorn.Server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                log_level=config.log_level,
+                access_log=config.log_level == "debug",
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+
+    def run(self) -> None:
+        """Block until the server ends."""
+        try:
+            self._server.run()
+        finally:
+            self._steps.stop()
+        self.failed = self.failed or not self._server.started
+
+    def _load(self) -> "Runtime":
+        from transformers.utils import logging as transformers_logging
+
+        from dynamic_lora_server.runtime import Runtime
+
+        # One display at a time: its bars would be drawn over ours.
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return Runtime.load(self._config, on_step=self._show)
+
+    def _show(self, step: str) -> None:
+        """A bar that moves until the next step begins; called on the loading thread."""
+        self._finish_step()
+        # The first step brings the base model and shows bars of its own.
+        if self._num_steps:
+            self._steps.start()
+        self._steps.add_task(step, total=None)
+        self._num_steps += 1
+
+    def _finish_step(self) -> None:
+        for task in self._steps.task_ids[-1:]:
+            self._steps.update(task, total=1, completed=1)
+
+    def _on_ready(self, runtime: "Runtime") -> None:
+        self._finish_step()
+        self._steps.stop()
+        num_adapters = len(runtime.registry.list())
+        self._console.print(
+            f"Dynamic LoRA ready at {self._address()} · base {runtime.model_id} · "
+            f"{num_adapters} adapter{'' if num_adapters == 1 else 's'}",
+            style="bold green",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _on_failure(self, error: Exception) -> None:
+        self._steps.stop()
+        self.failed = True
+        fix = getattr(error, "fix", None)
+        self._console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        if fix:
+            self._console.print(fix, markup=False, highlight=False)
+        self._server.should_exit = True
+
+    def _address(self) -> str:
+        """The address that was bound, which tells the port where 0 was asked for."""
+        host, port = self._config.host, self._config.port
+        for server in self._server.servers:
+            for socket in server.sockets:
+                port = socket.getsockname()[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"

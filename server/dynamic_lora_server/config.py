@@ -1,0 +1,97 @@
+"""How one server is set up: every option of `dynamic-lora serve`, checked. Imports no torch."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from platformdirs import user_data_dir
+
+from dynamic_lora_server.errors import InvalidParameter
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def default_home() -> Path:
+    """The user's data folder for adapters and their index."""
+    return Path(user_data_dir("dynamic-lora"))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from text such as `2GiB`, `500 MB` or `1048576`.
+
+    Raises InvalidParameter that names the units.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise InvalidParameter(
+            f"{text!r} is not a number of bytes.",
+            fix="Write a number and a unit: B, kB, MB, GB, KiB, MiB or GiB, for example 2GiB.",
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """All options of one server. Memory is in bytes; None leaves a size to the engine.
+
+    `model` is a folder or hub id, None the embedded default. `adapter_roots`
+    are the folders below which `POST /adapters` may read a `source` path; with
+    none of them, a path on the server's disk is refused. `max_body_bytes`
+    bounds every request except uploads, which `max_upload_bytes` bounds.
+    `database_url` replaces the SQLite index in `home`.
+
+    Raises InvalidParameter, naming the field.
+    """
+
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    home: Path = field(default_factory=default_home)
+    database_url: str | None = None
+    adapter_roots: tuple[Path, ...] = ()
+    max_upload_bytes: int = 2 * 2**30
+    max_body_bytes: int = 8 * 2**20
+    adapter_memory: int | None = None
+    kv_memory: int | None = None
+    max_running: int = 64
+    max_waiting: int = 1024
+    prefill_chunk: int = 512
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        _check("host", bool(self.host), "must not be empty")
+        _check("port", 0 <= self.port < 2**16, "must lie between 0 and 65535")
+        for name in ("max_upload_bytes", "max_body_bytes", "max_running", "prefill_chunk"):
+            _check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("adapter_memory", "kv_memory", "threads"):
+            value = getattr(self, name)
+            _check(name, value is None or value >= 1, "must be at least 1")
+        _check("max_waiting", self.max_waiting >= 0, "must be 0 or more")
+        for name, choices in (("dtype", DTYPES), ("device", DEVICES), ("log_level", LOG_LEVELS)):
+            _check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
+        for root in self.adapter_roots:
+            _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")
+
+
+def _check(name: str, valid: bool, rule: str) -> None:
+    if not valid:
+        raise InvalidParameter(f"{name} {rule}.", field=name)

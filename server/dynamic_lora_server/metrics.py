@@ -1,0 +1,173 @@
+"""What Prometheus may read: requests, tokens and latencies, and the engine's state.
+
+Each application has its own registry, so that several can live in one process.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
+from dynamic_lora_server.prompts import BASE
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """The counters and histograms of one application; `clock` is in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.registry = CollectorRegistry()
+        self.clock = clock
+        self.requests = Counter(
+            "dynamic_lora_requests",
+            "HTTP requests by method, route and status.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "dynamic_lora_prompt_tokens",
+            "Prompt tokens taken in.",
+            ["adapter"],
+            registry=self.registry,
+        )
+        self.generated_tokens = Counter(
+            "dynamic_lora_generated_tokens",
+            "Tokens generated.",
+            ["adapter"],
+            registry=self.registry,
+        )
+        self.ttft = Histogram(
+            "dynamic_lora_time_to_first_token_seconds",
+            "From the request to a continuation's first token.",
+            ["adapter"],
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self.tpot = Histogram(
+            "dynamic_lora_time_per_output_token_seconds",
+            "Mean time between a continuation's tokens after its first.",
+            ["adapter"],
+            buckets=_TPOT_BUCKETS,
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    async def observed(
+        self, events: AsyncGenerator[GenerationEvent, None]
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Pass a generation's events on and record them under its adapter's name."""
+        observation = _Observation(self)
+        async with aclosing(events):
+            async for event in events:
+                observation.record(event)
+                yield event
+
+
+class _Observation:
+    """One generation as the metrics see it."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._adapter = BASE
+        self._asked = metrics.clock()
+        self._first: dict[int, float] = {}
+
+    def record(self, event: GenerationEvent) -> None:
+        if isinstance(event, Started):
+            self._adapter = event.adapter or BASE
+            self._metrics.prompt_tokens.labels(self._adapter).inc(event.num_prompt_tokens)
+        elif isinstance(event, TokenPiece):
+            self._token(event)
+        else:
+            self._finish(event)
+
+    def _token(self, piece: TokenPiece) -> None:
+        self._metrics.generated_tokens.labels(self._adapter).inc()
+        if piece.index not in self._first:
+            self._first[piece.index] = self._metrics.clock()
+            waited = self._first[piece.index] - self._asked
+            self._metrics.ttft.labels(self._adapter).observe(waited)
+
+    def _finish(self, finish: Finish) -> None:
+        num_gaps = finish.num_output_tokens - 1
+        if num_gaps > 0:
+            span = self._metrics.clock() - self._first[finish.index]
+            self._metrics.tpot.labels(self._adapter).observe(span / num_gaps)
+
+
+class RequestCounter:
+    """ASGI middleware that counts every request by its route's template and its status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._requests = metrics.requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run as an ASGI application."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Unknown paths share one label, or a scanner would fill the memory.
+                route = getattr(scope.get("route"), "path", "unmatched")
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._requests.labels(method, route, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One value of the engine's at the moment of a scrape; `total` marks a counter."""
+
+    name: str
+    text: str
+    value: float
+    total: bool = False
+
+
+class EngineCollector(Collector):
+    """Asks for the engine's state when Prometheus does; nothing before the model is loaded.
+
+    `readings` and `residency` (adapter names with whether they are on the
+    device) are called on the thread that renders.
+    """
+
+    def __init__(
+        self,
+        readings: Callable[[], Sequence[Reading]],
+        residency: Callable[[], Mapping[str, bool]],
+    ) -> None:
+        self._readings = readings
+        self._residency = residency
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by prometheus_client."""
+        for reading in self._readings():
+            family = CounterMetricFamily if reading.total else GaugeMetricFamily
+            yield family(f"dynamic_lora_{reading.name}", reading.text, value=reading.value)
+        resident = GaugeMetricFamily(
+            "dynamic_lora_adapter_resident",
+            "1 while the adapter's weights are on the device.",
+            labels=["adapter"],
+        )
+        for name, on_device in self._residency().items():
+            resident.add_metric([name], float(on_device))
+        yield resident

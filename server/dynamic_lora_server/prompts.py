@@ -1,0 +1,262 @@
+"""From a request body to a `GenerationSpec`: task cards, chat templates and defaults.
+
+What decides a parameter of `/generate`: the request, else the adapter's task
+card, else the default of `SamplingParams`. The card belongs to `/generate`
+alone: `/v1` sends prompts as they are and messages through the base model's
+chat template, with OpenAI's defaults.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.generation import GenerationSpec, SamplingParams
+from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
+from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
+
+COMPLETION_TOKENS = 16
+CHAT_TOKENS = 1024
+# Dividing logits by less overflows in float32; the limit of small temperatures is greedy.
+GREEDY_BELOW = 1e-5
+BASE = "base"  # names the base model wherever an adapter can be named
+
+_SAMPLING_FIELDS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "ignore_eos",
+)
+
+
+class Tokenizer(Protocol):
+    """What prompts need of a transformers tokenizer."""
+
+    chat_template: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any:
+        """The conversation as the text the model was trained on."""
+
+
+def adapter_name(name: str | None, *, model_id: str) -> str | None:
+    """The adapter a request names; None where it names the base model or nothing."""
+    return None if name in (None, BASE, model_id) else name
+
+
+def one_adapter(query: str | None, body: str | None) -> str | None:
+    """The adapter named by `?adapter=` or by `parameters.adapter_id`.
+
+    Raises InvalidParameter when both are given and differ.
+    """
+    if query is not None and body is not None and query != body:
+        raise InvalidParameter(
+            f"?adapter= names {query!r}, but parameters.adapter_id names {body!r}.",
+            field="adapter",
+            fix="Name the adapter in one place.",
+        )
+    return body if query is None else query
+
+
+def generate_spec(
+    body: GenerateRequest, *, adapter: str | None, card: TaskCard | None, tokenizer: Tokenizer
+) -> GenerationSpec:
+    """The spec of a `/generate` body; `card` is None for the base model and for raw requests.
+
+    Raises InvalidParameter for combinations that contradict each other.
+    """
+    own = body.parameters
+    _check_combinations(own, stream=body.stream)
+    text = body.inputs if card is None else card.render(body.inputs)
+    merged = _merge(own, card)
+    prompt: str | tuple[int, ...] = text
+    if own.truncate is not None:
+        prompt = tuple(tokenizer.encode(text)[-own.truncate :])
+    return GenerationSpec(
+        prompt=prompt,
+        adapter=adapter,
+        sampling=SamplingParams(
+            temperature=_temperature(own, card),
+            logprobs=bool(own.details) or body.stream,
+            top_logprobs=own.top_n_tokens or 0,
+            stop_token_ids=tuple(own.stop_token_ids or ()),
+            **_given(merged, ("max_new_tokens", *_SAMPLING_FIELDS)),
+        ),
+        stop=tuple(merged.get("stop", ())),
+        n=own.n or 1,
+    )
+
+
+def _check_combinations(own: GenerateParameters, *, stream: bool) -> None:
+    if own.do_sample and own.temperature == 0:
+        raise InvalidParameter(
+            "do_sample asks to sample, but temperature 0 is greedy.",
+            field="parameters.temperature",
+            fix="Leave one of the two out.",
+        )
+    if (own.n or 1) > 1 and not (own.details or stream):
+        raise _needs_details("n")
+    if own.top_n_tokens and not (own.details or stream):
+        raise _needs_details("top_n_tokens")
+    if stream and (own.n or 1) > 1:
+        raise InvalidParameter(
+            "A stream of /generate carries one continuation.",
+            field="parameters.n",
+            fix="Leave n out, or use /v1/completions, whose streams carry several.",
+        )
+
+
+def _needs_details(name: str) -> InvalidParameter:
+    return InvalidParameter(
+        f"{name} is answered in details, which are not asked for.",
+        field=f"parameters.{name}",
+        fix="Add details=true.",
+    )
+
+
+def _merge(own: GenerateParameters, card: TaskCard | None) -> dict[str, Any]:
+    defaults = {} if card is None else card.parameters.model_dump(exclude_none=True)
+    return defaults | own.model_dump(exclude_none=True)
+
+
+def _given(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+def _temperature(own: GenerateParameters, card: TaskCard | None) -> float:
+    """Greedy unless `do_sample` or a temperature above 0 asks otherwise, as TGI does."""
+    if own.temperature is not None:
+        return _floored(own.temperature)
+    if own.do_sample is False:
+        return 0.0
+    defaults = None if card is None else card.parameters
+    by_card = defaults.temperature if defaults is not None else None
+    if own.do_sample:
+        return _floored(by_card or 0.0) or 1.0
+    if by_card is not None:
+        return _floored(by_card)
+    return 1.0 if defaults is not None and defaults.do_sample else 0.0
+
+
+def _floored(temperature: float) -> float:
+    return 0.0 if temperature < GREEDY_BELOW else temperature
+
+
+def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[GenerationSpec]:
+    """One spec for each prompt of a `/v1/completions` body."""
+    sampling = _openai_sampling(
+        body,
+        max_new_tokens=body.max_tokens or COMPLETION_TOKENS,
+        logprobs=body.logprobs is not None,
+        top_logprobs=body.logprobs or 0,
+    )
+    return [
+        GenerationSpec(
+            prompt=prompt, adapter=adapter, sampling=sampling, stop=_stop(body), n=body.n or 1
+        )
+        for prompt in _prompts(body.prompt)
+    ]
+
+
+def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
+    """The forms OpenAI allows: text, ids, a list of texts, a list of lists of ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [tuple(prompt)]
+    return [part if isinstance(part, str) else tuple(part) for part in prompt]
+
+
+def chat_spec(
+    body: ChatRequest, *, adapter: str | None, tokenizer: Tokenizer, context_length: int
+) -> GenerationSpec:
+    """The spec of a `/v1/chat/completions` body: the messages through the chat template.
+
+    Without a limit of its own a chat may generate CHAT_TOKENS, or what the
+    context has left. Raises InvalidParameter when the template refuses the
+    messages or the base model has none.
+    """
+    prompt = tuple(tokenizer.encode(_render(body, tokenizer), add_special_tokens=False))
+    left = max(1, context_length - len(prompt))
+    return GenerationSpec(
+        prompt=prompt,
+        adapter=adapter,
+        sampling=_openai_sampling(
+            body,
+            max_new_tokens=_chat_limit(body) or min(CHAT_TOKENS, left),
+            logprobs=bool(body.logprobs),
+            top_logprobs=_top_logprobs(body),
+        ),
+        stop=_stop(body),
+        n=body.n or 1,
+    )
+
+
+def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
+    # Imported late: jinja2 comes with transformers, which start-up loads in the background.
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise InvalidParameter(
+            "The base model has no chat template.",
+            field="messages",
+            fix="Write the whole prompt yourself and use /v1/completions or /generate.",
+        )
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
+    except TemplateError as error:
+        raise InvalidParameter(
+            f"The base model's chat template refuses these messages: {error}.", field="messages"
+        ) from error
+
+
+def _chat_limit(body: ChatRequest) -> int | None:
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise InvalidParameter(
+            f"max_tokens is {old}, but max_completion_tokens is {new}.",
+            field="max_completion_tokens",
+            fix="Give one of the two.",
+        )
+    return old if new is None else new
+
+
+def _top_logprobs(body: ChatRequest) -> int:
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidParameter(
+            "top_logprobs needs logprobs.", field="top_logprobs", fix="Add logprobs=true."
+        )
+    return body.top_logprobs or 0
+
+
+def _openai_sampling(
+    body: SamplingRequest, *, max_new_tokens: int, logprobs: bool, top_logprobs: int
+) -> SamplingParams:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidParameter(
+            "stream_options needs stream.", field="stream_options", fix="Add stream=true."
+        )
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=1.0 if body.temperature is None else _floored(body.temperature),
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
+    )
+
+
+def _stop(body: SamplingRequest) -> tuple[str, ...]:
+    stop = body.stop or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)

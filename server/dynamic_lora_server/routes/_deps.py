@@ -1,0 +1,66 @@
+"""What routes ask for: the application's state, and errors as OpenAPI sees them."""
+
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from dynamic_lora_server.problems import PROBLEM_MEDIA_TYPE
+from dynamic_lora_server.schemas.openai import ErrorAnswer
+from dynamic_lora_server.sse import EVENT_STREAM
+from dynamic_lora_server.state import ServerState
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
+
+_DESCRIPTIONS = {
+    400: "Malformed body",
+    404: "No such adapter",
+    413: "Larger than the server accepts",
+    415: "Wrong Content-Type",
+    422: "Refused: a field is wrong, unknown or not served",
+    429: "Too many requests wait; see Retry-After",
+    500: "The engine failed",
+    502: "The adapter's source cannot be reached",
+    503: "Not ready; see Retry-After",
+}
+
+
+def _state(request: Request) -> ServerState:
+    return cast(ServerState, request.app.state.server)
+
+
+State = Annotated[ServerState, Depends(_state)]
+
+
+def _runtime(state: State) -> Any:
+    return state.runtime
+
+
+# Loading the runtime's module imports torch; its name is enough here.
+Ready = Annotated["Runtime", Depends(_runtime)]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that answers these statuses with problem documents."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": _DESCRIPTIONS[status],
+            "content": {PROBLEM_MEDIA_TYPE: {"schema": schema}},
+        }
+        for status in statuses
+    }
+
+
+def event_stream(model: str) -> dict[str, Any]:
+    """The `content` of a route that can answer with server-sent events of a model."""
+    data = {"type": "string", "description": f"A {model} as JSON, or an error."}
+    schema = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {EVENT_STREAM: {"schema": schema}}
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route below /v1 that answers these statuses with errors."""
+    return {
+        status: {"description": _DESCRIPTIONS[status], "model": ErrorAnswer} for status in statuses
+    }

@@ -1,0 +1,141 @@
+"""`/adapters`: upload, list, inspect, delete."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from dynamic_lora_adapters.archive import Intake
+from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_adapters.registry import Publication
+from dynamic_lora_server.problems import parse_body
+from dynamic_lora_server.routes._deps import Ready, problems
+from dynamic_lora_server.schemas.adapters import (
+    UPLOAD_BODY,
+    Adapter,
+    AdapterList,
+    AdapterSource,
+    Residency,
+)
+from dynamic_lora_server.sources import fetch_source
+from dynamic_lora_server.uploads import JSON, MULTIPART, drain, media_type, receive_upload
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Adapter,
+    responses={
+        200: {"description": "The name had this content already", "model": Adapter},
+        **problems(400, 413, 415, 422, 502, 503),
+    },
+    openapi_extra=UPLOAD_BODY,
+    summary="Upload a LoRA adapter, or name where the server finds it",
+)
+async def upload(request: Request, runtime: Ready) -> Response:
+    """Check the adapter whole and publish it, all or nothing.
+
+    An existing name moves to the new content; requests that run keep the old one.
+    """
+    with runtime.registry.staging() as inbox, runtime.registry.staging() as folder:
+        kind = media_type(request.headers.get("content-type", ""))
+        if kind == MULTIPART:
+            publication = await _publish_upload(request, runtime, inbox, folder)
+        elif kind == JSON:
+            source = parse_body(AdapterSource, await request.body())
+            publication = await run_in_threadpool(_publish_source, source, runtime, inbox, folder)
+        else:
+            raise HTTPException(415, f"The body must be {MULTIPART} or {JSON}.")
+    adapter = _adapter(runtime, publication.passport)
+    return Response(
+        adapter.model_dump_json(),
+        status_code=201 if publication.created else 200,
+        media_type="application/json",
+        headers={"location": f"/adapters/{adapter.name}"},
+    )
+
+
+@router.get("", responses=problems(503), summary="List the adapters")
+async def list_adapters(runtime: Ready) -> AdapterList:
+    """The passports of all adapters, by name."""
+    return AdapterList(adapters=[_adapter(runtime, p) for p in runtime.registry.list()])
+
+
+@router.get("/{name}", responses=problems(404, 503), summary="An adapter's passport")
+async def get_adapter(name: str, runtime: Ready) -> Adapter:
+    """What the server knows about an adapter, and where its weights are now."""
+    return _adapter(runtime, runtime.registry.resolve(name).passport)
+
+
+@router.delete(
+    "/{name}", status_code=204, responses=problems(404, 503), summary="Delete an adapter"
+)
+async def delete_adapter(name: str, runtime: Ready) -> None:
+    """Forget the name at once; requests that use the adapter finish with it."""
+    await run_in_threadpool(_delete, runtime, name)
+
+
+async def _publish_upload(
+    request: Request, runtime: "Runtime", inbox: Path, folder: Path
+) -> Publication:
+    chunks = request.stream()
+    try:
+        upload = await receive_upload(
+            chunks,
+            content_type=request.headers["content-type"],
+            inbox=inbox,
+            max_bytes=runtime.config.max_upload_bytes,
+        )
+    except Exception:
+        await drain(chunks)
+        raise
+
+    def publish() -> Publication:
+        intake = Intake(folder, runtime.registry.limits)
+        for file in upload.files:
+            with file.path.open("rb") as stream:
+                intake.add(file.filename, stream)
+        return _publish(runtime, upload.name, folder, intake, force=upload.force)
+
+    return await run_in_threadpool(publish)
+
+
+def _publish_source(
+    source: AdapterSource, runtime: "Runtime", inbox: Path, folder: Path
+) -> Publication:
+    intake = Intake(folder, runtime.registry.limits)
+    fetch_source(
+        source.source,
+        intake,
+        roots=runtime.config.adapter_roots,
+        inbox=inbox,
+        max_bytes=runtime.config.max_upload_bytes,
+    )
+    return _publish(runtime, source.name, folder, intake, force=source.force)
+
+
+def _publish(
+    runtime: "Runtime", name: str, folder: Path, intake: Intake, *, force: bool
+) -> Publication:
+    return runtime.registry.publish(name, folder, force=force, ignored_files=intake.ignored_files)
+
+
+def _delete(runtime: "Runtime", name: str) -> None:
+    digest = runtime.registry.resolve(name).digest
+    runtime.registry.delete(name)
+    if all(passport.version != digest for passport in runtime.registry.list()):
+        runtime.residencies.forget(digest)
+
+
+def _adapter(runtime: "Runtime", passport: Passport) -> Adapter:
+    tier = runtime.tier(passport.version)
+    return Adapter.model_construct(
+        **dict(passport), residency=Residency(tier="device" if tier == "device" else "disk")
+    )

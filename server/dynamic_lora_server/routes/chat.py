@@ -1,0 +1,50 @@
+"""`POST /v1/chat/completions`: OpenAI's chat completions."""
+
+from fastapi import APIRouter, Request, Response
+
+from dynamic_lora_server.answers.chat import ChatAnswer
+from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.generation import GenerationSpec
+from dynamic_lora_server.prompts import adapter_name, chat_spec
+from dynamic_lora_server.routes._deps import Ready, State, event_stream, openai_errors
+from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
+from dynamic_lora_server.sse import EventStream
+from dynamic_lora_server.state import ServerState
+from dynamic_lora_server.streams import begin, collect
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+@router.post(
+    "/chat/completions",
+    response_model=ChatCompletion,
+    responses={
+        200: {"content": event_stream("ChatChunk")},
+        **openai_errors(400, 404, 413, 415, 429, 500, 503),
+    },
+    summary="Answer a conversation",
+)
+async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready) -> Response:
+    """The messages go through the base model's chat template; task cards are not applied."""
+    spec = chat_spec(
+        body,
+        adapter=adapter_name(body.model, model_id=runtime.model_id),
+        tokenizer=runtime.tokenizer,
+        context_length=runtime.context_length,
+    )
+    answer = ChatAnswer(
+        model=body.model,
+        n=spec.n,
+        logprobs=spec.sampling.logprobs,
+        usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
+    if not body.stream:
+        return await until_disconnect(request.receive, _whole(state, spec, answer))
+    generation = await until_disconnect(request.receive, begin(state.generate(spec)))
+    return EventStream(framed(answer.stream(generation)))
+
+
+async def _whole(state: ServerState, spec: GenerationSpec, answer: ChatAnswer) -> Response:
+    continuations = await collect(await begin(state.generate(spec)))
+    return Response(answer.whole(continuations).model_dump_json(), media_type="application/json")

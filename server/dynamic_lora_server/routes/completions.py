@@ -1,0 +1,53 @@
+"""`POST /v1/completions`: OpenAI's completions."""
+
+from fastapi import APIRouter, Request, Response
+
+from dynamic_lora_server.answers.completions import CompletionAnswer
+from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.generation import GenerationSpec
+from dynamic_lora_server.prompts import adapter_name, completion_specs
+from dynamic_lora_server.routes._deps import Ready, State, event_stream, openai_errors
+from dynamic_lora_server.schemas.openai import Completion, CompletionRequest
+from dynamic_lora_server.sse import EventStream
+from dynamic_lora_server.state import ServerState
+from dynamic_lora_server.streams import Generation, begin_all, collect_all
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+@router.post(
+    "/completions",
+    response_model=Completion,
+    responses={
+        200: {"content": event_stream("Completion")},
+        **openai_errors(400, 404, 413, 415, 429, 500, 503),
+    },
+    summary="Complete prompts",
+)
+async def complete(
+    body: CompletionRequest, request: Request, state: State, runtime: Ready
+) -> Response:
+    """The prompts go to the model as they are: no task card, no chat template."""
+    specs = completion_specs(body, adapter=adapter_name(body.model, model_id=runtime.model_id))
+    answer = CompletionAnswer(
+        model=body.model,
+        n=body.n or 1,
+        num_top=body.logprobs,
+        usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
+    if not body.stream:
+        return await until_disconnect(request.receive, _whole(state, specs, answer))
+    generations = await until_disconnect(request.receive, _begin(state, specs))
+    return EventStream(framed(answer.stream(generations)))
+
+
+async def _whole(
+    state: ServerState, specs: list[GenerationSpec], answer: CompletionAnswer
+) -> Response:
+    continuations = await collect_all(await _begin(state, specs))
+    return Response(answer.whole(continuations).model_dump_json(), media_type="application/json")
+
+
+async def _begin(state: ServerState, specs: list[GenerationSpec]) -> list[Generation]:
+    return await begin_all([state.generate(spec) for spec in specs])

@@ -1,0 +1,121 @@
+"""`POST /generate` and `POST /generate_stream`: TGI's and LoRAX's API."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from dynamic_lora_server.answers.tgi import TgiAnswer
+from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.generation import GenerationSpec, Started
+from dynamic_lora_server.prompts import BASE, adapter_name, generate_spec, one_adapter
+from dynamic_lora_server.routes._deps import Ready, State, event_stream, problems
+from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateResponse
+from dynamic_lora_server.sse import EventStream
+from dynamic_lora_server.state import ServerState
+from dynamic_lora_server.streams import begin, collect
+
+if TYPE_CHECKING:
+    from dynamic_lora_adapters.card import TaskCard
+    from dynamic_lora_server.runtime import Runtime
+
+router = APIRouter(tags=["generate"])
+
+_ERRORS = problems(400, 404, 413, 415, 422, 429, 500, 503)
+
+
+class GenerateQuery(BaseModel):
+    """What the address of a request may say. An unknown name is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str | None = Field(default=None, description="Task name; none: the base model.")
+    raw: bool = Field(default=False, description="Skip the task card, as `raw` in the body does.")
+
+
+Asked = Annotated[GenerateQuery, Query()]
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    response_model_exclude_none=True,
+    responses={200: {"content": event_stream("StreamEvent"), "headers": {}}, **_ERRORS},
+    summary="Generate text with an adapter, or with the base model",
+)
+async def generate(
+    body: GenerateRequest, query: Asked, request: Request, state: State, runtime: Ready
+) -> Response:
+    """The whole text at once, or with `stream` as server-sent events, one for each token."""
+    spec, answer = _prepare(body, query, runtime)
+    if body.stream:
+        return await _stream(request, state, spec, answer)
+    return await until_disconnect(
+        request.receive, _whole(state, spec, answer, details=bool(body.parameters.details))
+    )
+
+
+@router.post(
+    "/generate_stream",
+    response_class=Response,
+    responses={
+        200: {"description": "One event for each token", "content": event_stream("StreamEvent")},
+        **_ERRORS,
+    },
+    summary="Generate text as server-sent events",
+)
+async def generate_stream(
+    body: GenerateRequest, query: Asked, request: Request, state: State, runtime: Ready
+) -> Response:
+    """As `/generate` with `stream`; the last event has the whole text."""
+    streamed = body.model_copy(update={"stream": True})
+    spec, answer = _prepare(streamed, query, runtime)
+    return await _stream(request, state, spec, answer)
+
+
+def _prepare(
+    body: GenerateRequest, query: GenerateQuery, runtime: "Runtime"
+) -> tuple[GenerationSpec, TgiAnswer]:
+    adapter = adapter_name(
+        one_adapter(query.adapter, body.parameters.adapter_id), model_id=runtime.model_id
+    )
+    card = None if adapter is None else runtime.registry.resolve(adapter).card
+    if body.raw or query.raw:
+        card = None
+    spec = generate_spec(body, adapter=adapter, card=card, tokenizer=runtime.tokenizer)
+    answer = TgiAnswer(
+        prefix=_rendered(body, card) if body.parameters.return_full_text else "",
+        num_top=body.parameters.top_n_tokens or 0,
+        special_ids=runtime.tokenizer.all_special_ids,
+    )
+    return spec, answer
+
+
+def _rendered(body: GenerateRequest, card: "TaskCard | None") -> str:
+    return body.inputs if card is None else card.render(body.inputs)
+
+
+async def _whole(
+    state: ServerState, spec: GenerationSpec, answer: TgiAnswer, *, details: bool
+) -> Response:
+    generation = await begin(state.generate(spec))
+    whole = answer.whole(await collect(generation), details=details)
+    return Response(
+        whole.model_dump_json(exclude_none=not details),
+        media_type="application/json",
+        headers=_headers(generation.started),
+    )
+
+
+async def _stream(
+    request: Request, state: ServerState, spec: GenerationSpec, answer: TgiAnswer
+) -> Response:
+    generation = await until_disconnect(request.receive, begin(state.generate(spec)))
+    return EventStream(answer.stream(generation), _headers(generation.started))
+
+
+def _headers(started: Started) -> dict[str, str]:
+    """Who answered; the base model has no version."""
+    if started.adapter is None or started.version is None:
+        return {"x-adapter": BASE}
+    return {"x-adapter": started.adapter, "x-adapter-version": started.version}

@@ -1,0 +1,54 @@
+"""`GET /v1/models`: the base model and the adapters as OpenAI lists models."""
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter
+
+from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_server.prompts import adapter_name
+from dynamic_lora_server.routes._deps import Ready, State, openai_errors
+from dynamic_lora_server.schemas.openai import Model, ModelList
+from dynamic_lora_server.state import ServerState
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+@router.get("/models", responses=openai_errors(503), summary="List what can be named as model")
+async def list_models(runtime: Ready, state: State) -> ModelList:
+    """The base model first, then the adapters by name."""
+    adapters = [_adapter(runtime, passport) for passport in runtime.registry.list()]
+    return ModelList(data=[_base(runtime, state), *adapters])
+
+
+@router.get(
+    "/models/{model:path}", responses=openai_errors(404, 503), summary="One model or adapter"
+)
+async def get_model(model: str, runtime: Ready, state: State) -> Model:
+    """A model id may hold a slash."""
+    name = adapter_name(model, model_id=runtime.model_id)
+    if name is None:
+        return _base(runtime, state)
+    return _adapter(runtime, runtime.registry.resolve(name).passport)
+
+
+def _base(runtime: "Runtime", state: ServerState) -> Model:
+    return Model(
+        id=runtime.model_id,
+        created=int(state.started_at),
+        root=runtime.model_id,
+        parent=None,
+        max_model_len=runtime.context_length,
+    )
+
+
+def _adapter(runtime: "Runtime", passport: Passport) -> Model:
+    return Model(
+        id=passport.name,
+        created=int(passport.created_at.timestamp()),
+        root=passport.version,
+        parent=runtime.model_id,
+        max_model_len=runtime.context_length,
+    )

@@ -1,0 +1,1 @@
+"""The JSON of the HTTP API, as pydantic models: one module for each resource."""

@@ -1,0 +1,53 @@
+"""What all wire models share: strict types, no unknown field, no NaN."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+class Wire(BaseModel):
+    """A request body or part of one. Unknown fields and wrong types are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Answer(BaseModel):
+    """A response body or part of one."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Neutral:
+    """Annotates a field of a peer's API that is not served.
+
+    Clients send such fields with values that ask for nothing: these pass, any
+    other value is refused with the field's name.
+    """
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        del schema, handler
+        return {"enum": list(self.values), "description": "Not served; these values pass."}
+
+    def _check(self, value: object) -> object:
+        # Without the type test, True would pass for 1 and False for 0.
+        if not any(type(value) is type(one) and value == one for one in self.values):
+            raise ValueError("is not supported by this server; leave it out")
+        return value
+
+
+Unset = Annotated[Any, Neutral(None)]
+UnsetOrFalse = Annotated[Any, Neutral(None, False)]
+UnsetOrOne = Annotated[Any, Neutral(None, 1, 1.0)]
+UnsetOrEmptyList = Annotated[Any, Neutral(None, [])]
+UnsetOrEmptyMap = Annotated[Any, Neutral(None, {})]

@@ -1,0 +1,73 @@
+"""The bodies and answers of `/adapters`."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_server.schemas._base import Answer, Wire
+
+
+class AdapterSource(Wire):
+    """The JSON body of `POST /adapters`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "ner", "source": "checkpoints/ner"}]}
+    )
+
+    name: str
+    source: str = Field(
+        min_length=1,
+        description="`hf://organisation/repository`, with `@revision` if need be, or a folder "
+        "or archive below a folder that the server was started with (`--adapter-root`).",
+    )
+    force: bool = Field(
+        default=False, description="Accept an adapter that names another base model."
+    )
+
+
+class Residency(Answer):
+    """Where an adapter's weights are now: on the device, or on disk until a request needs them."""
+
+    tier: Literal["device", "disk"]
+
+
+class Adapter(Passport):
+    """An adapter's passport, and where its weights are now."""
+
+    residency: Residency
+
+
+class AdapterList(Answer):
+    """The answer of `GET /adapters`, by name."""
+
+    adapters: list[Adapter]
+
+
+# What FastAPI cannot derive: one route with two kinds of body.
+UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "files"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": {"type": "string", "maxLength": 63},
+                        "force": {"type": "string", "enum": ["true", "false"]},
+                        "files": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "adapter_config.json, adapter_model.safetensors and "
+                            "task.json, or one .zip, .tar or .tar.gz of them.",
+                        },
+                    },
+                }
+            },
+            "application/json": {"schema": AdapterSource.model_json_schema()},
+        },
+    }
+}

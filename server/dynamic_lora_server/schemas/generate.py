@@ -1,0 +1,165 @@
+"""The body and answers of `/generate` and `/generate_stream`, in TGI's and LoRAX's shapes."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from dynamic_lora_server.schemas._base import (
+    Answer,
+    Unset,
+    UnsetOrEmptyList,
+    UnsetOrFalse,
+    UnsetOrOne,
+    Wire,
+)
+
+MAX_N = 32
+MAX_STOP_STRINGS = 32
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
+]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+
+
+class GenerateParameters(Wire):
+    """How to generate. Null is the same as leaving a field out.
+
+    What is left out comes from the adapter's task card, then from the defaults
+    named here. Decoding is greedy unless `do_sample` is true or `temperature`
+    is above 0.
+    """
+
+    adapter_id: str | None = Field(default=None, description="Task name; none: the base model.")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="Default 100.")
+    do_sample: bool | None = Field(
+        default=None, description="True: sample, at temperature 1 if none set."
+    )
+    temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy.")
+    top_k: int | None = Field(default=None, ge=0, description="0 is off.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    stop: StopStrings | None = Field(default=None, description="Replaces the card's stop strings.")
+    stop_token_ids: TokenIds | None = Field(default=None, max_length=32)
+    ignore_eos: bool | None = Field(
+        default=None, description="Go on after the end-of-sequence token."
+    )
+    n: int | None = Field(
+        default=None, ge=1, le=MAX_N, description="Above 1 needs `details`, no streaming."
+    )
+    details: bool | None = Field(default=None, description="Answer with `details`.")
+    top_n_tokens: int | None = Field(
+        default=None, ge=0, le=20, description="Above 0 needs `details`."
+    )
+    return_full_text: bool | None = Field(
+        default=None, description="Put the prompt before the answer."
+    )
+    truncate: int | None = Field(
+        default=None, ge=1, description="Keep the prompt's last tokens only."
+    )
+    adapter_source: Unset = None
+    adapter_parameters: Unset = None
+    api_token: Unset = None
+    best_of: UnsetOrOne = None
+    decoder_input_details: UnsetOrFalse = None
+    grammar: Unset = None
+    ignore_eos_token: UnsetOrFalse = None
+    merged_adapters: Unset = None
+    response_format: Unset = None
+    return_k_alternatives: Unset = None
+    stop_sequences: UnsetOrEmptyList = None
+    typical_p: UnsetOrOne = None
+    watermark: UnsetOrFalse = None
+
+
+class GenerateRequest(Wire):
+    """The body of `POST /generate` and `POST /generate_stream`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": "Ada Lovelace worked with Charles Babbage in London.",
+                    "parameters": {"max_new_tokens": 64},
+                }
+            ]
+        }
+    )
+
+    inputs: str = Field(min_length=1, description="The text; the task card's template wraps it.")
+    parameters: GenerateParameters = GenerateParameters()
+    stream: bool = Field(default=False, description="Answer as server-sent events.")
+    raw: bool = Field(
+        default=False, description="Skip the task card: its template and its defaults."
+    )
+
+
+class Token(Answer):
+    """One generated token. `logprob` is the model's own, before temperature and penalties."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+FinishName = Literal["length", "eos_token", "stop_sequence"]
+
+
+class Sequence(Answer):
+    """One more continuation of the same prompt (`n` above 1)."""
+
+    generated_text: str
+    finish_reason: FinishName
+    generated_tokens: int
+    seed: int | None
+    prefill: list[Token]
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+
+
+class Details(Answer):
+    """What happened while generating. `prefill` is always empty."""
+
+    finish_reason: FinishName
+    generated_tokens: int
+    prompt_tokens: int
+    seed: int | None
+    prefill: list[Token]
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+    best_of_sequences: list[Sequence] | None = None
+
+
+class GenerateResponse(Answer):
+    """The answer of `POST /generate`."""
+
+    generated_text: str
+    details: Details | None = None
+
+
+class StreamDetails(Answer):
+    """Sent with the last event of a stream."""
+
+    finish_reason: FinishName
+    generated_tokens: int
+    prompt_tokens: int
+    seed: int | None
+
+
+class StreamEvent(Answer):
+    """One server-sent event: one token; the last also has the whole text and the details.
+
+    The texts of all events together are `generated_text`. A special token's text is empty,
+    unless it releases text that was held back as the possible start of a stop string.
+    """
+
+    index: int
+    token: Token
+    top_tokens: list[Token] | None = None
+    generated_text: str | None = None
+    details: StreamDetails | None = None

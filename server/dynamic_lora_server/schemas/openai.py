@@ -1,0 +1,303 @@
+"""The bodies and answers of `/v1`, in the shapes of OpenAI's API."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from dynamic_lora_server.schemas._base import (
+    Answer,
+    Neutral,
+    Unset,
+    UnsetOrEmptyList,
+    UnsetOrEmptyMap,
+    UnsetOrFalse,
+    UnsetOrOne,
+    Wire,
+)
+from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
+
+_Text = Annotated[str, Field(min_length=1)]
+_PromptIds = Annotated[TokenIds, Field(min_length=1)]
+_AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
+
+
+class StreamOptions(Wire):
+    """What a stream carries besides the text."""
+
+    include_usage: bool | None = Field(
+        default=None, description="End with one chunk that has `usage`."
+    )
+    include_obfuscation: UnsetOrFalse = None
+
+
+class SamplingRequest(Wire):
+    """What completions and chat completions share. Null is the same as leaving a field out."""
+
+    model: _Text = Field(description="Task name of an adapter, or the base model's id.")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Default 1; 0 is greedy."
+    )
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, description="0 is off. Not in OpenAI's API.")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="Not in OpenAI's API.")
+    repetition_penalty: float | None = Field(
+        default=None, ge=0.01, le=100, description="Not in OpenAI's API."
+    )
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    n: int | None = Field(default=None, ge=1, le=32)
+    stop: _Text | StopStrings | None = None
+    stop_token_ids: TokenIds | None = Field(
+        default=None, max_length=32, description="Not in OpenAI's API."
+    )
+    ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
+    user: str | None = Field(
+        default=None, description="A label of the caller's own; changes nothing."
+    )
+    logit_bias: UnsetOrEmptyMap = None
+
+
+class CompletionRequest(SamplingRequest):
+    """The body of `POST /v1/completions`. The prompt goes to the model as it is."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "base", "prompt": "The capital of France is", "max_tokens": 8}]
+        }
+    )
+
+    prompt: (
+        _Text
+        | Annotated[list[_Text], Field(min_length=1, max_length=64)]
+        | _PromptIds
+        | Annotated[list[_PromptIds], Field(min_length=1, max_length=64)]
+    ) = Field(description="Text, token ids, or up to 64 of either.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Default 16.")
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: UnsetOrOne = None
+    echo: UnsetOrFalse = None
+    suffix: Annotated[Any, Neutral(None, "")] = None
+
+
+class TextPart(Wire):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Wire):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Unset = None
+    refusal: Unset = None
+    tool_calls: UnsetOrEmptyList = None
+    function_call: Unset = None
+    audio: Unset = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(SamplingRequest):
+    """The body of `POST /v1/chat/completions`. The base model's chat template is applied."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "base",
+                    "messages": [{"role": "user", "content": "Name three rivers."}],
+                    "max_tokens": 32,
+                    "temperature": 0,
+                }
+            ]
+        }
+    )
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1, description="As `max_completion_tokens`.")
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="Default 1024, or what the context has left."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs `logprobs`.")
+    response_format: Annotated[Any, Neutral(None, {"type": "text"})] = None
+    tools: UnsetOrEmptyList = None
+    tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, Neutral(None, True, False)] = None
+    functions: UnsetOrEmptyList = None
+    function_call: Annotated[Any, Neutral(None, "none", "auto")] = None
+    modalities: Annotated[Any, Neutral(None, ["text"])] = None
+    audio: Unset = None
+    metadata: UnsetOrEmptyMap = None
+    prediction: Unset = None
+    reasoning_effort: Annotated[Any, Neutral(None, "none")] = None
+    service_tier: _AnyTier = None
+    store: UnsetOrFalse = None
+    verbosity: Unset = None
+    web_search_options: Unset = None
+
+
+class Usage(Answer):
+    """Token counts of one request. A prompt is counted once, whatever `n` is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+FinishName = Literal["stop", "length"]
+
+
+class CompletionLogprobs(Answer):
+    """Log-probabilities in the shape of completions: parallel lists, one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One continuation, or in a stream a piece of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishName | None = None
+
+
+class Completion(Answer):
+    """The answer of `POST /v1/completions`; in a stream, one chunk."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(Answer):
+    """One of the most likely tokens at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """The chosen token at a position."""
+
+    logprob: float
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    """Log-probabilities in the shape of chat completions."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Answer):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Answer):
+    """One continuation."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishName
+
+
+class ChatCompletion(Answer):
+    """The answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Answer):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
+class ChunkChoice(Answer):
+    """A piece of one continuation."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishName | None = None
+
+
+class ChatChunk(Answer):
+    """One server-sent event of a chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class Model(Answer):
+    """The base model, or an adapter: `parent` is its base, `root` its content hash."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "dynamic-lora"
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(Answer):
+    """The answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(Answer):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    """Every error below `/v1`."""
+
+    error: ErrorBody

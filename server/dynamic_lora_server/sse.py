@@ -1,0 +1,61 @@
+"""Server-sent events: how they are framed and sent."""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dynamic_lora_server.disconnect import ClientDisconnected, until_disconnect
+
+EVENT_STREAM = "text/event-stream"
+# Proxies must pass events on as they come.
+_NEVER_STORED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE = b"data: [DONE]\n\n"  # OpenAI's end of a stream
+
+
+def event(data: BaseModel) -> bytes:
+    """One event: a model as JSON on one `data:` line."""
+    return f"data: {data.model_dump_json()}\n\n".encode()
+
+
+def json_event(data: Mapping[str, Any]) -> bytes:
+    """One event: a plain object as JSON on one `data:` line."""
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends the events of a generator as they come and closes it when the client goes.
+
+    The generator is closed in every case, so that what it holds is freed at
+    once: after its last event, on an error, and on a disconnect.
+    """
+
+    media_type = EVENT_STREAM
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self.init_headers({**_NEVER_STORED, **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run as an ASGI application."""
+        del scope
+        async with aclosing(self._events):
+            try:
+                await until_disconnect(receive, self._send(send))
+            except ClientDisconnected:
+                return
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for chunk in self._events:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,124 @@
+"""Running generations for a route: beginning, collecting, merging, looking one event ahead."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
+
+T = TypeVar("T")
+Events = AsyncGenerator[GenerationEvent, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A generation that was admitted; `events` are those after Started and must be closed."""
+
+    started: Started
+    events: Events
+
+
+@dataclass(slots=True)
+class Continuation:
+    """One whole continuation of a prompt."""
+
+    finish: Finish
+    pieces: list[TokenPiece] = field(default_factory=list)
+
+
+async def begin(events: Events) -> Generation:
+    """Wait until a generation is admitted; raises what refuses it."""
+    started = await anext(events)
+    assert isinstance(started, Started)
+    return Generation(started, events)
+
+
+async def begin_all(streams: Sequence[Events]) -> list[Generation]:
+    """Begin several generations; if one is refused, those that began are closed."""
+    begun: list[Generation] = []
+    try:
+        for stream in streams:
+            begun.append(await begin(stream))
+    except BaseException:
+        await close_all(streams)
+        raise
+    return begun
+
+
+async def close_all(streams: Sequence[Events]) -> None:
+    """Close generations, which frees their places at once; closing twice is harmless."""
+    for stream in streams:
+        await stream.aclose()
+
+
+async def collect(generation: Generation) -> list[Continuation]:
+    """Run a generation to its end; its continuations by index."""
+    pieces: dict[int, list[TokenPiece]] = {}
+    done: dict[int, Continuation] = {}
+    async with aclosing(generation.events):
+        async for event in generation.events:
+            if isinstance(event, TokenPiece):
+                pieces.setdefault(event.index, []).append(event)
+            elif isinstance(event, Finish):
+                done[event.index] = Continuation(event, pieces.get(event.index, []))
+    return [done[index] for index in sorted(done)]
+
+
+async def collect_all(generations: Sequence[Generation]) -> list[list[Continuation]]:
+    """Run several generations side by side to their ends; all are closed if one fails."""
+    tasks = [asyncio.ensure_future(collect(generation)) for generation in generations]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def lookahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[T, T | None], None]:
+    """Each event, with the one after it if that is there already (it then comes again).
+
+    A generation says that a token was the last right after the token itself,
+    so the pair of them shows up together and no token waits for the next.
+    """
+    async with aclosing(events):
+        event = await _next(events)
+        while event is not None:
+            upcoming = asyncio.ensure_future(_next(events))
+            try:
+                await asyncio.sleep(0)  # lets what is ready arrive
+                ready = upcoming.done() and upcoming.exception() is None
+                yield event, upcoming.result() if ready else None
+                event = await upcoming
+            finally:
+                # On an early close the generator must not be running when it is closed.
+                upcoming.cancel()
+                await asyncio.gather(upcoming, return_exceptions=True)
+
+
+async def merge(
+    streams: Sequence[AsyncGenerator[T, None]],
+) -> AsyncGenerator[tuple[int, T], None]:
+    """The events of several generators as they come, each with its generator's position."""
+    waiting = {asyncio.ensure_future(_next(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                position = waiting.pop(task)
+                event = task.result()
+                if event is not None:
+                    waiting[asyncio.ensure_future(_next(streams[position]))] = position
+                    yield position, event
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _next(stream: AsyncGenerator[T, None]) -> T | None:
+    return await anext(stream, None)

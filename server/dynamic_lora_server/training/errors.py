@@ -1,0 +1,13 @@
+"""What can go wrong in a training run, one tree."""
+
+
+class TrainingError(Exception):
+    """Base of every error that `dynamic_lora_server.training` raises."""
+
+
+class TrainingConfigError(TrainingError):
+    """The recipe is unreadable, or a field of it is missing, unknown or out of range."""
+
+
+class DatasetError(TrainingError):
+    """A data file is missing, malformed or empty; the message names file and line."""

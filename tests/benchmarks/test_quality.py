@@ -1,0 +1,66 @@
+"""The quality measurement against a stand-in server."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks import quality
+
+CARD: dict[str, Any] = {"prompt_template": "Review: {input}\nSentiment:", "parameters": {"seed": 1}}
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two dev sentences, and a shipped adapter with a small card."""
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "dev.tsv").write_text("good one\t1\nbad one\t0\n", encoding="utf-8")
+    card = tmp_path / "shipped" / "sentiment" / "task.json"
+    card.parent.mkdir(parents=True)
+    card.write_text(json.dumps(CARD), encoding="utf-8")
+    monkeypatch.setattr(quality, "SHIPPED", tmp_path / "shipped")
+    return tmp_path
+
+
+def answer(request: httpx.Request) -> httpx.Response:
+    """The adapter reads the bare sentence rightly; the base says the same to every prompt."""
+    body = json.loads(request.content)
+    if request.url.params.get("adapter") == "sentiment":
+        text = {"good one": " positive", "bad one": " negative"}[body["inputs"]]
+    else:
+        assert body["inputs"].startswith("Review: ")
+        assert body["parameters"] == {"seed": 1}
+        text = " positive"
+    return httpx.Response(200, json={"generated_text": text})
+
+
+async def measure(data: Path, limit: int | None = None) -> quality.TaskQuality:
+    """Measure `sentiment` against the stand-in."""
+    transport = httpx.MockTransport(answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        return await quality.measure(client, "sentiment", data, limit, 4)
+
+
+async def test_adapter_and_base_are_scored(data: Path) -> None:
+    found = await measure(data)
+    assert found.adapter == {"accuracy": 1.0}
+    assert found.base == {"accuracy": 0.5}
+    assert (await measure(data, limit=1)).num_examples == 1
+
+
+async def test_figures_go_into_the_card(data: Path) -> None:
+    quality.write_card(await measure(data))
+    card = json.loads((data / "shipped" / "sentiment" / "task.json").read_text(encoding="utf-8"))
+    assert card == {
+        **CARD,
+        "metrics": {"accuracy": 1.0, "base_accuracy": 0.5, "num_examples": 2},
+    }
+
+
+async def test_an_error_answer_ends_the_measurement(data: Path) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(404))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            await quality.measure(client, "sentiment", data, None, 4)

@@ -1,0 +1,362 @@
+"""The whole API on a real engine with a tiny base model."""
+
+import asyncio
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.adapters import make_adapter
+from tests.support.http_server import listening, tiny_app, tiny_config
+from tests.support.models import tiny_llama, tiny_tokenizer
+
+CARD = {
+    "description": "Echo",
+    "prompt_template": "Text: {input}\nAnswer:",
+    "parameters": {"max_new_tokens": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = make_adapter(tmp_path_factory.mktemp("adapter"), tiny_llama(), rank=4)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files | {"task.json": json.dumps(CARD).encode()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with listening(tiny_app(tiny_config(folder, max_upload_bytes=10**5))) as address:
+        yield address
+
+
+@pytest.fixture
+async def client(address: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Each test begins and ends without adapters."""
+    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        yield client
+        for adapter in (await client.get("/adapters")).json()["adapters"]:
+            await client.delete(f"/adapters/{adapter['name']}")
+
+
+async def upload(
+    client: httpx.AsyncClient, name: str, files: dict[str, bytes], **fields: str
+) -> httpx.Response:
+    parts = [("files", (filename, content)) for filename, content in files.items()]
+    return await client.post("/adapters", data={"name": name, **fields}, files=parts)
+
+
+async def generate(client: httpx.AsyncClient, *, adapter: str | None = None, **body: Any) -> Any:
+    params = {} if adapter is None else {"adapter": adapter}
+    response = await client.post("/generate", params=params, json={"inputs": "the rain", **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(response: httpx.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+async def test_the_life_of_an_adapter(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    created = await upload(client, "ner", adapter_files)
+    assert created.status_code == 201, created.text
+    assert created.headers["location"] == "/adapters/ner"
+    passport = created.json()
+    assert (passport["kind"], passport["rank"]) == ("lora", 4)
+    assert passport["card"]["description"] == "Echo"
+    assert passport["residency"] == {"tier": "disk"}
+
+    again = await upload(client, "ner", adapter_files)
+    assert (again.status_code, again.json()) == (200, passport)
+
+    answer = await client.post("/generate?adapter=ner", json={"inputs": "the rain"})
+    assert answer.headers["x-adapter"] == "ner"
+    assert answer.headers["x-adapter-version"] == passport["version"]
+    assert (await client.get("/adapters/ner")).json()["residency"] == {"tier": "device"}
+    assert [a["name"] for a in (await client.get("/adapters")).json()["adapters"]] == ["ner"]
+
+    assert (await client.delete("/adapters/ner")).status_code == 204
+    gone = await client.post("/generate?adapter=ner", json={"inputs": "the rain"})
+    assert gone.status_code == 404
+    assert (await client.delete("/adapters/ner")).status_code == 404
+
+
+async def test_an_adapter_from_an_archive_and_from_a_folder(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes], folder: Path
+) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in adapter_files.items():
+            archive.writestr(f"ner/{name}", content)
+    by_archive = await upload(client, "zipped", {"ner.zip": packed.getvalue()})
+    assert by_archive.status_code == 201, by_archive.text
+    source = folder / "on-disk"
+    source.mkdir()
+    for name, content in adapter_files.items():
+        (source / name).write_bytes(content)
+    by_path = await client.post("/adapters", json={"name": "local", "source": "on-disk"})
+    assert by_path.status_code == 201, by_path.text
+    assert by_path.json()["version"] == by_archive.json()["version"]
+
+
+async def test_the_card_wraps_the_prompt_unless_raw(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "ner", adapter_files)
+    prompt = "Text: the rain\nAnswer:"
+    carded = await generate(client, adapter="ner", parameters={"details": True})
+    assert carded["details"]["generated_tokens"] == 4
+    raw = await generate(
+        client, adapter="ner", inputs=prompt, raw=True, parameters={"max_new_tokens": 4}
+    )
+    assert raw["generated_text"] == carded["generated_text"]
+    full = await generate(client, adapter="ner", parameters={"return_full_text": True})
+    assert full["generated_text"] == prompt + carded["generated_text"]
+    by_id = await generate(client, parameters={"adapter_id": "ner"})
+    assert by_id == full | {"generated_text": carded["generated_text"]}
+
+
+async def test_adapter_and_base_differ_and_a_mixed_batch_does_not_mix_them(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "ner", adapter_files)
+    parameters = {"max_new_tokens": 12}
+    alone = {
+        name: await generate(client, adapter=name, raw=True, parameters=parameters)
+        for name in ("ner", "base")
+    }
+    assert alone["ner"] != alone["base"]
+    names = ["ner", "base"] * 4
+    mixed = await asyncio.gather(
+        *(generate(client, adapter=name, raw=True, parameters=parameters) for name in names)
+    )
+    assert mixed == [alone[name] for name in names]
+
+
+async def test_details(client: httpx.AsyncClient) -> None:
+    parameters = {"max_new_tokens": 3, "details": True, "top_n_tokens": 2, "ignore_eos": True}
+    details = (await generate(client, parameters=parameters))["details"]
+    assert details["finish_reason"] == "length"
+    assert details["generated_tokens"] == len(details["tokens"]) == 3
+    assert details["prompt_tokens"] == len(tiny_tokenizer().encode("the rain"))
+    assert details["prefill"] == []
+    for token, top in zip(details["tokens"], details["top_tokens"], strict=True):
+        assert top[0]["id"] == token["id"]  # greedy
+        assert top[0]["logprob"] == token["logprob"] >= top[1]["logprob"]
+
+
+async def test_several_continuations_and_seeds(client: httpx.AsyncClient) -> None:
+    parameters = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5, "n": 3, "details": True}
+    details = (await generate(client, parameters=parameters))["details"]
+    seeds = [details["seed"], *(other["seed"] for other in details["best_of_sequences"])]
+    assert seeds == [5, 6, 7]
+    second = await generate(client, parameters={"max_new_tokens": 6, "temperature": 1.0, "seed": 6})
+    assert second["generated_text"] == details["best_of_sequences"][0]["generated_text"]
+
+
+@pytest.mark.parametrize("route", ["/generate", "/generate_stream"])
+async def test_a_stream_says_what_the_answer_says(client: httpx.AsyncClient, route: str) -> None:
+    parameters = {"max_new_tokens": 8, "details": True}
+    whole = await generate(client, parameters=parameters)
+    body = {"inputs": "the rain", "parameters": parameters, "stream": route == "/generate"}
+    response = await client.post(route, json=body)
+    assert response.headers["x-adapter"] == "base"
+    streamed = events(response)
+    assert "".join(event["token"]["text"] for event in streamed) == whole["generated_text"]
+    assert [e["token"]["id"] for e in streamed] == [t["id"] for t in whole["details"]["tokens"]]
+    assert streamed[-1]["generated_text"] == whole["generated_text"]
+    assert streamed[-1]["details"]["finish_reason"] == whole["details"]["finish_reason"]
+    assert all(event["generated_text"] is None for event in streamed[:-1])
+
+
+async def test_a_stop_string_ends_the_text_before_it(client: httpx.AsyncClient) -> None:
+    parameters = {"max_new_tokens": 12, "ignore_eos": True}
+    text = (await generate(client, parameters=parameters))["generated_text"]
+    stop = text[3:5]
+    stopped = await generate(client, parameters=parameters | {"stop": [stop], "details": True})
+    assert stopped["generated_text"] == text[: text.index(stop)]
+    assert stopped["details"]["finish_reason"] == "stop_sequence"
+
+
+async def test_completions_equal_generate(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "ner", adapter_files)
+    expected = await generate(client, adapter="ner", raw=True, parameters={"max_new_tokens": 5})
+    ids = tiny_tokenizer().encode("the rain")
+    for prompt in ("the rain", ids):
+        body = {"model": "ner", "prompt": prompt, "max_tokens": 5, "temperature": 0}
+        answer = (await client.post("/v1/completions", json=body)).json()
+        assert answer["choices"][0]["text"] == expected["generated_text"]
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        streamed = events(await client.post("/v1/completions", json=body | {"stream": True}))
+        assert streamed.pop() == "[DONE]"
+        assert "".join(c["choices"][0]["text"] for c in streamed) == expected["generated_text"]
+
+
+async def test_several_prompts_and_continuations(client: httpx.AsyncClient) -> None:
+    body = {"model": "base", "prompt": ["a", "b"], "n": 2, "max_tokens": 3, "seed": 1}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 2
+    streamed = events(await client.post("/v1/completions", json=body | {"stream": True}))
+    texts = dict.fromkeys(range(4), "")
+    for chunk in streamed[:-1]:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert list(texts.values()) == [choice["text"] for choice in answer["choices"]]
+
+
+async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) -> None:
+    await upload(client, "ner", adapter_files)
+    expected = await generate(
+        client,
+        adapter="ner",
+        inputs="[user] hi\n[assistant]",
+        raw=True,
+        parameters={"max_new_tokens": 5},
+    )
+    body = {
+        "model": "ner",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_completion_tokens": 5,
+        "temperature": 0,
+    }
+    answer = (await client.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["message"]["content"] == expected["generated_text"]
+    streamed = events(
+        await client.post(
+            "/v1/chat/completions",
+            json=body | {"stream": True, "stream_options": {"include_usage": True}},
+        )
+    )
+    assert streamed.pop() == "[DONE]"
+    assert streamed.pop()["usage"] == answer["usage"]
+    deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
+    assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
+
+
+async def test_models_info_and_metrics(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes], folder: Path
+) -> None:
+    version = (await upload(client, "ner", adapter_files)).json()["version"]
+    await generate(client, adapter="ner")
+    base, ner = (await client.get("/v1/models")).json()["data"]
+    assert base["id"] == str(folder / "base")
+    assert (ner["id"], ner["root"], ner["parent"]) == ("ner", version, base["id"])
+    assert (await client.get("/v1/models/ner")).json() == ner
+    assert (await client.get("/v1/models/base")).json() == base
+    assert (await client.get("/v1/models/nre")).json()["error"]["code"] == "model_not_found"
+    info = (await client.get("/info")).json()
+    assert (info["max_total_tokens"], info["num_adapters"]) == (512, 1)
+    metrics = (await client.get("/metrics")).text
+    assert 'dynamic_lora_generated_tokens_total{adapter="ner"}' in metrics
+    assert 'dynamic_lora_adapter_resident{adapter="ner"} 1.0' in metrics
+    assert 'route="/generate",status="200"' in metrics
+
+
+def body_of(**fields: Any) -> dict[str, Any]:
+    return {"json": {"inputs": "x", **fields}}
+
+
+BAD: list[tuple[str, dict[str, Any], int, str, str | None]] = [
+    ("/generate", body_of(inputs=""), 422, "at least 1 character", "inputs"),
+    (
+        "/generate",
+        body_of(parameters={"temperature": -1}),
+        422,
+        "greater than or equal to 0",
+        "parameters.temperature",
+    ),
+    ("/generate", body_of(colour=1), 422, "colour: is not a field", "colour"),
+    ("/generate?adaptr=ner", body_of(), 422, "adaptr: is not a field", "adaptr"),
+    ("/generate?adapter=a", body_of(parameters={"adapter_id": "b"}), 422, "'a'", "adapter"),
+    ("/generate?adapter=nre", body_of(), 404, "No adapter is named 'nre'", "adapter"),
+    ("/generate", body_of(inputs="x " * 600), 422, "context holds 512", "max_new_tokens"),
+    ("/generate", {"content": b'{"inputs":'}, 400, "The body is not JSON", None),
+    ("/generate", {"content": b'{"inputs":"\xff"}'}, 400, "not UTF-8", None),
+    ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "unicode", "inputs"),
+    ("/generate", {"content": b"[" * 10**5}, 400, "", None),
+    ("/generate", {"json": []}, 422, "", None),
+    ("/generate", {"json": {"inputs": "x"}, "type": "text/plain"}, 415, "text/plain", None),
+    ("/adapters", {"content": b"x", "type": "text/plain"}, 415, "multipart/form-data", None),
+    ("/adapters", {"content": b"x", "type": "multipart/form-data"}, 400, "no boundary", None),
+    ("/adapters", {"content": b"{"}, 400, "The body is not JSON", None),
+    ("/adapters", {"json": {"name": "a", "source": "/etc"}}, 422, "not below", "source"),
+    ("/adapters", {"json": {"name": "a", "source": "x", "y": 1}}, 422, "not a field", "y"),
+]
+
+
+@pytest.mark.parametrize(("path", "request_", "status", "text", "field"), BAD)
+async def test_bad_requests_are_problems(
+    client: httpx.AsyncClient,
+    path: str,
+    request_: dict[str, Any],
+    status: int,
+    text: str,
+    field: str | None,
+) -> None:
+    content_type = request_.get("type", "application/json")
+    options = {key: value for key, value in request_.items() if key != "type"}
+    response = await client.post(path, headers={"content-type": content_type}, **options)
+    problem = response.json()
+    assert response.status_code == problem["status"] == status, problem
+    assert response.headers["content-type"] == "application/problem+json"
+    assert text in problem["detail"]
+    if field is not None:
+        assert problem["field"] == field
+    assert (await client.post("/generate", json={"inputs": "x"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "status", "slug", "text"),
+    [
+        ("Bad Name", {}, 422, "invalid-adapter-name", "cannot be an adapter's name"),
+        ("base", {}, 422, "invalid-adapter-name", "means the base model"),
+        ("a", {"adapter_config.json": b"{"}, 422, "invalid-adapter", "adapter_config.json"),
+        ("a", {"adapter_config.json": None}, 422, "invalid-adapter", "adapter_config.json"),
+        ("a", {"adapter_model.bin": b"x"}, 422, "unsafe-archive", "pickle"),
+        ("a", {"other.txt": b"x"}, 422, "invalid-adapter", "other.txt"),
+        ("a", {"big.zip": b"x" * 200_000}, 413, "adapter-too-large", "larger than 100,000"),
+    ],
+)
+async def test_bad_uploads_are_problems_and_leave_nothing(
+    client: httpx.AsyncClient,
+    adapter_files: dict[str, bytes],
+    name: str,
+    changes: dict[str, bytes | None],
+    status: int,
+    slug: str,
+    text: str,
+) -> None:
+    changed = adapter_files | changes
+    files = {filename: content for filename, content in changed.items() if content is not None}
+    response = await upload(client, name, files)
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (status, f"/problems/{slug}"), problem
+    assert text in problem["detail"]
+    assert (await client.get("/adapters")).json() == {"adapters": []}
+
+
+async def test_an_adapter_of_another_model_needs_force(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    config = json.loads(adapter_files["adapter_config.json"])
+    config["base_model_name_or_path"] = "org/other"
+    files = adapter_files | {"adapter_config.json": json.dumps(config).encode()}
+    response = await upload(client, "forced", files, force="true")
+    assert response.status_code == 201, response.text
+    assert (await client.delete("/adapters/forced")).status_code == 204

@@ -1,0 +1,135 @@
+"""What needs a real socket: disconnects, peers' clients, and a queue that is full."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from huggingface_hub import InferenceClient
+from openai import NotFoundError, OpenAI
+
+from tests.support.http_server import listening, tiny_app, tiny_config
+
+# Takes far longer than a test should: only a disconnect can end it in time.
+LONG = {"max_new_tokens": 16000, "ignore_eos": True}
+LONG_COMPLETION = {
+    "model": "base",
+    "prompt": "x",
+    "max_tokens": 16000,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    config = tiny_config(
+        tmp_path_factory.mktemp("socket"),
+        context_length=16384,
+        kv_memory=2**25,
+        max_running=2,
+        max_waiting=1,
+    )
+    with listening(tiny_app(config)) as address:
+        yield address
+
+
+def num_running(address: str) -> float:
+    for line in httpx.get(f"{address}/metrics").text.splitlines():
+        if line.startswith("dynamic_lora_running_sequences "):
+            return float(line.split()[1])
+    raise AssertionError("no gauge of running sequences")
+
+
+def wait_until_idle(address: str) -> None:
+    deadline = time.monotonic() + 20
+    while num_running(address) > 0:
+        assert time.monotonic() < deadline, "a sequence still runs"
+        time.sleep(0.02)
+
+
+def test_a_streaming_client_that_goes_frees_its_place(address: str) -> None:
+    body = {"inputs": "x", "parameters": LONG, "stream": True}
+    with httpx.stream("POST", f"{address}/generate", json=body, timeout=30) as response:
+        lines = response.iter_lines()  # dropping it would close the connection
+        assert next(lines).startswith("data:")
+        assert num_running(address) == 1
+    wait_until_idle(address)
+
+
+def test_a_waiting_client_that_goes_frees_its_place(address: str) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{address}/generate",
+            json={"inputs": "x", "parameters": LONG | {"n": 2, "details": True}},
+            timeout=httpx.Timeout(30, read=0.5),
+        )
+    wait_until_idle(address)
+
+
+def test_a_full_queue_answers_429_and_says_when(address: str) -> None:
+    body = LONG_COMPLETION | {"n": 3}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()  # dropping it would close the connection
+        assert next(lines).startswith("data:")
+        refused = httpx.post(f"{address}/generate", json={"inputs": "x"})
+        openai = httpx.post(f"{address}/v1/completions", json={"model": "base", "prompt": "x"})
+    assert refused.status_code == openai.status_code == 429
+    assert refused.json()["type"] == "/problems/queue-full"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert openai.json()["error"]["code"] == "rate_limit_exceeded"
+    wait_until_idle(address)
+
+
+def test_an_upload_over_the_cap_is_answered_while_it_is_sent(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, max_upload_bytes=10**5)
+    with listening(tiny_app(config)) as address:
+        response = httpx.post(
+            f"{address}/adapters",
+            data={"name": "big"},
+            files=[("files", ("adapter.zip", b"\0" * 10**7))],
+            timeout=30,
+        )
+        assert response.status_code == 413
+        assert response.json()["type"] == "/problems/adapter-too-large"
+        assert list((config.home / "staging").iterdir()) == []
+
+
+def test_openais_client(address: str) -> None:
+    with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        chat = client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=5,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
+        )
+        assert chat.usage is not None
+        assert chat.choices[0].logprobs is not None
+        assert chat.choices[0].logprobs.content is not None
+        assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens
+        chunks = client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=5,
+            temperature=0,
+            stream=True,
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == chat.choices[0].message.content
+        completion = client.completions.create(model="base", prompt="hi", n=2, logprobs=1)
+        assert len(completion.choices) == 2
+        assert client.models.list().data[0].object == "model"
+        with pytest.raises(NotFoundError, match="No adapter is named 'nope'"):
+            client.completions.create(model="nope", prompt="hi")
+
+
+def test_tgis_client(address: str) -> None:
+    client = InferenceClient(f"{address}/generate")
+    answer = client.text_generation("the rain", max_new_tokens=5, details=True, top_n_tokens=2)
+    assert answer.details is not None
+    assert answer.details.generated_tokens == len(answer.details.tokens)
+    streamed = client.text_generation("the rain", max_new_tokens=5, stream=True, details=True)
+    assert list(streamed)[-1].generated_text == answer.generated_text

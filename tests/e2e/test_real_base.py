@@ -1,0 +1,124 @@
+"""The embedded base with the shipped adapters, served by the command itself."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dynamic_lora_client import AsyncClient, Client
+from dynamic_lora_server.base_model import DEFAULT_BASE, resolve_base
+
+READY = re.compile(r"http://127\.0\.0\.1:\d+")
+REVIEWS = {
+    "a warm , funny and moving film that i would happily see again": "positive",
+    "a dull , lifeless mess that wastes a fine cast": "negative",
+    "one of the best films of the year": "positive",
+    "tedious and badly acted from start to finish": "negative",
+}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`dynamic-lora serve` as a user starts it, on a free port and with a fresh home."""
+    resolve_base()  # a first download takes longer than a test may
+    home = tmp_path_factory.mktemp("home")
+    command = [
+        str(Path(sys.executable).with_name("dynamic-lora")),
+        "serve",
+        *("--port", "0", "--home", str(home), "--kv-memory", "512MiB"),
+    ]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    log = home / "server.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment) as server,
+    ):
+        try:
+            yield _wait_until_ready(server, log)
+        finally:
+            server.terminate()
+            assert server.wait(timeout=60) == 0, log.read_text()
+
+
+def _wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> str:
+    for _ in range(2400):
+        assert server.poll() is None, log.read_text()
+        ready = [line for line in log.read_text().splitlines() if "ready at" in line]
+        if ready and (found := READY.search(ready[0])):
+            return found[0]
+        try:
+            server.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError(f"the server did not get ready:\n{log.read_text()}")
+
+
+def test_the_shipped_adapters_are_there(address: str) -> None:
+    with Client(address) as client:
+        adapters = {adapter.name: adapter for adapter in client.adapters()}
+    assert sorted(adapters) == ["describe", "ner", "sentiment"]
+    assert {adapter.base_model for adapter in adapters.values()} == {DEFAULT_BASE}
+
+
+async def test_three_tasks_and_the_base_mixed_in_one_batch(address: str) -> None:
+    async with AsyncClient(address) as client:
+        sentiments, entities, facts, base = await asyncio.gather(
+            asyncio.gather(*(client.generate(review, adapter="sentiment") for review in REVIEWS)),
+            client.generate("Angela Merkel met Barack Obama in Berlin", adapter="ner"),
+            client.generate("name[The Punter], food[Italian], area[riverside]", adapter="describe"),
+            client.generate("The capital of France is", max_new_tokens=8),
+        )
+    assert [answer.text.strip() for answer in sentiments] == list(REVIEWS.values())
+    found = json.loads(entities.text)
+    assert {"text": "Berlin", "type": "location"} in found
+    assert {entity["type"] for entity in found} <= {
+        "person", "location", "group", "corporation", "product", "creative-work",
+    }  # fmt: skip
+    assert "The Punter" in facts.text
+    assert "Italian" in facts.text
+    assert "Paris" in base.text
+
+
+def test_openai_clients_are_served(address: str) -> None:
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        assert "sentiment" in {model.id for model in client.models.list()}
+        completion = client.completions.create(
+            model="sentiment", prompt="Once upon a time", max_tokens=4, temperature=0
+        )
+        assert completion.usage is not None
+        assert completion.usage.completion_tokens <= 4
+        pieces = [
+            chunk.choices[0].delta.content or ""
+            for chunk in client.chat.completions.create(
+                model=client.models.list().data[0].id,
+                messages=[{"role": "user", "content": "Say hello."}],
+                max_tokens=8,
+                temperature=0,
+                stream=True,
+            )
+            if chunk.choices
+        ]
+    assert "".join(pieces).strip()
+
+
+def test_hugging_face_clients_are_served(address: str) -> None:
+    from huggingface_hub import InferenceClient
+
+    text = InferenceClient(model=f"{address}/generate").text_generation(
+        "The capital of France is", max_new_tokens=8
+    )
+    assert "Paris" in text
+
+
+def test_metrics_name_the_adapters(address: str) -> None:
+    httpx.post(f"{address}/generate?adapter=ner", json={"inputs": "Paris"}).raise_for_status()
+    assert 'adapter="ner"' in httpx.get(f"{address}/metrics").text

@@ -1,0 +1,75 @@
+"""`dynamic-lora serve`: options, one clear line when ready, and a start that fails."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dynamic_lora_server.commands.serve import serve
+from tests.support.models import save_tiny_base
+
+APP = typer.Typer()
+APP.command()(serve)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--port", "70000"], "port must lie between"),
+        (["--kv-memory", "lots"], "not a number of bytes"),
+        (["--dtype", "int3"], "dtype must be one of"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(arguments: list[str], text: str) -> None:
+    result = CliRunner().invoke(APP, arguments)
+    assert result.exit_code == 2
+    assert text in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dynamic_lora_server", "--port", "0", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _line_with(process: subprocess.Popen[str], text: str) -> str:
+    assert process.stderr is not None
+    return next(line for line in process.stderr if text in line)
+
+
+def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    process = _start("--model", str(base), "--home", str(tmp_path / "home"), "--kv-memory", "16MiB")
+    stop = threading.Timer(200, process.kill)
+    stop.start()
+    try:
+        line = _line_with(process, "ready at")
+        found = re.search(r"Dynamic LoRA ready at (http://\S+) · base .+ · \d+ adapters?", line)
+        assert found is not None, line
+        assert httpx.get(f"{found[1]}/ready").status_code == 200
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{found[1]}/ready")
+    finally:
+        stop.cancel()
+        process.kill()
+        process.communicate()
+
+
+def test_a_base_that_cannot_be_loaded_ends_the_process_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    process = _start("--model", str(tmp_path / "empty"), "--home", str(tmp_path / "home"))
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "config.json" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,55 @@
+"""The `train` command on a tiny base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dynamic_lora_server.commands.train import train
+from tests.server.training.test_config import recipe, write
+from tests.support.models import save_tiny_base
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A data folder, a tiny base and a recipe."""
+    line = json.dumps({"input": "a", "output": "b"})
+    (tmp_path / "train.jsonl").write_text(f"{line}\n" * 4, encoding="utf-8")
+    save_tiny_base(tmp_path / "base")
+    write(tmp_path / "recipe.yaml", recipe(base=str(tmp_path / "base")))
+    return tmp_path
+
+
+def invoke(*arguments: str | Path) -> Any:
+    """Run the command as a terminal would."""
+    app = typer.Typer()
+    app.command()(train)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_writes_the_adapter_and_says_so(workplace: Path) -> None:
+    output = workplace / "made"
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "trained on 4 answers; loss of the last steps" in result.stdout.replace("\n", " ")
+    assert "step 1/1 loss" in result.stderr
+    assert (output / "task.json").is_file()
+
+
+def test_base_overrides_where_the_weights_come_from(workplace: Path) -> None:
+    write(workplace / "recipe.yaml", recipe(base="org/name", output=str(workplace / "made")))
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--base", workplace / "base")
+    assert result.exit_code == 0, result.output
+    saved = json.loads((workplace / "made" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["base_model_name_or_path"] == "org/name"
+
+
+def test_faults_end_in_one_line(workplace: Path) -> None:
+    result = invoke(workplace / "recipe.yaml", "--data", workplace / "elsewhere")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "No such file" in result.stderr
+    assert "Traceback" not in result.output

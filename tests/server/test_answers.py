@@ -1,0 +1,197 @@
+"""Generation events on the three wires."""
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from dynamic_lora_server.answers.chat import ChatAnswer
+from dynamic_lora_server.answers.completions import CompletionAnswer
+from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.tgi import TgiAnswer
+from dynamic_lora_server.errors import EngineFailed
+from dynamic_lora_server.generation import (
+    Finish,
+    FinishReason,
+    GenerationEvent,
+    Started,
+    TokenLogprob,
+    TokenPiece,
+)
+from dynamic_lora_server.streams import Continuation, Generation
+
+STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
+TOP = (TokenLogprob(token_id=8, text=" a", logprob=-0.5),)
+
+
+def piece(text: str, *, token_text: str = "", special: bool = False, index: int = 0) -> TokenPiece:
+    return TokenPiece(
+        index=index,
+        token_id=9,
+        text=text,
+        token_text=token_text or text,
+        special=special,
+        logprob=-1.0,
+        top=TOP,
+    )
+
+
+def finish(reason: FinishReason, text: str, *, tail: str = "", index: int = 0) -> Finish:
+    return Finish(
+        index=index,
+        reason=reason,
+        text=text,
+        tail=tail,
+        num_prompt_tokens=3,
+        num_output_tokens=2,
+        seed=11,
+    )
+
+
+def generation(*events: GenerationEvent | Exception) -> Generation:
+    async def play() -> AsyncGenerator[GenerationEvent, None]:
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    return Generation(STARTED, play())
+
+
+async def documents(stream: AsyncGenerator[bytes, None]) -> list[Any]:
+    lines = [chunk.decode().removeprefix("data: ").strip() async for chunk in stream]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def tgi(*, prefix: str = "", num_top: int = 0) -> TgiAnswer:
+    return TgiAnswer(prefix=prefix, num_top=num_top, special_ids=[8])
+
+
+CONTINUATION = Continuation(
+    finish(FinishReason.EOS, "hi"), [piece("hi"), piece("", token_text="</s>", special=True)]
+)
+
+
+def test_tgi_whole() -> None:
+    plain = tgi(prefix="say ").whole([CONTINUATION], details=False)
+    assert plain.model_dump(exclude_none=True) == {"generated_text": "say hi"}
+    details = tgi(num_top=1).whole([CONTINUATION, CONTINUATION], details=True).details
+    assert details is not None
+    assert details.finish_reason == "eos_token"
+    assert (details.generated_tokens, details.prompt_tokens, details.seed) == (2, 3, 11)
+    assert [token.text for token in details.tokens] == ["hi", "</s>"]
+    assert details.top_tokens is not None
+    assert details.top_tokens[0][0].special
+    assert details.best_of_sequences is not None
+    assert details.best_of_sequences[0].generated_text == "hi"
+
+
+async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
+    events = await documents(
+        tgi().stream(
+            generation(
+                piece("h"), piece("", token_text="i"), finish(FinishReason.STOP, "hi", tail="i")
+            )
+        )
+    )
+    assert [event["token"]["text"] for event in events] == ["h", "i"]
+    assert [event["index"] for event in events] == [1, 2]
+    assert [event["generated_text"] for event in events] == [None, "hi"]
+    assert events[0]["details"] is None
+    assert events[1]["details"]["finish_reason"] == "stop_sequence"
+
+
+async def test_tgi_stream_says_what_broke_it() -> None:
+    events = await documents(tgi().stream(generation(piece("h"), EngineFailed("it broke"))))
+    assert events[-1] == {"error": "it broke", "error_type": "engine-failed"}
+
+
+def completion(**options: Any) -> CompletionAnswer:
+    defaults: dict[str, Any] = {"model": "ner", "n": 1, "num_top": None, "usage": False}
+    return CompletionAnswer(**(defaults | options))
+
+
+def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> None:
+    pair = [
+        Continuation(finish(FinishReason.LENGTH, "ab", index=0), [piece("a"), piece("b")]),
+        Continuation(finish(FinishReason.STOP, "cd", index=1), [piece("c"), piece("d")]),
+    ]
+    answer = completion(n=2, num_top=1).whole([pair, pair])
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "stop"] * 2
+    assert answer.usage is not None
+    assert answer.usage.model_dump() == {
+        "prompt_tokens": 6,
+        "completion_tokens": 8,
+        "total_tokens": 14,
+    }
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.model_dump() == {
+        "tokens": ["a", "b"],
+        "token_logprobs": [-1.0, -1.0],
+        "top_logprobs": [{" a": -0.5}, {" a": -0.5}],
+        "text_offset": [0, 1],
+    }
+
+
+async def test_completion_streams() -> None:
+    chunks = await documents(
+        framed(
+            completion(usage=True, num_top=0).stream(
+                [
+                    generation(
+                        piece("ab"),
+                        piece("", token_text="c"),
+                        finish(FinishReason.EOS, "abc", tail="c"),
+                    )
+                ]
+            )
+        )
+    )
+    *pieces, usage, done = chunks
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in pieces) == "abc"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in pieces] == [None, None, "stop"]
+    assert pieces[1]["choices"][0]["logprobs"]["text_offset"] == [2]
+    assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 5)
+
+
+async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> None:
+    chunks = await documents(framed(completion().stream([generation(EngineFailed("it broke"))])))
+    assert [chunk["error"]["message"] for chunk in chunks] == ["it broke"]
+
+
+def chat(*, n: int = 1, logprobs: bool = False, usage: bool = False) -> ChatAnswer:
+    return ChatAnswer(model="ner", n=n, logprobs=logprobs, usage=usage)
+
+
+def test_chat_whole() -> None:
+    answer = chat(logprobs=True).whole([CONTINUATION])
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("hi", "stop")
+    assert choice.logprobs is not None
+    assert choice.logprobs.content[0].bytes == list(b"hi")
+    assert choice.logprobs.content[0].top_logprobs[0].token == " a"
+    assert answer.usage.total_tokens == 5
+
+
+async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
+    chunks = await documents(
+        chat(n=2, usage=True).stream(
+            generation(
+                piece("a", index=1),
+                finish(FinishReason.LENGTH, "a", index=1),
+                piece("", token_text="b"),
+                finish(FinishReason.EOS, "b", tail="b"),
+            )
+        )
+    )
+    deltas = [(c["choices"][0]["index"], c["choices"][0]["delta"]) for c in chunks[:-1]]
+    assert deltas == [
+        (0, {"role": "assistant", "content": ""}),
+        (1, {"role": "assistant", "content": ""}),
+        (1, {"content": "a"}),
+        (1, {}),
+        (0, {"content": "b"}),
+    ]
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}

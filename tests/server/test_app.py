@@ -1,0 +1,98 @@
+"""The application before, without and beside a model: no model is loaded here."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from dynamic_lora_server.app import create_app
+from dynamic_lora_server.config import ServerConfig
+from dynamic_lora_server.errors import UnsupportedModel
+
+
+@asynccontextmanager
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
+    ):
+        yield client
+
+
+async def test_while_the_model_loads_only_health_and_metrics_answer(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def load() -> NoReturn:
+        release.wait(30)
+        raise RuntimeError("not in this test")
+
+    app = create_app(ServerConfig(home=tmp_path), load=load)
+    try:
+        async with client_of(app) as client:
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            assert (await client.get("/metrics")).status_code == 200
+            for path in ("/ready", "/info", "/adapters"):
+                response = await client.get(path)
+                assert response.status_code == 503
+                assert response.headers["retry-after"] == "5"
+                assert response.json()["type"] == "/problems/not-ready"
+                assert "loading" in response.json()["detail"]
+            openai = await client.get("/v1/models")
+            assert openai.status_code == 503
+            assert openai.json()["error"]["code"] == "not_ready"
+    finally:
+        release.set()
+
+
+async def test_a_load_that_fails_is_told_and_explained(tmp_path: Path) -> None:
+    told: asyncio.Queue[Exception] = asyncio.Queue()
+
+    def load() -> NoReturn:
+        raise UnsupportedModel("Falcon does not go through the interface.")
+
+    app = create_app(ServerConfig(home=tmp_path), load=load, on_failure=told.put_nowait)
+    async with client_of(app) as client:
+        error = await asyncio.wait_for(told.get(), 5)
+        assert isinstance(error, UnsupportedModel)
+        assert "Falcon" in (await client.get("/ready")).json()["detail"]
+        assert (await client.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_over_the_cap(tmp_path: Path, declared: bool) -> None:
+    app = create_app(ServerConfig(home=tmp_path, max_body_bytes=100), load=_never)
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 10
+
+    async with client_of(app) as client:
+        response = await client.post(
+            "/generate",
+            content=b"x" * 200 if declared else body(),
+            headers={"content-type": "application/json"},
+        )
+    assert response.status_code == 413
+    assert response.json()["detail"] == "The body is larger than 100 bytes."
+
+
+def _never() -> NoReturn:
+    raise RuntimeError("no model in this test")
+
+
+def test_the_openapi_document_describes_the_errors(tmp_path: Path) -> None:
+    document = create_app(ServerConfig(home=tmp_path)).openapi()
+    generate = document["paths"]["/generate"]["post"]
+    problem = generate["responses"]["404"]["content"]["application/problem+json"]["schema"]
+    assert problem == {"$ref": "#/components/schemas/Problem"}
+    assert {"Problem", "StreamEvent", "Token"} <= set(document["components"]["schemas"])
+    assert "HTTPValidationError" not in str(document)
+    upload = document["paths"]["/adapters"]["post"]["requestBody"]["content"]
+    assert set(upload) == {"multipart/form-data", "application/json"}

@@ -1,0 +1,101 @@
+"""What the metrics say of generations, requests and the engine."""
+
+from collections.abc import AsyncGenerator
+
+from starlette.types import Message, Receive, Scope, Send
+
+from dynamic_lora_server.generation import (
+    Finish,
+    FinishReason,
+    GenerationEvent,
+    Started,
+    TokenPiece,
+)
+from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading, RequestCounter
+
+PIECE = TokenPiece(index=0, token_id=5, text="a", token_text="a", special=False)
+FINISH = Finish(
+    index=0,
+    reason=FinishReason.EOS,
+    text="aa",
+    tail="",
+    num_prompt_tokens=4,
+    num_output_tokens=3,
+    seed=None,
+)
+
+
+async def play() -> AsyncGenerator[GenerationEvent, None]:
+    yield Started(adapter="ner", version="abc", num_prompt_tokens=4)
+    yield PIECE
+    yield PIECE
+    yield PIECE
+    yield FINISH
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"dynamic_lora_{name}", labels)
+
+
+async def test_a_generation_is_counted_under_its_adapter() -> None:
+    ticks = iter([0.0, 2.0, 3.0])
+    metrics = Metrics(clock=lambda: next(ticks))
+    assert len([event async for event in metrics.observed(play())]) == 5
+    assert value(metrics, "prompt_tokens_total", adapter="ner") == 4
+    assert value(metrics, "generated_tokens_total", adapter="ner") == 3
+    assert value(metrics, "time_to_first_token_seconds_sum", adapter="ner") == 2.0
+    assert value(metrics, "time_per_output_token_seconds_sum", adapter="ner") == 0.5
+
+
+async def test_closing_an_observed_generation_closes_it() -> None:
+    closed = []
+
+    async def endless() -> AsyncGenerator[GenerationEvent, None]:
+        try:
+            while True:
+                yield PIECE
+        finally:
+            closed.append(True)
+
+    observed = Metrics().observed(endless())
+    await anext(observed)
+    await observed.aclose()
+    assert closed == [True]
+
+
+async def test_unknown_paths_and_methods_share_a_label() -> None:
+    metrics = Metrics()
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 404})
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Message) -> None:
+        return
+
+    counter = RequestCounter(app, metrics)
+    for path in ("/a", "/b"):
+        await counter({"type": "http", "method": "BREW", "path": path}, receive, send)
+    labels = {"method": "other", "route": "unmatched", "status": "404"}
+    assert value(metrics, "requests_total", **labels) == 2
+
+
+def test_the_engine_is_asked_when_prometheus_asks() -> None:
+    metrics = Metrics()
+    running = [1]
+    collector = EngineCollector(
+        lambda: [
+            Reading("running_sequences", "Running.", running[0]),
+            Reading("engine_steps", "Steps.", 7, total=True),
+        ],
+        lambda: {"ner": True, "describe": False},
+    )
+    metrics.registry.register(collector)
+    running[0] = 3
+    assert value(metrics, "running_sequences") == 3
+    assert value(metrics, "engine_steps_total") == 7
+    assert value(metrics, "adapter_resident", adapter="ner") == 1
+    assert value(metrics, "adapter_resident", adapter="describe") == 0
+    assert b"dynamic_lora_running_sequences 3.0" in metrics.render()

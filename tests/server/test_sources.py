@@ -1,0 +1,74 @@
+"""Adapters that the server fetches itself."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from dynamic_lora_adapters.archive import Intake
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.sources import SourceUnavailable, fetch_source
+
+
+def fetch(source: str, roots: list[Path], tmp_path: Path, endpoint: str | None = None) -> set[str]:
+    folder, inbox = tmp_path / "staging", tmp_path / "inbox"
+    folder.mkdir()
+    inbox.mkdir()
+    fetch_source(
+        source, Intake(folder), roots=roots, inbox=inbox, max_bytes=10**6, endpoint=endpoint
+    )
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    (root / "ner").mkdir(parents=True)
+    (root / "ner" / "adapter_config.json").write_text("{}")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "adapter_config.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("form", ["ner", "./ner", "{root}/ner"])
+def test_a_folder_below_a_root(root: Path, tmp_path: Path, form: str) -> None:
+    source = form.format(root=root)
+    assert fetch(source, [tmp_path / "none", root], tmp_path) == {"adapter_config.json"}
+
+
+@pytest.mark.parametrize("form", ["../secret", "{parent}/secret", "ner/../../secret", "link"])
+def test_nothing_outside_the_roots(root: Path, tmp_path: Path, form: str) -> None:
+    (root / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(InvalidParameter, match="not below a folder") as caught:
+        fetch(form.format(parent=tmp_path), [root], tmp_path)
+    assert caught.value.field == "source"
+
+
+def test_a_file_that_links_outside(root: Path, tmp_path: Path) -> None:
+    (root / "ner" / "task.json").symlink_to(tmp_path / "secret" / "adapter_config.json")
+    with pytest.raises(InvalidParameter, match="links to a place outside"):
+        fetch("ner", [root], tmp_path)
+
+
+def test_without_roots_every_path_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match="--adapter-root|not below") as caught:
+        fetch(str(root / "ner"), [], tmp_path)
+    assert "--adapter-root" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(("source", "text"), [("nix", "no folder or file"), ("a\0b", "NUL")])
+def test_paths_that_are_nothing(root: Path, tmp_path: Path, source: str, text: str) -> None:
+    with pytest.raises(InvalidParameter, match=text):
+        fetch(source, [root], tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(SourceUnavailable, match="did not give 'org/repo'"):
+        fetch("hf://org/repo@main", [], tmp_path, endpoint=f"http://127.0.0.1:{port}")
+
+
+def test_a_hub_name_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match="no model 'a/b/c'"):
+        fetch("hf://a/b/c", [], tmp_path, endpoint="http://127.0.0.1:9")

@@ -1,0 +1,165 @@
+"""A whole run on a tiny base: the loss falls, and what is saved is what was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from dynamic_lora_server.training import (
+    DatasetError,
+    Progress,
+    TrainingConfig,
+    TrainingConfigError,
+    TrainingSummary,
+    run_training,
+)
+from dynamic_lora_server.training.artifacts import save_adapter
+from dynamic_lora_server.training.config import OptimizerSettings
+from dynamic_lora_server.training.trainer import attach_lora, lr_factor
+from tests.server.training.test_config import recipe
+from tests.support.models import save_tiny_base, tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+PAIRS = [
+    {"input": f"n {index}", "output": "even" if index % 2 == 0 else "odd"} for index in range(20)
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a data set and a tiny base model."""
+    lines = "\n".join(json.dumps(pair) for pair in PAIRS)
+    (tmp_path / "train.jsonl").write_text(lines, encoding="utf-8")
+    save_tiny_base(tmp_path / "base")
+    return tmp_path
+
+
+def config(**changes: Any) -> TrainingConfig:
+    """A recipe that a tiny model learns in a second."""
+    settings: dict[str, Any] = {
+        "lora": {"r": 4, "alpha": 8},
+        "optimizer": {"lr": 5e-3, "loraplus_ratio": 4},
+        "batch_size": 4,
+        "epochs": 6,
+    }
+    return TrainingConfig.model_validate(recipe(**{**settings, **changes}))
+
+
+def run(data: Path, output: str = "out", **changes: Any) -> tuple[TrainingSummary, list[Progress]]:
+    """Train on the folder's data into `output`."""
+    steps: list[Progress] = []
+    summary = run_training(
+        config(**changes),
+        base=data / "base",
+        data=data,
+        output=data / output,
+        on_step=steps.append,
+    )
+    return summary, steps
+
+
+@pytest.mark.parametrize("loraplus_ratio", [None, 4])
+def test_the_loss_falls(data: Path, loraplus_ratio: float | None) -> None:
+    summary, steps = run(data, optimizer={"lr": 5e-3, "loraplus_ratio": loraplus_ratio})
+    assert [step.step for step in steps] == list(range(1, 31))
+    assert steps[0].num_steps == 30
+    assert steps[-1].loss < 0.5 * steps[0].loss
+    assert (summary.num_answers, summary.num_too_long) == (20, 0)
+
+
+def test_the_files_of_an_adapter(data: Path) -> None:
+    run(data, epochs=1, lora={"target_modules": ["v_proj", "down_proj", "q_proj"]})
+    output = data / "out"
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "task.json",
+    ]
+    tensors = load_file(output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    saved = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert saved["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    card = json.loads((output / "task.json").read_text(encoding="utf-8"))
+    assert card["prompt_template"] == "Q: {input}\nA:"
+    assert card["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card["metrics"] == {}
+
+
+def test_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
+    settings = config()
+    trained = attach_lora(tiny_llama(), settings.lora)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    save_adapter(trained, settings, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
+    ids = torch.tensor([[5, 9, 40, 77]])
+    with torch.no_grad():
+        expected, found = trained(ids).logits, loaded(ids).logits
+        plain = tiny_llama()(ids).logits
+    # fp16 keeps about three digits of each factor.
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    assert (expected - plain).abs().max() > 0.5
+
+
+def test_a_seed_fixes_the_adapter(data: Path) -> None:
+    for output, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(data, output, epochs=1, seed=seed)
+    first, second, other = (
+        load_file(data / name / "adapter_model.safetensors") for name in ("a", "b", "c")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_an_older_adapter_is_replaced_whole(data: Path) -> None:
+    (data / "out").mkdir()
+    (data / "out" / "stale.txt").write_text("old", encoding="utf-8")
+    run(data, epochs=1)
+    assert not (data / "out" / "stale.txt").exists()
+    assert not list(data.glob(".out-*"))
+
+
+def test_answers_that_do_not_fit_are_counted(data: Path) -> None:
+    with (data / "train.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("\n" + json.dumps({"input": "n", "output": "long " * 40}))
+    summary, _ = run(data, epochs=1, max_length=32)
+    assert (summary.num_answers, summary.num_too_long) == (20, 1)
+    with pytest.raises(DatasetError, match="no example fits into max_length=2"):
+        run(data, max_length=2)
+
+
+def test_shared_prompts_are_rows_of_at_most_max_length(data: Path) -> None:
+    answers = [{"input": "same", "output": f"answer {index}"} for index in range(20)]
+    text = "\n".join(json.dumps(pair) for pair in answers)
+    (data / "train.jsonl").write_text(text, encoding="utf-8")
+    summary, steps = run(data, epochs=1, share_prompts=True, batch_size=1, max_length=64)
+    assert summary.num_answers == 20
+    assert 1 < len(steps) < 10
+
+
+def test_shared_prompts_need_the_attention_window(data: Path) -> None:
+    save_tiny_base(data / "base", family="mistral")
+    with pytest.raises(TrainingConfigError, match="max_length is 512, the window 32"):
+        run(data, share_prompts=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"),
+    [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)],
+)
+def test_schedules(schedule: Any, middle: float, end: float) -> None:
+    settings = OptimizerSettings(schedule=schedule, warmup_ratio=0.1)
+    factors = [lr_factor(step, 100, settings) for step in range(101)]
+    assert factors[:10] == sorted(factors[:10])
+    assert 0 < factors[0] < 0.2
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(middle)
+    assert factors[100] == pytest.approx(end)

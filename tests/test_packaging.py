@@ -1,0 +1,85 @@
+"""Files around the code: container, compose, pins, version."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from dynamic_lora_client import __version__
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {name: Version(version) for name, version in pairs}
+
+
+def _requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
+    return [r for r in map(Requirement, lines) if canonicalize_name(r.name) != PROJECT["name"]]
+
+
+def _compose() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return document
+
+
+def _validate(path: Path) -> subprocess.CompletedProcess[str]:
+    """Check a compose file against the compose specification's schema."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    return subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+
+
+def test_the_compose_file_follows_the_specification() -> None:
+    result = _validate(ROOT / "docker-compose.yml")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_specification_finds_a_misspelt_key(tmp_path: Path) -> None:
+    document = _compose()
+    document["services"]["server"]["helthcheck"] = {}
+    broken = tmp_path / "docker-compose.yml"
+    broken.write_text(yaml.safe_dump(document))
+    result = _validate(broken)
+    assert result.returncode == 1
+    assert "helthcheck" in result.stdout
+
+
+@pytest.mark.parametrize("service", ["server", "server-gpu"])
+def test_compose_keeps_what_the_image_declares(service: str) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    volumes = re.findall(r'"(/[^"]+)"', re.search(r"^VOLUME (.*)$", dockerfile, re.M)[1])  # type: ignore[index]
+    settings = _compose()["services"][service]
+    assert sorted(volume.partition(":")[2] for volume in settings["volumes"]) == sorted(volumes)
+    exposed = re.search(r"^EXPOSE (\d+)$", dockerfile, re.M)
+    assert exposed is not None
+    assert settings["ports"] == [f"${{PORT:-{exposed[1]}}}:{exposed[1]}"]
+
+
+def test_every_direct_dependency_is_pinned_within_its_range() -> None:
+    pins = _pins()
+    for requirement in _requirements():
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} has no pin: run `make pins > constraints.txt`"
+        assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is outside {requirement}"
+
+
+def test_pins_name_releases_and_no_builds() -> None:
+    assert [name for name, version in _pins().items() if version.local] == []
+
+
+def test_the_changelog_opens_with_the_version() -> None:
+    headings = re.findall(r"^## \[?(\d[^\]\s]*)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[:1] == [__version__]
