@@ -31,7 +31,7 @@ class CardParameters(_Strict):
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: _Finite | None = Field(default=None, gt=0)
+    repetition_penalty: _Finite | None = Field(default=None, ge=0.01, le=100)
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     stop: list[Annotated[str, Field(min_length=1)]] | None = None

@@ -18,9 +18,8 @@ from pydantic import ValidationError
 from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
 from dynamic_lora_adapters.errors import (
+    AdapterError,
     AdapterNotFound,
-    IncompatibleAdapter,
-    UnsupportedAdapter,
 )
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.index import (
@@ -231,7 +230,7 @@ class AdapterRegistry:
             intake.add_folder(source)
             try:
                 version = self._inspect(name, folder, False, intake.ignored_files)
-            except (IncompatibleAdapter, UnsupportedAdapter) as error:
+            except AdapterError as error:
                 logger.info("shipped adapter %r skipped: %s", name, error)
                 return False
             self._commit(version, folder, shipped=True)

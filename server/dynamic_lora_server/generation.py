@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from dynamic_lora_server.errors import InvalidParameter
 
+# Below this a temperature is greedy: the division would leave the range of float32.
+MIN_TEMPERATURE = 1e-5
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -16,7 +19,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature=0` is greedy.
+    """How the next token is chosen. A `temperature` of 0 (below 1e-5) is greedy.
 
     Penalties and filters are applied in the order repetition, presence and
     frequency penalty, temperature, top-k, top-p, min-p. `repetition_penalty`
@@ -47,7 +50,11 @@ class SamplingParams:
         _check("top_k", self.top_k >= 0, "must be 0 (off) or more")
         _check("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         _check("min_p", 0 <= self.min_p <= 1, "must lie between 0 and 1")
-        _check("repetition_penalty", 0 < self.repetition_penalty <= 100, "must be above 0")
+        _check(
+            "repetition_penalty",
+            0.01 <= self.repetition_penalty <= 100,
+            "must lie between 0.01 and 100",
+        )
         _check("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie between -2 and 2")
         _check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie between -2 and 2")
         _check("seed", self.seed is None or 0 <= self.seed < 2**64, "must fit in 64 bits")
@@ -56,7 +63,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def penalised(self) -> bool:

@@ -11,14 +11,12 @@ from typing import Any, Protocol
 
 from dynamic_lora_adapters.card import TaskCard
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.generation import GenerationSpec, SamplingParams
+from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
-# Dividing logits by less overflows in float32; the limit of small temperatures is greedy.
-GREEDY_BELOW = 1e-5
 BASE = "base"  # names the base model wherever an adapter can be named
 
 _SAMPLING_FIELDS = (
@@ -147,7 +145,7 @@ def _temperature(own: GenerateParameters, card: TaskCard | None) -> float:
 
 
 def _floored(temperature: float) -> float:
-    return 0.0 if temperature < GREEDY_BELOW else temperature
+    return 0.0 if temperature < MIN_TEMPERATURE else temperature
 
 
 def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[GenerationSpec]:

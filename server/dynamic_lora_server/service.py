@@ -5,7 +5,7 @@ import itertools
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -104,7 +104,7 @@ class GenerationService:
         """Continuations admitted and not yet ended."""
         return self._num_open
 
-    async def stream(self, spec: GenerationSpec) -> AsyncIterator[GenerationEvent]:
+    async def stream(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
 
         Closing the iterator ends the generation at once and frees its place.

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.errors import NotReady
@@ -38,7 +38,7 @@ class ServerState:
     def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Start a generation, seen by the metrics. The generator must be closed."""
         events = self.runtime.service.stream(spec)
-        return self.metrics.observed(cast(AsyncGenerator[GenerationEvent, None], events))
+        return self.metrics.observed(events)
 
     async def come_up(self, load: Load) -> None:
         """Load the runtime on a thread of its own, and start it on this event loop.

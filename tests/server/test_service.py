@@ -102,7 +102,7 @@ async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> N
         if isinstance(event, TokenPiece):
             break
     assert runtime.service.num_open == 4
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     assert runtime.service.num_open == 0
     await quiet(runtime)
     stats = runtime.stats()
