@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
 from dynamic_lora_adapters.errors import (
-    AdapterError,
     AdapterNotFound,
+    IncompatibleAdapter,
+    UnsupportedAdapter,
 )
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.index import (
@@ -222,6 +223,10 @@ class AdapterRegistry:
         if current is not None and current.digest not in shipped:
             logger.info("shipped adapter %r skipped: the name is taken", name)
             return False
+        declared = _read_spec(source).base_model
+        if declared is not None and model_leaf(declared) != model_leaf(self._geometry.model_id):
+            logger.info("shipped adapter %r skipped: The adapter was trained on %s", name, declared)
+            return False
         # Not reading the factors keeps PEFT out of an ordinary start.
         if current is not None and current.digest == _digest(source):
             return False
@@ -230,7 +235,7 @@ class AdapterRegistry:
             intake.add_folder(source)
             try:
                 version = self._inspect(name, folder, False, intake.ignored_files)
-            except AdapterError as error:
+            except (IncompatibleAdapter, UnsupportedAdapter) as error:
                 logger.info("shipped adapter %r skipped: %s", name, error)
                 return False
             self._commit(version, folder, shipped=True)
