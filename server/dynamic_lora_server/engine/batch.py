@@ -31,10 +31,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One packed row of tokens: decoding sequences, then prompts, each by adapter slot.
-
-    Decoding rows of neighbouring slots make one run of short, nearly equal
-    segments; a prompt among them would pad all segments to its own length.
+    """One packed row of tokens, sorted by adapter slot.
 
     Shapes: input_ids, position_ids [1, num_tokens]; cells [num_tokens], the
     KV cell each token is written to; logit_rows [num_sampled], the rows whose
@@ -52,8 +49,8 @@ class Batch:
 
     @classmethod
     def build(cls, pieces: Seq[Piece], device: torch.device) -> "Batch":
-        """Sort the pieces and lay their tokens out in one row."""
-        ordered = sorted(pieces, key=_place)
+        """Sort the pieces by adapter and lay their tokens out in one row."""
+        ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter))
         tokens: list[int] = []
         positions: list[int] = []
         cells: list[int] = []
@@ -82,7 +79,3 @@ class Batch:
             logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
             plan=DeltaPlan.of([(p.sequence.adapter, p.num_tokens) for p in ordered]),
         )
-
-
-def _place(piece: Piece) -> tuple[bool, tuple[int, int]]:
-    return piece.num_tokens > 1, slot_order(piece.sequence.adapter)

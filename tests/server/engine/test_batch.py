@@ -9,7 +9,7 @@ from tests.support.slabs import make_slab, resident
 CPU = torch.device("cpu")
 
 
-def test_decoding_rows_come_first_each_part_sorted_by_slot() -> None:
+def test_rows_are_sorted_by_slot_base_rows_first() -> None:
     slab = make_slab(3, 8, 4, 4)
     first, second = resident(slab, 0), resident(slab, 1)
     scheduler = Scheduler(ContiguousSpace(200), max_running=8, max_step_tokens=64)
@@ -22,13 +22,12 @@ def test_decoding_rows_come_first_each_part_sorted_by_slot() -> None:
     scheduler.add(prompt)
     batch = Batch.build(scheduler.schedule(), CPU)
     second_, base, first_ = decoding
-    assert [p.sequence for p in batch.pieces] == [base, first_, second_, prompt]
-    assert batch.input_ids.tolist() == [[7, 7, 7, 11, 12, 13]]
-    assert batch.position_ids.tolist() == [[1, 1, 1, 0, 1, 2]]
-    assert batch.logit_rows.tolist() == [0, 1, 2, 5]
+    assert [p.sequence for p in batch.pieces] == [base, first_, prompt, second_]
+    assert batch.input_ids.tolist() == [[7, 7, 11, 12, 13, 7]]
+    assert batch.position_ids.tolist() == [[1, 1, 0, 1, 2, 1]]
+    assert batch.logit_rows.tolist() == [0, 1, 4, 5]
     assert [(run.slot_start, run.row_start, run.lengths) for run in batch.plan.runs] == [
-        (0, 1, [1, 1]),
-        (0, 3, [3]),
+        (0, 1, [4, 1]),
     ]
 
 
