@@ -117,7 +117,7 @@ def test_chat_with_neutral_values() -> None:
         "user": "someone",
         "n": 1,
     }
-    ChatRequest.model_validate(CHAT | neutral)
+    assert ChatRequest.model_validate(CHAT | neutral).n == 1
 
 
 @pytest.mark.parametrize(
