@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection, LoraLinear
+from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection, LoraLinear, OutputLinear
+from dynamic_lora_adapters.products import base_product
 
 
 def observe_groups(
@@ -73,20 +75,32 @@ def _describe(paths: list[str], linears: dict[str, nn.Linear]) -> ProjectionGrou
     )
 
 
-def inject(model: nn.Module, groups: Iterable[ProjectionGroup]) -> DeltaSite:
+def inject(
+    model: nn.Module, groups: Iterable[ProjectionGroup], *, packed: bool = False
+) -> DeltaSite:
     """Replace every layer of the groups by one that adds deltas; returns the shared site.
 
     The weights of a group are joined into one tensor and the members' become
-    views of it, so no memory is spent twice and `state_dict` keeps its keys.
+    views of it, so `state_dict` keeps its keys. With `packed` the products
+    read packed copies, which take as much memory again.
     """
     site = DeltaSite()
     for index, group in enumerate(groups):
         members = [_linear(model, path) for path in group.paths]
-        projection = GroupedProjection(group, index, site, *_join_weights(members))
+        product = base_product(*_join_weights(members), packed=packed)
+        projection = GroupedProjection(group, index, site, product)
         for number, (path, member) in enumerate(zip(group.paths, members, strict=True)):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, LoraLinear(member, projection, number))
     return site
+
+
+def pack_output(model: PreTrainedModel) -> None:
+    """Let the output embedding (`lm_head`) multiply by a packed copy of its weight."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and not isinstance(head, LoraLinear):
+        product = base_product(head.weight.data, head.bias, packed=True)
+        model.set_output_embeddings(OutputLinear(head, product))
 
 
 @torch.no_grad()

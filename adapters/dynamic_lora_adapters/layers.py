@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.products import BaseProduct
 from dynamic_lora_adapters.segments import DeltaPlan
 
 
@@ -30,14 +30,12 @@ class GroupedProjection:
         group: ProjectionGroup,
         index: int,
         site: DeltaSite,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        base: BaseProduct,
     ) -> None:
         self._group = group
         self._index = index
         self._site = site
-        self._weight = weight
-        self._bias = bias
+        self._base = base
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
 
@@ -56,7 +54,7 @@ class GroupedProjection:
         return output
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(x, self._weight, self._bias)
+        out = self._base(x)
         plan = self._site.plan
         if plan is not None and plan.runs:
             self._add_deltas(out.flatten(0, -2), x.flatten(0, -2), plan)
@@ -86,3 +84,19 @@ class LoraLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Base output plus the deltas of the running step, [..., out_features]."""
         return self._projection.member(self._number, input)
+
+
+class OutputLinear(nn.Linear):
+    """Takes the place of the output embedding, to multiply by a packed weight."""
+
+    def __init__(self, base: nn.Linear, product: BaseProduct) -> None:
+        nn.Module.__init__(self)
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight = base.weight
+        self.bias = base.bias
+        self._product = product
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [..., out_features]."""
+        return self._product(input)

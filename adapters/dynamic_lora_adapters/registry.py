@@ -36,6 +36,7 @@ from dynamic_lora_adapters.passport import Passport, write_passport
 from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.targets import find_targets, unmatched_names
+from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.weights import (
     WEIGHTS_FILE,
     LoraFactors,
@@ -190,6 +191,7 @@ class AdapterRegistry:
             self._num_leases[lease.version.digest] -= 1
             self._collect(lease.version.digest)
 
+    @single_threaded()
     def load(self, digest: str) -> dict[str, LoraFactors]:
         """Read a version's factors, checked again, by module path.
 
@@ -241,6 +243,7 @@ class AdapterRegistry:
             self._commit(version, folder, shipped=True)
         return True
 
+    @single_threaded()
     def _inspect(
         self, name: str, folder: Path, force: bool, ignored_files: Sequence[str]
     ) -> AdapterVersion:

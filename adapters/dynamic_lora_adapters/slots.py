@@ -18,6 +18,7 @@ import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import GroupFactors, ProjectionGroup, group_factors
+from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.weights import LoraFactors
 
 SLAB_SLOTS = 8
@@ -106,6 +107,7 @@ class AdapterPool:
             adapter = self._resident.get(digest)
             return None if adapter is None else self._pin(adapter)
 
+    @single_threaded()
     def admit(self, digest: str, factors: Mapping[str, LoraFactors]) -> ResidentAdapter | None:
         """Bring an adapter on to the device and pin it.
 

@@ -54,7 +54,8 @@ class ServerConfig:
     are the folders below which `POST /adapters` may read a `source` path; with
     none of them, a path on the server's disk is refused. `max_body_bytes`
     bounds every request except uploads, which `max_upload_bytes` bounds.
-    `database_url` replaces the SQLite index in `home`.
+    `database_url` replaces the SQLite index in `home`. `pack_weights` None
+    packs where that is faster and memory is free.
 
     Raises InvalidParameter, naming the field.
     """
@@ -75,6 +76,7 @@ class ServerConfig:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    pack_weights: bool | None = None
     log_level: str = "warning"
 
     def __post_init__(self) -> None:

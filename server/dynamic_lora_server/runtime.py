@@ -174,6 +174,7 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
         prefill_chunk=config.prefill_chunk,
         adapter_memory=config.adapter_memory,
         kv_memory=config.kv_memory,
+        pack_weights=config.pack_weights,
         costs_file=_costs_file(config, base),
     )
 

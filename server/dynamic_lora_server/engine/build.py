@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dynamic_lora_adapters.costs import KernelChooser, KernelCosts, measure_costs
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.inject import inject, observe_groups
+from dynamic_lora_adapters.inject import inject, observe_groups, pack_output
+from dynamic_lora_adapters.products import can_pack, packing_pays
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
@@ -34,8 +35,9 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 class EngineOptions:
     """Sizes of an engine; memory in bytes, None for a share of what is free.
 
-    `paged` None means: paged on CUDA, contiguous on a CPU. `costs_file` keeps
-    the measured kernel costs between starts.
+    `paged` None means: paged on CUDA, contiguous on a CPU. `pack_weights` None
+    packs where that measures faster and memory for the copies is free.
+    `costs_file` keeps the measured kernel costs between starts.
     """
 
     max_running: int = 64
@@ -43,6 +45,7 @@ class EngineOptions:
     adapter_memory: int | None = None
     kv_memory: int | None = None
     paged: bool | None = None
+    pack_weights: bool | None = None
     costs_file: Path | None = None
 
 
@@ -74,7 +77,11 @@ def build_engine(
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = adopt_attention(model)
     groups = observe_groups(model, geometry.linears, trial_run(model))
-    site = inject(model, groups)
+    packed = _packs(model, groups, options.pack_weights)
+    if packed:
+        on_step("Packing the weights")
+        pack_output(model)
+    site = inject(model, groups, packed=packed)
     on_step("Measuring the delta kernels")
     costs = _kernel_costs(groups, model, options.costs_file)
     pool = AdapterPool(
@@ -115,6 +122,23 @@ def context_window(config: PreTrainedConfig) -> int:
     return window
 
 
+def _packs(model: PreTrainedModel, groups: list[ProjectionGroup], wanted: bool | None) -> bool:
+    if wanted is False or not groups:
+        return False
+    widest = max(groups, key=lambda group: group.widths[0] * group.in_features)
+    weight = model.get_submodule(widest.paths[0]).get_parameter("weight")
+    possible = can_pack(weight)
+    if wanted and not possible:
+        raise InvalidParameter(
+            f"weights in {model.dtype} on {model.device} cannot be packed here.",
+            field="pack_weights",
+            fix="Leave the option out: weights are packed where that is possible and faster.",
+        )
+    # The copies may take half of what is free; the rest is for the caches.
+    fits = 2 * sum(p.nbytes for p in model.parameters()) < _free_memory(model.device)
+    return possible and (wanted is True or (fits and packing_pays(weight)))
+
+
 def _kv_space(
     model: PreTrainedModel, layers: list[LayerGeometry], options: EngineOptions
 ) -> KVSpace:
@@ -133,10 +157,14 @@ def _kv_space(
 
 
 def _share_of_free(device: torch.device, share: float) -> int:
+    return int(_free_memory(device) * share)
+
+
+def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * share)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * share)
+        return int(free)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kernel_costs(

@@ -1,5 +1,6 @@
 """From logits to the next token of every row, vectorised over rows."""
 
+import math
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     ranked = ranked.masked_fill(rank >= top_k, float("-inf"))
     probabilities = torch.softmax(ranked, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = column([s.sampling.top_p for s in sequences])
+    # 1 switches it off: rounded sums reach 1 before the last token.
+    top_p = column([s.sampling.top_p if s.sampling.top_p < 1 else math.inf for s in sequences])
     min_p = column([s.sampling.min_p for s in sequences])
     # The likeliest token always stays, whatever the rounding of the sums.
     drop = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])

@@ -117,7 +117,7 @@ def _keep_projection_contiguous(model: PeftModel) -> None:
     # widest matrix of the model is ten times slower than one product over all rows.
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
-    projection = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    projection = base.get_output_embeddings()
     assert projection is not None
     projection.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 

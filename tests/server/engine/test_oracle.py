@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
+from dynamic_lora_adapters.products import can_pack
 from dynamic_lora_server.engine.build import BuiltEngine
 from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import (
@@ -38,9 +40,12 @@ def expected_tokens(oracle: PeftModel, task: str | None, prompt: list[int]) -> l
     return peft_greedy(oracle, task and task.replace(" ", "_"), prompt, NUM_TOKENS)
 
 
-@pytest.fixture(scope="module", params=["contiguous", "paged"])
+@pytest.fixture(scope="module", params=["contiguous", "paged", "packed weights"])
 def built(request: pytest.FixtureRequest) -> BuiltEngine:
-    return make_engine(tiny_llama(), paged=request.param == "paged")
+    packs = request.param == "packed weights"
+    if packs and not can_pack(torch.ones(8, 8)):
+        pytest.skip("oneDNN does not pack float32 weights on this processor")
+    return make_engine(tiny_llama(), paged=request.param == "paged", pack_weights=packs)
 
 
 @pytest.mark.parametrize("task", [*ADAPTER_KINDS, None])
@@ -86,7 +91,7 @@ def test_architectures(family: str, paged: bool, tmp_path: Path) -> None:
     build = TINY_MODELS[family]
     folder = make_adapter(tmp_path / "a", build(), rank=4, targets="all-linear")
     oracle = load_with_peft(build(), {"a": folder})
-    built = make_engine(build(), paged=paged)
+    built = make_engine(build(), paged=paged, pack_weights=None if paged else False)
     prompts = [random_prompt(length, seed=length) for length in (60, 11, 45)]
     tasks = ["a", None, "a"]
     adapter = admit(built, folder)
