@@ -82,7 +82,8 @@ def test_filters_keep_the_tokens_that_transformers_keeps(
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
-    warpers.append(TopPLogitsWarper(top_p))
+    if top_p < 1:  # as `generate` does it
+        warpers.append(TopPLogitsWarper(top_p))
     warpers.append(MinPLogitsWarper(min_p))
     expected = warpers(torch.LongTensor([[1]]), torch.FloatTensor(scores)).isfinite()
     sequence = make_sequence([1], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
