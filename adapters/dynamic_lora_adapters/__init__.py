@@ -15,11 +15,13 @@ from dynamic_lora_adapters.errors import (
 )
 from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
 from dynamic_lora_adapters.index import AdapterEvent, EventKind
+from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.registry import AdapterRegistry, AdapterVersion, Lease, Publication
+from dynamic_lora_adapters.registry import AdapterRegistry, Lease, Publication
 from dynamic_lora_adapters.spec import LoraSpec
-from dynamic_lora_adapters.weights import LoraFactors, read_adapter
+from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_adapters.weights import read_adapter
 
 __all__ = [
     "AdapterCapacityError",
@@ -27,6 +29,7 @@ __all__ = [
     "AdapterEvent",
     "AdapterNotFound",
     "AdapterRegistry",
+    "AdapterTerms",
     "AdapterTooLarge",
     "AdapterVersion",
     "BaseGeometry",
@@ -39,7 +42,7 @@ __all__ = [
     "InvalidAdapterName",
     "Lease",
     "LinearShape",
-    "LoraFactors",
+    "LinearTerms",
     "LoraSpec",
     "Passport",
     "Publication",

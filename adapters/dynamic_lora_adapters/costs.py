@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel
 from dynamic_lora_adapters.segments import DeltaPlan, Run
 from dynamic_lora_adapters.slots import Slab
@@ -143,13 +143,14 @@ class _Bench:
     ) -> None:
         self._device = device
         self._dtype = dtype
-        shapes = Counter((g.in_features, g.out_features, len(g.paths)) for g in groups)
+        layers = [group for group in groups if not group.is_head]
+        shapes = Counter((g.in_features, g.out_features, len(g.paths)) for g in layers)
         self._weights = list(shapes.values())
         self._shapes = [(i, o, PROBE_RANK * members) for i, o, members in shapes]
         slots = max(NUM_ADAPTERS_GRID)
         self._slab = Slab(
             number=0,
-            signature=tuple(rank for _, _, rank in self._shapes),
+            signature=tuple(GroupShape(rank) for _, _, rank in self._shapes),
             a=[self._random(slots, rank, width) for width, _, rank in self._shapes],
             b=[self._random(slots, rank, width) for _, width, rank in self._shapes],
             num_bytes=0,

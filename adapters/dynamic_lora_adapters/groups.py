@@ -10,21 +10,27 @@ Which layers form a group is observed in a trial run, not guessed from names.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from dynamic_lora_adapters.weights import LoraFactors
+from dynamic_lora_adapters.terms import LinearTerms
 
 RANK_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectionGroup:
-    """Module paths with a common input, and the output width of each."""
+    """Module paths with a common input, and the output width of each.
+
+    `is_head` says that it is the output head, which reads only the rows whose
+    logits are wanted.
+    """
 
     paths: tuple[str, ...]
     in_features: int
     widths: tuple[int, ...]
+    is_head: bool = False
 
     @property
     def out_features(self) -> int:
@@ -32,42 +38,126 @@ class ProjectionGroup:
         return sum(self.widths)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupFactors:
-    """An adapter's delta on one group: a [rank, in], b [rank, out], scaling folded in.
+class GroupShape(NamedTuple):
+    """Which terms an adapter has on a group; `rank` is padded to a multiple of RANK_MULTIPLE."""
 
-    `rank` is the sum of the members' ranks, padded with zeros to a multiple of
-    RANK_MULTIPLE so that adapters of nearly the same shape share a table.
+    rank: int = 0
+    scale: bool = False
+    dense: bool = False
+    bias: bool = False
+
+
+_NOTHING = LinearTerms()
+# Rows of other adapters divide by 1 + scale; closer to 0 that would lose digits.
+_SMALLEST_SCALE = 1e-2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupTerms:
+    """An adapter's terms on one group, its members side by side.
+
+    Shapes: a [rank, in], b [rank, out] with the scaling folded in, scale
+    [out], dense [out, in], bias [out]. `rank` is the sum of the members'
+    ranks, padded with zeros so that adapters of nearly the same shape share a
+    table. What a member lacks is zero.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     @property
-    def rank(self) -> int:
-        return self.a.shape[0]
+    def shape(self) -> GroupShape:
+        """The signature entry of a slab that can hold this."""
+        rank = 0 if self.a is None else self.a.shape[0]
+        present = (part is not None for part in (self.scale, self.dense, self.bias))
+        return GroupShape(rank, *present)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether there is anything that a weight can hold."""
+        return self.a is not None or self.scale is not None or self.dense is not None
+
+    @property
+    def reversible(self) -> bool:
+        """Whether a row's base output can be had back from the folded weight without loss."""
+        return self.scale is None or bool(((1 + self.scale).abs() >= _SMALLEST_SCALE).all())
+
+    def fold(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight [out, in] with every term but `bias` in it, in float32, on its device."""
+
+        def exact(part: torch.Tensor) -> torch.Tensor:
+            return part.to(weight.device, torch.float32)
+
+        folded = exact(weight)
+        if self.scale is not None:
+            folded = folded + folded * exact(self.scale)[:, None]
+        if self.a is not None and self.b is not None:
+            folded = torch.addmm(folded, exact(self.b).T, exact(self.a))
+        return folded if self.dense is None else folded + exact(self.dense)
+
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of `fold`, in float32, up to rounding."""
+
+        def exact(part: torch.Tensor) -> torch.Tensor:
+            return part.to(weight.device, torch.float32)
+
+        plain = exact(weight)
+        if self.dense is not None:
+            plain = plain - exact(self.dense)
+        if self.a is not None and self.b is not None:
+            plain = torch.addmm(plain, exact(self.b).T, exact(self.a), alpha=-1)
+        return plain if self.scale is None else plain / (1 + exact(self.scale))[:, None]
 
 
-def group_factors(
-    groups: Sequence[ProjectionGroup], factors: Mapping[str, LoraFactors]
-) -> list[GroupFactors | None]:
-    """Join an adapter's per-layer factors group by group; None where it has none."""
-    return [_join(group, factors) for group in groups]
+def group_terms(
+    groups: Sequence[ProjectionGroup], terms: Mapping[str, LinearTerms]
+) -> list[GroupTerms]:
+    """Join an adapter's terms group by group; empty where it has none."""
+    return [_join(group, terms) for group in groups]
 
 
-def _join(group: ProjectionGroup, factors: Mapping[str, LoraFactors]) -> GroupFactors | None:
-    rank = sum(factors[path].a.shape[0] for path in group.paths if path in factors)
+def _join(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupTerms:
+    members = [terms.get(path, _NOTHING) for path in group.paths]
+    a, b = _join_factors(group, members)
+    return GroupTerms(
+        a=a,
+        b=b,
+        scale=_stack(group, [m.scale for m in members], (group.out_features,)),
+        dense=_stack(group, [m.dense for m in members], (group.out_features, group.in_features)),
+        bias=_stack(group, [m.bias for m in members], (group.out_features,)),
+    )
+
+
+def _join_factors(
+    group: ProjectionGroup, members: Sequence[LinearTerms]
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    rank = sum(m.a.shape[0] for m in members if m.a is not None)
     if not rank:
-        return None
+        return None, None
     padded = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
     a = torch.zeros(padded, group.in_features)
     b = torch.zeros(padded, group.out_features)
     row = column = 0
-    for path, width in zip(group.paths, group.widths, strict=True):
-        if (member := factors.get(path)) is not None:
+    for member, width in zip(members, group.widths, strict=True):
+        if member.a is not None and member.b is not None:
             stop = row + member.a.shape[0]
             a[row:stop] = member.a
             b[row:stop, column : column + width] = member.b.T
             row = stop
         column += width
-    return GroupFactors(a, b)
+    return a, b
+
+
+def _stack(
+    group: ProjectionGroup, parts: Sequence[torch.Tensor | None], shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    if all(part is None for part in parts):
+        return None
+    stacked = torch.zeros(shape)
+    for part, rows in zip(parts, stacked.split(list(group.widths)), strict=True):
+        if part is not None:
+            rows.copy_(part)
+    return stacked

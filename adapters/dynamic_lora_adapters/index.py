@@ -1,9 +1,10 @@
 """The index of a home: which name means which content, and what happened to it.
 
-Three tables. `adapter_names` points each name at a digest; `adapter_versions`
-holds the passport of a content under a name; `adapter_events` only grows. All
-are kept per base model, so that one home can serve several bases in turn and
-each keeps its own names. One database belongs to one home.
+Four tables. `adapter_names` points each name at a digest; `adapter_versions`
+holds the passport of a content under a name; `adapter_events` only grows;
+`adapter_compositions` holds the text of each saved composition. All are kept
+per base model, so that one home can serve several bases in turn and each keeps
+its own names. One database belongs to one home.
 """
 
 import json
@@ -65,6 +66,27 @@ class EventRow(SQLModel, table=True):
     at: str
 
 
+class CompositionRow(SQLModel, table=True):
+    """A saved composition, as canonical text."""
+
+    __tablename__ = "adapter_compositions"
+
+    base: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    text: str = Field(sa_type=Text)
+    created_at: str
+    updated_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredComposition:
+    """A saved composition as the index holds it; `created_at` survives a new text."""
+
+    name: str
+    text: str
+    created_at: datetime
+
+
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
     """A version as the index holds it."""
@@ -94,7 +116,7 @@ class AdapterIndex:
         self._engine = create_engine(url)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _wait_for_other_connections)
-        tables = [_table(row) for row in (NameRow, VersionRow, EventRow)]
+        tables = [_table(row) for row in (NameRow, VersionRow, EventRow, CompositionRow)]
         SQLModel.metadata.create_all(self._engine, tables=tables)
 
     def close(self) -> None:
@@ -187,6 +209,36 @@ class AdapterIndex:
                 for r in events
             ]
 
+    def compositions(self) -> list[StoredComposition]:
+        """The saved compositions of this base, by name."""
+        with Session(self._engine) as session:
+            query = select(CompositionRow).where(CompositionRow.base == self._base)
+            rows = sorted(session.exec(query).all(), key=lambda row: row.name)
+            return [_stored_composition(row) for row in rows]
+
+    def put_composition(self, name: str, text: str) -> StoredComposition:
+        """Save a composition under a name, in place of the one it had."""
+        now = _now()
+        with Session(self._engine) as session:
+            row = session.get(CompositionRow, (self._base, name))
+            if row is None:
+                row = CompositionRow(
+                    base=self._base, name=name, text=text, created_at=now, updated_at=now
+                )
+            else:
+                row.text, row.updated_at = text, now
+            session.add(row)
+            session.commit()
+            return _stored_composition(row)
+
+    def drop_composition(self, name: str) -> None:
+        """Forget a saved composition; one that is not there is no error."""
+        with Session(self._engine) as session:
+            row = session.get(CompositionRow, (self._base, name))
+            if row is not None:
+                session.delete(row)
+                session.commit()
+
     def _drop_version(self, session: Session, base: str, name: str, digest: str) -> None:
         version = session.get(VersionRow, (base, name, digest))
         if version is not None:
@@ -200,6 +252,10 @@ class AdapterIndex:
 def shipped_digests(events: Sequence[AdapterEvent]) -> set[str]:
     """The contents that came with the package, out of a name's history."""
     return {event.digest for event in events if event.kind is EventKind.SHIPPED}
+
+
+def _stored_composition(row: CompositionRow) -> StoredComposition:
+    return StoredComposition(row.name, row.text, datetime.fromisoformat(row.created_at))
 
 
 def _table(row: type[SQLModel]) -> Any:

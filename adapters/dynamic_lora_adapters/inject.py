@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection, LoraLinear, OutputLinear
-from dynamic_lora_adapters.products import base_product
+from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection, LoraConv1D, LoraLinear
+from dynamic_lora_adapters.products import DetachedProduct, PackedProduct, PlainProduct
+
+AnyLinear = nn.Linear | Conv1D
 
 
 def observe_groups(
@@ -21,17 +24,17 @@ def observe_groups(
     dtype and bias, form a group. A layer that the trial does not reach is a
     group of its own.
     """
-    calls: list[tuple[str, nn.Linear, torch.Tensor]] = []
+    calls: list[tuple[str, AnyLinear, torch.Tensor]] = []
 
     def recorder(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, AnyLinear)
             # Keeping the tensor alive keeps its identity unique.
             calls.append((path, module, args[0]))
 
         return record
 
-    linears = {path: _linear(model, path) for path in paths}
+    linears = {path: linear_at(model, path) for path in paths}
     handles = [m.register_forward_pre_hook(recorder(path)) for path, m in linears.items()]
     try:
         trial()
@@ -42,7 +45,7 @@ def observe_groups(
 
 
 def _group_calls(
-    calls: list[tuple[str, nn.Linear, torch.Tensor]], linears: dict[str, nn.Linear]
+    calls: list[tuple[str, AnyLinear, torch.Tensor]], linears: dict[str, AnyLinear]
 ) -> list[ProjectionGroup]:
     groups: list[list[str]] = []
     previous: torch.Tensor | None = None
@@ -60,57 +63,86 @@ def _group_calls(
     return [_describe(group, linears) for group in groups]
 
 
-def _joinable(first: nn.Linear, second: nn.Linear) -> bool:
+def _joinable(first: AnyLinear, second: AnyLinear) -> bool:
     return (
-        first.weight.dtype == second.weight.dtype
+        isinstance(first, nn.Linear)
+        and isinstance(second, nn.Linear)
+        and first.weight.dtype == second.weight.dtype
         and first.weight.device == second.weight.device
         and (first.bias is None) == (second.bias is None)
     )
 
 
-def _describe(paths: list[str], linears: dict[str, nn.Linear]) -> ProjectionGroup:
-    members = [linears[path] for path in paths]
-    return ProjectionGroup(
-        tuple(paths), members[0].in_features, tuple(m.out_features for m in members)
-    )
+def _describe(paths: list[str], linears: dict[str, AnyLinear]) -> ProjectionGroup:
+    shapes = [weight_of(linears[path]).shape for path in paths]
+    return ProjectionGroup(tuple(paths), shapes[0][1], tuple(shape[0] for shape in shapes))
+
+
+def head_group(model: PreTrainedModel) -> ProjectionGroup | None:
+    """The output head as a group of its own; None if it is no linear layer."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head and isinstance(head, nn.Linear):
+            return ProjectionGroup((path,), head.in_features, (head.out_features,), is_head=True)
+    return None
+
+
+def linear_at(model: nn.Module, path: str) -> AnyLinear:
+    """The linear layer at a module path. Raises TypeError for any other module."""
+    module = model.get_submodule(path)
+    if not isinstance(module, AnyLinear):
+        raise TypeError(f"{path} is a {type(module).__name__}, not a Linear")
+    return module
+
+
+def weight_of(layer: AnyLinear) -> torch.Tensor:
+    """The weight of a linear layer as [out, in]; for `Conv1D` a transposed view."""
+    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
 def inject(
     model: nn.Module, groups: Iterable[ProjectionGroup], *, packed: bool = False
-) -> DeltaSite:
-    """Replace every layer of the groups by one that adds deltas; returns the shared site.
+) -> tuple[DeltaSite, list[GroupedProjection]]:
+    """Replace every layer of the groups by one that adds an adapter's terms.
 
-    The weights of a group are joined into one tensor and the members' become
-    views of it, so `state_dict` keeps its keys. With `packed` the products
-    read packed copies, which take as much memory again.
+    Returns the site that they read and their projections, in the order of the
+    groups. The weights of a group are joined into one tensor and the members'
+    become views of it, so `state_dict` keeps its keys. With `packed` the
+    products read packed copies, which take as much memory again.
     """
     site = DeltaSite()
+    projections = []
     for index, group in enumerate(groups):
-        members = [_linear(model, path) for path in group.paths]
-        product = base_product(*_join_weights(members), packed=packed)
-        projection = GroupedProjection(group, index, site, product)
+        members = [linear_at(model, path) for path in group.paths]
+        weight, bias = _join_weights(members)
+        # The head may share its weight with the embedding, which a merge must not touch.
+        plain = DetachedProduct if group.is_head else PlainProduct
+        product = PackedProduct(weight, bias) if packed else plain(weight, bias)
+        transposed = isinstance(members[0], Conv1D)
+        projection = GroupedProjection(
+            group, index, site, product, weight, bias, transposed=transposed
+        )
+        projections.append(projection)
         for number, (path, member) in enumerate(zip(group.paths, members, strict=True)):
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoraLinear(member, projection, number))
-    return site
+            setattr(model.get_submodule(parent), name, _wrapped(member, projection, number))
+    return site, projections
 
 
-def pack_output(model: PreTrainedModel) -> None:
-    """Let the output embedding (`lm_head`) multiply by a packed copy of its weight."""
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and not isinstance(head, LoraLinear):
-        product = base_product(head.weight.data, head.bias, packed=True)
-        model.set_output_embeddings(OutputLinear(head, product))
+def _wrapped(layer: AnyLinear, projection: GroupedProjection, number: int) -> nn.Module:
+    if isinstance(layer, Conv1D):
+        return LoraConv1D(layer, projection)
+    return LoraLinear(layer, projection, number)
 
 
 @torch.no_grad()
-def _join_weights(members: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    widths = [member.out_features for member in members]
-    weight = members[0].weight.data
+def _join_weights(members: list[AnyLinear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight = weight_of(members[0])
     bias = None if members[0].bias is None else members[0].bias.data
     if len(members) == 1:
         return weight, bias
-    weight = torch.cat([member.weight.data for member in members])
+    weight = torch.cat([weight_of(member) for member in members])
+    widths = [len(weight_of(member)) for member in members]
     for member, view in zip(members, weight.split(widths), strict=True):
         member.weight = nn.Parameter(view, requires_grad=False)
     if bias is not None:
@@ -118,10 +150,3 @@ def _join_weights(members: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor 
         for member, view in zip(members, bias.split(widths), strict=True):
             member.bias = nn.Parameter(view, requires_grad=False)
     return weight, bias
-
-
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{path} is a {type(module).__name__}, not a Linear")
-    return module

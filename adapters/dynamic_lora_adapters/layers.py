@@ -4,17 +4,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.products import BaseProduct
-from dynamic_lora_adapters.segments import DeltaPlan
+from dynamic_lora_adapters.rows import RowSegment
+from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
 
 
 @dataclass(slots=True)
 class DeltaSite:
-    """What all wrapped layers of a model read: the plan of the running step."""
+    """What all wrapped layers of a model read: the plans of the running step.
+
+    `plan` is for every row of the batch, `head_plan` for the rows whose logits
+    are wanted, `segments` are the rows with terms on other modules.
+    """
 
     plan: DeltaPlan | None = None
+    head_plan: DeltaPlan | None = None
+    segments: tuple[RowSegment, ...] = ()
 
 
 class GroupedProjection:
@@ -31,11 +39,18 @@ class GroupedProjection:
         index: int,
         site: DeltaSite,
         base: BaseProduct,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        transposed: bool = False,
     ) -> None:
-        self._group = group
+        self.group = group
+        self.base = base
+        self.weight = weight
+        self.transposed = transposed
         self._index = index
         self._site = site
-        self._base = base
+        self._bias = bias
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
 
@@ -43,7 +58,7 @@ class GroupedProjection:
         """Output of member `number` for x [..., in], shape [..., width]."""
         if self._input is not x or self._outputs[number] is None:
             self._input = x
-            self._outputs = list(self._project(x).split(self._group.widths, dim=-1))
+            self._outputs = list(self._project(x).split(self.group.widths, dim=-1))
         output = self._outputs[number]
         assert output is not None
         # Each member is asked once per input; forgetting frees the memory and
@@ -54,19 +69,50 @@ class GroupedProjection:
         return output
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._base(x)
-        plan = self._site.plan
+        out = self.base(x)
+        plan = self._site.head_plan if self.group.is_head else self._site.plan
         if plan is not None and plan.runs:
-            self._add_deltas(out.flatten(0, -2), x.flatten(0, -2), plan)
+            self._add_terms(out.flatten(0, -2), x.flatten(0, -2), plan)
         return out
 
-    def _add_deltas(self, out: torch.Tensor, x: torch.Tensor, plan: DeltaPlan) -> None:
+    def _add_terms(self, out: torch.Tensor, x: torch.Tensor, plan: DeltaPlan) -> None:
+        index = self._index
         for run in plan.runs:
-            a, b = run.slab.a[self._index], run.slab.b[self._index]
-            if a is not None and b is not None:
-                assert run.kernel is not None, "a plan must name its kernels"
-                rows, slots = run.rows, run.slots
-                run.kernel(out[rows], x[rows], a[slots], b[slots], run)
+            slab, rows = run.slab, run.rows
+            if run.effect is Effect.APPLY and index in slab.scale:
+                self._scale(out[rows], slab.scale[index], run)
+            if run.effect is not Effect.REST:
+                a, b = slab.a[index], slab.b[index]
+                if a is not None and b is not None:
+                    assert run.kernel is not None, "a plan must name its kernels"
+                    run.kernel(out[rows], x[rows], a[run.slots], b[run.slots], run)
+                if index in slab.dense:
+                    _add_dense(out[rows], x[rows], slab.dense[index][run.slots], run)
+            if run.effect is Effect.UNDO and index in slab.scale:
+                self._unscale(out[rows], slab.scale[index][run.slot_start])
+            if run.effect is not Effect.UNDO and index in slab.bias:
+                out[rows] += _by_row(slab.bias[index], run)
+
+    def _scale(self, out: torch.Tensor, scale: torch.Tensor, run: Run) -> None:
+        plain = out if self._bias is None else out - self._bias
+        out.addcmul_(plain, _by_row(scale, run))
+
+    def _unscale(self, out: torch.Tensor, scale: torch.Tensor) -> None:
+        if self._bias is None:
+            out.div_(1 + scale)
+        else:
+            out.sub_(self._bias).div_(1 + scale).add_(self._bias)
+
+
+def _by_row(table: torch.Tensor, run: Run) -> torch.Tensor:
+    """The slots' vectors of a table [num_slots, out], one for each row of the run."""
+    return table[run.slots].index_select(0, run.owner(table.device))
+
+
+def _add_dense(out: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, run: Run) -> None:
+    pieces = zip(out.split(run.lengths), x.split(run.lengths), dense, strict=True)
+    for out_i, x_i, dense_i in pieces:
+        out_i.addmm_(x_i, dense_i.T, alpha=run.sign)
 
 
 class LoraLinear(nn.Linear):
@@ -82,21 +128,21 @@ class LoraLinear(nn.Linear):
         self._number = number
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Base output plus the deltas of the running step, [..., out_features]."""
+        """Base output plus the terms of the running step, [..., out_features]."""
         return self._projection.member(self._number, input)
 
 
-class OutputLinear(nn.Linear):
-    """Takes the place of the output embedding, to multiply by a packed weight."""
+class LoraConv1D(Conv1D):
+    """Takes the place of transformers' `Conv1D` (GPT-2), whose weight is [in, out]."""
 
-    def __init__(self, base: nn.Linear, product: BaseProduct) -> None:
+    def __init__(self, base: Conv1D, projection: GroupedProjection) -> None:
         nn.Module.__init__(self)
-        self.in_features = base.in_features
-        self.out_features = base.out_features
+        self.nf = base.nf
+        self.nx = base.nx
         self.weight = base.weight
         self.bias = base.bias
-        self._product = product
+        self._projection = projection
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [..., out_features]."""
-        return self._product(input)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Base output plus the terms of the running step, [..., nf]."""
+        return self._projection.member(0, x)

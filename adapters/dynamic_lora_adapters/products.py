@@ -20,13 +20,23 @@ _SAMPLES = 5
 
 
 class BaseProduct(Protocol):
-    """Computes [..., out] from x [..., in]: the base model's linear layer."""
+    """Computes [..., out] from x [..., in]: the base model's linear layer.
+
+    `replace` makes it multiply by another weight [out, in]. `separate` says
+    that this leaves the weight it was made from untouched.
+    """
+
+    separate: bool
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
+    def replace(self, weight: torch.Tensor) -> None: ...
+
 
 class PlainProduct:
-    """`torch.nn.functional.linear` on the weight as it is."""
+    """`torch.nn.functional.linear` on the weight as it is; replaced in place."""
+
+    separate = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
@@ -34,6 +44,20 @@ class PlainProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
+
+    def replace(self, weight: torch.Tensor) -> None:
+        """Overwrite the weight, keeping its memory."""
+        self._weight.copy_(weight)
+
+
+class DetachedProduct(PlainProduct):
+    """As `PlainProduct`, but replaced by reference: the weight it was made from may be shared."""
+
+    separate = True
+
+    def replace(self, weight: torch.Tensor) -> None:
+        """Multiply by another weight."""
+        self._weight = weight
 
 
 class PackedProduct:
@@ -43,8 +67,10 @@ class PackedProduct:
     Raises RuntimeError, from oneDNN, for a dtype the processor cannot pack.
     """
 
+    separate = True
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+        self.replace(weight)
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,10 +79,9 @@ class PackedProduct:
         )
         return out
 
-
-def base_product(weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool) -> BaseProduct:
-    """The product for a weight [out, in] and a bias [out]."""
-    return PackedProduct(weight, bias) if packed else PlainProduct(weight, bias)
+    def replace(self, weight: torch.Tensor) -> None:
+        """Pack another weight."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
 
 
 @torch.inference_mode()

@@ -8,15 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import ValidationError
 
 from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
-from dynamic_lora_adapters.card import CARD_FILE, TaskCard
+from dynamic_lora_adapters.base_weights import BaseWeights
 from dynamic_lora_adapters.errors import (
     AdapterNotFound,
     IncompatibleAdapter,
@@ -30,31 +29,21 @@ from dynamic_lora_adapters.index import (
     StoredVersion,
     shipped_digests,
 )
-from dynamic_lora_adapters.json_file import read_json_object
-from dynamic_lora_adapters.names import check_adapter_name, check_base_model, model_leaf
-from dynamic_lora_adapters.passport import Passport, write_passport
-from dynamic_lora_adapters.spec import LoraSpec
-from dynamic_lora_adapters.store import BlobStore
-from dynamic_lora_adapters.targets import find_targets, unmatched_names
-from dynamic_lora_adapters.threads import single_threaded
-from dynamic_lora_adapters.weights import (
-    WEIGHTS_FILE,
-    LoraFactors,
-    content_digest,
-    read_adapter,
+from dynamic_lora_adapters.inspection import (
+    AdapterVersion,
+    Inspector,
+    declared_base,
+    folder_digest,
 )
+from dynamic_lora_adapters.names import check_adapter_name, model_leaf
+from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_adapters.store import BlobStore
+from dynamic_lora_adapters.terms import AdapterTerms
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterVersion:
-    """A name and the content it means at one moment. Versions never change."""
-
-    name: str
-    digest: str
-    passport: Passport
-    card: TaskCard | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +82,9 @@ class AdapterRegistry:
     uses the home. Use `close`, or the registry as a context manager.
 
     `database_url` names another database than `home/index.sqlite`; a database
-    serves one home only.
+    serves one home only. `base` gives the base model's own parameters, for the
+    adapters that are read against them; `dtype` is the one adapters are served
+    in, for their self-check.
     """
 
     def __init__(
@@ -103,9 +94,12 @@ class AdapterRegistry:
         *,
         limits: UploadLimits | None = None,
         database_url: str | None = None,
+        base: BaseWeights | None = None,
+        dtype: "torch.dtype | None" = None,
     ) -> None:
         self.limits = limits or UploadLimits()
         self._geometry = geometry
+        self._inspector = Inspector(geometry, base=base, dtype=dtype)
         self._store = BlobStore(home)
         self._index = AdapterIndex(
             database_url or f"sqlite:///{home / 'index.sqlite'}", _base_key(geometry)
@@ -131,6 +125,11 @@ class AdapterRegistry:
         self._index.close()
         self._store.close()
 
+    @property
+    def index(self) -> AdapterIndex:
+        """The home's index, for what else is kept per base model."""
+        return self._index
+
     def staging(self) -> AbstractContextManager[Path]:
         """A fresh folder on the store's disk to collect one upload in (see `Intake`)."""
         return self._store.staging()
@@ -152,7 +151,7 @@ class AdapterRegistry:
         check_adapter_name(
             name, reserved=(self._geometry.model_id, model_leaf(self._geometry.model_id))
         )
-        version = self._inspect(name, folder, force, ignored_files)
+        version = self._inspector.inspect(name, folder, force=force, ignored_files=ignored_files)
         return self._commit(version, folder)
 
     def resolve(self, name: str) -> AdapterVersion:
@@ -191,16 +190,15 @@ class AdapterRegistry:
             self._num_leases[lease.version.digest] -= 1
             self._collect(lease.version.digest)
 
-    @single_threaded()
-    def load(self, digest: str) -> dict[str, LoraFactors]:
-        """Read a version's factors, checked again, by module path.
+    def load(self, digest: str) -> AdapterTerms:
+        """Read what a version does, checked again.
 
         Hold a lease meanwhile. Raises `AdapterNotFound` if the files are gone.
         """
         folder = self._store.path(digest)
         if not folder.is_dir():
             raise AdapterNotFound(digest)
-        return read_adapter(folder, _read_spec(folder), self._geometry)
+        return self._inspector.read(folder)
 
     def history(self, name: str | None = None) -> Sequence[AdapterEvent]:
         """What happened to a name, or to all, oldest first; deleted names included."""
@@ -225,49 +223,25 @@ class AdapterRegistry:
         if current is not None and current.digest not in shipped:
             logger.info("shipped adapter %r skipped: the name is taken", name)
             return False
-        declared = _read_spec(source).base_model
+        declared = declared_base(source)
         if declared is not None and model_leaf(declared) != model_leaf(self._geometry.model_id):
             logger.info("shipped adapter %r skipped: The adapter was trained on %s", name, declared)
             return False
         # Not reading the factors keeps PEFT out of an ordinary start.
-        if current is not None and current.digest == _digest(source):
+        if current is not None and current.digest == folder_digest(source):
             return False
         with self.staging() as folder:
             intake = Intake(folder, self.limits)
             intake.add_folder(source)
             try:
-                version = self._inspect(name, folder, False, intake.ignored_files)
+                version = self._inspector.inspect(
+                    name, folder, force=False, ignored_files=intake.ignored_files
+                )
             except (IncompatibleAdapter, UnsupportedAdapter) as error:
                 logger.info("shipped adapter %r skipped: %s", name, error)
                 return False
             self._commit(version, folder, shipped=True)
         return True
-
-    @single_threaded()
-    def _inspect(
-        self, name: str, folder: Path, force: bool, ignored_files: Sequence[str]
-    ) -> AdapterVersion:
-        spec = _read_spec(folder)
-        card = TaskCard.read(folder)
-        notes = check_base_model(spec.base_model, self._geometry.model_id, force=force)
-        if spec.revision:
-            notes.append(f"The adapter was trained on revision {spec.revision!r} of its base.")
-        factors = read_adapter(folder, spec, self._geometry)
-        for unmatched in unmatched_names(spec, find_targets(spec, self._geometry)):
-            notes.append(f"target_modules lists {unmatched!r}, which the base does not have.")
-        digest = _digest(folder)
-        passport = write_passport(
-            name=name,
-            version=digest,
-            created_at=datetime.now(UTC),
-            folder=folder,
-            spec=spec,
-            factors=factors,
-            card=card,
-            notes=notes,
-            ignored_files=ignored_files,
-        )
-        return AdapterVersion(name=name, digest=digest, passport=passport, card=card)
 
     def _commit(
         self, version: AdapterVersion, folder: Path, *, shipped: bool = False
@@ -321,7 +295,7 @@ class AdapterRegistry:
         except ValidationError:
             # Written by a release whose passports had other fields.
             folder = self._store.path(stored.digest)
-            return self._inspect(stored.name, folder, True, ())
+            return self._inspector.inspect(stored.name, folder, force=True, ignored_files=())
         return AdapterVersion(
             name=stored.name, digest=stored.digest, passport=passport, card=passport.card
         )
@@ -331,13 +305,3 @@ def _base_key(geometry: BaseGeometry) -> str:
     """What tells one base's names from another's in a shared home."""
     text = f"{geometry.fingerprint} {model_leaf(geometry.model_id)}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_spec(folder: Path) -> LoraSpec:
-    return LoraSpec.parse(read_json_object(folder / CONFIG_FILE))
-
-
-def _digest(folder: Path) -> str:
-    card = folder / CARD_FILE
-    content = read_json_object(card) if card.exists() else None
-    return content_digest(_read_spec(folder), folder / WEIGHTS_FILE, content)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,19 @@ import torch
 if TYPE_CHECKING:
     from dynamic_lora_adapters.kernels.base import DeltaKernel
     from dynamic_lora_adapters.slots import ResidentAdapter, Slab
+
+
+class Effect(Enum):
+    """What a run does to its rows.
+
+    APPLY adds all terms. While an adapter is merged, REST adds to its own rows
+    the terms that no weight can hold, and UNDO takes from all other rows what
+    its weights added.
+    """
+
+    APPLY = auto()
+    REST = auto()
+    UNDO = auto()
 
 
 @dataclass(slots=True)
@@ -26,8 +40,14 @@ class Run:
     row_start: int
     lengths: list[int]
     kernel: "DeltaKernel | None" = None
+    effect: Effect = Effect.APPLY
     _pad: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     _owner: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def sign(self) -> float:
+        """The factor on what a kernel adds."""
+        return -1.0 if self.effect is Effect.UNDO else 1.0
 
     @property
     def num_slots(self) -> int:
@@ -86,33 +106,56 @@ class DeltaPlan:
     runs: tuple[Run, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple["ResidentAdapter | None", int]]) -> "DeltaPlan":
+    def of(
+        cls,
+        rows: Sequence[tuple["ResidentAdapter | None", int]],
+        merged: "ResidentAdapter | None" = None,
+    ) -> "DeltaPlan":
         """Plan for consecutive pieces `(adapter, number of rows)` of a batch.
 
         The pieces should be sorted by `slot_order`, so that neighbouring slots
-        form one run; any order is served correctly.
+        form one run; any order is served correctly. `merged` is the adapter
+        that the weights hold.
         """
-        runs: list[Run] = []
+        undone: list[Run] = []
+        applied: list[Run] = []
         start = 0
         for adapter, num_rows in rows:
-            if adapter is not None and num_rows:
-                _extend(runs, adapter, start, num_rows)
+            if not num_rows:
+                continue
+            if merged is not None and adapter is not merged:
+                _extend(undone, merged, start, num_rows, Effect.UNDO)
+            if adapter is not None:
+                effect = Effect.REST if adapter is merged else Effect.APPLY
+                _extend(applied, adapter, start, num_rows, effect)
             start += num_rows
-        return cls(tuple(runs))
+        # A term that scales the base output must find it undisturbed.
+        return cls((*undone, *applied))
 
 
-def slot_order(adapter: "ResidentAdapter | None") -> tuple[int, int]:
-    """Sort key that puts base rows first and neighbouring slots side by side."""
-    return (-1, -1) if adapter is None else (adapter.slab.number, adapter.slot)
+def slot_order(
+    adapter: "ResidentAdapter | None", merged: "ResidentAdapter | None" = None
+) -> tuple[int, int]:
+    """Sort key: the merged adapter's rows, base rows, then neighbouring slots side by side."""
+    if adapter is None:
+        return (-1, -1)
+    return (-2, -1) if adapter is merged else (adapter.slab.number, adapter.slot)
 
 
-def _extend(runs: list[Run], adapter: "ResidentAdapter", start: int, num_rows: int) -> None:
+def _extend(
+    runs: list[Run], adapter: "ResidentAdapter", start: int, num_rows: int, effect: Effect
+) -> None:
     last = runs[-1] if runs else None
-    if last is not None and last.slab is adapter.slab and last.rows.stop == start:
+    if (
+        last is not None
+        and last.slab is adapter.slab
+        and last.rows.stop == start
+        and last.effect is effect
+    ):
         if adapter.slot == last.slots.stop - 1:
             last.lengths[-1] += num_rows
             return
         if adapter.slot == last.slots.stop:
             last.lengths.append(num_rows)
             return
-    runs.append(Run(adapter.slab, adapter.slot, start, [num_rows]))
+    runs.append(Run(adapter.slab, adapter.slot, start, [num_rows], effect=effect))

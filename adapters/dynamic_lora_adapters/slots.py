@@ -5,29 +5,35 @@ every projection group), stacked so that neighbouring slots are one view:
 
     a[group]: [num_slots, rank, in]      b[group]: [num_slots, rank, out]
 
-Nothing about ranks or target modules is fixed at start: a slab is made when
-an adapter of a new signature arrives, and given back when its last leaves.
+and the other terms likewise. Nothing about ranks or target modules is fixed at
+start: a slab is made when an adapter of a new signature arrives, and given back
+when its last leaves.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
-from dynamic_lora_adapters.groups import GroupFactors, ProjectionGroup, group_factors
+from dynamic_lora_adapters.groups import GroupShape, GroupTerms, ProjectionGroup, group_terms
+from dynamic_lora_adapters.rows import RowTerms
+from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
-from dynamic_lora_adapters.weights import LoraFactors
 
 SLAB_SLOTS = 8
-Signature = tuple[int, ...]
+Signature = tuple[GroupShape, ...]
 
 
 @dataclass(slots=True, eq=False)
 class Slab:
-    """Stacked factors of adapters that share a signature; `number` orders slabs by age."""
+    """Stacked terms of adapters that share a signature; `number` orders slabs by age.
+
+    `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
+    entries for the groups whose signature says so.
+    """
 
     number: int
     signature: Signature
@@ -35,10 +41,24 @@ class Slab:
     b: list[torch.Tensor | None]
     num_bytes: int
     tenants: list["ResidentAdapter | None"]
+    scale: dict[int, torch.Tensor] = field(default_factory=dict)
+    dense: dict[int, torch.Tensor] = field(default_factory=dict)
+    bias: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def free_slot(self) -> int | None:
         """Lowest empty slot, or None."""
         return next((i for i, tenant in enumerate(self.tenants) if tenant is None), None)
+
+    def terms(self, group: int, slot: int) -> GroupTerms:
+        """Views of what a slot holds for a group."""
+        a, b = self.a[group], self.b[group]
+        return GroupTerms(
+            a=None if a is None else a[slot],
+            b=None if b is None else b[slot],
+            scale=self.scale[group][slot] if group in self.scale else None,
+            dense=self.dense[group][slot] if group in self.dense else None,
+            bias=self.bias[group][slot] if group in self.bias else None,
+        )
 
     @property
     def empty(self) -> bool:
@@ -47,14 +67,25 @@ class Slab:
 
 @dataclass(slots=True, eq=False)
 class ResidentAdapter:
-    """An adapter that occupies a slot. `num_leases` requests rely on it being there."""
+    """An adapter that occupies a slot. `num_leases` requests rely on it being there.
+
+    `rows` is what it does besides terms on linear layers, `invocation_ids` the
+    tokens from which on it acts. It is `mergeable` if it acts on every token and
+    can be undone for other rows. `exact` holds its terms in float32 where the
+    slot's are rounded to a shorter dtype.
+    """
 
     digest: str
     slab: Slab
     slot: int
+    rows: RowTerms | None = None
+    invocation_ids: tuple[int, ...] = ()
+    mergeable: bool = True
+    exact: list[GroupTerms] | None = None
     num_leases: int = 0
     last_used: int = 0
     doomed: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,31 +139,37 @@ class AdapterPool:
             return None if adapter is None else self._pin(adapter)
 
     @single_threaded()
-    def admit(self, digest: str, factors: Mapping[str, LoraFactors]) -> ResidentAdapter | None:
+    def admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
         """Bring an adapter on to the device and pin it.
 
         Evicts others as needed; returns None when there is no room because
         all that could go is leased. Raises AdapterCapacityError if it would
         not fit into an empty pool.
         """
-        stacked = group_factors(self._groups, factors)
-        signature = tuple(0 if g is None else g.rank for g in stacked)
+        stacked = group_terms(self._groups, terms.linears)
+        rows = RowTerms.of(terms, device=self._device, dtype=self._dtype)
+        signature = tuple(group.shape for group in stacked)
+        mergeable = not terms.invocation_ids and all(group.reversible for group in stacked)
         slot_bytes = self._slot_bytes(signature)
-        if slot_bytes > self._budget_bytes:
+        row_bytes = 0 if rows is None else rows.num_bytes
+        if slot_bytes + row_bytes > self._budget_bytes:
             raise AdapterCapacityError(
-                f"The adapter needs {slot_bytes} bytes on the device; adapters may use "
+                f"The adapter needs {slot_bytes + row_bytes} bytes on the device; adapters may use "
                 f"{self._budget_bytes} in all.",
                 fix="Start the server with a larger --adapter-memory.",
             )
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
-            place = self._make_room(signature, slot_bytes)
+            place = self._make_room(signature, slot_bytes, row_bytes)
             if place is None:
                 return None
             slab, slot = place
             _write(slab, slot, stacked)
-            adapter = ResidentAdapter(digest, slab, slot)
+            adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids)
+            adapter.mergeable = mergeable
+            if self._dtype != torch.float32:
+                adapter.exact = stacked
             slab.tenants[slot] = adapter
             self._resident[digest] = adapter
             self._counters.loads += 1
@@ -143,6 +180,19 @@ class AdapterPool:
         with self._lock:
             assert adapter.num_leases > 0, "lease released twice"
             adapter.num_leases -= 1
+            if adapter.doomed and not adapter.num_leases and not adapter.kept:
+                self._vacate(adapter)
+
+    def keep(self, adapter: ResidentAdapter) -> bool:
+        """Keep an adapter's slot beyond its last lease, until `let_go`; False if it has left."""
+        with self._lock:
+            adapter.kept = adapter.slab.tenants[adapter.slot] is adapter
+            return adapter.kept
+
+    def let_go(self, adapter: ResidentAdapter) -> None:
+        """End `keep`; an adapter that was dropped meanwhile leaves with its last lease."""
+        with self._lock:
+            adapter.kept = False
             if adapter.doomed and not adapter.num_leases:
                 self._vacate(adapter)
 
@@ -153,7 +203,7 @@ class AdapterPool:
             if adapter is None:
                 return
             adapter.doomed = True
-            if not adapter.num_leases:
+            if not adapter.num_leases and not adapter.kept:
                 self._vacate(adapter)
 
     def resident_digests(self) -> list[str]:
@@ -180,7 +230,7 @@ class AdapterPool:
             for adapter in self._resident.values():
                 if adapter.slab.tenants[adapter.slot] is not adapter:
                     raise RuntimeError(f"adapter {adapter.digest} does not hold its slot")
-            ghosts = [a for a in self._tenants() if a.doomed and not a.num_leases]
+            ghosts = [a for a in self._tenants() if a.doomed and not a.num_leases and not a.kept]
             if ghosts:
                 raise RuntimeError(f"unleased doomed adapters remain: {ghosts}")
             if self._used_bytes() > self._budget_bytes:
@@ -197,27 +247,36 @@ class AdapterPool:
         return [t for slab in self._slabs for t in slab.tenants if t is not None]
 
     def _used_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self._slabs)
+        in_slabs = sum(slab.num_bytes for slab in self._slabs)
+        return in_slabs + sum(t.rows.num_bytes for t in self._tenants() if t.rows is not None)
 
     def _slot_bytes(self, signature: Signature) -> int:
-        per_rank = (g.in_features + g.out_features for g in self._groups)
-        elements = sum(rank * size for rank, size in zip(signature, per_rank, strict=True))
+        elements = 0
+        for shape, group in zip(signature, self._groups, strict=True):
+            elements += shape.rank * (group.in_features + group.out_features)
+            elements += (shape.scale + shape.bias) * group.out_features
+            elements += shape.dense * group.in_features * group.out_features
         return elements * self._dtype.itemsize
 
-    def _make_room(self, signature: Signature, slot_bytes: int) -> tuple[Slab, int] | None:
+    def _make_room(
+        self, signature: Signature, slot_bytes: int, row_bytes: int
+    ) -> tuple[Slab, int] | None:
         while True:
-            for slab in self._slabs:
+            free = self._budget_bytes - self._used_bytes() - row_bytes
+            for slab in self._slabs if free >= 0 else ():
                 if slab.signature == signature and (slot := slab.free_slot()) is not None:
                     return slab, slot
-            room = (self._budget_bytes - self._used_bytes()) // max(slot_bytes, 1)
+            room = free // max(slot_bytes, 1)
             if room >= 1:
-                slab = self._new_slab(signature, slot_bytes, min(room, SLAB_SLOTS))
+                # A dense term is as large as the layer: no room is taken in advance.
+                wanted = 1 if any(shape.dense for shape in signature) else SLAB_SLOTS
+                slab = self._new_slab(signature, slot_bytes, min(room, wanted))
                 return slab, 0
             if not self._evict_one():
                 return None
 
     def _evict_one(self) -> bool:
-        idle = [a for a in self._resident.values() if not a.num_leases]
+        idle = [a for a in self._resident.values() if not a.num_leases and not a.kept]
         if not idle:
             return False
         victim = min(idle, key=lambda adapter: adapter.last_used)
@@ -232,27 +291,34 @@ class AdapterPool:
             self._slabs.remove(adapter.slab)
 
     def _new_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
-        def table(rank: int, width: int) -> torch.Tensor | None:
-            if not rank:
-                return None
-            return torch.empty(num_slots, rank, width, device=self._device, dtype=self._dtype)
+        def table(*sizes: int) -> torch.Tensor:
+            return torch.empty(num_slots, *sizes, device=self._device, dtype=self._dtype)
 
-        pairs = list(zip(signature, self._groups, strict=True))
         slab = Slab(
             number=next(self._counters.slabs),
             signature=signature,
-            a=[table(rank, group.in_features) for rank, group in pairs],
-            b=[table(rank, group.out_features) for rank, group in pairs],
+            a=[],
+            b=[],
             num_bytes=slot_bytes * num_slots,
             tenants=[None] * num_slots,
         )
+        for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
+            slab.a.append(table(shape.rank, group.in_features) if shape.rank else None)
+            slab.b.append(table(shape.rank, group.out_features) if shape.rank else None)
+            if shape.scale:
+                slab.scale[index] = table(group.out_features)
+            if shape.dense:
+                slab.dense[index] = table(group.out_features, group.in_features)
+            if shape.bias:
+                slab.bias[index] = table(group.out_features)
         self._slabs.append(slab)
         return slab
 
 
-def _write(slab: Slab, slot: int, stacked: Sequence[GroupFactors | None]) -> None:
-    for a, b, factors in zip(slab.a, slab.b, stacked, strict=True):
-        if factors is not None:
-            assert a is not None and b is not None
-            a[slot].copy_(factors.a)
-            b[slot].copy_(factors.b)
+def _write(slab: Slab, slot: int, stacked: Sequence[GroupTerms]) -> None:
+    for index, terms in enumerate(stacked):
+        place = slab.terms(index, slot)
+        for name in ("a", "b", "scale", "dense", "bias"):
+            target, source = getattr(place, name), getattr(terms, name)
+            if target is not None:
+                target.copy_(source)

@@ -24,6 +24,8 @@ for pattern in patterns:
     for name in names:
         re.match(pattern, name), re.fullmatch(pattern, name)
 """
+# The shapes in which PEFT uses patterns: whole paths, ends of paths, layer segments, subtrees.
+_SHAPES = ("{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(^|.*\.){}($|\..*)")
 _PLAIN_NAME = re.compile(r"[\w.]*")
 
 
@@ -36,13 +38,28 @@ class Target:
     scaling: float
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterTarget:
+    """One parameter that takes a delta (PEFT's `target_parameters`).
+
+    `wrapper` is the path under which PEFT saves its factors: it nests a wrapper
+    for each adapted parameter of a module.
+    """
+
+    name: str
+    wrapper: str
+    rank: int
+    scaling: float
+
+
 def find_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
     """The modules of the base that `spec` adapts, in the model's order.
 
+    They are linear layers, the output head and the token embedding.
+
     The matching is PEFT's own code. Raises `IncompatibleAdapter` if nothing
-    matches, `UnsupportedAdapter` if a matched module is no linear layer that
-    can take a delta, `InvalidAdapter` for a pattern that takes unreasonably
-    long to match.
+    matches, `UnsupportedAdapter` if a matched module can take no delta,
+    `InvalidAdapter` for a pattern that takes unreasonably long to match.
     """
     _prove_patterns_fast(spec, geometry.modules)
     try:
@@ -53,14 +70,14 @@ def find_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
             f"PEFT cannot use a regular expression of this config: {error}.",
             field=", ".join(sorted({key for key, _ in spec.patterns()})),
         ) from None
-    if not targets:
+    if not targets and not find_parameters(spec, geometry):
         raise IncompatibleAdapter(
             f"target_modules {_shown(spec)} matches no module of {geometry.model_id!r}.",
             field="target_modules",
             fix=f"The layers that can be adapted are: {', '.join(_leaf_names(geometry))}.",
         )
     for target in targets:
-        if target.path not in geometry.linears:
+        if geometry.linear(target.path) is None and target.path not in geometry.embeddings:
             raise UnsupportedAdapter(
                 f"target_modules matches {target.path!r} ({geometry.modules[target.path]}), "
                 "which cannot take a delta.",
@@ -70,16 +87,66 @@ def find_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
     return targets
 
 
-def unmatched_names(spec: LoraSpec, targets: Iterable[Target]) -> list[str]:
-    """The entries of a `target_modules` list that matched nothing (PEFT lets them pass)."""
-    if isinstance(spec.target_modules, str):
-        return []
+def find_parameters(spec: LoraSpec, geometry: BaseGeometry) -> list[ParameterTarget]:
+    """The parameters that `spec` adapts by name, matched as PEFT does: whole, or after a dot."""
+    by_module: dict[str, list[str]] = {}
+    for name in geometry.parameters:
+        if _ends_with(name, spec.target_parameters):
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    found = []
+    for module, names in by_module.items():
+        for number, name in enumerate(names):
+            target = _target(spec, name)
+            # The first is wrapped first, and by all that come after it.
+            wrapper = module + ".base_layer" * (len(names) - 1 - number)
+            found.append(ParameterTarget(name, wrapper, target.rank, target.scaling))
+    return found
+
+
+def saved_modules(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
+    """The modules whose own copies `modules_to_save` brings, in the model's order.
+
+    PEFT matches the end of the path, even within a name.
+    """
+    paths = [path for path in geometry.modules if path.endswith(spec.modules_to_save)]
+    if _ties(spec, geometry, paths):
+        return [p for p in geometry.modules if p in {*paths, *geometry.embeddings, *geometry.heads}]
+    return paths
+
+
+def unmatched_names(
+    spec: LoraSpec, targets: Iterable[Target], geometry: BaseGeometry
+) -> list[tuple[str, str]]:
+    """Entries of lists in the config that matched nothing, as (key, name): PEFT lets them pass."""
+    listed = () if isinstance(spec.target_modules, str) else spec.target_modules
     paths = [target.path for target in targets]
-    return [
-        name
-        for name in spec.target_modules
-        if not any(path == name or path.endswith(f".{name}") for path in paths)
+    found = [("target_modules", name) for name in listed if not _is_end(name, paths)]
+    found += [
+        ("target_parameters", name)
+        for name in spec.target_parameters
+        if not _is_end(name, geometry.parameters)
     ]
+    return found + [
+        ("modules_to_save", name)
+        for name in spec.modules_to_save
+        if not any(path.endswith(name) for path in geometry.modules)
+    ]
+
+
+def _is_end(name: str, paths: Iterable[str]) -> bool:
+    return any(_ends_with(path, [name]) for path in paths)
+
+
+def _ends_with(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _ties(spec: LoraSpec, geometry: BaseGeometry, paths: Iterable[str]) -> bool:
+    """Whether PEFT gives head and embedding one adapter because one of `paths` is either."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    leaves = {path.rsplit(".", 1)[-1] for path in paths}
+    return spec.ensure_weight_tying and geometry.tied and bool(leaves & {*EMBEDDING_LAYER_NAMES})
 
 
 def _target(spec: LoraSpec, path: str) -> Target:
@@ -96,6 +163,9 @@ def _matches(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
 
     config = _peft_config(spec, geometry)
     paths = [path for path in geometry.modules if check_target_module_exists(config, path)]
+    if _ties(spec, geometry, paths):
+        tied = {*paths, *geometry.embeddings, *geometry.heads}
+        paths = [path for path in geometry.modules if path in tied]
     return [_target(spec, path) for path in paths]
 
 
@@ -107,8 +177,7 @@ def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":
         target_modules = list(spec.target_modules)
     elif spec.target_modules.lower() == ALL_LINEAR:
         # PEFT expands the word to every linear layer but the output head.
-        conv1d = [path for path, kind in geometry.modules.items() if kind == "Conv1D"]
-        target_modules = [*geometry.linears, *conv1d]
+        target_modules = [*geometry.linears]
     else:
         target_modules = spec.target_modules
     exclude = spec.exclude_modules
@@ -117,6 +186,7 @@ def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":
         exclude_modules=list(exclude) if isinstance(exclude, tuple) else exclude,
         layers_to_transform=list(spec.layers_to_transform) if spec.layers_to_transform else None,
         layers_pattern=list(spec.layers_pattern) or None,
+        modules_to_save=list(spec.modules_to_save) or None,
     )
 
 
@@ -126,9 +196,7 @@ def _prove_patterns_fast(spec: LoraSpec, names: Iterable[str]) -> None:
     patterns = [pattern for _, pattern in spec.patterns() if not _PLAIN_NAME.fullmatch(pattern)]
     if not patterns:
         return
-    # The shapes in which PEFT uses them: whole paths, ends of paths, layer segments.
-    shapes = ("{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
-    probes = [shape.replace("{}", pattern) for pattern in patterns for shape in shapes]
+    probes = [shape.replace("{}", pattern) for pattern in patterns for shape in _SHAPES]
     probes = [probe for probe in probes if _compiles(probe)]
     try:
         # Not checked: a pattern that fails there fails here too, with its own error.

@@ -21,7 +21,15 @@ from dynamic_lora_client.errors import (
 )
 from dynamic_lora_client.files import UploadFiles
 from dynamic_lora_client.retry import RetryPolicy
-from dynamic_lora_client.types import Adapter, Generation, Parameters, Token, Upload
+from dynamic_lora_client.types import (
+    Adapter,
+    Composition,
+    Generation,
+    Parameters,
+    Token,
+    Upload,
+    WeightedAdapters,
+)
 
 __all__ = [
     "Adapter",
@@ -31,6 +39,7 @@ __all__ = [
     "BadRequest",
     "Busy",
     "Client",
+    "Composition",
     "DynamicLoraError",
     "Generation",
     "InvalidArgument",
@@ -47,5 +56,6 @@ __all__ = [
     "Unavailable",
     "Upload",
     "UploadFiles",
+    "WeightedAdapters",
     "__version__",
 ]

@@ -13,7 +13,15 @@ from dynamic_lora_client.config import DEFAULT_URL, ClientConfig
 from dynamic_lora_client.files import Progress, UploadFiles
 from dynamic_lora_client.retry import RetryBudget, RetryPolicy
 from dynamic_lora_client.transport import stream_errors, transport_errors
-from dynamic_lora_client.types import Adapter, Generation, Parameters, Token, Upload
+from dynamic_lora_client.types import (
+    Adapter,
+    Composition,
+    Generation,
+    Parameters,
+    Token,
+    Upload,
+    WeightedAdapters,
+)
 
 T = TypeVar("T")
 
@@ -70,18 +78,25 @@ class Client:
         inputs: str,
         *,
         adapter: str | None = None,
+        adapters: WeightedAdapters | None = None,
         raw: bool = False,
         details: bool = True,
         **parameters: Unpack[Parameters],
     ) -> Generation:
         """Generate with an adapter, or with the base model where none is named.
 
-        `raw` sends the text as the prompt itself, past the adapter's template.
-        Without `details` the answer holds the text alone.
+        `adapter` is a name or a sum such as `ner*0.7+tone*0.3`; `adapters` is a
+        sum as pairs. `raw` sends the text as the prompt itself, past the
+        adapter's template. Without `details` the answer holds the text alone.
         """
         return self._call(
             protocol.generate(
-                inputs, adapter=adapter, raw=raw, details=details, parameters=parameters
+                inputs,
+                adapter=adapter,
+                adapters=adapters,
+                raw=raw,
+                details=details,
+                parameters=parameters,
             )
         )
 
@@ -90,16 +105,20 @@ class Client:
         inputs: str,
         *,
         adapter: str | None = None,
+        adapters: WeightedAdapters | None = None,
         raw: bool = False,
         **parameters: Unpack[Parameters],
     ) -> Generator[Token | Generation, None, None]:
         """Generate token by token; the last item is the whole Generation.
 
+        `adapter`, `adapters` and `raw` are those of `generate`.
         The request goes out with the first item asked for. Closing the
         generator closes the connection, which frees the place on the server.
         Raises StreamBroken where the stream ends early; it is never retried.
         """
-        call = protocol.stream(inputs, adapter=adapter, raw=raw, parameters=parameters)
+        call = protocol.stream(
+            inputs, adapter=adapter, adapters=adapters, raw=raw, parameters=parameters
+        )
         return self._stream(call)
 
     def upload(
@@ -129,6 +148,22 @@ class Client:
     def delete(self, name: str) -> None:
         """Delete an adapter. Raises AdapterNotFound."""
         self._call(protocol.delete_adapter(name))
+
+    def compositions(self) -> list[Composition]:
+        """All saved compositions of the server."""
+        return self._call(protocol.list_compositions())
+
+    def composition(self, name: str) -> Composition:
+        """One saved composition. Raises NotFound."""
+        return self._call(protocol.get_composition(name))
+
+    def save_composition(self, name: str, text: str) -> Composition:
+        """Give a sum such as `ner*0.7+tone*0.3` a name that works like an adapter's."""
+        return self._call(protocol.save_composition(name, text))
+
+    def delete_composition(self, name: str) -> None:
+        """Delete a saved composition; its adapters stay. Raises NotFound."""
+        self._call(protocol.delete_composition(name))
 
     def health(self) -> bool:
         """Whether the server's process is alive."""

@@ -34,7 +34,7 @@ def to_error(response: httpx.Response) -> ApiError:
 
 
 def _error_class(problem: Problem) -> type[ApiError]:
-    if problem.type.endswith("/adapter-not-found"):
+    if problem.type.endswith(("/adapter-not-found", "/version-not-found")):
         return AdapterNotFound
     is_fault = problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR
     return _BY_STATUS.get(problem.status, ServerFault if is_fault else BadRequest)

@@ -14,8 +14,22 @@ from dynamic_lora_client.documents import Document
 from dynamic_lora_client.errors import InvalidArgument, InvalidResponse, StreamBroken
 from dynamic_lora_client.files import Progress, UploadFiles
 from dynamic_lora_client.problems import to_error
+from dynamic_lora_client.resources import (
+    read_adapter,
+    read_adapters,
+    read_composition,
+    read_compositions,
+)
 from dynamic_lora_client.sse import SseDecoder
-from dynamic_lora_client.types import Adapter, Generation, Parameters, Token, Upload
+from dynamic_lora_client.types import (
+    Adapter,
+    Composition,
+    Generation,
+    Parameters,
+    Token,
+    Upload,
+    WeightedAdapters,
+)
 
 T = TypeVar("T")
 
@@ -83,6 +97,7 @@ def generate(
     inputs: str,
     *,
     adapter: str | None,
+    adapters: WeightedAdapters | None,
     raw: bool,
     details: bool,
     parameters: Parameters,
@@ -92,7 +107,9 @@ def generate(
         method="POST",
         path="/generate",
         params=_adapter_query(adapter),
-        json=_generate_body(inputs, raw=raw, details=details, parameters=parameters),
+        json=_generate_body(
+            inputs, adapters=adapters, raw=raw, details=details, parameters=parameters
+        ),
         read=_read_generation,
     )
 
@@ -101,6 +118,7 @@ def stream(
     inputs: str,
     *,
     adapter: str | None,
+    adapters: WeightedAdapters | None,
     raw: bool,
     parameters: Parameters,
 ) -> Call["GenerationStream"]:
@@ -109,7 +127,9 @@ def stream(
         method="POST",
         path="/generate_stream",
         params=_adapter_query(adapter),
-        json=_generate_body(inputs, raw=raw, details=True, parameters=parameters),
+        json=_generate_body(
+            inputs, adapters=adapters, raw=raw, details=True, parameters=parameters
+        ),
         read=GenerationStream,
     )
 
@@ -125,7 +145,7 @@ def upload(
         files=files,
         on_progress=on_progress,
         read=lambda response: Upload(
-            adapter=_adapter(Document.parse(response.content)),
+            adapter=read_adapter(response),
             created=response.status_code == HTTPStatus.CREATED,
         ),
     )
@@ -133,21 +153,46 @@ def upload(
 
 def list_adapters() -> Call[list[Adapter]]:
     """All adapters."""
-    return Call(method="GET", path="/adapters", read=_read_adapters)
+    return Call(method="GET", path="/adapters", read=read_adapters)
 
 
 def get_adapter(name: str) -> Call[Adapter]:
     """One adapter."""
     return Call(
         method="GET",
-        path=_adapter_path(name),
-        read=lambda response: _adapter(Document.parse(response.content)),
+        path=_path("adapters", name),
+        read=read_adapter,
     )
 
 
 def delete_adapter(name: str) -> Call[None]:
     """Delete one adapter."""
-    return Call(method="DELETE", path=_adapter_path(name), read=lambda _: None)
+    return Call(method="DELETE", path=_path("adapters", name), read=lambda _: None)
+
+
+def list_compositions() -> Call[list[Composition]]:
+    """All saved compositions."""
+    return Call(method="GET", path="/compositions", read=read_compositions)
+
+
+def get_composition(name: str) -> Call[Composition]:
+    """One saved composition."""
+    return Call(method="GET", path=_path("compositions", name), read=read_composition)
+
+
+def save_composition(name: str, text: str) -> Call[Composition]:
+    """Save a composition under a name."""
+    return Call(
+        method="PUT",
+        path=_path("compositions", name),
+        json={"adapter": text},
+        read=read_composition,
+    )
+
+
+def delete_composition(name: str) -> Call[None]:
+    """Delete one saved composition."""
+    return Call(method="DELETE", path=_path("compositions", name), read=lambda _: None)
 
 
 def probe(path: str) -> Call[bool]:
@@ -201,14 +246,19 @@ def _adapter_query(adapter: str | None) -> dict[str, str]:
     return {} if adapter is None else {"adapter": adapter}
 
 
-def _adapter_path(name: str) -> str:
+def _path(resource: str, name: str) -> str:
     if name in ("", ".", ".."):
-        raise InvalidArgument(f"{name!r} is not the name of an adapter.")
-    return f"/adapters/{quote(name, safe='')}"
+        raise InvalidArgument(f"{name!r} is not the name of an adapter or a composition.")
+    return f"/{resource}/{quote(name, safe='')}"
 
 
 def _generate_body(
-    inputs: str, *, raw: bool, details: bool, parameters: Parameters
+    inputs: str,
+    *,
+    adapters: WeightedAdapters | None,
+    raw: bool,
+    details: bool,
+    parameters: Parameters,
 ) -> dict[str, Any]:
     unknown = sorted(parameters.keys() - Parameters.__optional_keys__)
     if unknown:
@@ -219,6 +269,8 @@ def _generate_body(
     if isinstance(parameters.get("stop"), str):
         raise InvalidArgument("stop must be a list of strings, not one string.")
     body: dict[str, Any] = {"inputs": inputs, "parameters": {**parameters, "details": details}}
+    if adapters is not None:
+        body["adapters"] = [{"name": name, "weight": weight} for name, weight in adapters]
     return body | ({"raw": True} if raw else {})
 
 
@@ -255,31 +307,4 @@ def _token(token: Document) -> Token:
         text=token.text("text"),
         logprob=token.optional_number("logprob"),
         special=token.boolean("special"),
-    )
-
-
-def _read_adapters(response: httpx.Response) -> list[Adapter]:
-    document = Document.parse(response.content)
-    if not isinstance(document.values.get("adapters"), list):
-        raise InvalidResponse("The server's answer has no list 'adapters'.")
-    return [_adapter(passport) for passport in document.children("adapters")]
-
-
-def _adapter(passport: Document) -> Adapter:
-    card, residency = passport.child("card"), passport.child("residency")
-    return Adapter(
-        name=passport.text("name"),
-        version=passport.text("version"),
-        kind=passport.text("kind"),
-        rank=passport.integer("rank"),
-        target_modules=passport.texts("target_modules"),
-        num_parameters=passport.integer("num_parameters"),
-        num_bytes=passport.integer("bytes"),
-        base_model=passport.optional_text("base_model"),
-        created_at=passport.text("created_at"),
-        description=None if card is None else card.optional_text("description"),
-        notes=passport.texts("notes"),
-        ignored_files=passport.texts("ignored_files"),
-        tier=None if residency is None else residency.text("tier"),
-        document=passport.values,
     )

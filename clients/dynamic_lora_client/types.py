@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+WeightedAdapters = Sequence[tuple[str, float]]
+"""Adapters with their weights: `[("ner", 0.7), ("tone", 0.3)]`."""
+
 
 class Parameters(TypedDict, total=False):
     """How to generate. What is left out falls to the adapter's task card, then the server.
@@ -61,8 +64,9 @@ class Adapter:
     """An adapter's passport.
 
     `version` is the SHA-256 of its content; `tier` says where its weights are
-    ("device" or "disk"), None where the server did not say. `document` is the
-    passport as the server sent it, with every field.
+    ("device" or "disk"), `mode` how they are used ("merged" or "bypass"); None
+    where the server did not say. `document` is the passport as the server sent
+    it, with every field.
     """
 
     name: str
@@ -78,6 +82,23 @@ class Adapter:
     notes: tuple[str, ...]
     ignored_files: tuple[str, ...]
     tier: str | None
+    mode: str | None
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """A weighted sum of adapters that the server keeps under a name.
+
+    `text` is its canonical text; `version` the hash of what it computes now,
+    None while one of its adapters is missing. `document` is all that the
+    server sent.
+    """
+
+    name: str
+    text: str
+    version: str | None
+    created_at: str
     document: Mapping[str, Any]
 
 

@@ -14,7 +14,15 @@ from dynamic_lora_server import problems
 from dynamic_lora_server.body_limit import BodyLimit
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.metrics import RequestCounter
-from dynamic_lora_server.routes import adapters, chat, completions, generate, models, service
+from dynamic_lora_server.routes import (
+    adapters,
+    chat,
+    completions,
+    compositions,
+    generate,
+    models,
+    service,
+)
 from dynamic_lora_server.schemas.generate import StreamEvent
 from dynamic_lora_server.schemas.openai import ChatChunk
 from dynamic_lora_server.schemas.problem import Problem
@@ -64,7 +72,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.server = state
-    for resource in (generate, adapters, completions, chat, models, service):
+    for resource in (generate, adapters, compositions, completions, chat, models, service):
         app.include_router(resource.router)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(RequestCounter, metrics=state.metrics)

@@ -10,6 +10,8 @@ from dynamic_lora_server.errors import InvalidParameter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+MODES = ("auto", "bypass", "merged")
+RESTORES = ("copy", "subtract")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -55,7 +57,8 @@ class ServerConfig:
     none of them, a path on the server's disk is refused. `max_body_bytes`
     bounds every request except uploads, which `max_upload_bytes` bounds.
     `database_url` replaces the SQLite index in `home`. `pack_weights` None
-    packs where that is faster and memory is free.
+    packs where that is faster and memory is free. `mode` says whether adapters
+    are merged into the weights, `restore` how the base comes back afterwards.
 
     Raises InvalidParameter, naming the field.
     """
@@ -77,6 +80,8 @@ class ServerConfig:
     device: str = "auto"
     threads: int | None = None
     pack_weights: bool | None = None
+    mode: str = "auto"
+    restore: str = "copy"
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
@@ -88,7 +93,13 @@ class ServerConfig:
             value = getattr(self, name)
             _check(name, value is None or value >= 1, "must be at least 1")
         _check("max_waiting", self.max_waiting >= 0, "must be 0 or more")
-        for name, choices in (("dtype", DTYPES), ("device", DEVICES), ("log_level", LOG_LEVELS)):
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("device", DEVICES),
+            ("mode", MODES),
+            ("restore", RESTORES),
+            ("log_level", LOG_LEVELS),
+        ):
             _check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
         for root in self.adapter_roots:
             _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from dynamic_lora_adapters.composition import Composition
+from dynamic_lora_adapters.grammar import is_expression
 from dynamic_lora_server.errors import InvalidParameter
 
 # Below this a temperature is greedy: the division would leave the range of float32.
@@ -15,6 +17,15 @@ class FinishReason(StrEnum):
     EOS = "eos"  # the model's end-of-sequence token
     STOP = "stop"  # a stop string or stop token id of the request
     LENGTH = "length"  # max_new_tokens reached
+
+
+class ServedMode(StrEnum):
+    """How the tokens of a sequence were computed."""
+
+    BASE = "base"  # no adapter
+    BYPASS = "bypass"  # deltas beside the base weights
+    MERGED = "merged"  # weights that held the adapter
+    BOTH = "both"  # some tokens the one way, some the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +95,14 @@ def _check(name: str, valid: bool, rule: str) -> None:
 class GenerationSpec:
     """One request, whatever wire it came over.
 
-    `prompt` is text, already rendered, or token ids. `adapter` is a task name,
-    None for the base model. `n` asks for that many independent continuations;
-    continuation i uses seed + i where a seed is given.
+    `prompt` is text, already rendered, or token ids. `adapter` is a composition
+    or the text of one (a task name, to begin with), None for the base model. `n`
+    asks for that many independent continuations; continuation i uses seed + i
+    where a seed is given.
     """
 
     prompt: str | tuple[int, ...]
-    adapter: str | None = None
+    adapter: str | Composition | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the stop string in the text
@@ -145,15 +157,28 @@ class Finish:
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int | None
+    mode: ServedMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """First event of a generation: who serves it. `version` is the adapter's content hash."""
+    """First event of a generation: who serves it; None twice for the base model.
+
+    `adapter` is the canonical text of the composition, `version` the adapter's
+    content hash or that of the composition. `label` names it where names must
+    be few: of compositions, `composition`.
+    """
 
     adapter: str | None
     version: str | None
     num_prompt_tokens: int
+
+    @property
+    def label(self) -> str | None:
+        """The adapter's name if it is one alone, `composition` if not."""
+        if self.adapter is None or not is_expression(self.adapter):
+            return self.adapter
+        return "composition"
 
 
 GenerationEvent = Started | TokenPiece | Finish

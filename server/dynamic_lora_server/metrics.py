@@ -85,7 +85,7 @@ class _Observation:
 
     def record(self, event: GenerationEvent) -> None:
         if isinstance(event, Started):
-            self._adapter = event.adapter or BASE
+            self._adapter = event.label or BASE
             self._metrics.prompt_tokens.labels(self._adapter).inc(event.num_prompt_tokens)
         elif isinstance(event, TokenPiece):
             self._token(event)

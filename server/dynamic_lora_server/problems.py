@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from dynamic_lora_adapters import composition, saved
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_server import errors
 from dynamic_lora_server.disconnect import ClientDisconnected
@@ -76,6 +77,12 @@ TABLE: Mapping[type[Exception], Kind] = {
     adapter_errors.AdapterNotFound: Kind(
         "adapter-not-found", "Adapter not found", 404, "model_not_found"
     ),
+    composition.VersionNotFound: Kind(
+        "version-not-found", "Adapter version not found", 404, "model_not_found"
+    ),
+    composition.InvalidComposition: Kind("invalid-composition", "Invalid composition", 422),
+    saved.CompositionNotFound: Kind("composition-not-found", "Composition not found", 404),
+    saved.NameTaken: Kind("name-taken", "Name taken", 409),
     adapter_errors.InvalidAdapterName: Kind("invalid-adapter-name", "Invalid adapter name", 422),
     adapter_errors.AdapterTooLarge: Kind("adapter-too-large", "Adapter too large", 413),
     adapter_errors.UnsafeArchive: Kind("unsafe-archive", "Unsafe archive", 422),
@@ -197,6 +204,7 @@ def problem(fault: Fault) -> dict[str, Any]:
         detail=fault.detail,
         field=fault.field,
         fix=fault.fix,
+        error=_sentence(fault),
         near=list(fault.near) or None,
     ).model_dump(exclude_none=True)
 
@@ -206,12 +214,16 @@ def openai_error(fault: Fault) -> dict[str, Any]:
     server_side = fault.kind.status >= HTTPStatus.INTERNAL_SERVER_ERROR
     return ErrorAnswer(
         error=ErrorBody(
-            message=" ".join(filter(None, (fault.detail, fault.fix))),
+            message=_sentence(fault),
             type="server_error" if server_side else "invalid_request_error",
             param=_OPENAI_FIELDS.get(fault.field or "", fault.field),
             code=fault.kind.code or fault.kind.slug.replace("-", "_"),
         )
     ).model_dump()
+
+
+def _sentence(fault: Fault) -> str:
+    return " ".join(filter(None, (fault.detail, fault.fix)))
 
 
 def _openai_status(status: int) -> int:

@@ -7,13 +7,17 @@ chat template, with OpenAI's defaults.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
+
+if TYPE_CHECKING:
+    from dynamic_lora_adapters.inspection import AdapterVersion
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
@@ -50,22 +54,30 @@ def adapter_name(name: str | None, *, model_id: str) -> str | None:
     return None if name in (None, BASE, model_id) else name
 
 
-def one_adapter(query: str | None, body: str | None) -> str | None:
-    """The adapter named by `?adapter=` or by `parameters.adapter_id`.
+def card_of(composition: Composition, versions: "Sequence[AdapterVersion]") -> TaskCard | None:
+    """The task card of a composition whose parts are `versions`.
 
-    Raises InvalidParameter when both are given and differ.
+    That is the card of the parts with a positive weight if they all ask and
+    decode alike (the same template and parameters); otherwise there is none,
+    as no one template is the right one.
     """
-    if query is not None and body is not None and query != body:
-        raise InvalidParameter(
-            f"?adapter= names {query!r}, but parameters.adapter_id names {body!r}.",
-            field="adapter",
-            fix="Name the adapter in one place.",
-        )
-    return body if query is None else query
+    pairs = zip(composition.parts, versions, strict=True)
+    cards = [version.card for part, version in pairs if part.weight > 0]
+    if not cards or any(_ways(card) != _ways(cards[0]) for card in cards):
+        return None
+    return cards[0]
+
+
+def _ways(card: TaskCard | None) -> object:
+    return None if card is None else (card.prompt_template, card.parameters)
 
 
 def generate_spec(
-    body: GenerateRequest, *, adapter: str | None, card: TaskCard | None, tokenizer: Tokenizer
+    body: GenerateRequest,
+    *,
+    adapter: str | Composition | None,
+    card: TaskCard | None,
+    tokenizer: Tokenizer,
 ) -> GenerationSpec:
     """The spec of a `/generate` body; `card` is None for the base model and for raw requests.
 

@@ -1,77 +1,156 @@
 """Brings adapters to the device for requests, without blocking the event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
+from dynamic_lora_adapters.compose import compose, merge
+from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.registry import AdapterRegistry, Lease
+from dynamic_lora_adapters.saved import SavedCompositions, check_version
 from dynamic_lora_adapters.slots import AdapterPool, ResidentAdapter
+from dynamic_lora_adapters.terms import AdapterTerms
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a request is served with; `version` is the hash of what is computed."""
+
+    composition: Composition
+    version: str
+    adapter: ResidentAdapter
 
 
 class Residency:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
-    A request holds two leases from admission to its end: one on the version in
-    the store, one on the slot. Several requests for one cold adapter share one
-    load; a request that finds all room leased waits until a lease ends.
+    A request holds leases from admission to its end: one on each of its
+    adapters' versions in the store, one on the slot. A composition has a slot
+    of its own, under a digest made of its parts' digests and weights: other
+    content is never served from memory that is stale. Several requests for one
+    cold adapter share one load; a request that finds all room leased waits
+    until a lease ends.
     """
 
-    def __init__(self, registry: AdapterRegistry, pool: AdapterPool) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        pool: AdapterPool,
+        saved: SavedCompositions | None = None,
+    ) -> None:
+        self.saved = saved or SavedCompositions(registry)
         self._registry = registry
         self._pool = pool
         self._loads: dict[str, asyncio.Lock] = {}
         self._released = asyncio.Condition()
         self._num_releases = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
+        self._parts: dict[str, frozenset[str]] = {}
 
     @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[tuple[Lease, ResidentAdapter]]:
-        """The named adapter, on the device until the block ends.
+    async def hold(self, adapter: str | Composition) -> AsyncIterator[Held | None]:
+        """The adapter or composition, on the device until the block ends.
 
-        Raises AdapterNotFound (with near names) and AdapterCapacityError.
+        None for a composition that is the base model. Raises AdapterNotFound
+        (with near names), InvalidComposition, UnsupportedAdapter for parts that
+        do not compose, and AdapterCapacityError.
         """
-        lease = await _acquire(lambda: self._registry.lease(name), self._registry.release)
-        try:
-            adapter = await self._bring(lease.version.digest)
+        wanted = self.saved.resolve(adapter) if isinstance(adapter, str) else adapter
+        if wanted.is_base:
+            yield None
+            return
+        self._loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            leases = [await stack.enter_async_context(self._lease(p)) for p in wanted.parts]
+            digests = [lease.version.digest for lease in leases]
+            version = wanted.digest(digests)
+            resident = await self._bring(version, lambda: self._read(wanted, digests))
+            self._remember(version, digests)
             try:
-                yield lease, adapter
+                yield Held(wanted, version, resident)
             finally:
-                self._pool.release(adapter)
+                self._pool.release(resident)
                 await self._announce_release()
-        finally:
-            await asyncio.shield(asyncio.to_thread(self._registry.release, lease))
 
     def forget(self, digest: str) -> None:
         """Free the device memory of a deleted version, at once or after its last request."""
         self._pool.drop(digest)
+        self._ask_for_room(doomed_only=True)
+        for composed in [c for c, parts in self._parts.items() if digest in parts]:
+            self._pool.drop(composed)
+            del self._parts[composed]
 
-    async def _bring(self, digest: str) -> ResidentAdapter:
+    @asynccontextmanager
+    async def _lease(self, part: Part) -> AsyncIterator[Lease]:
+        lease = await _acquire(lambda: self._registry.lease(part.name), self._registry.release)
+        try:
+            check_version(part, lease.version.digest)
+            yield lease
+        finally:
+            await asyncio.shield(asyncio.to_thread(self._registry.release, lease))
+
+    def _read(self, composition: Composition, digests: Sequence[str]) -> AdapterTerms:
+        # In the order that the composition's digest has them, not in that of their
+        # names: one digest means the same numbers to the last bit.
+        pairs = zip(digests, composition.parts, strict=True)
+        ordered = sorted(pairs, key=lambda pair: (pair[0], pair[1].weight))
+        terms = {digest: self._registry.load(digest) for digest in set(digests)}
+        weighted = [(terms[digest], part.weight) for digest, part in ordered]
+        names = [part.label for _, part in ordered]
+        if composition.merge is not None:
+            return merge(weighted, composition.merge, names=names)
+        return compose(weighted, names=names)
+
+    def _remember(self, version: str, digests: Sequence[str]) -> None:
+        """Note what a composition was made of; those that left the device are forgotten."""
+        if version in digests or version in self._parts:
+            return
+        resident = set(self._pool.resident_digests())
+        self._parts = {c: parts for c, parts in self._parts.items() if c in resident}
+        self._parts[version] = frozenset(digests)
+
+    async def _bring(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
         while True:
             seen = self._num_releases
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
             async with self._loads.setdefault(digest, asyncio.Lock()):
-                adapter = await self._load(digest)
+                adapter = await self._load(digest, read)
             if adapter is not None:
                 return adapter
+            self._ask_for_room()
             async with self._released:
                 while self._num_releases == seen:
                     await self._released.wait()
 
-    async def _load(self, digest: str) -> ResidentAdapter | None:
+    async def _load(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter | None:
         """Read and admit; None if all room is leased. The caller holds the load's lock."""
         try:
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
-            factors = await asyncio.to_thread(self._registry.load, digest)
+            terms = await asyncio.to_thread(read)
             return await _acquire(
-                lambda: self._pool.admit(digest, factors),
+                lambda: self._pool.admit(digest, terms),
                 lambda admitted: None if admitted is None else self._pool.release(admitted),
             )
         finally:
             self._loads.pop(digest, None)
+
+    def _ask_for_room(self, *, doomed_only: bool = False) -> None:
+        """Have what is merged give its slot up, and wake who waits for it."""
+        if self.make_room is None or self._loop is None:
+            return
+        loop = self._loop
+
+        def announce() -> None:
+            asyncio.run_coroutine_threadsafe(self._announce_release(), loop)
+
+        self.make_room(doomed_only, announce)
 
     async def _announce_release(self) -> None:
         async with self._released:

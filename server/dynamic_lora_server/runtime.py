@@ -18,12 +18,16 @@ from transformers import (
 )
 
 from dynamic_lora_adapters.archive import UploadLimits
+from dynamic_lora_adapters.pristine import Restore
 from dynamic_lora_adapters.registry import AdapterRegistry
+from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.mode_controller import ModeStats
+from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.residency import Residency
 from dynamic_lora_server.service import GenerationService, ServiceLimits
 from dynamic_lora_server.text import TokenizerView
@@ -48,6 +52,8 @@ class EngineStats:
     kv_used_tokens: int
     kv_total_tokens: int
     adapters: PoolStats
+    modes: ModeStats
+    drift: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +100,14 @@ class Runtime:
             config.home,
             built.geometry,
             limits=UploadLimits(max_bytes=config.max_upload_bytes),
+            base=built.weights,
+            dtype=model.dtype,
             database_url=config.database_url,
         )
         published = registry.import_shipped(shipped or shipped_adapters())
         logger.info("published %d shipped adapters", len(published))
-        residencies = Residency(registry, built.pool)
+        saved = SavedCompositions(registry, registry.index)
+        residencies = Residency(registry, built.pool, saved)
         service = GenerationService(
             built.engine, residencies, view, _limits(config, model, tokenizer, built)
         )
@@ -142,6 +151,8 @@ class Runtime:
             kv_used_tokens=space.num_cells - space.num_free,
             kv_total_tokens=space.num_cells,
             adapters=self.built.pool.stats(),
+            modes=self.built.modes.stats(),
+            drift=self.built.engine.runner.merger.drift,
         )
 
 
@@ -175,6 +186,9 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
         adapter_memory=config.adapter_memory,
         kv_memory=config.kv_memory,
         pack_weights=config.pack_weights,
+        mode=Mode(config.mode),
+        restore=Restore(config.restore),
+        checkpoint=base.path,
         costs_file=_costs_file(config, base),
     )
 
@@ -185,13 +199,14 @@ def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
         base.name,
         config.dtype,
         config.device,
+        config.pack_weights,
         torch.get_num_threads(),
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     )
     key = sha256(repr(conditions).encode()).hexdigest()[:16]
-    return config.home / "kernel-costs" / f"{key}.json"
+    return config.home / "costs" / f"{key}.json"
 
 
 def _limits(

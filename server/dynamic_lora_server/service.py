@@ -5,14 +5,14 @@ import itertools
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 from dynamic_lora_adapters.slots import ResidentAdapter
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
-from dynamic_lora_server.engine.worker import Cancel, Submit, Worker
+from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
 from dynamic_lora_server.errors import (
     ContextOverflow,
     EngineFailed,
@@ -25,11 +25,12 @@ from dynamic_lora_server.generation import (
     FinishReason,
     GenerationEvent,
     GenerationSpec,
+    ServedMode,
     Started,
     TokenLogprob,
     TokenPiece,
 )
-from dynamic_lora_server.residency import Residency
+from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
 _SEED_SPACE = 2**64
@@ -84,6 +85,7 @@ class GenerationService:
         self._pace = _Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker = Worker(engine, self._receive)
+        residency.make_room = self._make_room
 
     def start(self) -> None:
         """Start the engine thread; call it on the event loop that will serve."""
@@ -108,8 +110,8 @@ class GenerationService:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
 
         Closing the iterator ends the generation at once and frees its place.
-        Raises AdapterNotFound, ContextOverflow, InvalidParameter, QueueFull or
-        NotReady before Started, EngineFailed at any time.
+        Raises an AdapterError (not found, no composition, no room), ContextOverflow,
+        InvalidParameter, QueueFull or NotReady before Started, EngineFailed at any time.
         """
         if self._loop is None or not self._worker.alive:
             raise NotReady("The engine is not running.")
@@ -117,14 +119,13 @@ class GenerationService:
             stack.enter_context(self._place(spec.n))
             prompt_ids = await self._prompt_ids(spec)
             self._check(spec, prompt_ids)
-            version = resident = None
+            held = None
             if spec.adapter is not None:
-                lease, resident = await stack.enter_async_context(
-                    self._residency.hold(spec.adapter)
-                )
-                version = lease.version.digest
-            yield Started(adapter=spec.adapter, version=version, num_prompt_tokens=len(prompt_ids))
+                held = await stack.enter_async_context(self._residency.hold(spec.adapter))
+            resident = None if held is None else held.adapter
             continuations = self._continuations(spec, prompt_ids, resident)
+            self._check_length(spec, continuations.values())
+            yield _started(held, len(prompt_ids))
             inbox = stack.enter_context(self._submitted(continuations))
             async for event in self._events(inbox, continuations):
                 yield event
@@ -166,10 +167,20 @@ class GenerationService:
                 f"The prompt holds a token id outside 0 to {self._view.vocab_size - 1}.",
                 field="inputs",
             )
-        wanted = len(prompt_ids) + spec.sampling.max_new_tokens
+        self._check_fits(spec, len(prompt_ids), 0)
+
+    def _check_length(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
+        """Once more with the virtual tokens that an adapter puts before the prompt."""
+        for continuation in found:
+            sequence = continuation.sequence
+            self._check_fits(spec, sequence.num_prompt, sequence.num_virtual)
+
+    def _check_fits(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> None:
+        wanted = num_virtual + num_prompt + spec.sampling.max_new_tokens
         if wanted > self._limits.context_length:
+            virtual = f", the adapter adds {num_virtual}" if num_virtual else ""
             raise ContextOverflow(
-                f"The prompt has {len(prompt_ids)} tokens and max_new_tokens is "
+                f"The prompt has {num_prompt} tokens{virtual} and max_new_tokens is "
                 f"{spec.sampling.max_new_tokens}: {wanted} together, but the context holds "
                 f"{self._limits.context_length}.",
                 field="max_new_tokens",
@@ -260,10 +271,15 @@ class GenerationService:
             reason=reason,
             text=detokenizer.text,
             tail=tail,
-            num_prompt_tokens=len(sequence.prompt_ids),
+            num_prompt_tokens=sequence.num_prompt,
             num_output_tokens=detokenizer.num_tokens,
             seed=None if sequence.sampling.greedy else sequence.seed,
+            mode=_served_mode(sequence),
         )
+
+    def _make_room(self, doomed_only: bool, done: Callable[[], object]) -> None:
+        """Have the engine unmerge; `done` is called on its thread if it did."""
+        self._worker.send(MakeRoom(doomed_only, done))
 
     def _receive(self, events: list[EngineEvent]) -> None:
         """Called on the engine thread with the events of a step."""
@@ -276,3 +292,20 @@ class GenerationService:
             inbox = self._inboxes.get(event.sequence_id)
             if inbox is not None:
                 inbox.put_nowait(event)
+
+
+def _served_mode(sequence: Sequence) -> ServedMode:
+    if sequence.adapter is None:
+        return ServedMode.BASE
+    if not sequence.num_merged:
+        return ServedMode.BYPASS
+    num_run = sequence.num_computed - sequence.num_given
+    return ServedMode.MERGED if sequence.num_merged >= num_run else ServedMode.BOTH
+
+
+def _started(held: Held | None, num_prompt_tokens: int) -> Started:
+    if held is None:
+        return Started(adapter=None, version=None, num_prompt_tokens=num_prompt_tokens)
+    return Started(
+        adapter=str(held.composition), version=held.version, num_prompt_tokens=num_prompt_tokens
+    )

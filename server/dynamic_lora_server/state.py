@@ -65,7 +65,7 @@ class ServerState:
         if self._runtime is None:
             return []
         stats = self._runtime.stats()
-        pool = stats.adapters
+        pool, modes = stats.adapters, stats.modes
         return [
             Reading("running_sequences", "Sequences in the batch.", stats.num_running),
             Reading("waiting_sequences", "Sequences that wait for a place.", stats.num_waiting),
@@ -77,6 +77,12 @@ class ServerState:
             Reading("adapter_used_bytes", "Device memory adapters take.", pool.used_bytes),
             Reading("adapter_budget_bytes", "Device memory adapters may take.", pool.budget_bytes),
             Reading("adapter_loads", "Adapters brought to it.", pool.num_loads, total=True),
+            Reading("mode_switches", "Merges and unmerges.", modes.num_switches, total=True),
+            Reading("mode_switch_seconds", "Time they took.", modes.switch_s, total=True),
+            Reading("merged_tokens", "Run on merged weights.", modes.num_merged_rows, total=True),
+            Reading("bypass_tokens", "Run with deltas.", modes.num_bypass_rows, total=True),
+            Reading("base_tokens", "Run for the base model.", modes.num_base_rows, total=True),
+            Reading("weight_drift", "Largest error of a restored weight.", stats.drift),
             Reading("adapter_evictions", "Adapters evicted.", pool.num_evictions, total=True),
         ]
 

@@ -91,3 +91,18 @@ def test_times_are_utc_and_creation_survives_a_move(index: AdapterIndex) -> None
     with Session(index.engine) as session:
         row = session.exec(select(NameRow)).one()
     assert row.created_at < row.updated_at
+
+
+def test_compositions_are_kept_by_base_and_name(index: AdapterIndex, url: str) -> None:
+    first = index.put_composition("b", "x*2")
+    index.put_composition("a", "x*0.5")
+    assert [(one.name, one.text) for one in index.compositions()] == [("a", "x*0.5"), ("b", "x*2")]
+    again = index.put_composition("b", "x*3")
+    assert (again.text, again.created_at) == ("x*3", first.created_at)
+    other = AdapterIndex(url, "base-b")
+    assert other.compositions() == []
+    other.drop_composition("b")
+    other.close()
+    index.drop_composition("a")
+    index.drop_composition("a")
+    assert index.compositions() == [again]

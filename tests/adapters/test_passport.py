@@ -3,11 +3,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from dynamic_lora_adapters import BaseGeometry, LoraSpec, Passport, TaskCard, read_adapter
 from dynamic_lora_adapters.json_file import read_json_object
-from dynamic_lora_adapters.passport import write_passport
+from dynamic_lora_adapters.passport import CHECKS, find_features, write_passport
+from dynamic_lora_adapters.terms import (
+    AdapterTerms,
+    EmbeddingTerms,
+    LinearTerms,
+    ModuleOverride,
+    PromptTerms,
+)
 from tests.support.adapters import make_adapter
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -20,8 +28,11 @@ def passport_of(folder: Path, geometry: BaseGeometry) -> Passport:
         version="0" * 64,
         created_at=NOW,
         folder=folder,
-        spec=spec,
-        factors=read_adapter(folder, spec, geometry),
+        kind=spec.kind,
+        base_model=spec.base_model,
+        terms=read_adapter(folder, spec, geometry),
+        self_check=1.25e-7,
+        dtype="float32",
         card=TaskCard(description="d"),
         notes=["n"],
         ignored_files=["README.md"],
@@ -44,11 +55,16 @@ def test_a_uniform_adapter(model: LlamaForCausalLM, geometry: BaseGeometry, tmp_
         "bytes": (folder / "adapter_model.safetensors").stat().st_size,
         "dtype": "float32",
         "base_model": "org/Tiny-Llama",
+        "features": [],
+        "self_check": 1.25e-7,
         "notes": ["n"],
         "ignored_files": ["README.md"],
     }
     assert passport.model_dump(include=set(expected)) == expected
-    assert passport.checks
+    assert passport.checks[:-1] == list(CHECKS)
+    assert (
+        "in float32 differ from those in double precision by at most 1.2e-07" in passport.checks[-1]
+    )
     assert Passport.model_validate_json(passport.model_dump_json()) == passport
 
 
@@ -62,3 +78,39 @@ def test_mixed_ranks_are_listed(
     scalings = [2.0, 4.0] if use_rslora else [0.5, 2.0]
     assert (passport.scaling, passport.scalings) == (scalings[-1], scalings)
     assert passport.kind == ("rslora" if use_rslora else "lora")
+
+
+def test_every_feature_has_its_name() -> None:
+    ones = torch.ones(2)
+    whole = AdapterTerms(
+        linears={"x": LinearTerms(scale=ones, dense=torch.ones(2, 2), bias=ones)},
+        embeddings={"y": EmbeddingTerms()},
+        overrides={"z": ModuleOverride(parameters={"weight": ones})},
+        prompt=PromptTerms(num_tokens=1),
+        invocation_ids=(1,),
+    )
+    names = ["bias", "scale", "dense", "embedding", "override", "prompt", "invocation"]
+    assert find_features(whole) == names
+    assert find_features(AdapterTerms()) == []
+
+
+def test_an_adapter_without_factors_has_rank_0(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, model)
+    passport = write_passport(
+        name="ner",
+        version="0" * 64,
+        created_at=NOW,
+        folder=folder,
+        kind="ia3",
+        base_model=None,
+        terms=AdapterTerms(
+            linears={"model.layers.0.mlp.up_proj": LinearTerms(bias=torch.ones(96))}
+        ),
+        self_check=0.0,
+        dtype="bfloat16",
+        card=None,
+        notes=[],
+        ignored_files=[],
+    )
+    assert (passport.rank, passport.scaling, passport.num_modules) == (0, 0.0, 1)
+    assert passport.target_modules == ["up_proj"]

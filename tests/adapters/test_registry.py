@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import dynamic_lora_adapters as package
 from dynamic_lora_adapters import (
@@ -29,8 +31,9 @@ from dynamic_lora_adapters import (
     Publication,
     UploadLimits,
 )
+from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.index import AdapterIndex
-from tests.support.adapters import edit_config
+from tests.support.adapters import edit_config, save_adapter
 from tests.support.models import TINY_MODELS
 from tests.support.uploads import WEIGHTS_FILE, copy_adapter, edit_tensors
 
@@ -92,7 +95,7 @@ def test_published_adapters_can_be_listed_resolved_and_loaded(
     assert version.card is not None
     assert version.card.render("x") == "<x>"
     assert version.passport.notes == []
-    assert registry.load(version.digest).keys() == geometry.linears.keys()
+    assert registry.load(version.digest).linears.keys() == geometry.linears.keys()
     assert_clean(home, {version.digest})
 
 
@@ -578,8 +581,27 @@ def test_exports_are_sorted_and_there() -> None:
 
 def test_loaded_factors_are_the_files(registry: AdapterRegistry, adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS_FILE)
-    factors = registry.load(publish(registry, "ner", adapter).passport.version)
+    factors = registry.load(publish(registry, "ner", adapter).passport.version).linears
     for path, factor in factors.items():
         key = f"base_model.model.{path}.lora_"
+        assert factor.a is not None
+        assert factor.b is not None
         assert torch.equal(factor.a, tensors[f"{key}A.weight"])
         assert torch.equal(factor.b, tensors[f"{key}B.weight"] * 2)
+
+
+def test_an_adapter_is_read_against_the_base(
+    model: LlamaForCausalLM, geometry: BaseGeometry, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True)
+    folder = save_adapter(tmp_path / "dora", model, config)
+    with AdapterRegistry(
+        tmp_path / "home", geometry, base=ModelWeights(model), dtype=torch.bfloat16
+    ) as registry:
+        passport = publish(registry, "tone", folder).passport
+        terms = registry.load(passport.version)
+    assert passport.features == ["scale"]
+    assert all(term.scale is not None for term in terms.linears.values())
+    assert 1e-5 < passport.self_check < 0.05
+    with AdapterRegistry(tmp_path / "home", geometry, base=ModelWeights(model)) as registry:
+        assert registry.resolve("tone").passport == passport

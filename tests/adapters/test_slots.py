@@ -6,25 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
-from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool, ResidentAdapter
-from dynamic_lora_adapters.weights import LoraFactors
+from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 
 GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]
 SLOT_BYTES = 8 * (16 + 24) * 4  # an adapter of rank 8 on q alone, in float32
 
 
-def factors(rank: int = 8, *, seed: int = 0, path: str = "q") -> dict[str, LoraFactors]:
+def factors(rank: int = 8, *, seed: int = 0, path: str = "q") -> AdapterTerms:
     generator = torch.Generator().manual_seed(seed)
     width = {"q": 16, "k": 8, "o": 16}[path]
-    return {
-        path: LoraFactors(
+    linears = {
+        path: LinearTerms(
             a=torch.randn(rank, 16, generator=generator),
             b=torch.randn(width, rank, generator=generator),
             rank=rank,
             scaling=1.0,
         )
     }
+    return AdapterTerms(linears=linears)
 
 
 def make_pool(num_slots: int) -> AdapterPool:
@@ -46,9 +47,10 @@ def test_admitted_factors_lie_in_the_slot() -> None:
     pool = make_pool(2)
     adapter = pool.admit("a", factors(5, seed=3))
     assert adapter is not None
-    expected = factors(5, seed=3)["q"]
+    expected = factors(5, seed=3).linears["q"]
     a, b = adapter.slab.a[0], adapter.slab.b[0]
     assert a is not None and b is not None
+    assert expected.a is not None and expected.b is not None
     torch.testing.assert_close(
         b[adapter.slot].T @ a[adapter.slot],
         torch.cat([expected.b @ expected.a, torch.zeros(8, 16)]),
@@ -107,8 +109,8 @@ def test_adapters_of_other_shapes_get_their_own_slabs() -> None:
     a, b, c = admit(pool, "a", 8), admit(pool, "b", 16), admit(pool, "c", 3)
     assert a.slab is c.slab
     assert a.slab is not b.slab
-    assert a.slab.signature == (8, 0)
-    assert b.slab.signature == (16, 0)
+    assert a.slab.signature == (GroupShape(8), GroupShape())
+    assert b.slab.signature == (GroupShape(16), GroupShape())
 
 
 def test_admitting_a_resident_adapter_shares_its_slot() -> None:

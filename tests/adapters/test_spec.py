@@ -19,19 +19,27 @@ BASIC: dict[str, Any] = {
 }
 
 HONOURED_OR_HARMLESS = {
+    "alora_invocation_tokens": None,
     "alpha_pattern": {"q_proj": 4},
     "auto_mapping": {"base_model_class": "X", "parent_library": "y"},
     "base_model_name_or_path": "org/model",
-    "bias": "none",
+    "bias": "lora_only",
+    "corda_config": {"x": 1},
+    "ensure_weight_tying": True,
     "eva_config": {"rho": 2.0},
     "exclude_modules": ["lm_head"],
+    "fan_in_fan_out": True,
     "inference_mode": True,
     "init_lora_weights": "gaussian",
     "layers_pattern": ["layers"],
     "layers_to_transform": [0],
+    "loftq_config": {"loftq_bits": 4},
     "lora_alpha": 32,
+    "lora_bias": True,
     "lora_dropout": 0.1,
+    "lora_ga_config": {"x": 1},
     "megatron_core": "megatron.core",
+    "modules_to_save": ["norm"],
     "peft_type": "LORA",
     "peft_version": "0.21.2",
     "qalora_group_size": 16,
@@ -40,28 +48,20 @@ HONOURED_OR_HARMLESS = {
     "revision": "main",
     "runtime_config": {"ephemeral_gpu_offload": False},
     "target_modules": ["k_proj"],
+    "target_parameters": None,
     "task_type": "CAUSAL_LM",
+    "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4, 1]},
+    "use_dora": None,
     "use_rslora": True,
 }
 
 REFUSED = {
-    "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 2},
-    "corda_config": {"x": 1},
-    "ensure_weight_tying": True,
-    "fan_in_fan_out": True,
     "kasa_config": {"x": 1},
     "layer_replication": [[0, 1]],
-    "loftq_config": {"loftq_bits": 4},
-    "lora_bias": True,
-    "lora_ga_config": {"x": 1},
     "megatron_config": {"x": 1},
-    "modules_to_save": ["lm_head"],
     "monteclora_config": {"x": 1},
-    "target_parameters": ["experts.weight"],
-    "trainable_token_indices": [1],
     "use_bdlora": {"x": 1},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"x": 1},
 }
@@ -87,6 +87,11 @@ def test_honoured_and_harmless_keys_pass() -> None:
     assert spec.alpha_pattern == (("q_proj", 4),)
     assert spec.layers_to_transform == (0,)
     assert spec.layers_pattern == ("layers",)
+    assert spec.bias == "lora_only"
+    assert spec.lora_bias
+    assert spec.ensure_weight_tying
+    assert spec.modules_to_save == ("norm",)
+    assert spec.trainable_token_indices == (("embed_tokens", (3,)), ("lm_head", (4, 1)))
     assert spec.base_model == "org/model"
     assert spec.revision == "main"
 
@@ -134,6 +139,8 @@ def test_inits_that_change_the_base_are_refused(init: str) -> None:
     with pytest.raises(UnsupportedAdapter, match="a base model changed by its init") as caught:
         parse(init_lora_weights=init)
     assert caught.value.field == "init_lora_weights"
+    converts = "path_initial_model_for_weight_conversion" in (caught.value.fix or "")
+    assert converts == (init != "loftq")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,15 @@ def test_inits_that_change_the_base_are_refused(init: str) -> None:
         ("layers_pattern", "layers", "layers_pattern needs layers_to_transform"),
         ("base_model_name_or_path", 3, "base_model_name_or_path must be a string or null"),
         ("peft_type", None, "peft_type is missing"),
+        ("bias", "some", "bias must be one of none, all, lora_only, not 'some'"),
+        ("bias", None, "bias must be one of none, all, lora_only, not None"),
+        ("use_dora", 1, "use_dora must be true or false, not 1"),
+        ("target_parameters", "a.weight", "target_parameters must be a list of non-empty"),
+        ("modules_to_save", [""], "modules_to_save must be a string or a list of non-empty"),
+        ("modules_to_save", ["("], r"'\(' in modules_to_save is not a regular expression"),
+        ("alora_invocation_tokens", [-1], "alora_invocation_tokens must be an integer from 0"),
+        ("trainable_token_indices", ["a"], "trainable_token_indices must be an integer from 0"),
+        ("trainable_token_indices", {"lm_head": [2, 2]}, "trainable_token_indices lists a token t"),
     ],
 )
 def test_impossible_values_are_refused(key: str, value: object, message: str) -> None:
@@ -187,11 +203,45 @@ def test_layers_with_a_pattern_target_are_refused() -> None:
         parse(target_modules=".*q_proj", layers_to_transform=[0])
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only", None])
-def test_bias_is_refused(bias: str | None) -> None:
-    with pytest.raises(UnsupportedAdapter, match="bias = ") as caught:
-        parse(bias=bias)
-    assert caught.value.field == "bias"
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias cannot go together"),
+        (
+            {"use_dora": True, "alora_invocation_tokens": [1]},
+            "use_dora and alora_invocation_tokens cannot go together",
+        ),
+        (
+            {"lora_bias": True, "target_parameters": ["w"]},
+            "lora_bias and target_parameters cannot go together",
+        ),
+    ],
+)
+def test_what_peft_cannot_combine_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidAdapter, match=message):
+        parse(**config)
+
+
+@pytest.mark.parametrize(
+    "early", [{"bias": "all"}, {"modules_to_save": ["x"]}, {"trainable_token_indices": [1]}]
+)
+def test_alora_with_parts_that_know_no_invocation_is_refused(early: dict[str, Any]) -> None:
+    (key,) = early
+    message = f"alora_invocation_tokens with {key} is not served"
+    with pytest.raises(UnsupportedAdapter, match=message) as caught:
+        parse(alora_invocation_tokens=[1], **early)
+    assert caught.value.field == key
+
+
+def test_kinds() -> None:
+    assert parse(use_dora=True, use_rslora=True).kind == "dora"
+    assert parse(alora_invocation_tokens=[1]).kind == "alora"
+
+
+def test_parameters_alone_are_targets_enough() -> None:
+    spec = parse(target_modules=None, target_parameters=["experts.down_proj"])
+    assert spec.target_modules == ()
+    assert spec.target_parameters == ("experts.down_proj",)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
@@ -219,6 +269,17 @@ def test_canonical_form_ignores_order_and_origin_but_no_result() -> None:
         {"alpha_pattern": {"q_proj": 2}},
         {"layers_to_transform": [0]},
         {"layers_to_transform": [0], "layers_pattern": ["h"]},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"target_parameters": ["w"]},
+        {"modules_to_save": ["norm"]},
+        {"trainable_token_indices": [1]},
+        {"trainable_token_indices": {"lm_head": [1]}},
+        {"alora_invocation_tokens": [1, 2]},
+        {"alora_invocation_tokens": [2, 1]},
+        {"ensure_weight_tying": True},
     ]
     forms = [str(parse(**change).canonical()) for change in different]
     assert len({*forms, str(parse().canonical())}) == len(different) + 1

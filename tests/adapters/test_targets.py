@@ -15,9 +15,14 @@ from dynamic_lora_adapters import (
     LoraSpec,
     UnsupportedAdapter,
 )
-from dynamic_lora_adapters.targets import find_targets, unmatched_names
+from dynamic_lora_adapters.targets import (
+    find_parameters,
+    find_targets,
+    saved_modules,
+    unmatched_names,
+)
 from tests.support.adapters import ALL_TARGETS
-from tests.support.models import TINY_MODELS, tiny_llama
+from tests.support.models import TINY_MODELS, TINY_MOE_MODELS, tiny_llama
 
 BASIC: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 
@@ -29,6 +34,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all-linear in capitals": {"target_modules": "All-Linear"},
     "all but": {"target_modules": "all-linear", "exclude_modules": ["v_proj", "layers.0.mlp"]},
     "all but a regex": {"target_modules": list(ALL_TARGETS), "exclude_modules": r".*\.0\..*"},
+    "embedding and head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "saved modules": {"target_modules": list(ALL_TARGETS), "modules_to_save": ["mlp"]},
     "layers": {"target_modules": ["q_proj"], "layers_to_transform": 1},
     "layers by name": {
         "target_modules": ["q_proj"],
@@ -80,32 +87,57 @@ def test_targets_that_match_nothing_are_refused(geometry: BaseGeometry) -> None:
     assert "gate_proj, k_proj" in (e.value.fix or "")
 
 
-@pytest.mark.parametrize(
-    ("target", "path", "kind"),
-    [
-        ("lm_head", "lm_head", "Linear"),
-        ("embed_tokens", "model.embed_tokens", "Embedding"),
-        ("mlp", "model.layers.0.mlp", "LlamaMLP"),
-    ],
-)
-def test_modules_that_take_no_delta_are_refused(
-    target: str, path: str, kind: str, geometry: BaseGeometry
-) -> None:
-    with pytest.raises(UnsupportedAdapter, match=rf"'{path}' \({kind}\), which cannot"):
-        find_targets(spec_of(target_modules=["q_proj", target]), geometry)
+def test_modules_that_take_no_delta_are_refused(geometry: BaseGeometry) -> None:
+    message = r"'model.layers.0.mlp' \(LlamaMLP\), which cannot"
+    with pytest.raises(UnsupportedAdapter, match=message):
+        find_targets(spec_of(target_modules=["q_proj", "mlp"]), geometry)
 
 
-def test_conv1d_is_refused_even_as_all_linear() -> None:
+def test_an_embedding_of_positions_is_refused() -> None:
     geometry = BaseGeometry.of(TINY_MODELS["gpt2"](), model_id="tiny-gpt2")
-    with pytest.raises(UnsupportedAdapter, match=r"\(Conv1D\)"):
-        find_targets(spec_of(target_modules="all-linear"), geometry)
+    with pytest.raises(UnsupportedAdapter, match=r"'transformer.wpe' \(Embedding\), which cannot"):
+        find_targets(spec_of(target_modules=["wpe"]), geometry)
+
+
+def test_saved_modules_are_no_targets(geometry: BaseGeometry) -> None:
+    spec = spec_of(target_modules="all-linear", modules_to_save=["mlp", "head"])
+    leaves = {target.path.rsplit(".", 1)[-1] for target in find_targets(spec, geometry)}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert saved_modules(spec, geometry) == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+        "lm_head",
+    ]
+
+
+def test_parameters_of_one_module_are_nested_as_peft_nests_them() -> None:
+    geometry = BaseGeometry.of(TINY_MOE_MODELS["qwen3_moe"](), model_id="tiny-moe")
+    spec = spec_of(target_modules=[], target_parameters=["down_proj", "experts.gate_up_proj"])
+    first, second, *_ = find_parameters(spec, geometry)
+    assert (first.name, first.wrapper) == (
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.base_layer",
+    )
+    assert (second.name, second.wrapper) == (
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.0.mlp.experts",
+    )
+    assert find_targets(spec, geometry) == []
 
 
 def test_names_that_match_nothing_beside_others_are_told(geometry: BaseGeometry) -> None:
-    spec = spec_of(target_modules=["q_proj", "layers.1.mlp.up_proj", "w1"])
-    assert unmatched_names(spec, find_targets(spec, geometry)) == ["w1"]
+    spec = spec_of(
+        target_modules=["q_proj", "layers.1.mlp.up_proj", "w1"],
+        target_parameters=["experts.w2"],
+        modules_to_save=["norm", "score"],
+    )
+    assert unmatched_names(spec, find_targets(spec, geometry), geometry) == [
+        ("target_modules", "w1"),
+        ("target_parameters", "experts.w2"),
+        ("modules_to_save", "score"),
+    ]
     regex = spec_of(target_modules=".*q_proj")
-    assert unmatched_names(regex, find_targets(regex, geometry)) == []
+    assert unmatched_names(regex, find_targets(regex, geometry), geometry) == []
 
 
 @pytest.mark.parametrize(
@@ -115,6 +147,7 @@ def test_names_that_match_nothing_beside_others_are_told(geometry: BaseGeometry)
         ({"target_modules": r"(?i)(.+)+!"}, "target_modules"),
         ({"target_modules": ["q_proj"], "exclude_modules": r"(.*)*!"}, "exclude_modules"),
         ({"target_modules": ["q_proj"], "rank_pattern": {r"(.+)+!": 2}}, "rank_pattern"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["(.+)+!"]}, "modules_to_save"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {r"(.+)+!": 2}}, "alpha_pattern"),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "(.+)+"},

@@ -31,6 +31,7 @@ from dynamic_lora_client import (
     Unavailable,
 )
 from tests.clients.wire import (
+    COMPOSITION,
     GENERATION,
     PASSPORT,
     SERVED_BY,
@@ -163,6 +164,48 @@ def test_generate_raw_without_details_and_with_the_base(call: Caller) -> None:
         "raw": True,
     }
     assert result == Generation(text="x", adapter=None, adapter_version=None)
+
+
+def test_a_sum_goes_out_as_text_or_as_a_list(call: Caller) -> None:
+    call([_ok({"generated_text": "x"})], "generate", "a", adapter="ner*0.7+tone*0.3", details=False)
+    pairs = [("ner", 0.7), ("tone", 0.3)]
+    call([_ok({"generated_text": "x"})], "generate", "a", adapters=pairs, details=False)
+    call([httpx.Response(200, content=STREAM)], "stream", "a", adapters=pairs)
+    text, listed, streamed = call.requests
+    assert text.url.query == b"adapter=ner%2A0.7%2Btone%2A0.3"
+    assert "adapters" not in json.loads(text.content)
+    for request in (listed, streamed):
+        assert request.url.query == b""
+        assert json.loads(request.content)["adapters"] == [
+            {"name": "ner", "weight": 0.7},
+            {"name": "tone", "weight": 0.3},
+        ]
+
+
+def test_compositions(call: Caller) -> None:
+    (listed,) = call([_ok({"compositions": [COMPOSITION]})], "compositions")
+    one = call([_ok(COMPOSITION)], "composition", "newsy")
+    saved = call([_ok(COMPOSITION, 201)], "save_composition", "newsy", "tone*0.3+ner*0.7")
+    assert call([httpx.Response(204)], "delete_composition", "newsy") is None
+    assert listed == one == saved
+    assert (one.name, one.text, one.version) == ("newsy", "ner*0.7+tone*0.3", VERSION)
+    assert one.document["parts"][1]["weight"] == 0.3
+    assert [(r.method, r.url.path) for r in call.requests] == [
+        ("GET", "/compositions"),
+        ("GET", "/compositions/newsy"),
+        ("PUT", "/compositions/newsy"),
+        ("DELETE", "/compositions/newsy"),
+    ]
+    assert json.loads(call.requests[2].content) == {"adapter": "tone*0.3+ner*0.7"}
+
+
+def test_a_composition_that_is_not_there(call: Caller) -> None:
+    with pytest.raises(NotFound):
+        call([_refusal(404, "composition-not-found")], "composition", "x")
+    with pytest.raises(AdapterNotFound):
+        call([_refusal(404, "version-not-found")], "generate", "x", adapter="ner@00000000")
+    with pytest.raises(InvalidResponse, match="no list 'compositions'"):
+        call([_ok({})], "compositions")
 
 
 def test_stream_gives_tokens_and_then_the_whole(call: Caller) -> None:

@@ -29,7 +29,18 @@ PASSPORT: dict[str, Any] = {
     "checks": ["shapes fit", "values finite"],
     "notes": ["trained from a local path"],
     "ignored_files": ["README.md"],
-    "residency": {"tier": "device"},
+    "residency": {"tier": "device", "mode": "bypass", "num_merges": 0},
+}
+
+COMPOSITION: dict[str, Any] = {
+    "name": "newsy",
+    "adapter": "ner*0.7+tone*0.3",
+    "version": VERSION,
+    "parts": [
+        {"name": "ner", "pinned": None, "weight": 0.7, "version": VERSION},
+        {"name": "tone", "pinned": None, "weight": 0.3, "version": VERSION},
+    ],
+    "created_at": "2025-11-22T20:57:00Z",
 }
 
 TOKENS = [
@@ -161,7 +172,7 @@ def _handler_class(wire: Wire) -> type[BaseHTTPRequestHandler]:
             except OSError:
                 wire.hung_up.set()
 
-        do_GET = do_POST = do_DELETE = answer
+        do_GET = do_POST = do_PUT = do_DELETE = answer
 
         def send(self, reply: Reply) -> None:
             self.send_response(reply.status)

@@ -78,7 +78,7 @@ async def test_the_life_of_an_adapter(
     passport = created.json()
     assert (passport["kind"], passport["rank"]) == ("lora", 4)
     assert passport["card"]["description"] == "Echo"
-    assert passport["residency"] == {"tier": "disk"}
+    assert passport["residency"] == {"tier": "disk", "mode": "bypass", "num_merges": 0}
 
     again = await upload(client, "ner", adapter_files)
     assert (again.status_code, again.json()) == (200, passport)
@@ -86,7 +86,7 @@ async def test_the_life_of_an_adapter(
     answer = await client.post("/generate?adapter=ner", json={"inputs": "the rain"})
     assert answer.headers["x-adapter"] == "ner"
     assert answer.headers["x-adapter-version"] == passport["version"]
-    assert (await client.get("/adapters/ner")).json()["residency"] == {"tier": "device"}
+    assert (await client.get("/adapters/ner")).json()["residency"]["tier"] == "device"
     assert [a["name"] for a in (await client.get("/adapters")).json()["adapters"]] == ["ner"]
 
     assert (await client.delete("/adapters/ner")).status_code == 204
@@ -348,7 +348,7 @@ async def test_bad_uploads_are_problems_and_leave_nothing(
     problem = response.json()
     assert (response.status_code, problem["type"]) == (status, f"/problems/{slug}"), problem
     assert text in problem["detail"]
-    assert (await client.get("/adapters")).json() == {"adapters": []}
+    assert (await client.get("/adapters")).json()["adapters"] == []
 
 
 async def test_an_adapter_of_another_model_needs_force(
@@ -360,3 +360,40 @@ async def test_an_adapter_of_another_model_needs_force(
     response = await upload(client, "forced", files, force="true")
     assert response.status_code == 201, response.text
     assert (await client.delete("/adapters/forced")).status_code == 204
+
+
+async def test_clients_that_know_the_address_alone(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    """LoRAX's and TGI's own clients post to the root and read a list of one."""
+    await upload(client, "ner", adapter_files)
+    body = {"inputs": "the rain", "parameters": {"adapter_id": "ner", "details": True}}
+    whole = await client.post("/", json=body)
+    assert whole.status_code == 200, whole.text
+    assert whole.headers["x-adapter"] == "ner"
+    named = await client.post("/generate", json=body)
+    assert [named.json()["generated_text"]] == [a["generated_text"] for a in whole.json()]
+    streamed = await client.post("/", json={**body, "stream": True})
+    assert events(streamed)[-1]["generated_text"] == named.json()["generated_text"]
+    refused = await client.post("/", json={"inputs": "x", "parameters": {"adapter_id": "nre"}})
+    assert refused.status_code == 404
+    assert refused.json()["error"].startswith("No adapter is named 'nre'. Did you mean 'ner'?")
+
+
+async def test_the_mode_of_an_adapter_is_told(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "ner", adapter_files)
+    body = {"inputs": "the rain", "parameters": {"details": True, "max_new_tokens": 4}}
+    base = (await client.post("/generate", json=body)).json()
+    assert base["details"]["mode"] == "base"
+    served = (await client.post("/generate", params={"adapter": "ner"}, json=body)).json()
+    assert served["details"]["mode"] in {"bypass", "merged", "both"}
+    modes = (await client.get("/adapters")).json()["modes"]
+    assert modes["mode"] == "auto"
+    assert modes["num_base_tokens"] > 0
+    assert modes["num_bypass_tokens"] + modes["num_merged_tokens"] > 0
+    assert modes["drift"] == 0
+    metrics = (await client.get("/metrics")).text
+    for name in ("mode_switches_total", "merged_tokens_total", "bypass_tokens_total"):
+        assert f"dynamic_lora_{name}" in metrics

@@ -13,6 +13,7 @@ from dynamic_lora_server.generation import (
     Finish,
     FinishReason,
     GenerationEvent,
+    ServedMode,
     Started,
     TokenLogprob,
     TokenPiece,
@@ -44,6 +45,7 @@ def finish(reason: FinishReason, text: str, *, tail: str = "", index: int = 0) -
         num_prompt_tokens=3,
         num_output_tokens=2,
         seed=11,
+        mode=ServedMode.BASE,
     )
 
 

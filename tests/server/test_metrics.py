@@ -8,6 +8,7 @@ from dynamic_lora_server.generation import (
     Finish,
     FinishReason,
     GenerationEvent,
+    ServedMode,
     Started,
     TokenPiece,
 )
@@ -22,6 +23,7 @@ FINISH = Finish(
     num_prompt_tokens=4,
     num_output_tokens=3,
     seed=None,
+    mode=ServedMode.BASE,
 )
 
 

@@ -57,6 +57,8 @@ def test_a_problem_document_has_no_empty_members() -> None:
         "detail": "No adapter is named 'nre'. Did you mean 'ner'?",
         "field": "adapter",
         "fix": "List the names with GET /adapters, or upload it with POST /adapters.",
+        "error": "No adapter is named 'nre'. Did you mean 'ner'? "
+        "List the names with GET /adapters, or upload it with POST /adapters.",
         "near": ["ner"],
     }
     assert "near" not in problems.problem(problems.fault_of(errors.NotReady("loading")))

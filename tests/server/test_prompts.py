@@ -7,15 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_adapters.grammar import parse
+from dynamic_lora_adapters.inspection import AdapterVersion
+from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import (
     CHAT_TOKENS,
     adapter_name,
+    card_of,
     chat_spec,
     completion_specs,
     generate_spec,
-    one_adapter,
 )
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest
@@ -125,11 +128,32 @@ def test_the_base_model_has_several_names() -> None:
     assert adapter_name("ner", model_id="org/m") == "ner"
 
 
-def test_an_adapter_is_named_once() -> None:
-    assert one_adapter("a", None) == one_adapter(None, "a") == one_adapter("a", "a") == "a"
-    assert one_adapter(None, None) is None
-    with pytest.raises(InvalidParameter, match="'a'.*'b'"):
-        one_adapter("a", "b")
+def version(name: str, card: TaskCard | None) -> AdapterVersion:
+    return AdapterVersion(name=name, digest="", passport=Passport.model_construct(), card=card)
+
+
+OTHER = CARD.model_copy(update={"prompt_template": "Other: {input}"})
+TWIN = CARD.model_copy(update={"description": "asks as CARD does"})
+
+
+@pytest.mark.parametrize(
+    ("text", "cards", "expected"),
+    [
+        ("a", [CARD], CARD),
+        ("a*0.5", [CARD], CARD),
+        ("a+b", [CARD, TWIN], CARD),
+        ("a+b", [CARD, OTHER], None),
+        ("a+b", [CARD, None], None),
+        ("a - b", [CARD, OTHER], CARD),
+        ("-a", [CARD], None),
+        ("a - a", [], None),
+    ],
+)
+def test_the_card_of_a_composition(
+    text: str, cards: list[TaskCard | None], expected: TaskCard | None
+) -> None:
+    versions = [version(str(i), card) for i, card in enumerate(cards)]
+    assert card_of(parse(text), versions) == expected
 
 
 @pytest.mark.parametrize(

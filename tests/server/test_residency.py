@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
+from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
+from dynamic_lora_server.generation import Started
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
@@ -65,3 +67,52 @@ async def test_a_request_cancelled_while_it_loads_leaves_no_lease(tmp_path: Path
                 break
             await asyncio.sleep(0.01)
         assert runtime.stats().adapters.num_leased == 0
+
+
+async def test_a_composition_is_loaded_once_and_leaves_with_a_part(tmp_path: Path) -> None:
+    folders = {
+        name: make_adapter(tmp_path / name, tiny_llama(), rank=i + 2, seed=i)
+        for i, name in enumerate(("a", "b"))
+    }
+    async with serving(tmp_path) as runtime:
+        for name, folder in folders.items():
+            publish(runtime, name, folder)
+        done = await asyncio.gather(
+            *(collect(runtime, spec(adapter=text)) for text in ("a*0.5-b*2", "-b*2+a*.5") * 3)
+        )
+        assert len({tuple(token_ids(events)) for events in done}) == 1
+        assert runtime.stats().adapters.num_loads == 1
+        started = done[0][0]
+        assert isinstance(started, Started)
+        assert (started.adapter, started.label) == ("a*0.5-b*2", "composition")
+        assert runtime.built.pool.resident_digests() == [started.version]
+        await collect(runtime, spec(adapter="b"))
+        runtime.residencies.forget(runtime.registry.resolve("a").digest)
+        assert runtime.built.pool.resident_digests() == [runtime.registry.resolve("b").digest]
+
+
+async def test_the_same_content_under_another_name_is_the_same_memory(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", folder)
+        publish(runtime, "twin", folder)
+        for text in ("a*0.5", "twin*0.5", "a*0.5+twin*0", "a", "twin*1"):
+            await collect(runtime, spec(adapter=text))
+        assert runtime.stats().adapters.num_loads == 2
+
+
+async def test_a_refused_composition_leaves_no_lease(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    async with serving(tmp_path) as runtime:
+        digest = publish(runtime, "a", folder)
+        for text in ("a*0.5+b", "a@00000000", "a*"):
+            with pytest.raises(AdapterError):
+                await collect(runtime, spec(adapter=text))
+        moved = Composition.of([Part("a", "0" * 8), Part("a")])
+        with pytest.raises(VersionNotFound, match="'a' has no version '00000000'"):
+            await collect(runtime, spec(adapter=moved))
+        assert runtime.stats().adapters.num_loads == 0
+        runtime.registry.delete("a")
+        assert digest not in {path.name for path in (tmp_path / "home").rglob("*")}
+        base = await collect(runtime, spec(adapter=Composition()))
+        assert token_ids(base) == token_ids(await collect(runtime, spec()))

@@ -42,12 +42,12 @@ def test_a_kv_cache_too_small_for_a_token_is_refused(tmp_path: Path) -> None:
         load_runtime(tmp_path, kv_memory=100)
 
 
-def test_kernel_costs_are_measured_once_for_each_home(
+def test_costs_are_measured_once_for_each_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_runtime(tmp_path).registry.close()
-    (costs,) = (tmp_path / "home" / "kernel-costs").iterdir()
-    monkeypatch.setattr("dynamic_lora_server.engine.build.measure_costs", None)
+    (costs,) = (tmp_path / "home" / "costs").iterdir()
+    monkeypatch.setattr("dynamic_lora_server.engine.startup_costs.measure_costs", None)
     load_runtime(tmp_path).registry.close()
     monkeypatch.undo()
     costs.write_text("[]")

@@ -30,7 +30,6 @@ def refused(model: type[BaseModel], body: dict[str, Any]) -> tuple[str, str]:
         ("watermark", True),
         ("decoder_input_details", True),
         ("grammar", {"type": "json"}),
-        ("merged_adapters", {}),
         ("adapter_source", "hub"),
         ("api_token", "x"),
         ("return_k_alternatives", 2),

@@ -10,6 +10,7 @@ from dynamic_lora_server.generation import (
     Finish,
     FinishReason,
     GenerationEvent,
+    ServedMode,
     Started,
     TokenPiece,
 )
@@ -31,6 +32,7 @@ def finish(text: str, index: int = 0) -> Finish:
         num_prompt_tokens=2,
         num_output_tokens=len(text),
         seed=None,
+        mode=ServedMode.BASE,
     )
 
 

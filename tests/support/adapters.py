@@ -17,10 +17,10 @@ ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # PEFT reads an attribute that transformers has deprecated, and warnings are errors here.
+def quiet() -> Iterator[None]:
+    """PEFT warns of much that is meant here, and warnings are errors."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -63,21 +63,47 @@ def make_adapter(
             else list(exclude_modules)
         ),
     )
+    save_adapter(directory, model, config, seed=seed, magnitude=magnitude, dtype=dtype)
+    edit_config(directory, base_model_name_or_path=base_model)
+    return directory
+
+
+def save_adapter(
+    directory: Path,
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    seed: int = 0,
+    magnitude: float = 0.3,
+    dtype: torch.dtype | None = None,
+    save_embedding_layers: bool = False,
+) -> Path:
+    """Save an adapter as `config` describes it, everything trainable at random, and return it.
+
+    The base's own parameters that the config trains are moved a little.
+    `magnitude` is as in `make_adapter`; `dtype` is that of the factors.
+    """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         peft_model = get_peft_model(copy.deepcopy(model), config)
     for name, parameter in peft_model.named_parameters():
-        if "lora_A" in name:
-            spread = parameter.shape[1] ** -0.5
-        elif "lora_B" in name:
-            spread = magnitude
-        else:
+        if not parameter.requires_grad:
             continue
-        noise = torch.randn(parameter.shape, generator=generator) * spread
-        parameter.data = noise.to(dtype)
-    # False, and the base's name written afterwards: PEFT would look it up on the Hub.
-    peft_model.save_pretrained(str(directory), save_embedding_layers=False)
-    edit_config(directory, base_model_name_or_path=base_model)
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "lora_A" in name:
+            noise *= parameter.shape[1] ** -0.5
+        elif "lora_B" in name or "lora_embedding" in name:
+            noise *= magnitude
+        else:
+            noise = parameter.data + noise * 0.2
+        # In place: PEFT ties some of them.
+        parameter.data.copy_(noise)
+        if dtype is not None:
+            parameter.data = parameter.data.to(dtype)
+    # The base's name is left out: PEFT would look it up on the Hub.
+    with quiet():
+        peft_model.save_pretrained(str(directory), save_embedding_layers=save_embedding_layers)
+    edit_config(directory, base_model_name_or_path=None)
     return directory
 
 
@@ -95,7 +121,7 @@ def load_with_peft(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Peft
     alone is under `with .disable_adapter():`.
     """
     (first, folder), *others = adapters.items()
-    with _quiet():
+    with quiet():
         peft_model = PeftModel.from_pretrained(copy.deepcopy(model), str(folder), first)
         for name, folder in others:
             peft_model.load_adapter(str(folder), name)

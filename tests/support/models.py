@@ -22,10 +22,18 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -37,6 +45,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 300
@@ -92,6 +102,16 @@ _OPT = {
 _GEMMA = {**_COMMON, **_HEAD_DIM, "sliding_window": 32, "query_pre_attn_scalar": 16}
 # Gemma scales its embeddings up; with a tied head it would only ever repeat its input.
 _GEMMA["tie_word_embeddings"] = False
+_GPT_NEOX = {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}
+# Factors that larger Granites have; at their defaults of 1 they would go untested.
+_GRANITE = {
+    **_COMMON,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def _build(
@@ -128,15 +148,35 @@ TINY_MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen3": _builder(Qwen3ForCausalLM, Qwen3Config, {**_COMMON, **_HEAD_DIM}),
     "mistral": _builder(MistralForCausalLM, MistralConfig, {**_COMMON, "sliding_window": 32}),
     "gemma2": _builder(Gemma2ForCausalLM, Gemma2Config, _GEMMA),
-    "gemma3_text": _builder(Gemma3ForCausalLM, Gemma3TextConfig, _GEMMA),
+    "gemma3_text": _builder(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "phi3": _builder(Phi3ForCausalLM, Phi3Config, _COMMON),
     "gpt2": _builder(GPT2LMHeadModel, GPT2Config, _GPT2),
+    "gpt_neox": _builder(GPTNeoXForCausalLM, GPTNeoXConfig, _GPT_NEOX),
     "opt": _builder(OPTForCausalLM, OPTConfig, _OPT),
+    "olmo2": _builder(Olmo2ForCausalLM, Olmo2Config, _COMMON),
+    "granite": _builder(GraniteForCausalLM, GraniteConfig, _GRANITE),
 }
 """Builders `(seed=0, **config_overrides) -> model`, by `model_type`.
 
 All go through transformers' attention interface. GPT-2's projections are
-`Conv1D` modules, which take no adapter; the others use `nn.Linear`.
+`Conv1D` modules; the others use `nn.Linear`.
+"""
+
+TINY_MOE_MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "qwen3_moe": _builder(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**_COMMON, **_HEAD_DIM, **_EXPERTS, "moe_intermediate_size": 48},
+    ),
+    "mixtral": _builder(MixtralForCausalLM, MixtralConfig, {**_COMMON, **_EXPERTS}),
+}
+"""The same for mixtures of experts, whose experts are parameters and no layers.
+
+PEFT reads "all-linear" as these parameters too.
 """
 
 

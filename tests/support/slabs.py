@@ -2,6 +2,7 @@
 
 import torch
 
+from dynamic_lora_adapters.groups import GroupShape
 from dynamic_lora_adapters.slots import ResidentAdapter, Slab
 
 
@@ -20,7 +21,7 @@ def make_slab(
     b = torch.randn(num_slots, rank, out_features, generator=generator) / rank**0.5
     return Slab(
         number=number,
-        signature=(rank,),
+        signature=(GroupShape(rank),),
         a=[a.to(dtype)],
         b=[b.to(dtype)],
         num_bytes=0,

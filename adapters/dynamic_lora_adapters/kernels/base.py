@@ -13,7 +13,7 @@ class DeltaKernel(Protocol):
 
     Semantics, for segment i of the run, with `rows_i` its rows:
 
-        out[rows_i] += (x[rows_i] @ a[i].T) @ b[i]
+        out[rows_i] += run.sign * (x[rows_i] @ a[i].T) @ b[i]
 
     Shapes: x [num_rows, in], out [num_rows, out], a [num_slots, rank, in],
     b [num_slots, rank, out]; scaling is folded into b, ranks shorter than the

@@ -23,4 +23,4 @@ class RankConcat:
         slots = torch.arange(num_slots, device=x.device)
         foreign = run.owner(x.device)[:, None] != slots
         shrunk.masked_fill_(foreign[:, :, None], 0)
-        out.addmm_(shrunk.flatten(1), b.flatten(0, 1))
+        out.addmm_(shrunk.flatten(1), b.flatten(0, 1), alpha=run.sign)

@@ -17,6 +17,6 @@ class Reference:
         for slot, length in enumerate(run.lengths):
             shrink, expand = a[slot].float(), b[slot].float()
             for _ in range(length):
-                delta = (x[row].float() @ shrink.T) @ expand
+                delta = run.sign * ((x[row].float() @ shrink.T) @ expand)
                 out[row] = (out[row].float() + delta).to(out.dtype)
                 row += 1

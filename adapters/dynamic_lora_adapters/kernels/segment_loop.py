@@ -19,4 +19,4 @@ class SegmentLoop:
     ) -> None:
         pieces = zip(out.split(run.lengths), x.split(run.lengths), a, b, strict=True)
         for out_i, x_i, a_i, b_i in pieces:
-            out_i.addmm_(x_i @ a_i.T, b_i)
+            out_i.addmm_(x_i @ a_i.T, b_i, alpha=run.sign)

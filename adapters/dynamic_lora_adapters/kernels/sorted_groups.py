@@ -22,9 +22,10 @@ class SortedGroups:
         if run.uniform:
             grid = (run.num_slots, run.max_length)
             shrunk = torch.bmm(x.unflatten(0, grid), a.transpose(1, 2))
-            out.unflatten(0, grid).baddbmm_(shrunk, b)
+            out.unflatten(0, grid).baddbmm_(shrunk, b, alpha=run.sign)
             return
         gather, scatter = run.padding(x.device)
         grid = (run.num_slots, run.max_length)
         shrunk = torch.bmm(x.index_select(0, gather).unflatten(0, grid), a.transpose(1, 2))
-        out.add_(torch.bmm(shrunk, b).flatten(0, 1).index_select(0, scatter))
+        expanded = torch.bmm(shrunk, b).flatten(0, 1)
+        out.add_(expanded.index_select(0, scatter), alpha=run.sign)

@@ -1,10 +1,10 @@
-"""`push`, `ls`, `show` and `rm`: the server's adapters."""
+"""`push`, `ls`, `show` and `rm`: the server's adapters, and its saved compositions."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import progress as bars
@@ -14,6 +14,7 @@ from dynamic_lora_client.cli.exit_codes import ExitCode
 from dynamic_lora_client.cli.options import Json, Name, Url
 from dynamic_lora_client.client import Client
 from dynamic_lora_client.config import DEFAULT_URL
+from dynamic_lora_client.errors import AdapterNotFound, NotFound
 from dynamic_lora_client.files import Progress, UploadFiles
 from dynamic_lora_client.types import Upload
 
@@ -39,25 +40,33 @@ def push(
 
 
 def ls(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """List the server's adapters."""
+    """List the server's adapters and saved compositions."""
     with output.reported_errors(), Client(url) as client:
-        adapters = client.adapters()
+        adapters, compositions = client.adapters(), client.compositions()
         if as_json:
-            output.print_json({"adapters": [adapter.document for adapter in adapters]})
-        elif adapters:
+            output.print_json(
+                {
+                    "adapters": [adapter.document for adapter in adapters],
+                    "compositions": [composition.document for composition in compositions],
+                }
+            )
+            return
+        if adapters:
             output.print_adapters(adapters)
-        else:
+        if compositions:
+            output.print_compositions(compositions)
+        if not adapters and not compositions:
             output.messages().print("No adapters yet: 'dynamic-lora push NAME PATH' uploads one.")
 
 
 def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Show an adapter's passport."""
+    """Show an adapter's passport, or a saved composition."""
     with output.reported_errors(), Client(url) as client:
-        adapter = client.adapter(name)
+        document = _document(client, name)
         if as_json:
-            output.print_json(adapter.document)
+            output.print_json(document)
         else:
-            output.print_passport(adapter)
+            output.print_document(document)
 
 
 def rm(
@@ -66,15 +75,35 @@ def rm(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Delete an adapter."""
+    """Delete an adapter, or a saved composition."""
     with output.reported_errors(), Client(url) as client:
         if not yes:
             _confirm_deletion(name)
-        client.delete(name)
+        _delete(client, name)
         if as_json:
             output.print_json({"deleted": name})
         else:
             output.messages().print(f"Deleted {name}.", markup=False)
+
+
+def _document(client: Client, name: str) -> Mapping[str, Any]:
+    try:
+        return client.adapter(name).document
+    except AdapterNotFound as error:
+        # Where there is neither, the error that says more of near names.
+        with suppress(NotFound):
+            return client.composition(name).document
+        raise error
+
+
+def _delete(client: Client, name: str) -> None:
+    try:
+        client.delete(name)
+    except AdapterNotFound as error:
+        with suppress(NotFound):
+            client.delete_composition(name)
+            return
+        raise error
 
 
 def _confirm_deletion(name: str) -> None:

@@ -9,6 +9,7 @@ import typer
 from dynamic_lora_client._version import __version__
 from dynamic_lora_client.cli import external
 from dynamic_lora_client.cli.adapters import ls, push, rm, show
+from dynamic_lora_client.cli.compositions import compose
 from dynamic_lora_client.cli.exit_codes import SUMMARY
 from dynamic_lora_client.cli.generate import generate
 
@@ -22,7 +23,7 @@ def create_app() -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback(help="One base model, many LoRA adapters.", epilog=SUMMARY)(_root)
-    for command in (generate, push, ls, show, rm):
+    for command in (generate, push, ls, show, rm, compose):
         app.command()(command)
     external.add_commands(app)
     return app

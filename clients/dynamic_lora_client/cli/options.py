@@ -14,4 +14,4 @@ Json = Annotated[
     typer.Option("--json", help="Write one line of JSON, for scripts."),
 ]
 
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Name = Annotated[str, typer.Argument(help="The name of an adapter, or of a composition.")]

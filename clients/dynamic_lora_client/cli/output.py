@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dynamic_lora_client.cli.exit_codes import ExitCode, exit_code
 from dynamic_lora_client.errors import ApiError, DynamicLoraError
-from dynamic_lora_client.types import Adapter
+from dynamic_lora_client.types import Adapter, Composition
 
 # Wide enough that no cell is cut where no terminal sets a width.
 _PIPE_WIDTH = 1000
@@ -87,19 +87,31 @@ def print_adapters(adapters: Sequence[Adapter]) -> None:
             str(adapter.rank),
             f"{adapter.num_parameters:,}",
             format_bytes(adapter.num_bytes),
-            adapter.tier or "-",
+            "merged" if adapter.mode == "merged" else adapter.tier or "-",
             one_line(adapter.description or "-"),
         )
         table.add_row(*(Text(cell) for cell in cells))
     _print_table(table)
 
 
-def print_passport(adapter: Adapter) -> None:
-    """Every field of the passport, one a line; of a list of sentences, each on its own."""
+def print_compositions(compositions: Sequence[Composition]) -> None:
+    """A table, one line a saved composition."""
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for heading in ("COMPOSITION", "VERSION", "ADAPTERS"):
+        table.add_column(heading, no_wrap=heading != "ADAPTERS")
+    for composition in compositions:
+        version = "missing" if composition.version is None else composition.version[:12]
+        cells = (composition.name, version, composition.text)
+        table.add_row(*(Text(one_line(cell)) for cell in cells))
+    _print_table(table)
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """Every field of a document, one a line; of a list of sentences, each on its own."""
     table = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for key, value in _flatten(adapter.document):
+    for key, value in _flatten(document):
         table.add_row(Text(key, style="bold"), Text(value))
     _print_table(table)
 

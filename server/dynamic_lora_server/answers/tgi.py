@@ -58,6 +58,7 @@ class TgiAnswer:
             generated_tokens=first.finish.num_output_tokens,
             prompt_tokens=first.finish.num_prompt_tokens,
             seed=first.finish.seed,
+            mode=first.finish.mode,
             prefill=[],
             tokens=[_token(piece, piece.token_text) for piece in first.pieces],
             top_tokens=self._top_tokens(first.pieces),
@@ -111,4 +112,5 @@ def _stream_details(finish: Finish) -> wire.StreamDetails:
         generated_tokens=finish.num_output_tokens,
         prompt_tokens=finish.num_prompt_tokens,
         seed=finish.seed,
+        mode=finish.mode,
     )

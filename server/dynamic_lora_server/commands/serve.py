@@ -13,6 +13,8 @@ from dynamic_lora_server.config import (
     DEVICES,
     DTYPES,
     LOG_LEVELS,
+    MODES,
+    RESTORES,
     ServerConfig,
     default_home,
     parse_bytes,
@@ -69,6 +71,11 @@ _PackWeights = Annotated[
         show_default="where it measures faster and memory is free",
     ),
 ]
+_Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
+_Restore = Annotated[
+    str,
+    typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),
+]
 _LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]
 
 
@@ -89,6 +96,8 @@ def serve(
     device: _Device = _DEFAULT.device,
     threads: _Threads = None,
     pack_weights: _PackWeights = None,
+    mode: _Mode = _DEFAULT.mode,
+    restore: _Restore = _DEFAULT.restore,
     log_level: _LogLevel = _DEFAULT.log_level,
 ) -> None:
     """Serve a base model and its LoRA adapters over HTTP, in the foreground."""
@@ -111,6 +120,8 @@ def serve(
             device=device,
             threads=threads,
             pack_weights=pack_weights,
+            mode=mode,
+            restore=restore,
             log_level=log_level,
         )
     except ServerError as error:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, slot_order
+from dynamic_lora_adapters.slots import ResidentAdapter
 from dynamic_lora_server.engine.scheduler import Piece
 
 
@@ -35,7 +37,8 @@ class Batch:
 
     Shapes: input_ids, position_ids [1, num_tokens]; cells [num_tokens], the
     KV cell each token is written to; logit_rows [num_sampled], the rows whose
-    logits are needed, in the order of `sampled`.
+    logits are needed, in the order of `sampled`. `plan` is for all rows,
+    `head_plan` for those of `logit_rows`.
     """
 
     pieces: list[Piece]
@@ -46,11 +49,20 @@ class Batch:
     cells: torch.Tensor
     logit_rows: torch.Tensor
     plan: DeltaPlan
+    head_plan: DeltaPlan
+    segments: tuple[RowSegment, ...]
 
     @classmethod
-    def build(cls, pieces: Seq[Piece], device: torch.device) -> "Batch":
-        """Sort the pieces by adapter and lay their tokens out in one row."""
-        ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter))
+    def build(
+        cls, pieces: Seq[Piece], device: torch.device, merged: ResidentAdapter | None = None
+    ) -> "Batch":
+        """Sort the pieces by adapter and lay their tokens out in one row.
+
+        `merged` is the adapter that the weights hold.
+        """
+        ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter, merged))
+        owners = [owner for piece in ordered for owner in _owners(piece)]
+        sampled = [piece for piece in ordered if piece.samples]
         tokens: list[int] = []
         positions: list[int] = []
         cells: list[int] = []
@@ -71,11 +83,35 @@ class Batch:
                 logit_rows.append(len(tokens) - 1)
         return cls(
             pieces=ordered,
-            sampled=[piece for piece in ordered if piece.samples],
+            sampled=sampled,
             spans=spans,
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             cells=torch.tensor(cells, device=device),
             logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
-            plan=DeltaPlan.of([(p.sequence.adapter, p.num_tokens) for p in ordered]),
+            plan=DeltaPlan.of(owners, merged),
+            head_plan=DeltaPlan.of([(_owners(piece)[-1][0], 1) for piece in sampled], merged),
+            segments=_segments(ordered, spans),
         )
+
+
+def _owners(piece: Piece) -> list[tuple[ResidentAdapter | None, int]]:
+    """Who acts on the piece's rows: the base before the adapter's invocation, then the adapter."""
+    sequence = piece.sequence
+    idle = min(max(sequence.active_from - sequence.num_computed, 0), piece.num_tokens)
+    owners: list[tuple[ResidentAdapter | None, int]] = [(None, idle)] if idle else []
+    if idle < piece.num_tokens:
+        owners.append((sequence.adapter, piece.num_tokens - idle))
+    return owners
+
+
+def _segments(pieces: Seq[Piece], spans: Seq[Span]) -> tuple[RowSegment, ...]:
+    segments = []
+    for piece, span in zip(pieces, spans, strict=True):
+        adapter = piece.sequence.adapter
+        if adapter is not None and adapter.rows is not None:
+            idle = sum(n for owner, n in _owners(piece) if owner is None)
+            rows = slice(span.row + idle, span.row + span.num_new)
+            if rows.start < rows.stop:
+                segments.append(RowSegment(adapter.rows, rows, span.num_cached + idle))
+    return tuple(segments)

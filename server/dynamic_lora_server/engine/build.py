@@ -9,20 +9,27 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dynamic_lora_adapters.costs import KernelChooser, KernelCosts, measure_costs
+from dynamic_lora_adapters.costs import KernelChooser
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.inject import inject, observe_groups, pack_output
+from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
+from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import can_pack, packing_pays
+from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
 from dynamic_lora_server.engine.kv_space import ContiguousSpace, KVSpace, PagedSpace
+from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.probe import adopt_attention, trial_run
+from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.scheduler import Scheduler
+from dynamic_lora_server.engine.startup_costs import startup_costs
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.modes import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,9 @@ class EngineOptions:
 
     `paged` None means: paged on CUDA, contiguous on a CPU. `pack_weights` None
     packs where that measures faster and memory for the copies is free.
-    `costs_file` keeps the measured kernel costs between starts.
+    `costs_file` keeps what is measured at start for the next one. `mode` says
+    whether adapters are merged, `restore` how the base comes back; to subtract
+    needs `checkpoint`, the folder the model was loaded from.
     """
 
     max_running: int = 64
@@ -47,6 +56,9 @@ class EngineOptions:
     paged: bool | None = None
     pack_weights: bool | None = None
     costs_file: Path | None = None
+    mode: Mode = Mode.AUTO
+    restore: Restore = Restore.COPY
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +66,10 @@ class BuiltEngine:
     """The engine with what its surroundings need to know of it."""
 
     engine: Engine
+    modes: ModeController
     pool: AdapterPool
+    weights: PristineWeights
+    groups: list[ProjectionGroup]
     geometry: BaseGeometry
     space: KVSpace
     context_length: int
@@ -76,14 +91,14 @@ def build_engine(
     model.requires_grad_(False)
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = adopt_attention(model)
-    groups = observe_groups(model, geometry.linears, trial_run(model))
-    packed = _packs(model, groups, options.pack_weights)
+    groups = _groups(model, geometry)
+    packed = _packs(model, groups, options)
     if packed:
         on_step("Packing the weights")
-        pack_output(model)
-    site = inject(model, groups, packed=packed)
-    on_step("Measuring the delta kernels")
-    costs = _kernel_costs(groups, model, options.costs_file)
+    site, projections = inject(model, groups, packed=packed)
+    pristine = pristine_weights(projections, options.restore, options.checkpoint)
+    merger = Merger(projections, pristine)
+    costs = startup_costs(model, groups, merger, cache=options.costs_file, on_step=on_step)
     pool = AdapterPool(
         groups,
         budget_bytes=options.adapter_memory or _share_of_free(model.device, 0.25),
@@ -95,16 +110,22 @@ def build_engine(
     runner = ModelRunner(
         model=model,
         site=site,
+        hooks=RowHooks(model, site),
+        merger=merger,
         cache=KVCache(layers, num_cells=space.num_cells, device=model.device, dtype=model.dtype),
-        chooser=KernelChooser(costs),
+        chooser=KernelChooser(costs.kernels),
         paged=isinstance(space, PagedSpace),
     )
     scheduler = Scheduler(
         space, max_running=options.max_running, max_step_tokens=options.prefill_chunk
     )
+    modes = ModeController(costs.steps, options.mode, merger, pool)
     return BuiltEngine(
-        engine=Engine(scheduler, runner),
+        engine=Engine(scheduler, runner, modes),
+        modes=modes,
         pool=pool,
+        groups=groups,
+        weights=PristineWeights(model, projections, pristine),
         geometry=geometry,
         space=space,
         context_length=min(context_length, space.num_cells),
@@ -122,11 +143,22 @@ def context_window(config: PreTrainedConfig) -> int:
     return window
 
 
-def _packs(model: PreTrainedModel, groups: list[ProjectionGroup], wanted: bool | None) -> bool:
-    if wanted is False or not groups:
+def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> list[ProjectionGroup]:
+    head = head_group(model)
+    heads = [] if head is None else [head]
+    paths = [path for path in geometry.linears if head is None or path not in head.paths]
+    return observe_groups(model, paths, trial_run(model)) + heads
+
+
+def _packs(model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions) -> bool:
+    wanted = options.pack_weights
+    if wanted is None and options.restore is Restore.SUBTRACT:
+        wanted = False  # packed weights leave the parameters as they are: nothing to subtract
+    if wanted is False or not any(not group.is_head for group in groups):
         return False
-    widest = max(groups, key=lambda group: group.widths[0] * group.in_features)
-    weight = model.get_submodule(widest.paths[0]).get_parameter("weight")
+    layers = [group for group in groups if not group.is_head]
+    widest = max(layers, key=lambda group: group.widths[0] * group.in_features)
+    weight = weight_of(linear_at(model, widest.paths[0]))
     possible = can_pack(weight)
     if wanted and not possible:
         raise InvalidParameter(
@@ -165,18 +197,3 @@ def _free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _kernel_costs(
-    groups: list[ProjectionGroup], model: PreTrainedModel, cache: Path | None
-) -> KernelCosts:
-    if cache is not None and cache.is_file():
-        try:
-            return KernelCosts.from_json(cache.read_text())
-        except ValueError:
-            cache.unlink()  # written by another version: measure anew
-    costs = measure_costs(groups, device=model.device, dtype=model.dtype)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(costs.to_json())
-    return costs

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sampler import Sampled, sample
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
@@ -34,9 +35,10 @@ EngineEvent = TokenEvent | FailedEvent
 class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, modes: ModeController) -> None:
         self.scheduler = scheduler
-        self._runner = runner
+        self.modes = modes
+        self.runner = runner
         self.num_steps = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -54,6 +56,7 @@ class Engine:
             return []
         self.num_steps += 1
         try:
+            self.modes.before_step(pieces, self.scheduler.num_by_adapter)
             tokens = self._run(pieces)
         except Exception as error:  # whatever broke, the sequences of this step must end
             return self._fail(pieces, error)
@@ -61,7 +64,7 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, pieces: list[Piece]) -> dict[int, Sampled]:
-        batch, logits = self._runner.run(pieces)
+        batch, logits = self.runner.run(pieces)
         sequences = [piece.sequence for piece in batch.sampled]
         if not sequences:
             return {}

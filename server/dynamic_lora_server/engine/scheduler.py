@@ -1,6 +1,7 @@
 """Who runs in the next step. Imports no torch."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dynamic_lora_server.engine.kv_space import KVSpace
@@ -36,6 +37,7 @@ class Scheduler:
         self._max_step_tokens = max(max_step_tokens, max_running + 1)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
+        self._num_by_adapter: Counter[str | None] = Counter()
 
     @property
     def num_waiting(self) -> int:
@@ -46,6 +48,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_by_adapter(self) -> Mapping[str | None, int]:
+        """Sequences, running and waiting, by the digest of their adapter."""
+        return self._num_by_adapter
+
+    @property
     def has_work(self) -> bool:
         """Whether `schedule` would return anything."""
         return bool(self._waiting or self._running)
@@ -54,6 +61,7 @@ class Scheduler:
         """Queue a sequence. Its KV need must fit into an empty cache."""
         assert sequence.phase is Phase.WAITING
         self._waiting.append(sequence)
+        self._num_by_adapter[sequence.adapter_digest] += 1
 
     def schedule(self) -> list[Piece]:
         """The pieces of the next step, each with at least one token."""
@@ -89,6 +97,7 @@ class Scheduler:
         """Take a sequence out, wherever it is; False if it had ended already."""
         if sequence.phase is Phase.ENDED:
             return False
+        self._forget(sequence.adapter_digest)
         if sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
         else:
@@ -105,6 +114,11 @@ class Scheduler:
         if not self._running and self._space.num_free != self._space.num_cells:
             raise RuntimeError("cells are held although nothing runs")
 
+    def _forget(self, digest: str | None) -> None:
+        self._num_by_adapter[digest] -= 1
+        if not self._num_by_adapter[digest]:
+            del self._num_by_adapter[digest]
+
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
@@ -113,4 +127,5 @@ class Scheduler:
             self._waiting.popleft()
             sequence.allocation = self._space.allocate(sequence.max_tokens)
             sequence.phase = Phase.PREFILL
+            sequence.num_computed = sequence.num_given
             self._running[sequence.id] = sequence

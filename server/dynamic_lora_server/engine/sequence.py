@@ -9,6 +9,7 @@ from dynamic_lora_server.generation import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.slots import ResidentAdapter
+    from dynamic_lora_adapters.terms import PromptTerms
 
 
 class Phase(Enum):
@@ -25,7 +26,13 @@ class Sequence:
     """Tokens and progress of one continuation.
 
     `num_computed` counts the tokens whose KV entries are in the cache. `seed`
-    fixes every random draw: draw i depends on the seed and i alone.
+    fixes every random draw: draw i depends on the seed and i alone. The first
+    `num_virtual` ids of `prompt_ids` stand for an adapter's virtual tokens.
+
+    The adapter acts on tokens from position `active_from` on: from the start,
+    or, if it has invocation tokens, from their last occurrence in the prompt,
+    as PEFT does it (aLoRA, Greenewald et al. 2025); without one, never.
+    `num_merged` counts tokens that ran while the weights held the adapter.
     """
 
     id: int
@@ -34,10 +41,52 @@ class Sequence:
     stop_ids: frozenset[int]
     seed: int
     adapter: "ResidentAdapter | None" = None
+    num_virtual: int = field(default=0, init=False)
+    active_from: int = field(default=0, init=False)
+    num_merged: int = 0
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     phase: Phase = Phase.WAITING
     allocation: Allocation | None = None
+
+    def __post_init__(self) -> None:
+        prompt = self.prompt_terms
+        if prompt is not None:
+            self.num_virtual = prompt.num_tokens
+            self.prompt_ids = (0,) * prompt.num_tokens + self.prompt_ids
+        self.active_from = self._find_invocation()
+
+    @property
+    def adapter_digest(self) -> str | None:
+        """The content digest of the adapter; None for the base model."""
+        return None if self.adapter is None else self.adapter.digest
+
+    @property
+    def prompt_terms(self) -> "PromptTerms | None":
+        """The virtual tokens that the adapter puts before the prompt."""
+        rows = None if self.adapter is None else self.adapter.rows
+        return None if rows is None else rows.prompt
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, without virtual ones."""
+        return len(self.prompt_ids) - self.num_virtual
+
+    @property
+    def num_given(self) -> int:
+        """Leading tokens whose KV entries are given by the adapter, not computed."""
+        prompt = self.prompt_terms
+        return prompt.num_tokens if prompt is not None and prompt.keys else 0
+
+    def _find_invocation(self) -> int:
+        invocation = () if self.adapter is None else self.adapter.invocation_ids
+        if not invocation:
+            return 0
+        width = len(invocation)
+        for start in range(len(self.prompt_ids) - width, -1, -1):
+            if self.prompt_ids[start : start + width] == invocation:
+                return start
+        return self.max_tokens
 
     @property
     def num_tokens(self) -> int:

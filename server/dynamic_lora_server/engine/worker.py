@@ -29,11 +29,23 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeRoom:
+    """Unmerge, so that the merged adapter's slot may be given to another.
+
+    `done` is called if there was something to unmerge; with `doomed_only` that
+    is an adapter which has been deleted.
+    """
+
+    doomed_only: bool
+    done: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Fail everything and leave the loop."""
 
 
-Message = Submit | Cancel | Stop
+Message = Submit | Cancel | MakeRoom | Stop
 EventSink = Callable[[list[EngineEvent]], None]
 
 
@@ -96,6 +108,9 @@ class Worker:
                 case Cancel(sequence):
                     self._live.pop(sequence.id, None)
                     self._engine.cancel(sequence)
+                case MakeRoom(doomed_only, done):
+                    if self._engine.modes.make_room(doomed_only=doomed_only):
+                        done()
                 case Stop():
                     return False
 

@@ -12,11 +12,13 @@ from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import Publication
 from dynamic_lora_server.problems import parse_body
 from dynamic_lora_server.routes._deps import Ready, problems
+from dynamic_lora_server.routes.compositions import CONFLICT
 from dynamic_lora_server.schemas.adapters import (
     UPLOAD_BODY,
     Adapter,
     AdapterList,
     AdapterSource,
+    Modes,
     Residency,
 )
 from dynamic_lora_server.sources import fetch_source
@@ -35,6 +37,7 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
     responses={
         200: {"description": "The name had this content already", "model": Adapter},
         **problems(400, 413, 415, 422, 502, 503),
+        **CONFLICT,
     },
     openapi_extra=UPLOAD_BODY,
     summary="Upload a LoRA adapter, or name where the server finds it",
@@ -65,7 +68,8 @@ async def upload(request: Request, runtime: Ready) -> Response:
 @router.get("", responses=problems(503), summary="List the adapters")
 async def list_adapters(runtime: Ready) -> AdapterList:
     """The passports of all adapters, by name."""
-    return AdapterList(adapters=[_adapter(runtime, p) for p in runtime.registry.list()])
+    adapters = [_adapter(runtime, p) for p in runtime.registry.list()]
+    return AdapterList(adapters=adapters, modes=_modes(runtime))
 
 
 @router.get("/{name}", responses=problems(404, 503), summary="An adapter's passport")
@@ -124,6 +128,7 @@ def _publish_source(
 def _publish(
     runtime: "Runtime", name: str, folder: Path, intake: Intake, *, force: bool
 ) -> Publication:
+    runtime.residencies.saved.check_free(name)
     return runtime.registry.publish(name, folder, force=force, ignored_files=intake.ignored_files)
 
 
@@ -136,6 +141,25 @@ def _delete(runtime: "Runtime", name: str) -> None:
 
 def _adapter(runtime: "Runtime", passport: Passport) -> Adapter:
     tier = runtime.tier(passport.version)
-    return Adapter.model_construct(
-        **dict(passport), residency=Residency(tier="device" if tier == "device" else "disk")
+    modes = runtime.built.modes
+    residency = Residency(
+        tier="device" if tier == "device" else "disk",
+        mode="merged" if modes.stats().merged == passport.version else "bypass",
+        num_merges=modes.num_switches_to(passport.version),
+    )
+    return Adapter.model_construct(**dict(passport), residency=residency)
+
+
+def _modes(runtime: "Runtime") -> Modes:
+    stats = runtime.stats()
+    modes = stats.modes
+    return Modes(
+        mode=modes.mode.value,
+        merged=modes.merged,
+        num_switches=modes.num_switches,
+        last_switch_ms=round(modes.last_switch_s * 1000, 3),
+        num_merged_tokens=modes.num_merged_rows,
+        num_bypass_tokens=modes.num_bypass_rows,
+        num_base_tokens=modes.num_base_rows,
+        drift=stats.drift,
     )

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec, Started
-from dynamic_lora_server.prompts import BASE, adapter_name, generate_spec, one_adapter
+from dynamic_lora_server.prompts import BASE, card_of, generate_spec
 from dynamic_lora_server.routes._deps import Ready, State, event_stream, problems
 from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateResponse
+from dynamic_lora_server.selection import select
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import begin, collect
@@ -29,7 +30,10 @@ class GenerateQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    adapter: str | None = Field(default=None, description="Task name; none: the base model.")
+    adapter: str | None = Field(
+        default=None,
+        description="Task name, or a sum such as `ner*0.7+tone*0.3`; none: the base model.",
+    )
     raw: bool = Field(default=False, description="Skip the task card, as `raw` in the body does.")
 
 
@@ -56,6 +60,24 @@ async def generate(
 
 
 @router.post(
+    "/",
+    response_model=list[GenerateResponse],
+    response_model_exclude_none=True,
+    responses={200: {"content": event_stream("StreamEvent"), "headers": {}}, **_ERRORS},
+    summary="Generate text, for clients that know the server's address alone",
+)
+async def generate_at_root(
+    body: GenerateRequest, query: Asked, request: Request, state: State, runtime: Ready
+) -> Response:
+    """As `/generate`, in a list of one: what TGI's and LoRAX's own clients ask for."""
+    answer = await generate(body, query, request, state, runtime)
+    if body.stream:
+        return answer
+    headers = {name: answer.headers[name] for name in answer.headers if name.startswith("x-")}
+    return Response(b"[%b]" % bytes(answer.body), media_type="application/json", headers=headers)
+
+
+@router.post(
     "/generate_stream",
     response_class=Response,
     responses={
@@ -76,12 +98,11 @@ async def generate_stream(
 def _prepare(
     body: GenerateRequest, query: GenerateQuery, runtime: "Runtime"
 ) -> tuple[GenerationSpec, TgiAnswer]:
-    adapter = adapter_name(
-        one_adapter(query.adapter, body.parameters.adapter_id), model_id=runtime.model_id
-    )
-    card = None if adapter is None else runtime.registry.resolve(adapter).card
-    if body.raw or query.raw:
-        card = None
+    saved = runtime.residencies.saved
+    adapter = select(query.adapter, body, saved=saved, model_id=runtime.model_id)
+    card = None
+    if not (body.raw or query.raw):
+        card = card_of(adapter, [saved.version(part) for part in adapter.parts])
     spec = generate_spec(body, adapter=adapter, card=card, tokenizer=runtime.tokenizer)
     answer = TgiAnswer(
         prefix=_rendered(body, card) if body.parameters.return_full_text else "",

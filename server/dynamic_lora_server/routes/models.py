@@ -1,10 +1,12 @@
-"""`GET /v1/models`: the base model and the adapters as OpenAI lists models."""
+"""`GET /v1/models`: the base model, adapters and compositions as OpenAI lists models."""
 
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
+from dynamic_lora_adapters.index import StoredComposition
 from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_adapters.saved import CompositionNotFound
 from dynamic_lora_server.prompts import adapter_name
 from dynamic_lora_server.routes._deps import Ready, State, openai_errors
 from dynamic_lora_server.schemas.openai import Model, ModelList
@@ -18,9 +20,10 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 @router.get("/models", responses=openai_errors(503), summary="List what can be named as model")
 async def list_models(runtime: Ready, state: State) -> ModelList:
-    """The base model first, then the adapters by name."""
+    """The base model first, then the adapters by name, then the saved compositions."""
     adapters = [_adapter(runtime, passport) for passport in runtime.registry.list()]
-    return ModelList(data=[_base(runtime, state), *adapters])
+    saved = [_composition(runtime, stored) for stored in runtime.residencies.saved.list()]
+    return ModelList(data=[_base(runtime, state), *adapters, *saved])
 
 
 @router.get(
@@ -31,7 +34,10 @@ async def get_model(model: str, runtime: Ready, state: State) -> Model:
     name = adapter_name(model, model_id=runtime.model_id)
     if name is None:
         return _base(runtime, state)
-    return _adapter(runtime, runtime.registry.resolve(name).passport)
+    try:
+        return _composition(runtime, runtime.residencies.saved.get(name))
+    except CompositionNotFound:
+        return _adapter(runtime, runtime.registry.resolve(name).passport)
 
 
 def _base(runtime: "Runtime", state: ServerState) -> Model:
@@ -49,6 +55,16 @@ def _adapter(runtime: "Runtime", passport: Passport) -> Model:
         id=passport.name,
         created=int(passport.created_at.timestamp()),
         root=passport.version,
+        parent=runtime.model_id,
+        max_model_len=runtime.context_length,
+    )
+
+
+def _composition(runtime: "Runtime", stored: StoredComposition) -> Model:
+    return Model(
+        id=stored.name,
+        created=int(stored.created_at.timestamp()),
+        root=stored.text,
         parent=runtime.model_id,
         max_model_len=runtime.context_length,
     )

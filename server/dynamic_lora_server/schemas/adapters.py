@@ -27,9 +27,15 @@ class AdapterSource(Wire):
 
 
 class Residency(Answer):
-    """Where an adapter's weights are now: on the device, or on disk until a request needs them."""
+    """Where an adapter's weights are now: on the device, or on disk until a request needs them.
+
+    `mode` is `merged` while the base weights hold the adapter; `num_merges`
+    counts how often they came to.
+    """
 
     tier: Literal["device", "disk"]
+    mode: Literal["merged", "bypass"]
+    num_merges: int
 
 
 class Adapter(Passport):
@@ -38,10 +44,29 @@ class Adapter(Passport):
     residency: Residency
 
 
+class Modes(Answer):
+    """What the choice between bypass and merged has done so far.
+
+    `merged` is the version that the weights hold. The token counts are of rows
+    that ran on weights holding their adapter, with a delta, and without an
+    adapter. `drift` is the largest known error of a restored weight.
+    """
+
+    mode: Literal["auto", "bypass", "merged"]
+    merged: str | None
+    num_switches: int
+    last_switch_ms: float
+    num_merged_tokens: int
+    num_bypass_tokens: int
+    num_base_tokens: int
+    drift: float
+
+
 class AdapterList(Answer):
     """The answer of `GET /adapters`, by name."""
 
     adapters: list[Adapter]
+    modes: Modes
 
 
 # What FastAPI cannot derive: one route with two kinds of body.

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from dynamic_lora_server.generation import ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,
     Unset,
@@ -12,6 +13,7 @@ from dynamic_lora_server.schemas._base import (
     UnsetOrOne,
     Wire,
 )
+from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapters
 
 MAX_N = 32
 MAX_STOP_STRINGS = 32
@@ -30,7 +32,12 @@ class GenerateParameters(Wire):
     is above 0.
     """
 
-    adapter_id: str | None = Field(default=None, description="Task name; none: the base model.")
+    adapter_id: str | None = Field(
+        default=None,
+        description="Task name, or a sum such as `ner*0.7+tone*0.3`; none: the base model.",
+    )
+    adapters: WeightedAdapters | None = Field(default=None, description="A sum, as a list.")
+    merged_adapters: MergedAdapters | None = None
     max_new_tokens: int | None = Field(default=None, ge=1, description="Default 100.")
     do_sample: bool | None = Field(
         default=None, description="True: sample, at temperature 1 if none set."
@@ -68,7 +75,6 @@ class GenerateParameters(Wire):
     decoder_input_details: UnsetOrFalse = None
     grammar: Unset = None
     ignore_eos_token: UnsetOrFalse = None
-    merged_adapters: Unset = None
     response_format: Unset = None
     return_k_alternatives: Unset = None
     stop_sequences: UnsetOrEmptyList = None
@@ -92,6 +98,7 @@ class GenerateRequest(Wire):
 
     inputs: str = Field(min_length=1, description="The text; the task card's template wraps it.")
     parameters: GenerateParameters = GenerateParameters()
+    adapters: WeightedAdapters | None = Field(default=None, description="As `parameters.adapters`.")
     stream: bool = Field(default=False, description="Answer as server-sent events.")
     raw: bool = Field(
         default=False, description="Skip the task card: its template and its defaults."
@@ -129,6 +136,7 @@ class Details(Answer):
     generated_tokens: int
     prompt_tokens: int
     seed: int | None
+    mode: ServedMode
     prefill: list[Token]
     tokens: list[Token]
     top_tokens: list[list[Token]] | None = None
@@ -149,6 +157,7 @@ class StreamDetails(Answer):
     generated_tokens: int
     prompt_tokens: int
     seed: int | None
+    mode: ServedMode
 
 
 class StreamEvent(Answer):

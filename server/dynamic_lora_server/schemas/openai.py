@@ -33,7 +33,10 @@ class StreamOptions(Wire):
 class SamplingRequest(Wire):
     """What completions and chat completions share. Null is the same as leaving a field out."""
 
-    model: _Text = Field(description="Task name of an adapter, or the base model's id.")
+    model: _Text = Field(
+        description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or the base "
+        "model's id."
+    )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Default 1; 0 is greedy."
     )

@@ -16,6 +16,9 @@ class Problem(Answer):
         default=None, description="Request field, config key, file or tensor."
     )
     fix: str | None = Field(default=None, description="What the caller can do, in one sentence.")
+    error: str = Field(
+        description="`detail` and `fix` in one, where clients of TGI and LoRAX read the message."
+    )
     near: list[str] | None = Field(
         default=None, description="Adapter names close to the unknown one."
     )

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from dynamic_lora_client import __version__
 from dynamic_lora_client.cli import ExitCode, create_app
 from tests.clients.wire import (
+    COMPOSITION,
     DETAILS,
     GENERATION,
     PASSPORT,
@@ -58,7 +59,7 @@ def test_version(shell: Shell) -> None:
 
 def test_help_names_commands_and_exit_codes(shell: Shell) -> None:
     text = " ".join(shell("--help").stdout.split())
-    for word in ("push", "ls", "show", "rm", "generate", "serve", "train"):
+    for word in ("push", "ls", "show", "rm", "compose", "generate", "serve", "train"):
         assert f" {word} " in text
     for code in ExitCode:
         assert f" {code.value} " in text
@@ -99,6 +100,7 @@ def test_push_of_nothing_is_a_usage_error(shell: Shell, tmp_path: Path) -> None:
 def test_ls_writes_whole_lines_into_a_pipe(shell: Shell) -> None:
     long = PASSPORT | {"name": "n" * 63, "card": {"description": "d" * 300}, "residency": None}
     shell.wire.reply({"adapters": [PASSPORT, long]})
+    shell.wire.reply({"compositions": []})
     heading, first, second = lines = shell("ls").stdout.splitlines()
     assert lines == [line.rstrip() for line in lines]
     assert heading.split()[:3] == ["NAME", "VERSION", "KIND"]
@@ -109,11 +111,59 @@ def test_ls_writes_whole_lines_into_a_pipe(shell: Shell) -> None:
 
 def test_ls_for_scripts(shell: Shell) -> None:
     shell.wire.reply({"adapters": [PASSPORT]})
-    assert json.loads(shell("ls", "--json").stdout) == {"adapters": [PASSPORT]}
+    shell.wire.reply({"compositions": [COMPOSITION]})
+    listed = {"adapters": [PASSPORT], "compositions": [COMPOSITION]}
+    assert json.loads(shell("ls", "--json").stdout) == listed
+
+
+def test_ls_lists_compositions_too(shell: Shell) -> None:
+    shell.wire.reply({"adapters": []})
+    shell.wire.reply({"compositions": [COMPOSITION, COMPOSITION | {"version": None}]})
+    heading, first, second = shell("ls").stdout.splitlines()
+    assert heading.split() == ["COMPOSITION", "VERSION", "ADAPTERS"]
+    assert first.split() == ["newsy", VERSION[:12], "ner*0.7+tone*0.3"]
+    assert second.split() == ["newsy", "missing", "ner*0.7+tone*0.3"]
+
+
+def test_compose(shell: Shell) -> None:
+    shell.wire.reply(COMPOSITION, status=201)
+    result = shell("compose", "newsy", "tone*0.3+ner*0.7")
+    assert result.stdout == "newsy 3f3f3f3f3f3f saved: ner*0.7+tone*0.3\n"
+    (received,) = shell.wire.received
+    assert (received.method, received.target) == ("PUT", "/compositions/newsy")
+    assert received.json() == {"adapter": "tone*0.3+ner*0.7"}
+    shell.wire.reply(COMPOSITION)
+    result = shell("compose", "newsy", "ner*0.7+tone*0.3", "--json")
+    assert json.loads(result.stdout) == COMPOSITION
+
+
+def test_show_and_rm_of_a_composition(shell: Shell) -> None:
+    not_found = problem(404, "adapter-not-found")
+    shell.wire.reply(not_found, status=404)
+    shell.wire.reply(COMPOSITION)
+    lines = [line.split(maxsplit=1) for line in shell("show", "newsy").stdout.splitlines()]
+    assert ["adapter", "ner*0.7+tone*0.3"] in lines
+    shell.wire.reply(not_found, status=404)
+    shell.wire.reply(status=204)
+    assert "Deleted newsy." in shell("rm", "newsy", "--yes").stderr
+    assert [(r.method, r.target) for r in shell.wire.received][-2:] == [
+        ("DELETE", "/adapters/newsy"),
+        ("DELETE", "/compositions/newsy"),
+    ]
+
+
+@pytest.mark.parametrize("command", [("show", "nre"), ("rm", "nre", "--yes")])
+def test_what_is_neither_is_reported_as_an_adapter(shell: Shell, command: tuple[str, ...]) -> None:
+    shell.wire.reply(problem(404, "adapter-not-found", near=["ner"]), status=404)
+    shell.wire.reply(problem(404, "composition-not-found"), status=404)
+    result = shell(*command)
+    assert result.exit_code == ExitCode.NOT_FOUND
+    assert "Near names: ner." in result.stderr
 
 
 def test_ls_of_nothing_keeps_stdout_empty(shell: Shell) -> None:
     shell.wire.reply({"adapters": []})
+    shell.wire.reply({"compositions": []})
     result = shell("ls")
     assert result.stdout == ""
     assert "No adapters yet" in result.stderr
@@ -245,7 +295,9 @@ def test_fields_are_named_once(shell: Shell) -> None:
 
 
 def test_near_names_are_told(shell: Shell) -> None:
-    result = shell.refused(404, "show", "nre", name="adapter-not-found", near=["ner"])
+    result = shell.refused(
+        404, "generate", "-a", "nre", "x", name="adapter-not-found", near=["ner"]
+    )
     assert result.exit_code == ExitCode.NOT_FOUND
     assert "fix: Near names: ner." in result.stderr
 

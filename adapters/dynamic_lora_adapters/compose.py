@@ -1,0 +1,202 @@
+"""The terms of a composition, out of the terms of its parts.
+
+A weighted sum is exact: low-rank factors stand side by side, with the weight in
+`b`; all other terms are summed in fp32. The merge strategies are PEFT's own
+functions on the dense deltas, one linear layer at a time.
+"""
+
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from dynamic_lora_adapters.composition import Merge, Strategy
+from dynamic_lora_adapters.errors import UnsupportedAdapter
+from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms
+from dynamic_lora_adapters.threads import single_threaded
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T", LinearTerms, EmbeddingTerms)
+Weighted = Sequence[tuple[T, float]]
+
+# DARE draws from torch's global generator, which has one state for all threads.
+_drawing = threading.Lock()
+
+
+@single_threaded()
+def compose(
+    parts: Sequence[tuple[AdapterTerms, float]], *, names: Sequence[str] = ()
+) -> AdapterTerms:
+    """The weighted sum of adapters.
+
+    `names` are the adapters' for messages. Raises UnsupportedAdapter, naming
+    the adapter, for what is no sum: replaced modules, prompts, and adapters
+    that act from invocation tokens on. Alone and with weight 1 those pass.
+    """
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    for index, (terms, _) in enumerate(parts):
+        _refuse_what_is_no_sum(terms, _name(names, index))
+    return AdapterTerms(
+        linears=_by_module([(t.linears, w) for t, w in parts], _sum_linears),
+        embeddings=_by_module([(t.embeddings, w) for t, w in parts], _sum_embeddings),
+    )
+
+
+@single_threaded()
+def merge(
+    parts: Sequence[tuple[AdapterTerms, float]], how: Merge, *, names: Sequence[str] = ()
+) -> AdapterTerms:
+    """The deltas merged by a strategy, as dense terms; needs PEFT.
+
+    On each layer the adapters that have a delta there take part, as in PEFT's
+    `add_weighted_adapter`. DARE's draws are seeded by the layer's path. Raises
+    UnsupportedAdapter, naming the adapter, where it has more than deltas.
+    """
+    for index, (terms, _) in enumerate(parts):
+        _refuse_more_than_deltas(terms, _name(names, index), how)
+    paths = sorted({path for terms, _ in parts for path in terms.linears})
+    linears = {}
+    for path in paths:
+        own = [(t.linears[path], w) for t, w in parts if path in t.linears]
+        deltas = [_delta(terms) for terms, _ in own]
+        linears[path] = LinearTerms(dense=_merged(deltas, [w for _, w in own], how, path))
+    return AdapterTerms(linears=linears)
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    return names[index] if index < len(names) else f"number {index + 1}"
+
+
+def _refuse_what_is_no_sum(terms: AdapterTerms, name: str) -> None:
+    for present, what in (
+        (terms.overrides, "replaces whole modules of the base model"),
+        (terms.prompt is not None, "is a prompt of virtual tokens"),
+        (terms.invocation_ids, "acts only from its invocation tokens on"),
+    ):
+        if present:
+            raise UnsupportedAdapter(
+                f"The adapter {name!r} {what}, and so has no weighted sum with others.",
+                field="adapter",
+                fix="Use it alone, with weight 1.",
+            )
+
+
+def _refuse_more_than_deltas(terms: AdapterTerms, name: str, how: Merge) -> None:
+    _refuse_what_is_no_sum(terms, name)
+    others = [("embeddings", bool(terms.embeddings))]
+    for linear in terms.linears.values():
+        others.append(("row scales", linear.scale is not None))
+        others.append(("biases", linear.bias is not None))
+    for what, present in others:
+        if present:
+            raise UnsupportedAdapter(
+                f"The adapter {name!r} changes {what}; {how.strategy} merges deltas of "
+                "linear layers alone.",
+                field="merge_strategy",
+                fix="Use merge_strategy linear.",
+            )
+
+
+def _by_module(
+    parts: Iterable[tuple[Mapping[str, T], float]], add: Callable[[Weighted[T]], T]
+) -> dict[str, T]:
+    by_path: dict[str, list[tuple[T, float]]] = {}
+    for modules, weight in parts:
+        for path, terms in modules.items():
+            by_path.setdefault(path, []).append((terms, weight))
+    return {path: add(own) for path, own in by_path.items()}
+
+
+def _sum_linears(parts: Weighted[LinearTerms]) -> LinearTerms:
+    a, b = _side_by_side([(t.a, t.b, w) for t, w in parts])
+    return LinearTerms(
+        a=a,
+        b=b,
+        scale=_sum([(t.scale, w) for t, w in parts]),
+        dense=_sum([(t.dense, w) for t, w in parts]),
+        bias=_sum([(t.bias, w) for t, w in parts]),
+        rank=0 if a is None else a.shape[0],
+        scaling=0.0 if a is None else 1.0,
+    )
+
+
+def _sum_embeddings(parts: Weighted[EmbeddingTerms]) -> EmbeddingTerms:
+    a, b = _side_by_side([(t.a, t.b, w) for t, w in parts])
+    token_ids, rows = _sum_rows([(t.token_ids, t.rows, w) for t, w in parts])
+    return EmbeddingTerms(
+        a=a,
+        b=b,
+        token_ids=token_ids,
+        rows=rows,
+        rank=0 if a is None else a.shape[0],
+        scaling=0.0 if a is None else 1.0,
+    )
+
+
+def _side_by_side(
+    factors: Sequence[tuple["torch.Tensor | None", "torch.Tensor | None", float]],
+) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
+    import torch
+
+    pairs = [(a, b * w) for a, b, w in factors if a is not None and b is not None]
+    if not pairs:
+        return None, None
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+
+
+def _sum(tensors: Sequence[tuple["torch.Tensor | None", float]]) -> "torch.Tensor | None":
+    total = None
+    for tensor, weight in tensors:
+        if tensor is not None:
+            total = tensor * weight if total is None else total.add_(tensor, alpha=weight)
+    return total
+
+
+def _sum_rows(
+    parts: Sequence[tuple["torch.Tensor | None", "torch.Tensor | None", float]],
+) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
+    import torch
+
+    own = [(i, rows * w) for i, rows, w in parts if i is not None and rows is not None]
+    if not own:
+        return None, None
+    token_ids, positions = torch.cat([i for i, _ in own]).unique(return_inverse=True)
+    rows = torch.cat([rows for _, rows in own])
+    return token_ids, rows.new_zeros(len(token_ids), rows.shape[1]).index_add_(0, positions, rows)
+
+
+def _delta(terms: LinearTerms) -> "torch.Tensor":
+    low_rank = None if terms.a is None or terms.b is None else terms.b @ terms.a
+    delta = _sum([(low_rank, 1.0), (terms.dense, 1.0)])
+    assert delta is not None, "a linear layer without terms"
+    return delta
+
+
+def _merged(
+    deltas: "list[torch.Tensor]", weights: Sequence[float], how: Merge, path: str
+) -> "torch.Tensor":
+    """One layer by PEFT's functions, which warn at density 1: there nothing is pruned."""
+    import torch
+    from peft.utils import merge_utils
+
+    column = torch.tensor(weights, dtype=torch.float32)
+    if how.density == 1:
+        if not how.strategy.elects_sign:
+            return merge_utils.task_arithmetic(deltas, column)
+        stacked = torch.stack(deltas)
+        mask = merge_utils.calculate_majority_sign_mask(stacked, method=how.sign_method.value)
+        column = merge_utils.reshape_weight_task_tensors(stacked, column)
+        return merge_utils.disjoint_merge(stacked * column, mask)
+    match how.strategy:
+        case Strategy.MAGNITUDE_PRUNE:
+            return merge_utils.magnitude_prune(deltas, column, how.density)
+        case Strategy.TIES:
+            return merge_utils.ties(deltas, column, how.density, how.sign_method.value)
+    with _drawing, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(path.encode()))
+        if how.strategy is Strategy.DARE_LINEAR:
+            return merge_utils.dare_linear(deltas, column, how.density)
+        return merge_utils.dare_ties(deltas, column, how.density, how.sign_method.value)

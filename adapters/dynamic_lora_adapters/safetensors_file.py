@@ -1,0 +1,116 @@
+"""The header of a safetensors file, read without trusting it."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dynamic_lora_adapters.errors import InvalidAdapter
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+READ_DTYPES = ("F32", "F16", "BF16")
+
+_MAX_HEADER_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file: its dtype, shape and place after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read a safetensors header: tensor names to entries, without the data.
+
+    Sizes and offsets are checked against each other and the file's length:
+    entries must cover the data exactly, without gap or overlap. Raises
+    `InvalidAdapter`.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InvalidAdapter(
+            f"{path.name} is missing.",
+            field=path.name,
+            fix="Save the adapter with save_pretrained(path, safe_serialization=True).",
+        ) from None
+    with path.open("rb") as stream:
+        header, data_start = _read_header_json(stream, size, path.name)
+    header.pop("__metadata__", None)
+    try:
+        entries = {name: _entry(value) for name, value in header.items()}
+    except (KeyError, TypeError, ValueError):
+        raise broken_file(path.name, "its header describes a tensor that cannot be") from None
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position or entry.stop < entry.start:
+            raise broken_file(path.name, f"the data of tensor {name!r} overlaps or leaves a gap")
+        position = entry.stop
+    if data_start + position != size:
+        raise broken_file(
+            path.name, f"its header promises {data_start + position} bytes, the file has {size}"
+        )
+    return entries
+
+
+def hash_tensors(path: Path, digest: Any) -> None:
+    """Feed all tensors to a hashlib `digest`, in order of name: name, dtype, shape and bytes."""
+    entries = read_header(path)
+    with path.open("rb") as stream:
+        (header_size,) = struct.unpack("<Q", stream.read(8))
+        for name in sorted(entries):
+            entry = entries[name]
+            digest.update(canonical_json([name, entry.dtype, entry.shape]))
+            stream.seek(8 + header_size + entry.start)
+            left = entry.stop - entry.start
+            while left:
+                chunk = stream.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise broken_file(path.name, "it ends early")
+                digest.update(chunk)
+                left -= len(chunk)
+
+
+def canonical_json(value: object) -> bytes:
+    """One spelling of a JSON value, as a line: no two lists of lines share their bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def broken_file(name: str, reason: str) -> InvalidAdapter:
+    """The error for a file that is damaged or cut off."""
+    return InvalidAdapter(
+        f"{name} is not a whole safetensors file: {reason}.",
+        field=name,
+        fix="Save the adapter again and upload the complete file.",
+    )
+
+
+def _read_header_json(stream: BinaryIO, size: int, name: str) -> tuple[dict[str, Any], int]:
+    if size < 8:
+        raise broken_file(name, f"it has only {size} bytes")
+    (length,) = struct.unpack("<Q", stream.read(8))
+    if length > min(size - 8, _MAX_HEADER_BYTES):
+        raise broken_file(name, f"its header claims {length} bytes")
+    try:
+        header = json.loads(stream.read(length))
+    except (ValueError, RecursionError):
+        raise broken_file(name, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise broken_file(name, "its header is no JSON object")
+    return header, 8 + length
+
+
+def _entry(value: Mapping[str, Any]) -> TensorEntry:
+    start, stop = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError("sizes must be integers from 0")
+    return TensorEntry(str(value["dtype"]), shape, start, stop)

@@ -1,0 +1,177 @@
+"""Which adapters a text means: names, sums of names, and compositions saved under a name."""
+
+import difflib
+import threading
+from collections.abc import Collection, Iterable, Sequence
+
+from dynamic_lora_adapters.composition import (
+    Composition,
+    InvalidComposition,
+    Merge,
+    Part,
+    VersionNotFound,
+)
+from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
+from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
+from dynamic_lora_adapters.index import AdapterIndex, StoredComposition
+from dynamic_lora_adapters.inspection import AdapterVersion
+from dynamic_lora_adapters.names import check_adapter_name
+from dynamic_lora_adapters.registry import AdapterRegistry
+
+
+class NameTaken(AdapterError):
+    """The name belongs to an adapter or to a saved composition already."""
+
+
+class CompositionNotFound(AdapterError):
+    """No composition is saved under the name; `near` lists the closest names."""
+
+    def __init__(self, name: str, near: Sequence[str] = ()) -> None:
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        super().__init__(
+            f"No composition is named {name!r}.{hint}",
+            field="name",
+            fix="List the names with GET /compositions.",
+        )
+        self.near = tuple(near)
+
+
+class SavedCompositions:
+    """Compositions under names, beside the adapters of a registry.
+
+    A saved name is used like an adapter's and stands for its text, so that a
+    part without a version follows its adapter. Adapters and compositions share
+    one space of names; where a race put a name into both, the adapter counts.
+    All methods may be called from any thread; `resolve`, `get` and `list` touch
+    no disk. `index` is where they are kept; without one none can be saved.
+    """
+
+    def __init__(self, registry: AdapterRegistry, index: AdapterIndex | None = None) -> None:
+        self._registry = registry
+        self._index = index
+        self._lock = threading.Lock()
+        self._saved = {one.name: one for one in ([] if index is None else index.compositions())}
+
+    def resolve(self, text: str) -> Composition:
+        """What a text means now: a name, a saved name, or a sum of either.
+
+        Raises InvalidComposition with the column, or AdapterNotFound with near
+        names, for an adapter of weight 0 as well.
+        """
+        return self.combine(parse_parts(text) if is_expression(text) else [Part(text)])
+
+    def combine(self, parts: Iterable[Part], *, merge: Merge | None = None) -> Composition:
+        """Parts put together, those with saved names written out; raises as `resolve` does."""
+        flat: list[Part] = []
+        for part in parts:
+            own = self._expand(part)
+            if merge is not None and own != [part]:
+                raise _not_an_adapter(part, self._saved[part.name])
+            flat.extend(own)
+        for part in flat:
+            self.version(part)
+        return Composition.of(flat, merge=merge)
+
+    def version(self, part: Part) -> AdapterVersion:
+        """The adapter of a part. Raises AdapterNotFound or VersionNotFound."""
+        try:
+            version = self._registry.resolve(part.name)
+        except AdapterNotFound:
+            raise AdapterNotFound(part.name, self._near(part.name)) from None
+        check_version(part, version.digest)
+        return version
+
+    def save(
+        self, name: str, parts: Sequence[Part], *, reserved: Collection[str] = ()
+    ) -> tuple[StoredComposition, bool]:
+        """Give the sum of the parts a name; also says whether the name is new.
+
+        `reserved` are further names of the base model. Raises
+        InvalidAdapterName, NameTaken, AdapterNotFound, and InvalidComposition
+        for a part that is a saved composition itself or a sum of nothing.
+        """
+        check_adapter_name(name, reserved=reserved)
+        for part in parts:
+            if self._is_saved(part.name):
+                raise _not_an_adapter(part, self._saved[part.name])
+        composition = self.combine(parts)
+        if composition.is_base:
+            raise InvalidComposition("The weights add up to nothing.")
+        if self._index is None:
+            raise AdapterError("This server keeps no index that compositions are saved in.")
+        with self._lock:
+            if self._is_adapter(name):
+                raise NameTaken(
+                    f"{name!r} is the name of an adapter.", field="name", fix="Choose another name."
+                )
+            created = name not in self._saved
+            stored = self._index.put_composition(name, str(composition))
+            self._saved[name] = stored
+            return stored, created
+
+    def check_free(self, name: str) -> None:
+        """Raise NameTaken if a composition has the name that an adapter is to get."""
+        if self._is_saved(name):
+            raise NameTaken(
+                f"{name!r} is the name of a saved composition.",
+                field="name",
+                fix=f"Choose another name, or DELETE /compositions/{name} first.",
+            )
+
+    def get(self, name: str) -> StoredComposition:
+        """A saved composition. Raises CompositionNotFound with near names."""
+        try:
+            return self._saved[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, list(self._saved))
+            raise CompositionNotFound(name, near) from None
+
+    def list(self) -> Sequence[StoredComposition]:
+        """All saved compositions by name."""
+        saved = self._saved.copy()
+        return [saved[name] for name in sorted(saved)]
+
+    def delete(self, name: str) -> None:
+        """Forget a saved composition; what runs goes on. Raises CompositionNotFound."""
+        with self._lock:
+            self.get(name)
+            assert self._index is not None
+            self._index.drop_composition(name)
+            del self._saved[name]
+
+    def _expand(self, part: Part) -> Sequence[Part]:
+        if not self._is_saved(part.name) or self._is_adapter(part.name):
+            return [part]
+        if part.version is not None:
+            raise InvalidComposition(
+                f"{part.name!r} is a saved composition and has no versions.",
+                fix="Pin the versions of its adapters when you save it.",
+            )
+        return parse(self._saved[part.name].text).scaled(part.weight).parts
+
+    def _is_saved(self, name: str) -> bool:
+        return name in self._saved
+
+    def _is_adapter(self, name: str) -> bool:
+        try:
+            self._registry.resolve(name)
+        except AdapterNotFound:
+            return False
+        return True
+
+    def _near(self, name: str) -> Sequence[str]:
+        names = {*self._saved, *(passport.name for passport in self._registry.list())}
+        return difflib.get_close_matches(name, sorted(names))
+
+
+def _not_an_adapter(part: Part, saved: StoredComposition) -> InvalidComposition:
+    return InvalidComposition(
+        f"{part.name!r} is a saved composition; only adapters can stand here.",
+        fix=f"Write it out: {saved.text}.",
+    )
+
+
+def check_version(part: Part, digest: str) -> None:
+    """Raise VersionNotFound unless the part's adapter, now `digest`, is what the part pins."""
+    if part.version is not None and not digest.startswith(part.version):
+        raise VersionNotFound(part.name, part.version, digest)

@@ -1,0 +1,145 @@
+"""Carries the policy's choice out, before every step, on the engine's thread."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.slots import AdapterPool, ResidentAdapter
+from dynamic_lora_server.engine.scheduler import Piece
+from dynamic_lora_server.modes.costs import StepCosts
+from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeStats:
+    """Switches so far, and how many token rows ran in which way.
+
+    `merged` is the digest that the weights hold. `num_merged_rows` belonged to
+    the adapter that was merged in their step, `num_bypass_rows` to any other,
+    `num_base_rows` to none. `last_switch_s` and `switch_s` are seconds.
+    """
+
+    mode: Mode
+    merged: str | None
+    num_switches: int
+    last_switch_s: float
+    switch_s: float
+    num_merged_rows: int
+    num_bypass_rows: int
+    num_base_rows: int
+
+
+@dataclass(slots=True)
+class _Counts:
+    num_switches: int = 0
+    switches: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    last_switch_s: float = 0.0
+    switch_s: float = 0.0
+
+
+class ModeController:
+    """Keeps what is merged in line with the policy. The engine's thread owns it.
+
+    The merged adapter is kept in the pool, because the rows of others need its
+    factors. `make_room` lets it go.
+    """
+
+    def __init__(self, costs: StepCosts, mode: Mode, merger: Merger, pool: AdapterPool) -> None:
+        self._policy = ModePolicy(costs, mode, can_merge=self._may_merge)
+        self._present: dict[str, ResidentAdapter] = {}
+        self._merger = merger
+        self._pool = pool
+        self._counts = _Counts()
+
+    def before_step(self, pieces: Sequence[Piece], requests: Mapping[str | None, int]) -> None:
+        """Merge, unmerge or swap if the policy says so.
+
+        `requests` counts the running and waiting sequences by adapter digest.
+        """
+        merged = self._merger.merged
+        if merged is not None and merged.doomed:
+            self._switch(None)
+            merged = None
+        rows = self._survey(pieces)
+        now = None if merged is None else merged.digest
+        load = Load(merged=now, rows=rows, requests=requests)
+        chosen = self._policy.decide(load, time.monotonic())
+        if chosen != now:
+            self._switch(None if chosen is None else self._present[chosen])
+        self._count(rows, chosen)
+        for piece in pieces:
+            if chosen is not None and piece.sequence.adapter_digest == chosen:
+                piece.sequence.num_merged += piece.num_tokens
+
+    def _survey(self, pieces: Sequence[Piece]) -> Counter[str | None]:
+        """Token rows of the next step by adapter."""
+        rows: Counter[str | None] = Counter()
+        self._present.clear()
+        for piece in pieces:
+            adapter = piece.sequence.adapter
+            if adapter is None:
+                rows[None] += piece.num_tokens
+            else:
+                rows[adapter.digest] += piece.num_tokens
+                self._present[adapter.digest] = adapter
+        return rows
+
+    def _may_merge(self, digest: str) -> bool:
+        # One that only waits may not be on the device yet.
+        adapter = self._present.get(digest)
+        return adapter is not None and adapter.mergeable
+
+    def make_room(self, *, doomed_only: bool = False) -> bool:
+        """Unmerge, so that the merged adapter's slot can be given to another.
+
+        False if nothing was merged, or with `doomed_only` nothing deleted.
+        """
+        merged = self._merger.merged
+        if merged is None or (doomed_only and not merged.doomed):
+            return False
+        self._switch(None)
+        return True
+
+    def stats(self) -> ModeStats:
+        """A snapshot; may be taken from any thread."""
+        merged, counts = self._merger.merged, self._counts
+        return ModeStats(
+            mode=self._policy.mode,
+            merged=None if merged is None else merged.digest,
+            num_switches=counts.num_switches,
+            last_switch_s=counts.last_switch_s,
+            switch_s=counts.switch_s,
+            num_merged_rows=counts.rows["merged"],
+            num_bypass_rows=counts.rows["bypass"],
+            num_base_rows=counts.rows["base"],
+        )
+
+    def num_switches_to(self, digest: str) -> int:
+        """How often this adapter was merged."""
+        return self._counts.switches[digest]
+
+    def _switch(self, adapter: ResidentAdapter | None) -> None:
+        before = self._merger.merged
+        if adapter is before:
+            return
+        if adapter is not None and not self._pool.keep(adapter):
+            return  # its request was cancelled and its slot given away in this moment
+        begin = time.perf_counter()
+        self._merger.switch(adapter)
+        self._counts.num_switches += 1
+        self._counts.last_switch_s = time.perf_counter() - begin
+        self._counts.switch_s += self._counts.last_switch_s
+        if adapter is not None:
+            self._counts.switches[adapter.digest] += 1
+        if before is not None:
+            self._pool.let_go(before)
+
+    def _count(self, rows: Mapping[str | None, int], merged: str | None) -> None:
+        for digest, number in rows.items():
+            if digest is None:
+                self._counts.rows["base"] += number
+            else:
+                self._counts.rows["merged" if digest == merged else "bypass"] += number

@@ -1,0 +1,61 @@
+"""What is measured at the first start, and kept for the next ones."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from transformers import PreTrainedModel
+
+from dynamic_lora_adapters.costs import KernelCosts, measure_costs
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_server.engine.mode_costs import measure_mode_costs
+from dynamic_lora_server.modes.costs import StepCosts
+
+
+@dataclass(frozen=True, slots=True)
+class StartupCosts:
+    """Seconds of the delta kernels, and of steps and switches."""
+
+    kernels: KernelCosts
+    steps: StepCosts
+
+    def to_json(self) -> str:
+        """Both tables as text."""
+        return json.dumps({"kernels": self.kernels.to_json(), "steps": self.steps.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            document = json.loads(text)
+            kernels, steps = document["kernels"], document["steps"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"these are no start-up costs: {error!r}") from error
+        return cls(KernelCosts.from_json(kernels), StepCosts.from_json(steps))
+
+
+def startup_costs(
+    model: PreTrainedModel,
+    groups: Sequence[ProjectionGroup],
+    merger: Merger,
+    *,
+    cache: Path | None,
+    on_step: Callable[[str], object],
+) -> StartupCosts:
+    """Read the costs from `cache`, or measure them and write it."""
+    if cache is not None and cache.is_file():
+        try:
+            return StartupCosts.from_json(cache.read_text())
+        except ValueError:
+            cache.unlink()  # written by another version: measure anew
+    on_step("Measuring the delta kernels")
+    kernels = measure_costs(groups, device=model.device, dtype=model.dtype)
+    on_step("Measuring steps and switches")
+    costs = StartupCosts(kernels, measure_mode_costs(model, groups, kernels, merger))
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(costs.to_json())
+    return costs

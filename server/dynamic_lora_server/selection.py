@@ -1,0 +1,120 @@
+"""Which adapters a request asks for, out of the several places where it can say so."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dynamic_lora_adapters.composition import (
+    Composition,
+    Merge,
+    Part,
+    SignMethod,
+    Strategy,
+)
+from dynamic_lora_adapters.grammar import parse_label
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.prompts import adapter_name
+from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapter
+from dynamic_lora_server.schemas.generate import GenerateRequest
+
+if TYPE_CHECKING:
+    from dynamic_lora_adapters.saved import SavedCompositions
+
+
+def select(
+    query: str | None, body: GenerateRequest, *, saved: "SavedCompositions", model_id: str
+) -> Composition:
+    """What `?adapter=` or the body of `/generate` names; nothing named is the base model.
+
+    Raises InvalidParameter where two places name different things, and what
+    `SavedCompositions.resolve` raises.
+    """
+    asked = _one_place(query, body)
+    match asked:
+        case MergedAdapters():
+            parts, merge = merged_parts(asked)
+            return saved.combine(parts, merge=merge)
+        case list():
+            return saved.combine(weighted_parts(asked))
+    name = adapter_name(asked, model_id=model_id)
+    return Composition() if name is None else saved.resolve(name)
+
+
+def weighted_parts(adapters: Sequence[WeightedAdapter]) -> list[Part]:
+    """The parts of an `adapters` list. Raises InvalidComposition."""
+    return [Part(*parse_label(adapter.name), adapter.weight) for adapter in adapters]
+
+
+def merged_parts(asked: MergedAdapters) -> tuple[list[Part], Merge | None]:
+    """The parts of `merged_adapters`, and how they are merged (None: by their sum).
+
+    Raises InvalidComposition, and InvalidParameter for settings that are
+    missing or that the strategy has no use for.
+    """
+    weights = asked.weights or [1.0] * len(asked.ids)
+    if len(weights) != len(asked.ids):
+        raise InvalidParameter(
+            f"merged_adapters has {len(asked.ids)} ids and {len(weights)} weights.",
+            field="parameters.merged_adapters.weights",
+            fix="Give one weight for each id, or none at all.",
+        )
+    pairs = zip(asked.ids, weights, strict=True)
+    return [Part(*parse_label(name), weight) for name, weight in pairs], _merge(asked)
+
+
+def _merge(asked: MergedAdapters) -> Merge | None:
+    name = asked.merge_strategy or "linear"
+    if name == "linear":
+        _refuse_unused("density", asked.density or None, name)
+        _refuse_unused("majority_sign_method", asked.majority_sign_method, name)
+        return None
+    strategy = Strategy(name)
+    if not strategy.elects_sign:
+        _refuse_unused("majority_sign_method", asked.majority_sign_method, name)
+    if not asked.density:
+        raise InvalidParameter(
+            f"merge_strategy {name} needs a density above 0.",
+            field="parameters.merged_adapters.density",
+            fix="Say which share of each delta is to be kept, for example 0.5.",
+        )
+    sign_method = SignMethod(asked.majority_sign_method or "total")
+    return Merge(strategy=strategy, density=asked.density, sign_method=sign_method)
+
+
+def _refuse_unused(setting: str, value: object, strategy: str) -> None:
+    if value is not None:
+        raise InvalidParameter(
+            f"merge_strategy {strategy} has no use for {setting}.",
+            field=f"parameters.merged_adapters.{setting}",
+            fix="Leave one of the two out.",
+        )
+
+
+def _one_place(
+    query: str | None, body: GenerateRequest
+) -> str | list[WeightedAdapter] | MergedAdapters | None:
+    places = {
+        "?adapter=": query,
+        "parameters.adapter_id": body.parameters.adapter_id,
+        "adapters": body.adapters,
+        "parameters.adapters": body.parameters.adapters,
+        "parameters.merged_adapters": body.parameters.merged_adapters,
+    }
+    given = [(place, value) for place, value in places.items() if value is not None]
+    if not given:
+        return None
+    (first, asked), *others = given
+    for place, value in others:
+        if value != asked:
+            raise InvalidParameter(
+                f"{first} names {_shown(asked)}, but {place} names {_shown(value)}.",
+                field="adapter",
+                fix="Name the adapter in one place.",
+            )
+    return asked
+
+
+def _shown(asked: str | list[WeightedAdapter] | MergedAdapters) -> str:
+    if isinstance(asked, str):
+        return repr(asked)
+    names = asked.ids if isinstance(asked, MergedAdapters) else [part.name for part in asked]
+    return ", ".join(map(repr, names))

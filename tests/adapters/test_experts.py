@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
+
+from dynamic_lora_adapters import (
+    AdapterTerms,
+    BaseGeometry,
+    InvalidAdapter,
+    LoraSpec,
+    UnsupportedAdapter,
+    read_adapter,
+)
+from dynamic_lora_adapters.base_weights import ModelWeights
+from dynamic_lora_adapters.json_file import read_json_object
+from tests.support.adapters import edit_config, load_with_peft, save_adapter
+from tests.support.apply_terms import logits
+from tests.support.models import TINY_MOE_MODELS
+from tests.support.uploads import edit_tensors
+
+PROMPT = torch.tensor([5, 17, 250, 3, 42, 42, 7, 19, 101, 8])
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def read(folder: Path, model: PreTrainedModel) -> AdapterTerms:
+    spec = LoraSpec.parse(read_json_object(folder / "adapter_config.json"))
+    return read_adapter(folder, spec, BaseGeometry.of(model, model_id="x"), ModelWeights(model))
+
+
+def tiny_gpt_oss() -> GptOssForCausalLM:
+    """A model whose experts are stored as [in, out], with unequal sizes so that it shows."""
+    config = GptOssConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=32,
+        layer_types=["full_attention"],
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GptOssForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.1
+    model.train(False)
+    model.requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return TINY_MOE_MODELS["qwen3_moe"]()
+
+
+@pytest.fixture
+def folder(model: PreTrainedModel, tmp_path: Path) -> Path:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=[],
+        target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+    )
+    return save_adapter(tmp_path, model, config)
+
+
+def test_the_new_parameters_are_the_bases_plus_the_delta(
+    folder: Path, model: PreTrainedModel
+) -> None:
+    parameters = read(folder, model).overrides[EXPERTS].parameters
+    assert parameters.keys() == {"down_proj", "gate_up_proj"}
+    peft_model = load_with_peft(model, {"default": folder}).merge_and_unload()
+    for name, value in parameters.items():
+        torch.testing.assert_close(value, peft_model.get_parameter(f"{EXPERTS}.{name}").data)
+
+
+def test_transposed_experts(tmp_path: Path) -> None:
+    model = tiny_gpt_oss()
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj"],
+        target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+    )
+    folder = save_adapter(tmp_path, model, config)
+    with torch.no_grad():
+        peft_model = load_with_peft(model, {"default": folder})
+        expected = peft_model(input_ids=PROMPT[None]).logits[0]
+        plain = model(input_ids=PROMPT[None]).logits[0]
+    assert (expected - plain).abs().max() > 0.01
+    found = logits(model, read(folder, model), PROMPT)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_factors_of_another_rank_are_refused(folder: Path, model: PreTrainedModel) -> None:
+    edit_config(folder, r=2)
+    with pytest.raises(InvalidAdapter, match=r"has shape \[16, .* the config gives this module"):
+        read(folder, model)
+
+
+def test_a_missing_factor_is_refused(folder: Path, model: PreTrainedModel) -> None:
+    name = f"base_model.model.{EXPERTS}.base_layer.lora_B.weight"
+    edit_tensors(folder, lambda t: t.pop(name))
+    with pytest.raises(InvalidAdapter, match=f"'{name}' is missing"):
+        read(folder, model)
+
+
+def test_vectors_take_no_factors(folder: Path, model: PreTrainedModel) -> None:
+    edit_config(folder, target_parameters=["model.norm.weight"])
+    with pytest.raises(UnsupportedAdapter, match="'model.norm.weight', which has 1 dimensions"):
+        read(folder, model)

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from dynamic_lora_adapters import BaseGeometry, Passport, UnsupportedAdapter
+from dynamic_lora_adapters.base_weights import ModelWeights
+from dynamic_lora_adapters.inspection import Inspector, declared_base, folder_digest
+from tests.support.adapters import edit_config, quiet, save_adapter
+from tests.support.models import tiny_llama
+
+
+@pytest.fixture
+def inspector(model: LlamaForCausalLM, geometry: BaseGeometry) -> Inspector:
+    return Inspector(geometry, base=ModelWeights(model), dtype=torch.bfloat16)
+
+
+def passport_of(folder: Path, inspector: Inspector) -> Passport:
+    return inspector.inspect("ner", folder, force=False, ignored_files=()).passport
+
+
+def test_the_passport_of_a_dora_tells_all_of_it(
+    model: LlamaForCausalLM, inspector: Inspector, tmp_path: Path
+) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        use_dora=True,
+        modules_to_save=["lm_head", "score"],
+    )
+    passport = passport_of(save_adapter(tmp_path, model, config), inspector)
+    assert (passport.kind, passport.rank, passport.num_modules) == ("dora", 4, 3)
+    assert passport.features == ["scale", "dense"]
+    assert passport.target_modules == ["q_proj"]
+    assert 0 < passport.self_check < 0.05
+    assert "bfloat16" in passport.checks[-1]
+    assert "modules_to_save lists 'score', which the base does not have." in passport.notes
+
+
+def test_a_copy_of_the_embeddings_is_noted(
+    model: LlamaForCausalLM, inspector: Inspector, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    folder = save_adapter(tmp_path, model, config, save_embedding_layers=True)
+    notes = passport_of(folder, inspector).notes
+    assert "The file holds a copy of the base's 'lm_head.weight', which is left out." in notes
+
+
+def test_a_differing_copy_is_noted(inspector: Inspector, tmp_path: Path) -> None:
+    other = tiny_llama()
+    other.lm_head.weight.data.mul_(2)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    folder = save_adapter(tmp_path, other, config, save_embedding_layers=True)
+    passport = passport_of(folder, inspector)
+    note = "The file's own 'lm_head.weight' differs from the base's and takes its place."
+    assert note in passport.notes
+    assert passport.features == ["dense"]
+
+
+def test_other_kinds_are_read_too(inspector: Inspector, tmp_path: Path) -> None:
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])
+    with quiet():
+        peft_model = get_peft_model(tiny_llama(), config)
+        peft_model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    edit_config(tmp_path, base_model_name_or_path="org/Tiny-Llama", revision="main")
+    passport = passport_of(tmp_path, inspector)
+    assert (passport.kind, passport.rank, passport.base_model) == ("ia3", 0, "org/Tiny-Llama")
+    assert passport.notes == ["The adapter was trained on revision 'main' of its base."]
+    assert declared_base(tmp_path) == "org/Tiny-Llama"
+    assert passport.version == folder_digest(tmp_path)
+    assert inspector.read(tmp_path).linears.keys() == {
+        f"model.layers.{i}.self_attn.v_proj" for i in range(2)
+    }
+
+
+def test_a_kind_that_is_not_served_is_refused_by_name(adapter: Path, inspector: Inspector) -> None:
+    edit_config(adapter, peft_type="XLORA")
+    with pytest.raises(UnsupportedAdapter, match="peft_type 'XLORA' is not served"):
+        passport_of(adapter, inspector)

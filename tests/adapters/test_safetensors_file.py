@@ -1,0 +1,89 @@
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dynamic_lora_adapters import InvalidAdapter
+from dynamic_lora_adapters.safetensors_file import (
+    WEIGHTS_FILE,
+    TensorEntry,
+    canonical_json,
+    hash_tensors,
+    read_header,
+)
+
+
+def test_a_sound_header_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4).half()}, tmp_path / WEIGHTS_FILE)
+    assert read_header(tmp_path / WEIGHTS_FILE) == {
+        "a": TensorEntry("F32", (2, 3), 0, 24),
+        "b": TensorEntry("F16", (4,), 24, 32),
+    }
+
+
+def test_the_hash_is_of_names_shapes_and_bytes(tmp_path: Path) -> None:
+    def digest(**tensors: torch.Tensor) -> str:
+        save_file(tensors, tmp_path / WEIGHTS_FILE)
+        found = hashlib.sha256()
+        hash_tensors(tmp_path / WEIGHTS_FILE, found)
+        return found.hexdigest()
+
+    assert digest(a=torch.ones(4), b=torch.zeros(2)) == digest(b=torch.zeros(2), a=torch.ones(4))
+    others = [
+        digest(a=torch.ones(4)),
+        digest(b=torch.ones(4)),
+        digest(a=torch.ones(2, 2)),
+        digest(a=torch.ones(4).half()),
+        digest(a=torch.zeros(4)),
+    ]
+    assert len(set(others)) == len(others)
+
+
+def test_canonical_json_has_one_spelling() -> None:
+    assert canonical_json({"b": 1, "a": [2]}) == canonical_json({"a": [2], "b": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json(float("nan"))
+
+
+def write_file(folder: Path, header: Any, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def entry(start: Any, stop: Any, shape: Any = (1,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{", "its header is not JSON"),
+        (b"[]", "its header is no JSON object"),
+        (b"[" * 100_000, "its header is not JSON"),
+        ({"a": 1}, "a tensor that cannot be"),
+        ({"a": {"dtype": "F32"}}, "a tensor that cannot be"),
+        ({"a": entry(0, 4, shape=[-1])}, "a tensor that cannot be"),
+        ({"a": entry(0, "4")}, "a tensor that cannot be"),
+        ({"a": entry(0, True)}, "a tensor that cannot be"),
+        ({"a": entry(0, 8)}, "the file has"),
+        ({"a": entry(1, 4)}, "the data of tensor 'a' overlaps or leaves a gap"),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, "the data of tensor 'b' overlaps"),
+        ({}, "the file has"),
+    ],
+)
+def test_lying_headers_are_refused(header: Any, message: str, tmp_path: Path) -> None:
+    write_file(tmp_path, header, b"\0" * 4)
+    with pytest.raises(InvalidAdapter, match=message) as caught:
+        read_header(tmp_path / WEIGHTS_FILE)
+    assert caught.value.field == WEIGHTS_FILE
+
+
+def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS_FILE).write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(InvalidAdapter, match="its header claims 1099511627776 bytes"):
+        read_header(tmp_path / WEIGHTS_FILE)

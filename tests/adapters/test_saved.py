@@ -1,0 +1,158 @@
+"""Compositions under names, beside a registry with adapters."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from dynamic_lora_adapters.composition import (
+    InvalidComposition,
+    Merge,
+    Part,
+    Strategy,
+    VersionNotFound,
+)
+from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapterName
+from dynamic_lora_adapters.grammar import parse_parts
+from dynamic_lora_adapters.index import AdapterIndex
+from dynamic_lora_adapters.inspection import AdapterVersion
+from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_adapters.registry import AdapterRegistry
+from dynamic_lora_adapters.saved import CompositionNotFound, NameTaken, SavedCompositions
+
+DIGESTS = {"ner": "a1" * 32, "tone": "b2" * 32, "legal": "d4" * 32}
+
+
+class Registry(AdapterRegistry):
+    """Names and digests without a store."""
+
+    def __init__(self) -> None:
+        self.digests = dict(DIGESTS)
+
+    def resolve(self, name: str) -> AdapterVersion:
+        if name not in self.digests:
+            raise AdapterNotFound(name)
+        passport = Passport.model_construct(name=name)
+        return AdapterVersion(name=name, digest=self.digests[name], passport=passport, card=None)
+
+    def list(self) -> list[Passport]:
+        return [Passport.model_construct(name=name) for name in self.digests]
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[AdapterIndex]:
+    index = AdapterIndex(f"sqlite:///{tmp_path / 'index.sqlite'}", "base-a")
+    yield index
+    index.close()
+
+
+@pytest.fixture
+def saved(registry: Registry, index: AdapterIndex) -> SavedCompositions:
+    return SavedCompositions(registry, index)
+
+
+def save(saved: SavedCompositions, name: str, text: str) -> bool:
+    return saved.save(name, parse_parts(text))[1]
+
+
+def test_a_saved_name_stands_for_its_text(saved: SavedCompositions) -> None:
+    assert save(saved, "newsy", "tone*0.3 + ner*0.70")
+    assert str(saved.resolve("newsy")) == "ner*0.7+tone*0.3"
+    assert str(saved.resolve("newsy*2 - legal")) == "-legal+ner*1.4+tone*0.6"
+    assert str(saved.resolve("newsy - newsy")) == "base"
+    stored = saved.get("newsy")
+    assert (stored.name, stored.text) == ("newsy", "ner*0.7+tone*0.3")
+    assert abs((stored.created_at - datetime.now(UTC)).total_seconds()) < 60
+
+
+def test_saving_again_replaces_and_all_survives_a_restart(
+    saved: SavedCompositions, registry: Registry, index: AdapterIndex
+) -> None:
+    assert save(saved, "newsy", "ner*0.7")
+    assert not save(saved, "newsy", "ner*0.5")
+    assert save(saved, "a", "tone*2")
+    again = SavedCompositions(registry, index)
+    assert [(one.name, one.text) for one in again.list()] == [("a", "tone*2"), ("newsy", "ner*0.5")]
+    assert again.get("newsy") == saved.get("newsy")
+
+
+def test_each_base_has_its_own(
+    saved: SavedCompositions, registry: Registry, index: AdapterIndex
+) -> None:
+    save(saved, "newsy", "ner*0.7")
+    other = AdapterIndex(str(index.engine.url), "base-b")
+    assert SavedCompositions(registry, other).list() == []
+    other.close()
+
+
+def test_deleting(saved: SavedCompositions, registry: Registry, index: AdapterIndex) -> None:
+    save(saved, "newsy", "ner*0.7")
+    saved.delete("newsy")
+    for fails in (saved.delete, saved.get):
+        with pytest.raises(CompositionNotFound, match="No composition is named 'newsy'"):
+            fails("newsy")
+    with pytest.raises(AdapterNotFound):
+        saved.resolve("newsy")
+    assert SavedCompositions(registry, index).list() == []
+
+
+def test_near_names_are_of_both_kinds(saved: SavedCompositions) -> None:
+    save(saved, "newsy", "ner*0.7")
+    with pytest.raises(AdapterNotFound, match="Did you mean 'newsy'"):
+        saved.resolve("newsi")
+    with pytest.raises(AdapterNotFound, match="Did you mean 'tone'"):
+        saved.resolve("tones*2")
+    with pytest.raises(CompositionNotFound, match="Did you mean 'newsy'"):
+        saved.get("newsi")
+
+
+def test_names_are_given_once(saved: SavedCompositions) -> None:
+    with pytest.raises(NameTaken, match="'ner' is the name of an adapter"):
+        save(saved, "ner", "tone*2")
+    save(saved, "newsy", "tone*2")
+    with pytest.raises(NameTaken, match="'newsy' is the name of a saved composition"):
+        saved.check_free("newsy")
+    saved.check_free("other")
+    with pytest.raises(InvalidAdapterName, match="cannot be an adapter's name"):
+        save(saved, "News y", "tone*2")
+    with pytest.raises(InvalidAdapterName, match="means the base model"):
+        saved.save("m", parse_parts("ner"), reserved=("org/m", "m"))
+
+
+def test_saved_ones_do_not_nest(saved: SavedCompositions) -> None:
+    save(saved, "newsy", "ner*0.7")
+    with pytest.raises(InvalidComposition, match="'newsy' is a saved composition") as caught:
+        save(saved, "more", "newsy*2+tone")
+    assert caught.value.fix == "Write it out: ner*0.7."
+    ties = Merge(strategy=Strategy.TIES, density=0.5)
+    with pytest.raises(InvalidComposition, match="'newsy' is a saved composition; only adapters"):
+        saved.combine([Part("newsy"), Part("tone")], merge=ties)
+
+
+def test_what_cannot_be_saved(saved: SavedCompositions, registry: Registry) -> None:
+    with pytest.raises(InvalidComposition, match="The weights add up to nothing"):
+        save(saved, "nothing", "ner - ner")
+    with pytest.raises(AdapterNotFound, match="No adapter is named 'nar'"):
+        save(saved, "x", "ner+nar")
+    with pytest.raises(AdapterError, match="keeps no index"):
+        save(SavedCompositions(registry), "x", "ner*2")
+    assert saved.list() == []
+
+
+def test_parts_follow_their_names_unless_pinned(
+    saved: SavedCompositions, registry: Registry
+) -> None:
+    save(saved, "follows", "ner*2")
+    save(saved, "pinned", "ner@a1a1a1a1*2")
+    registry.digests["ner"] = "c3" * 32
+    assert str(saved.resolve("follows")) == "ner*2"
+    with pytest.raises(VersionNotFound, match="'ner' has no version 'a1a1a1a1'.*'c3c3c3c3c3c3'"):
+        saved.resolve("pinned")
+    with pytest.raises(InvalidComposition, match="saved composition and has no versions"):
+        saved.resolve("follows@a1a1a1a1")

@@ -1,0 +1,107 @@
+"""Merged mode in the engine: the same tokens as PEFT, for everybody in the batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from dynamic_lora_adapters.products import can_pack
+from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_server.modes import Mode
+from tests.support.adapters import load_with_peft, make_adapter
+from tests.support.engines import (
+    ADAPTER_KINDS,
+    admit,
+    make_engine,
+    make_sequence,
+    peft_greedy,
+    random_prompt,
+    run_all,
+)
+from tests.support.models import tiny_llama
+
+NUM_TOKENS = 10
+TASKS = ["attention", "all", None, "rslora", "down", "large", None, "one layer", "pattern", "all"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    base = tiny_llama()
+    return {name: make_adapter(root / name, base, **kind) for name, kind in ADAPTER_KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(folders: dict[str, Path]) -> PeftModel:
+    return load_with_peft(tiny_llama(), {name.replace(" ", "_"): p for name, p in folders.items()})
+
+
+def expected_tokens(oracle: PeftModel, task: str | None, prompt: list[int]) -> list[int]:
+    return peft_greedy(oracle, task and task.replace(" ", "_"), prompt, NUM_TOKENS)
+
+
+@pytest.fixture(params=["plain", "packed"])
+def built(request: pytest.FixtureRequest) -> BuiltEngine:
+    packs = request.param == "packed"
+    if packs and not can_pack(torch.ones(8, 8)):
+        pytest.skip("oneDNN does not pack float32 weights on this processor")
+    return make_engine(tiny_llama(), pack_weights=packs, mode=Mode.MERGED)
+
+
+def test_everybody_in_a_batch_with_a_merged_adapter(
+    built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    prompts = [random_prompt(3 + 9 * i, seed=i) for i in range(len(TASKS))]
+    sequences = [
+        make_sequence(prompt, adapter=None if task is None else admit(built, folders[task]))
+        for task, prompt in zip(TASKS, prompts, strict=True)
+    ]
+    tokens = run_all(built, sequences)
+    for task, prompt, actual in zip(TASKS, prompts, tokens, strict=True):
+        assert actual == expected_tokens(oracle, task, prompt), task
+    stats = built.modes.stats()
+    # The adapter of most requests is merged at once, and only it.
+    assert stats.num_switches >= 1
+    assert stats.num_merged_rows > 0
+    assert stats.num_bypass_rows > 0
+    assert stats.num_base_rows > 0
+
+
+def test_rows_carry_over_a_switch_in_mid_decode(
+    built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    """Alone, then outnumbered, then alone again: the weights change under the first row."""
+    prompt = random_prompt(20, seed=1)
+    early = make_sequence(prompt, adapter=admit(built, folders["all"]))
+    built.engine.add(early)
+    for _ in range(3):
+        built.engine.step()
+    assert built.modes.stats().merged == early.adapter_digest
+    late = [make_sequence(prompt, adapter=admit(built, folders["down"])) for _ in range(3)]
+    base = make_sequence(prompt)
+    run_all(built, [*late, base])
+    assert built.modes.stats().num_switches >= 2
+    assert early.output_ids == expected_tokens(oracle, "all", prompt)
+    assert base.output_ids == expected_tokens(oracle, None, prompt)
+    for sequence in late:
+        assert sequence.output_ids == expected_tokens(oracle, "down", prompt)
+
+
+def test_a_deleted_adapter_leaves_the_weights(built: BuiltEngine, folders: dict[str, Path]) -> None:
+    adapter = admit(built, folders["all"])
+    prompt = random_prompt(8, seed=1)
+    run_all(built, [make_sequence(prompt, adapter=adapter)])
+    assert built.modes.stats().merged == adapter.digest
+    built.pool.release(adapter)
+    built.pool.drop(adapter.digest)
+    assert built.pool.stats().used_bytes > 0
+    run_all(built, [make_sequence(prompt)])
+    assert built.modes.stats().merged is None
+    assert built.pool.stats().used_bytes == 0
+
+
+def test_bypass_never_merges(folders: dict[str, Path]) -> None:
+    built = make_engine(tiny_llama(), mode=Mode.BYPASS)
+    run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=admit(built, folders["all"]))])
+    assert built.modes.stats().num_switches == 0

@@ -1,0 +1,173 @@
+"""Where a request can name its adapters, and what those places mean."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dynamic_lora_adapters.composition import Composition, InvalidComposition
+from dynamic_lora_adapters.errors import AdapterNotFound
+from dynamic_lora_adapters.registry import AdapterRegistry
+from dynamic_lora_adapters.saved import SavedCompositions
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.schemas.generate import GenerateRequest
+from dynamic_lora_server.selection import select
+from tests.support.adapters import make_adapter
+from tests.support.models import tiny_llama
+from tests.support.runtimes import load_runtime, publish
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterRegistry]:
+    folder: Path = tmp_path_factory.mktemp("registry")
+    runtime = load_runtime(folder)
+    for i, name in enumerate(("ner", "tone", "legal")):
+        publish(runtime, name, make_adapter(folder / name, tiny_llama(), seed=i))
+    yield runtime.registry
+    runtime.registry.close()
+
+
+@pytest.fixture(scope="module")
+def saved(registry: AdapterRegistry) -> SavedCompositions:
+    return SavedCompositions(registry)
+
+
+def selected(saved: SavedCompositions, query: str | None = None, **body: Any) -> Composition:
+    request = GenerateRequest.model_validate({"inputs": "x", **body})
+    return select(query, request, saved=saved, model_id="org/m")
+
+
+SUM = "ner*0.7+tone*0.3"
+LISTED = [{"name": "tone", "weight": 0.3}, {"name": "ner", "weight": 0.7}]
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [
+        (SUM, {}),
+        ("ner*0.7 tone*0.3", {}),
+        (None, {"parameters": {"adapter_id": SUM}}),
+        (None, {"adapters": LISTED}),
+        (None, {"parameters": {"adapters": LISTED}}),
+        (None, {"adapters": LISTED, "parameters": {"adapters": LISTED}}),
+        (
+            None,
+            {"parameters": {"merged_adapters": {"ids": ["ner", "tone"], "weights": [0.7, 0.3]}}},
+        ),
+    ],
+)
+def test_all_places_mean_the_same(
+    saved: SavedCompositions, query: str | None, body: dict[str, Any]
+) -> None:
+    assert str(selected(saved, query, **body)) == SUM
+
+
+def test_nothing_and_the_names_of_the_base_are_the_base(saved: SavedCompositions) -> None:
+    assert selected(saved).is_base
+    assert selected(saved, "base").is_base
+    assert selected(saved, "org/m").is_base
+    assert selected(saved, "ner - ner").is_base
+
+
+def test_versions_can_be_pinned(saved: SavedCompositions, registry: AdapterRegistry) -> None:
+    digest = registry.resolve("ner").digest
+    assert str(selected(saved, f"ner@{digest[:8]}")) == f"ner@{digest[:8]}"
+    listed = [{"name": f"ner@{digest}", "weight": 2.0}]
+    assert str(selected(saved, adapters=listed)) == f"ner@{digest}*2"
+    with pytest.raises(AdapterNotFound, match="'ner' has no version '00000000'") as caught:
+        selected(saved, "ner@00000000*2")
+    assert digest[:12] in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["nerr", "ner+nerr*0.5", "nerr*0"])
+def test_unknown_parts_are_named_with_near_misses(saved: SavedCompositions, text: str) -> None:
+    with pytest.raises(AdapterNotFound, match="No adapter is named 'nerr'.*'ner'"):
+        selected(saved, text)
+
+
+def test_two_places_must_agree(saved: SavedCompositions) -> None:
+    with pytest.raises(InvalidParameter, match=r"\?adapter= names 'ner', but adapters names 'to"):
+        selected(saved, "ner", adapters=LISTED)
+    with pytest.raises(InvalidParameter, match="'ner'.*'tone'") as caught:
+        selected(saved, "ner", parameters={"adapter_id": "tone"})
+    assert caught.value.field == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("merged", "text"),
+    [
+        ({"ids": ["ner", "tone"]}, "ner+tone"),
+        ({"ids": ["ner"], "weights": [0.5], "density": 0.0}, "ner*0.5"),
+        (
+            {"ids": ["tone", "ner"], "weights": [1, 2], "merge_strategy": "ties", "density": 0.5},
+            "ties(ner*2+tone,density=0.5,sign=total)",
+        ),
+        (
+            {
+                "ids": ["tone", "ner"],
+                "merge_strategy": "dare_ties",
+                "density": 0.2,
+                "majority_sign_method": "frequency",
+            },
+            "dare_ties(ner+tone,density=0.2,sign=frequency)",
+        ),
+        (
+            {"ids": ["tone"], "merge_strategy": "dare_linear", "density": 1},
+            "dare_linear(tone,density=1.0)",
+        ),
+    ],
+)
+def test_merged_adapters(saved: SavedCompositions, merged: dict[str, Any], text: str) -> None:
+    assert str(selected(saved, parameters={"merged_adapters": merged})) == text
+
+
+@pytest.mark.parametrize(
+    ("merged", "field", "text"),
+    [
+        ({"ids": ["ner", "tone"], "weights": [1]}, "weights", "2 ids and 1 weights"),
+        ({"ids": ["ner"], "merge_strategy": "ties"}, "density", "ties needs a density above 0"),
+        ({"ids": ["ner"], "density": 0.5}, "density", "linear has no use for density"),
+        (
+            {"ids": ["ner"], "merge_strategy": "dare_linear", "majority_sign_method": "total"},
+            "majority_sign_method",
+            "dare_linear has no use for majority_sign_method",
+        ),
+    ],
+)
+def test_merge_settings_that_do_not_fit(
+    saved: SavedCompositions, merged: dict[str, Any], field: str, text: str
+) -> None:
+    with pytest.raises(InvalidParameter, match=text) as caught:
+        selected(saved, parameters={"merged_adapters": merged})
+    assert caught.value.field == f"parameters.merged_adapters.{field}"
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"adapters": []}, "adapters"),
+        ({"adapters": [{"name": "ner", "weight": 101}]}, "adapters.0.weight"),
+        ({"adapters": [{"name": "ner", "scale": 1}]}, "adapters.0.scale"),
+        ({"adapters": [{"weight": 1}]}, "adapters.0.name"),
+        ({"parameters": {"merged_adapters": {}}}, "parameters.merged_adapters.ids"),
+        (
+            {"parameters": {"merged_adapters": {"ids": ["a"], "merge_strategy": "slerp"}}},
+            "parameters.merged_adapters.merge_strategy",
+        ),
+    ],
+)
+def test_bodies_that_are_refused(
+    saved: SavedCompositions, body: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        selected(saved, **body)
+    assert ".".join(map(str, caught.value.errors()[0]["loc"])) == place
+
+
+def test_a_list_holds_names_not_sums(saved: SavedCompositions) -> None:
+    with pytest.raises(InvalidComposition, match="column 4: expected the end"):
+        selected(saved, adapters=[{"name": "ner*2"}])
+    with pytest.raises(InvalidComposition, match="'base' is what every composition adds to"):
+        selected(saved, adapters=[{"name": "base"}])
