@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -100,6 +101,31 @@ def compare(path: Path, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+def peft(path: Path, dtype: torch.dtype) -> dict[str, float]:
+    """PEFT's own merged against its own unmerged forward, and what the dtype itself costs."""
+    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = torch.randint(
+        100, 40_000, (_PROMPTS, _PROMPT_TOKENS), generator=torch.Generator().manual_seed(99)
+    )
+    with torch.inference_mode():
+        rounding = _apart(model(ids).logits[:, -1], exact(ids).logits[:, -1])
+        wrapped = get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.03
+                parameter.copy_(drawn.to(parameter.dtype))
+        unmerged = wrapped(ids).logits[:, -1].clone()
+        wrapped.merge_adapter()
+        merged = wrapped(ids).logits[:, -1]
+    return {
+        "PEFT: merged against unmerged": _apart(merged, unmerged),
+        "base model against float32": rounding,
+    }
+
+
 def drift(path: Path, dtype: torch.dtype) -> dict[str, float]:
     """Largest difference of two layers' weights after merging and subtracting _CYCLES times."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -137,7 +163,9 @@ def main() -> None:
     arguments = parser.parse_args()
     path = resolve_base(arguments.model).path
     results = {
-        str(dtype).removeprefix("torch."): compare(path, dtype) | drift(path, dtype)
+        str(dtype).removeprefix("torch."): compare(path, dtype)
+        | peft(path, dtype)
+        | drift(path, dtype)
         for dtype in (torch.float32, torch.bfloat16)
     }
     Console().print(report(results, list(results)))

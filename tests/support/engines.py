@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.slots import ResidentAdapter
 from dynamic_lora_adapters.spec import LoraSpec
+from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.weights import read_adapter
 from dynamic_lora_server.engine import sequence
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
@@ -33,10 +34,15 @@ def make_engine(model: PreTrainedModel, **options: Any) -> BuiltEngine:
     return build_engine(model, model_id="tiny", options=EngineOptions(**defaults | options))
 
 
+def read_terms(built: BuiltEngine, folder: Path) -> AdapterTerms:
+    """Read a PEFT folder against the engine's base."""
+    spec = LoraSpec.parse(json.loads((folder / "adapter_config.json").read_text()))
+    return read_adapter(folder, spec, built.geometry, built.weights)
+
+
 def admit(built: BuiltEngine, folder: Path) -> ResidentAdapter:
     """Bring a PEFT folder to the engine's device."""
-    spec = LoraSpec.parse(json.loads((folder / "adapter_config.json").read_text()))
-    adapter = built.pool.admit(folder.name, read_adapter(folder, spec, built.geometry))
+    adapter = built.pool.admit(folder.name, read_terms(built, folder))
     assert adapter is not None
     return adapter
 

@@ -28,7 +28,7 @@ from dynamic_lora_server.engine.probe import adopt_attention, trial_run
 from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.startup_costs import startup_costs
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.modes import Mode
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def build_engine(
     cannot be served exactly.
     """
     on_step("Checking the model")
+    _refuse_quantised(model)
     model.requires_grad_(False)
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = adopt_attention(model)
@@ -141,6 +142,17 @@ def context_window(config: PreTrainedConfig) -> int:
         original = original or getattr(config, "original_max_position_embeddings", None)
         window = min(window, int(original or window))
     return window
+
+
+def _refuse_quantised(model: PreTrainedModel) -> None:
+    """Deltas are added to, and adapters merged into, weights of floating point alone."""
+    kind = getattr(model.config, "quantization_config", None)
+    odd = next((n for n, p in model.named_parameters() if not p.is_floating_point()), None)
+    if kind is not None or odd is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is quantised ({odd or 'quantization_config'}); adapters "
+            "cannot be merged into such weights, and it is not served."
+        )
 
 
 def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> list[ProjectionGroup]:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
 from dynamic_lora_server.engine.build import EngineOptions, build_engine
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from tests.support.engines import make_engine
 from tests.support.models import tiny_llama
 
@@ -36,3 +37,12 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
     assert "Packing the weights" not in said
     build(said, pack_weights=True)
     assert "Packing the weights" in said
+
+
+def test_a_quantised_base_is_refused_by_name() -> None:
+    model = tiny_llama()
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    weight = torch.zeros(1, dtype=torch.int8)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM is quantised.*cannot be merged"):
+        make_engine(model)

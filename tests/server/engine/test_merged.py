@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from dynamic_lora_adapters.compose import compose
 from dynamic_lora_adapters.products import can_pack
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
@@ -17,11 +18,13 @@ from tests.support.engines import (
     make_sequence,
     peft_greedy,
     random_prompt,
+    read_terms,
     run_all,
 )
 from tests.support.models import tiny_llama
 
 NUM_TOKENS = 10
+PARTS = {"all": 0.7, "large": -0.5, "down": 0.4}
 TASKS = ["attention", "all", None, "rslora", "down", "large", None, "one layer", "pattern", "all"]
 
 
@@ -105,3 +108,20 @@ def test_bypass_never_merges(folders: dict[str, Path]) -> None:
     built = make_engine(tiny_llama(), mode=Mode.BYPASS)
     run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=admit(built, folders["all"]))])
     assert built.modes.stats().num_switches == 0
+
+
+def test_a_composition_is_merged_as_a_whole(folders: dict[str, Path]) -> None:
+    """Merged or not, beside one of its own parts: the same tokens."""
+    prompt = random_prompt(24, seed=3)
+    found = []
+    for mode in (Mode.BYPASS, Mode.MERGED):
+        built = make_engine(tiny_llama(), mode=mode)
+        parts = [(read_terms(built, folders[name]), weight) for name, weight in PARTS.items()]
+        composed = built.pool.admit("sum", compose(parts, names=list(PARTS)))
+        assert composed is not None
+        alone = admit(built, folders["all"])
+        sequences = [make_sequence(prompt, adapter=a) for a in (composed, composed, alone, None)]
+        found.append(run_all(built, sequences))
+        assert (built.modes.stats().num_merged_rows > 0) == (mode is Mode.MERGED)
+    assert found[0] == found[1]
+    assert len({tuple(tokens) for tokens in found[0]}) == 3
