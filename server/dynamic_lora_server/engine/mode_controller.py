@@ -90,7 +90,7 @@ class ModeController:
     def _may_merge(self, digest: str) -> bool:
         # One that only waits may not be on the device yet.
         adapter = self._present.get(digest)
-        return adapter is not None and adapter.mergeable
+        return adapter is not None and adapter.mergeable and not adapter.doomed
 
     def make_room(self, *, doomed_only: bool = False) -> bool:
         """Unmerge, so that the merged adapter's slot can be given to another.
