@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", LinearTerms, EmbeddingTerms)
 Weighted = Sequence[tuple[T, float]]
 
+_LARGEST = 1e30
 # DARE draws from torch's global generator, which has one state for all threads.
 _drawing = threading.Lock()
 
@@ -39,8 +40,10 @@ def compose(
         return parts[0][0]
     for index, (terms, _) in enumerate(parts):
         _refuse_what_is_no_sum(terms, _name(names, index))
+    linears = _by_module([(t.linears, w) for t, w in parts], _sum_linears)
+    _refuse_overflow(linears)
     return AdapterTerms(
-        linears=_by_module([(t.linears, w) for t, w in parts], _sum_linears),
+        linears=linears,
         embeddings=_by_module([(t.embeddings, w) for t, w in parts], _sum_embeddings),
     )
 
@@ -63,7 +66,26 @@ def merge(
         own = [(t.linears[path], w) for t, w in parts if path in t.linears]
         deltas = [_delta(terms) for terms, _ in own]
         linears[path] = LinearTerms(dense=_merged(deltas, [w for _, w in own], how, path))
+    _refuse_overflow(linears)
     return AdapterTerms(linears=linears)
+
+
+def _refuse_overflow(linears: Mapping[str, LinearTerms]) -> None:
+    """Weights and densities can take terms that were sound beyond the range of float32."""
+    for path, terms in linears.items():
+        sizes = [part.abs().max() for part in (terms.scale, terms.bias) if part is not None]
+        if terms.dense is not None:
+            sizes.append(terms.dense.abs().sum(1).max())
+        if terms.a is not None and terms.b is not None:
+            sizes.append((terms.b.abs() @ terms.a.abs().sum(1)).max())
+        # Room for the inputs of the layer, which are larger than 1 now and then.
+        if not all(float(size) < _LARGEST for size in sizes):
+            raise UnsupportedAdapter(
+                f"The sum has values on {path!r} that are too large to compute with, or not "
+                "finite.",
+                field="adapter",
+                fix="Use smaller weights, or a larger density.",
+            )
 
 
 def _name(names: Sequence[str], index: int) -> str:

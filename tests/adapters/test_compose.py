@@ -191,3 +191,11 @@ def test_strategies_refuse_more_than_deltas(odd: AdapterTerms, text: str) -> Non
             Merge(strategy=Strategy.TIES, density=0.5),
             names=["ner", "odd"],
         )
+
+
+@pytest.mark.parametrize("size", [1e37, float("nan")])
+def test_a_sum_that_cannot_be_computed_is_refused(size: float) -> None:
+    linears = {"layer": LinearTerms(a=torch.ones(2, 4), b=torch.full((3, 2), size))}
+    terms = AdapterTerms(linears=linears)
+    with pytest.raises(UnsupportedAdapter, match=r"values on 'layer' that are too large"):
+        compose([(terms, 100.0), (terms, 1.0)])

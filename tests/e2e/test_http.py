@@ -397,3 +397,10 @@ async def test_the_mode_of_an_adapter_is_told(
     metrics = (await client.get("/metrics")).text
     for name in ("mode_switches_total", "merged_tokens_total", "bypass_tokens_total"):
         assert f"dynamic_lora_{name}" in metrics
+
+
+async def test_two_adapters_in_one_address_are_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/generate?adapter=a&adapter=b", json={"inputs": "x"})
+    assert answer.status_code == 422
+    assert answer.json()["field"] == "adapter"
+    assert "more than once" in answer.json()["detail"]

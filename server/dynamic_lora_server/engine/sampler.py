@@ -39,10 +39,14 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
     ]
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on its arguments only (BLAKE2b as a counter-based RNG)."""
+def gumbel(seed: int, index: int, size: int) -> torch.Tensor:
+    """Standard Gumbel noise [size], float32 on the CPU, that depends on its arguments only.
+
+    The generator's seed is BLAKE2b of `seed` and `index`.
+    """
     digest = blake2b(struct.pack("<QQ", seed, index), digest_size=8).digest()
-    return float(int.from_bytes(digest, "little") >> 11) / (1 << 53)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(size).exponential_(generator=generator).log_().neg_()
 
 
 def _penalise(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
@@ -70,10 +74,12 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence) -> None:
 
 
 def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
-    """Token ids [num_rows], drawn by inverting the cumulative distribution.
+    """Token ids [num_rows], drawn by the Gumbel-max trick.
 
-    The distribution is laid out in vocabulary order and in float64, so that a
-    rounding difference in the logits moves the draw only at a boundary.
+    The noise depends on the sequence alone, so that a rounding difference in
+    the logits, as another batch brings it, changes the draw only where the two
+    best sums are as close as that. Inverting the cumulative distribution would
+    add the differences of a whole vocabulary up.
     """
 
     def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
@@ -84,10 +90,8 @@ def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     if filtered:
         rows = torch.tensor(filtered, device=scores.device)
         scaled[rows] = _filter(scaled[rows], [sequences[row] for row in filtered])
-    cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)
-    draws = column([uniform(s.seed, len(s.output_ids)) for s in sequences], torch.float64)
-    # Rounding may leave the last entry just below 1: scale the draw to it.
-    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1)
+    noise = [gumbel(s.seed, len(s.output_ids), scores.shape[-1]) for s in sequences]
+    return (scaled + torch.stack(noise).to(scores.device)).argmax(dim=-1)
 
 
 def _filters(sequence: Sequence) -> bool:

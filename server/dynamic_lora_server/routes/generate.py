@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec, Started
 from dynamic_lora_server.prompts import BASE, card_of, generate_spec
 from dynamic_lora_server.routes._deps import Ready, State, event_stream, problems
@@ -51,6 +52,7 @@ async def generate(
     body: GenerateRequest, query: Asked, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The whole text at once, or with `stream` as server-sent events, one for each token."""
+    _refuse_repeated(request)
     spec, answer = _prepare(body, query, runtime)
     if body.stream:
         return await _stream(request, state, spec, answer)
@@ -90,9 +92,20 @@ async def generate_stream(
     body: GenerateRequest, query: Asked, request: Request, state: State, runtime: Ready
 ) -> Response:
     """As `/generate` with `stream`; the last event has the whole text."""
+    _refuse_repeated(request)
     streamed = body.model_copy(update={"stream": True})
     spec, answer = _prepare(streamed, query, runtime)
     return await _stream(request, state, spec, answer)
+
+
+def _refuse_repeated(request: Request) -> None:
+    """A query that names two adapters; the framework would take the last."""
+    if len(request.query_params.getlist("adapter")) > 1:
+        raise InvalidParameter(
+            "adapter is given more than once in the address.",
+            field="adapter",
+            fix="Name one adapter, or a sum such as adapter=a*0.5+b*0.5.",
+        )
 
 
 def _prepare(
