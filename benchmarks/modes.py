@@ -130,7 +130,12 @@ class Bench:
         runner = self.built.engine.runner
         self.merger = runner.merger
         self.costs = startup_costs(
-            self.model, self.built.groups, self.merger, cache=None, on_step=lambda _: None
+            self.model,
+            self.built.groups,
+            self.merger,
+            merges=True,
+            cache=None,
+            on_step=lambda _: None,
         ).steps
         self.adapters: list[ResidentAdapter] = []
         self._num_rows = 0

@@ -43,23 +43,42 @@ class Merger:
     def switch(self, adapter: ResidentAdapter | None) -> None:
         """Make the weights hold `adapter`, or nothing.
 
-        It must be `mergeable`, and the caller keeps it leased meanwhile.
+        It must be `mergeable`, and the caller keeps it leased meanwhile. If a
+        layer fails, for want of memory for instance, the base is restored and
+        the error raised.
         """
         if adapter is self._merged:
             return
         before = [] if self._merged is None else _terms(self._merged)
         after = [] if adapter is None else _terms(adapter)
         with self._pristine.changing():
-            for index, projection in enumerate(self._projections):
-                old = before[index] if before and before[index].foldable else None
-                new = after[index] if after and after[index].foldable else None
-                if old is None and new is None:
-                    continue
-                weight = self._pristine.weight(index, projection, old)
-                if new is not None:
-                    weight = new.fold(weight).to(projection.weight.dtype)
-                projection.base.replace(weight)
+            try:
+                for index in range(len(self._projections)):
+                    self._switch_group(index, before, after)
+            except BaseException:
+                self._merged = None
+                for index, projection in enumerate(self._projections):
+                    if _foldable(before, index) or _foldable(after, index):
+                        projection.base.replace(self._pristine.value(index, projection))
+                raise
         self._merged = adapter
+
+    def _switch_group(
+        self, index: int, before: Sequence[GroupTerms], after: Sequence[GroupTerms]
+    ) -> None:
+        projection = self._projections[index]
+        old, new = _foldable(before, index), _foldable(after, index)
+        if old is None and new is None:
+            return
+        weight = self._pristine.weight(index, projection, old)
+        if new is not None:
+            weight = new.fold(weight).to(projection.weight.dtype)
+        projection.base.replace(weight)
+
+
+def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:
+    """The terms on a group, if there are any that its weight can hold."""
+    return terms[index] if terms and terms[index].foldable else None
 
 
 def _terms(adapter: ResidentAdapter) -> Sequence[GroupTerms]:

@@ -74,7 +74,9 @@ class CopiedWeights(Pristine):
         """As the base class says."""
         with self._lock:
             copy = self._copies.get(index)
-            return projection.weight.clone() if copy is None else copy
+            if copy is not None:
+                return copy
+            return projection.weight if projection.base.separate else projection.weight.clone()
 
 
 class SubtractedWeights(Pristine):
@@ -119,8 +121,7 @@ class SubtractedWeights(Pristine):
 
     def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
         """As the base class says, read from the checkpoint."""
-        del projection
-        return self._reload(index)
+        return projection.weight if projection.base.separate else self._reload(index)
 
     def _measure(self, index: int, weight: torch.Tensor) -> None:
         now = weight[self._rows[index].to(weight.device)]

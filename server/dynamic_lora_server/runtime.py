@@ -200,6 +200,7 @@ def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
         config.dtype,
         config.device,
         config.pack_weights,
+        config.mode == "bypass",
         torch.get_num_threads(),
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),

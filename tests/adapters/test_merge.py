@@ -151,3 +151,23 @@ def test_other_threads_read_the_checkpoint_while_an_adapter_is_merged() -> None:
         assert torch.equal(weights.parameter(name), tiny_llama().get_parameter(name)), name
     with pytest.raises(KeyError, match="nothing"):
         weights.parameter("model.nothing.weight")
+
+
+@torch.inference_mode()
+def test_a_switch_that_fails_leaves_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    before = rig.digest()
+    rig.merger.switch(rig.admit("a", random_terms(rig.geometry, 1)))
+    broken = rig.projections[3].base
+    replace, calls = broken.replace, iter([True])
+
+    def fail_once(weight: torch.Tensor) -> None:
+        if next(calls, False):
+            raise MemoryError("no room")
+        replace(weight)
+
+    monkeypatch.setattr(broken, "replace", fail_once)
+    with pytest.raises(MemoryError, match="no room"):
+        rig.merger.switch(rig.admit("b", random_terms(rig.geometry, 2)))
+    assert rig.merger.merged is None
+    assert rig.digest() == before

@@ -20,6 +20,10 @@ from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.generation import SamplingParams
 from tests.support.adapters import ALL_TARGETS
 
+NUM_TOKENS = 10
+# Tasks of a mixed batch; None is the base model.
+TASKS = ["attention", "all", None, "rslora", "down", "large", None, "one layer", "pattern", "all"]
+
 _ids = itertools.count()
 
 
@@ -117,3 +121,8 @@ ADAPTER_KINDS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Arguments of `make_adapter` that together cover ranks, targets and scalings."""
+
+
+def expected_tokens(oracle: PeftModel, task: str | None, prompt: list[int]) -> list[int]:
+    """PEFT's greedy tokens for a task of `ADAPTER_KINDS`, or for the base model."""
+    return peft_greedy(oracle, task and task.replace(" ", "_"), prompt, NUM_TOKENS)

@@ -99,7 +99,14 @@ def build_engine(
     site, projections = inject(model, groups, packed=packed)
     pristine = pristine_weights(projections, options.restore, options.checkpoint)
     merger = Merger(projections, pristine)
-    costs = startup_costs(model, groups, merger, cache=options.costs_file, on_step=on_step)
+    costs = startup_costs(
+        model,
+        groups,
+        merger,
+        merges=options.mode is not Mode.BYPASS,
+        cache=options.costs_file,
+        on_step=on_step,
+    )
     pool = AdapterPool(
         groups,
         budget_bytes=options.adapter_memory or _share_of_free(model.device, 0.25),

@@ -69,10 +69,7 @@ class ModeController:
         chosen = self._policy.decide(load, time.monotonic())
         if chosen != now:
             self._switch(None if chosen is None else self._present[chosen])
-        self._count(rows, chosen)
-        for piece in pieces:
-            if chosen is not None and piece.sequence.adapter_digest == chosen:
-                piece.sequence.num_merged += piece.num_tokens
+        self._count(rows, pieces)
 
     def _survey(self, pieces: Sequence[Piece]) -> Counter[str | None]:
         """Token rows of the next step by adapter."""
@@ -128,18 +125,27 @@ class ModeController:
         if adapter is not None and not self._pool.keep(adapter):
             return  # its request was cancelled and its slot given away in this moment
         begin = time.perf_counter()
-        self._merger.switch(adapter)
+        try:
+            self._merger.switch(adapter)
+        finally:  # a switch that failed has left the base
+            for kept in (before, adapter):
+                if kept is not None and kept is not self._merger.merged:
+                    self._pool.let_go(kept)
         self._counts.num_switches += 1
         self._counts.last_switch_s = time.perf_counter() - begin
         self._counts.switch_s += self._counts.last_switch_s
         if adapter is not None:
             self._counts.switches[adapter.digest] += 1
-        if before is not None:
-            self._pool.let_go(before)
 
-    def _count(self, rows: Mapping[str | None, int], merged: str | None) -> None:
+    def _count(self, rows: Mapping[str | None, int], pieces: Sequence[Piece]) -> None:
+        # What is merged, not what was chosen: a switch may not have come about.
+        merged = self._merger.merged
         for digest, number in rows.items():
             if digest is None:
                 self._counts.rows["base"] += number
             else:
-                self._counts.rows["merged" if digest == merged else "bypass"] += number
+                held = merged is not None and digest == merged.digest
+                self._counts.rows["merged" if held else "bypass"] += number
+        for piece in pieces:
+            if merged is not None and piece.sequence.adapter is merged:
+                piece.sequence.num_merged += piece.num_tokens

@@ -42,10 +42,15 @@ def startup_costs(
     groups: Sequence[ProjectionGroup],
     merger: Merger,
     *,
+    merges: bool,
     cache: Path | None,
     on_step: Callable[[str], object],
 ) -> StartupCosts:
-    """Read the costs from `cache`, or measure them and write it."""
+    """Read the costs from `cache`, or measure them and write it.
+
+    Without `merges` no switch is measured: on plain weights even one would
+    leave a copy of the base in host memory.
+    """
     if cache is not None and cache.is_file():
         try:
             return StartupCosts.from_json(cache.read_text())
@@ -53,8 +58,11 @@ def startup_costs(
             cache.unlink()  # written by another version: measure anew
     on_step("Measuring the delta kernels")
     kernels = measure_costs(groups, device=model.device, dtype=model.dtype)
-    on_step("Measuring steps and switches")
-    costs = StartupCosts(kernels, measure_mode_costs(model, groups, kernels, merger))
+    steps = StepCosts.never_merging()
+    if merges:
+        on_step("Measuring steps and switches")
+        steps = measure_mode_costs(model, groups, kernels, merger)
+    costs = StartupCosts(kernels, steps)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(costs.to_json())

@@ -45,6 +45,11 @@ class StepCosts:
         if not self.switch_s >= 0:
             raise ValueError(f"switch_s must be at least 0, got {self.switch_s}")
 
+    @classmethod
+    def never_merging(cls) -> Self:
+        """Costs that were not measured, because nothing will be merged."""
+        return cls(base=((1, 0.0),), deltas=((1, ((1, 0.0),)),), switch_s=math.inf)
+
     def step_s(self, num_rows: int) -> float:
         """Seconds of a step of `num_rows` token rows without any delta."""
         return _at(self.base, num_rows) if num_rows > 0 else 0.0

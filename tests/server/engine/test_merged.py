@@ -10,38 +10,19 @@ from dynamic_lora_adapters.compose import compose
 from dynamic_lora_adapters.products import can_pack
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
-from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import (
-    ADAPTER_KINDS,
+    TASKS,
     admit,
+    expected_tokens,
     make_engine,
     make_sequence,
-    peft_greedy,
     random_prompt,
     read_terms,
     run_all,
 )
 from tests.support.models import tiny_llama
 
-NUM_TOKENS = 10
 PARTS = {"all": 0.7, "large": -0.5, "down": 0.4}
-TASKS = ["attention", "all", None, "rslora", "down", "large", None, "one layer", "pattern", "all"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    base = tiny_llama()
-    return {name: make_adapter(root / name, base, **kind) for name, kind in ADAPTER_KINDS.items()}
-
-
-@pytest.fixture(scope="module")
-def oracle(folders: dict[str, Path]) -> PeftModel:
-    return load_with_peft(tiny_llama(), {name.replace(" ", "_"): p for name, p in folders.items()})
-
-
-def expected_tokens(oracle: PeftModel, task: str | None, prompt: list[int]) -> list[int]:
-    return peft_greedy(oracle, task and task.replace(" ", "_"), prompt, NUM_TOKENS)
 
 
 @pytest.fixture(params=["plain", "packed"])

@@ -11,7 +11,10 @@ from dynamic_lora_server.engine.build import BuiltEngine
 from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import (
     ADAPTER_KINDS,
+    NUM_TOKENS,
+    TASKS,
     admit,
+    expected_tokens,
     make_engine,
     make_sequence,
     peft_greedy,
@@ -19,25 +22,6 @@ from tests.support.engines import (
     run_all,
 )
 from tests.support.models import TINY_MODELS, tiny_llama
-
-NUM_TOKENS = 10
-TASKS = ["attention", "all", None, "rslora", "down", "large", None, "one layer", "pattern", "all"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    base = tiny_llama()
-    return {name: make_adapter(root / name, base, **kind) for name, kind in ADAPTER_KINDS.items()}
-
-
-@pytest.fixture(scope="module")
-def oracle(folders: dict[str, Path]) -> PeftModel:
-    return load_with_peft(tiny_llama(), {name.replace(" ", "_"): p for name, p in folders.items()})
-
-
-def expected_tokens(oracle: PeftModel, task: str | None, prompt: list[int]) -> list[int]:
-    return peft_greedy(oracle, task and task.replace(" ", "_"), prompt, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module", params=["contiguous", "paged", "packed weights"])
