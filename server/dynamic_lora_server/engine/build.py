@@ -107,12 +107,7 @@ def build_engine(
         cache=options.costs_file,
         on_step=on_step,
     )
-    pool = AdapterPool(
-        groups,
-        budget_bytes=options.adapter_memory or _share_of_free(model.device, 0.25),
-        device=model.device,
-        dtype=model.dtype,
-    )
+    pool = _adapter_pool(model, groups, options)
     context_length = context_window(model.config)
     space = _kv_space(model, layers, options)
     runner = ModelRunner(
@@ -188,6 +183,13 @@ def _packs(model: PreTrainedModel, groups: list[ProjectionGroup], options: Engin
     # The copies may take half of what is free; the rest is for the caches.
     fits = 2 * sum(p.nbytes for p in model.parameters()) < _free_memory(model.device)
     return possible and (wanted is True or (fits and packing_pays(weight)))
+
+
+def _adapter_pool(
+    model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions
+) -> AdapterPool:
+    memory = options.adapter_memory or _share_of_free(model.device, 0.25)
+    return AdapterPool(groups, budget_bytes=memory, device=model.device, dtype=model.dtype)
 
 
 def _kv_space(
