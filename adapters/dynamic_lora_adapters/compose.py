@@ -14,6 +14,7 @@ from dynamic_lora_adapters.composition import Merge, Strategy
 from dynamic_lora_adapters.errors import UnsupportedAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms
 from dynamic_lora_adapters.threads import single_threaded
+from dynamic_lora_adapters.value_range import find_too_large
 
 if TYPE_CHECKING:
     import torch
@@ -21,42 +22,51 @@ if TYPE_CHECKING:
 T = TypeVar("T", LinearTerms, EmbeddingTerms)
 Weighted = Sequence[tuple[T, float]]
 
-_LARGEST = 1e30
 # DARE draws from torch's global generator, which has one state for all threads.
 _drawing = threading.Lock()
 
 
 @single_threaded()
 def compose(
-    parts: Sequence[tuple[AdapterTerms, float]], *, names: Sequence[str] = ()
+    parts: Sequence[tuple[AdapterTerms, float]],
+    *,
+    names: Sequence[str] = (),
+    dtype: "torch.dtype | None" = None,
 ) -> AdapterTerms:
     """The weighted sum of adapters.
 
-    `names` are the adapters' for messages. Raises UnsupportedAdapter, naming
-    the adapter, for what is no sum: replaced modules, prompts, and adapters
-    that act from invocation tokens on. Alone and with weight 1 those pass.
+    `names` are the adapters' for messages, `dtype` is what the sum is served in
+    (float32 if None). Raises UnsupportedAdapter, naming the adapter, for what
+    is no sum: replaced modules, prompts, and adapters that act from invocation
+    tokens on. Alone and with weight 1 those pass. Also raised for a sum whose
+    values are too large to compute with.
     """
     if len(parts) == 1 and parts[0][1] == 1:
         return parts[0][0]
     for index, (terms, _) in enumerate(parts):
         _refuse_what_is_no_sum(terms, _name(names, index))
-    linears = _by_module([(t.linears, w) for t, w in parts], _sum_linears)
-    _refuse_overflow(linears)
-    return AdapterTerms(
-        linears=linears,
+    total = AdapterTerms(
+        linears=_by_module([(t.linears, w) for t, w in parts], _sum_linears),
         embeddings=_by_module([(t.embeddings, w) for t, w in parts], _sum_embeddings),
     )
+    _refuse_overflow(total, dtype)
+    return total
 
 
 @single_threaded()
 def merge(
-    parts: Sequence[tuple[AdapterTerms, float]], how: Merge, *, names: Sequence[str] = ()
+    parts: Sequence[tuple[AdapterTerms, float]],
+    how: Merge,
+    *,
+    names: Sequence[str] = (),
+    dtype: "torch.dtype | None" = None,
 ) -> AdapterTerms:
     """The deltas merged by a strategy, as dense terms; needs PEFT.
 
     On each layer the adapters that have a delta there take part, as in PEFT's
     `add_weighted_adapter`. DARE's draws are seeded by the layer's path. Raises
-    UnsupportedAdapter, naming the adapter, where it has more than deltas.
+    UnsupportedAdapter, naming the adapter, where it has more than deltas, and
+    as `compose` does for values that are too large.
     """
     for index, (terms, _) in enumerate(parts):
         _refuse_more_than_deltas(terms, _name(names, index), how)
@@ -66,26 +76,22 @@ def merge(
         own = [(t.linears[path], w) for t, w in parts if path in t.linears]
         deltas = [_delta(terms) for terms, _ in own]
         linears[path] = LinearTerms(dense=_merged(deltas, [w for _, w in own], how, path))
-    _refuse_overflow(linears)
-    return AdapterTerms(linears=linears)
+    total = AdapterTerms(linears=linears)
+    _refuse_overflow(total, dtype)
+    return total
 
 
-def _refuse_overflow(linears: Mapping[str, LinearTerms]) -> None:
-    """Weights and densities can take terms that were sound beyond the range of float32."""
-    for path, terms in linears.items():
-        sizes = [part.abs().max() for part in (terms.scale, terms.bias) if part is not None]
-        if terms.dense is not None:
-            sizes.append(terms.dense.abs().sum(1).max())
-        if terms.a is not None and terms.b is not None:
-            sizes.append((terms.b.abs() @ terms.a.abs().sum(1)).max())
-        # Room for the inputs of the layer, which are larger than 1 now and then.
-        if not all(float(size) < _LARGEST for size in sizes):
-            raise UnsupportedAdapter(
-                f"The sum has values on {path!r} that are too large to compute with, or not "
-                "finite.",
-                field="adapter",
-                fix="Use smaller weights, or a larger density.",
-            )
+def _refuse_overflow(total: AdapterTerms, dtype: "torch.dtype | None") -> None:
+    """Weights and densities can take terms that were sound beyond what `dtype` holds."""
+    import torch
+
+    found = find_too_large(total, dtype or torch.float32)
+    if found is not None:
+        raise UnsupportedAdapter(
+            f"The sum has values on {found[0]} that are too large to compute with, or not finite.",
+            field="adapter",
+            fix="Use smaller weights, or a larger density.",
+        )
 
 
 def _name(names: Sequence[str], index: int) -> str:

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from fractions import Fraction
 from typing import Self
 
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
@@ -75,7 +75,7 @@ class Merge:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise InvalidComposition(
-                f"density must lie above 0 and be at most 1; it is {self.density:g}.",
+                f"density must lie above 0 and be at most 1; it is {_written(self.density)}.",
                 field="density",
             )
 
@@ -95,7 +95,7 @@ class Part:
             )
         if not abs(self.weight) <= MAX_WEIGHT:  # NaN too
             raise InvalidComposition(
-                f"The weight of {self.label!r} is {self.weight:g}; weights lie between "
+                f"The weight of {self.label!r} is {_written(self.weight)}; weights lie between "
                 f"-{MAX_WEIGHT:g} and {MAX_WEIGHT:g}."
             )
 
@@ -110,7 +110,8 @@ class Composition:
     """What a request is served with. Without parts it is the base model.
 
     `of` makes canonical ones, equal if they mean the same: parts sorted by
-    name, one for each name and version, none of weight 0. With `merge`, parts
+    name, one for each name and version, none of weight 0. Weights add up as
+    they are written in decimals: 0.1 + 0.2 - 0.3 is nothing. With `merge`, parts
     vote even at weight 0, so that those are kept and twice the same is refused.
     """
 
@@ -130,11 +131,11 @@ class Composition:
         if merge is not None:
             _refuse_repeats(parts)
             return cls(tuple(sorted(parts, key=_key)), merge)
-        weights: dict[tuple[str, str], list[float]] = defaultdict(list)
+        exact: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
         for part in parts:
-            weights[_key(part)].append(part.weight)
-        # fsum: the order in which parts are named must not matter.
-        sums = {key: math.fsum(own) for key, own in weights.items()}
+            exact[_key(part)] += _decimal(part.weight)
+        # Rounded last: the order in which parts are named must not matter.
+        sums = {key: float(weight) for key, weight in exact.items()}
         return cls(
             tuple(
                 Part(name, version or None, sums[name, version])
@@ -156,8 +157,14 @@ class Composition:
         return None
 
     def scaled(self, factor: float) -> Self:
-        """The composition with all weights multiplied."""
-        return replace(self, parts=tuple(replace(p, weight=p.weight * factor) for p in self.parts))
+        """The composition with all weights multiplied, in decimals as in `of`."""
+        exact = _decimal(factor)
+        return replace(
+            self,
+            parts=tuple(
+                replace(part, weight=float(_decimal(part.weight) * exact)) for part in self.parts
+            ),
+        )
 
     def __str__(self) -> str:
         """The canonical text, `base` without parts; a plain sum's can be parsed again."""
@@ -185,6 +192,15 @@ def _key(part: Part) -> tuple[str, str]:
     return part.name, part.version or ""
 
 
+def _decimal(weight: float) -> Fraction:
+    """The shortest decimal that reads as `weight`: what was written, not its binary neighbour."""
+    return Fraction(repr(weight))
+
+
+def _written(number: float) -> str:
+    return repr(number).removesuffix(".0")
+
+
 def _refuse_repeats(parts: Sequence[Part]) -> None:
     names = [part.name for part in parts]
     for name in names:
@@ -198,7 +214,7 @@ def _refuse_repeats(parts: Sequence[Part]) -> None:
 def _sum_text(parts: Sequence[Part]) -> str:
     text = ""
     for index, part in enumerate(parts):
-        weight = repr(abs(part.weight)).removesuffix(".0")
+        weight = _written(abs(part.weight))
         # A minus after a bare name would be read as a part of the name.
         bare = weight == "1" and not (index + 1 < len(parts) and parts[index + 1].weight < 0)
         sign = "-" if part.weight < 0 else "+" if text else ""

@@ -7,16 +7,15 @@ from typing import Any
 from dynamic_lora_adapters.errors import InvalidAdapter, UnsupportedAdapter
 
 _MAX_PATTERN_LENGTH = 2000
+_MAX_SHOWN = 80
 
 Config = Mapping[str, Any]
 
 
 def refusal(key: str, value: object, reason: str) -> UnsupportedAdapter:
     """The error for a key that changes the result and is not served."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return UnsupportedAdapter(
-        f"{key} = {shown} is not served: {reason}.",
+        f"{key} = {shown(value)} is not served: {reason}.",
         field=key,
         fix=f"Train the adapter without {key}.",
     )
@@ -24,7 +23,13 @@ def refusal(key: str, value: object, reason: str) -> UnsupportedAdapter:
 
 def invalid(key: str, value: object, expected: str) -> InvalidAdapter:
     """The error for a value that no PEFT release would accept."""
-    return InvalidAdapter(f"{key} must be {expected}, not {value!r}.", field=key)
+    return InvalidAdapter(f"{key} must be {expected}, not {shown(value)}.", field=key)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its `repr`, cut off after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def is_unset(value: object) -> bool:
@@ -104,5 +109,5 @@ def check_pattern(key: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise InvalidAdapter(
-            f"{pattern!r} in {key} is not a regular expression: {error}.", field=key
+            f"{shown(pattern)} in {key} is not a regular expression: {error}.", field=key
         ) from None

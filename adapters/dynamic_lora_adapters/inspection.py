@@ -19,6 +19,7 @@ from dynamic_lora_adapters.self_check import self_check
 from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
+from dynamic_lora_adapters.value_range import check_range
 from dynamic_lora_adapters.weights import WEIGHTS_FILE, content_digest, read_with_notes
 
 if TYPE_CHECKING:
@@ -67,10 +68,22 @@ class Inspector:
         self._base = base or NoWeights()
         self._dtype = dtype
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The number format that adapters are served in."""
+        import torch
+
+        return self._dtype or torch.float32
+
     @single_threaded()
     def read(self, folder: Path) -> AdapterTerms:
-        """What the adapter does, every tensor checked. Raises an `AdapterError`."""
-        return self._read(folder, _config(folder))[0]
+        """What the adapter does, every tensor checked. Raises an `AdapterError`.
+
+        Its values are checked here too: it may have been published for another dtype.
+        """
+        terms, _ = self._read(folder, _config(folder))
+        check_range(terms, self.dtype)
+        return terms
 
     @single_threaded()
     def inspect(
@@ -81,8 +94,6 @@ class Inspector:
         `force` accepts an adapter that declares another base model. Raises an
         `AdapterError`.
         """
-        import torch
-
         config = _config(folder)
         spec = _parse(config)
         card = TaskCard.read(folder)
@@ -91,7 +102,8 @@ class Inspector:
         if revision := read_text(config, "revision"):
             notes.append(f"The adapter was trained on revision {revision!r} of its base.")
         terms, told = self._read(folder, config)
-        dtype = self._dtype or torch.float32
+        difference = self_check(terms, self._geometry, self.dtype)
+        check_range(terms, self.dtype)
         digest = folder_digest(folder)
         passport = write_passport(
             name=name,
@@ -101,8 +113,8 @@ class Inspector:
             kind=spec.kind if isinstance(spec, LoraSpec) else spec.peft_type.lower(),
             base_model=declared,
             terms=terms,
-            self_check=self_check(terms, self._geometry, dtype),
-            dtype=str(dtype).removeprefix("torch."),
+            self_check=difference,
+            dtype=str(self.dtype).removeprefix("torch."),
             card=card,
             notes=[*notes, *told],
             ignored_files=ignored_files,

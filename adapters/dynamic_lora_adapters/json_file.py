@@ -10,7 +10,12 @@ from typing import Any, NoReturn
 
 from dynamic_lora_adapters.errors import InvalidAdapter
 
+_MAX_KEY_SHOWN = 80
 MAX_JSON_BYTES = 1 << 20
+
+
+class DuplicateKey(ValueError):
+    """A JSON object that has one key twice; the message names it."""
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -18,7 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises `InvalidAdapter`, with the file's name as its field, when the file is
     missing, over 1 MiB, not UTF-8, not JSON, not an object, or holds a repeated
-    key, NaN or an infinity.
+    key, half a surrogate pair, NaN or an infinity.
     """
     try:
         with path.open("rb") as stream:
@@ -39,7 +44,7 @@ def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
     try:
         value = json.loads(
             data.decode(),
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
@@ -49,17 +54,32 @@ def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
         raise InvalidAdapter(f"{name} is nested too deeply.", field=name) from None
     except ValueError as error:
         raise InvalidAdapter(f"{name} is not valid JSON: {error}.", field=name) from None
+    _refuse_half_characters(value, name)
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{name} must hold a JSON object.", field=name)
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key!r} appears twice")
-        result[key] = value
+def _refuse_half_characters(value: object, name: str) -> None:
+    """JSON can escape half of a surrogate pair, which no answer or index could hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InvalidAdapter(
+            f"{name} holds {half!r}, which is half of a character.", field=name
+        ) from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of a reader that takes each key once; else raises DuplicateKey."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKey(f"the key {key[:_MAX_KEY_SHOWN]!r} appears twice")
+            seen.add(key)
     return result
 
 

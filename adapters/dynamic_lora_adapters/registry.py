@@ -126,6 +126,11 @@ class AdapterRegistry:
         self._store.close()
 
     @property
+    def dtype(self) -> "torch.dtype":
+        """The number format that adapters are served in."""
+        return self._inspector.dtype
+
+    @property
     def index(self) -> AdapterIndex:
         """The home's index, for what else is kept per base model."""
         return self._index

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dynamic_lora_adapters.errors import InvalidAdapter
+from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 READ_DTYPES = ("F32", "F16", "BF16")
@@ -30,8 +31,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """Read a safetensors header: tensor names to entries, without the data.
 
     Sizes and offsets are checked against each other and the file's length:
-    entries must cover the data exactly, without gap or overlap. Raises
-    `InvalidAdapter`.
+    entries must cover the data exactly, without gap or overlap. A name that
+    comes twice would mean one tensor here and another to the next reader.
+    Raises `InvalidAdapter`.
     """
     try:
         size = path.stat().st_size
@@ -100,7 +102,9 @@ def _read_header_json(stream: BinaryIO, size: int, name: str) -> tuple[dict[str,
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise broken_file(name, f"its header claims {length} bytes")
     try:
-        header = json.loads(stream.read(length))
+        header = json.loads(stream.read(length), object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise broken_file(name, f"in its header {error}") from None
     except (ValueError, RecursionError):
         raise broken_file(name, "its header is not JSON") from None
     if not isinstance(header, dict):

@@ -3,7 +3,9 @@
 import difflib
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 
+from dynamic_lora_adapters.compose import compose, merge
 from dynamic_lora_adapters.composition import (
     Composition,
     InvalidComposition,
@@ -17,6 +19,7 @@ from dynamic_lora_adapters.index import AdapterIndex, StoredComposition
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_adapters.registry import AdapterRegistry
+from dynamic_lora_adapters.terms import AdapterTerms
 
 
 class NameTaken(AdapterError):
@@ -81,14 +84,33 @@ class SavedCompositions:
         check_version(part, version.digest)
         return version
 
+    def terms(self, composition: Composition, digests: Sequence[str]) -> AdapterTerms:
+        """What a composition computes; `digests` are its parts', leased by the caller.
+
+        Raises UnsupportedAdapter, naming the adapter, for parts that have no sum.
+        """
+        # In the order that the composition's digest has them, not in that of their
+        # names: one digest means the same numbers to the last bit.
+        pairs = zip(digests, composition.parts, strict=True)
+        ordered = sorted(pairs, key=lambda pair: (pair[0], pair[1].weight))
+        loaded = {digest: self._registry.load(digest) for digest in set(digests)}
+        weighted = [(loaded[digest], part.weight) for digest, part in ordered]
+        names = [part.label for _, part in ordered]
+        dtype = self._registry.dtype
+        if composition.merge is not None:
+            return merge(weighted, composition.merge, names=names, dtype=dtype)
+        return compose(weighted, names=names, dtype=dtype)
+
     def save(
         self, name: str, parts: Sequence[Part], *, reserved: Collection[str] = ()
     ) -> tuple[StoredComposition, bool]:
         """Give the sum of the parts a name; also says whether the name is new.
 
+        The sum is computed once, so that none is saved that could not run.
         `reserved` are further names of the base model. Raises
-        InvalidAdapterName, NameTaken, AdapterNotFound, and InvalidComposition
-        for a part that is a saved composition itself or a sum of nothing.
+        InvalidAdapterName, NameTaken, AdapterNotFound, UnsupportedAdapter as
+        `terms` does, and InvalidComposition for a part that is a saved
+        composition itself or a sum of nothing.
         """
         check_adapter_name(name, reserved=reserved)
         for part in parts:
@@ -99,6 +121,8 @@ class SavedCompositions:
             raise InvalidComposition("The weights add up to nothing.")
         if self._index is None:
             raise AdapterError("This server keeps no index that compositions are saved in.")
+        if composition.plain is None:
+            self._try(composition)
         with self._lock:
             if self._is_adapter(name):
                 raise NameTaken(
@@ -138,6 +162,16 @@ class SavedCompositions:
             assert self._index is not None
             self._index.drop_composition(name)
             del self._saved[name]
+
+    def _try(self, composition: Composition) -> None:
+        with ExitStack() as stack:
+            leases = [
+                stack.enter_context(self._registry.lease(part.name)) for part in composition.parts
+            ]
+            digests = [lease.version.digest for lease in leases]
+            for part, digest in zip(composition.parts, digests, strict=True):
+                check_version(part, digest)
+            self.terms(composition, digests)
 
     def _expand(self, part: Part) -> Sequence[Part]:
         if not self._is_saved(part.name) or self._is_adapter(part.name):

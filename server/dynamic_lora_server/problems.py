@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from dynamic_lora_adapters import composition, saved
 from dynamic_lora_adapters import errors as adapter_errors
+from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server import errors
 from dynamic_lora_server.disconnect import ClientDisconnected
 from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
@@ -31,6 +32,8 @@ from dynamic_lora_server.uploads import JSON, media_type
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 NOT_READY_RETRY_SECONDS = 5
+# Errors quote names out of uploads, which may be as long as the files.
+_MAX_SENTENCE = 2000
 
 W = TypeVar("W", bound=BaseModel)
 
@@ -145,11 +148,21 @@ def stream_fault(error: Exception) -> Fault:
 
 def parse_body(model: type[W], body: bytes) -> W:
     """A JSON body that FastAPI does not parse, with the errors of one that it does."""
+    _refuse_duplicates(body)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
         raise RequestValidationError(faults) from error
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    try:
+        json.loads(body, object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise HTTPException(400) from error
+    except (ValueError, RecursionError):
+        return  # pydantic says what is wrong
 
 
 async def _handle(request: Request, error: Exception) -> Response:
@@ -169,9 +182,9 @@ def fault_of(error: Exception, *, content_type: str = "application/json") -> Fau
     if isinstance(error, errors.ServerError | adapter_errors.AdapterError):
         return Fault(
             kind=kind,
-            detail=error.message,
-            field=error.field,
-            fix=error.fix,
+            detail=_capped(error.message) or "",
+            field=_capped(error.field),
+            fix=_capped(error.fix),
             near=getattr(error, "near", ()),
             headers=_retry_after(error),
         )
@@ -222,6 +235,12 @@ def openai_error(fault: Fault) -> dict[str, Any]:
     ).model_dump()
 
 
+def _capped(text: str | None) -> str | None:
+    if text is None or len(text) <= _MAX_SENTENCE:
+        return text
+    return f"{text[: _MAX_SENTENCE - 3]}..."
+
+
 def _sentence(fault: Fault) -> str:
     return " ".join(filter(None, (fault.detail, fault.fix)))
 
@@ -247,13 +266,26 @@ def _http_fault(error: HTTPException) -> Fault:
     status = error.status_code
     unlisted = Kind(f"http-{status}", HTTPStatus(status).phrase, status)
     detail = _DETAILS.get(status) if error.detail == HTTPStatus(status).phrase else None
-    if isinstance(error.__cause__, UnicodeDecodeError):
-        detail = "The body is not UTF-8."
+    detail = _unreadable(error.__cause__) or detail
     return Fault(
         kind=_BY_STATUS.get(status, unlisted),
         detail=detail or str(error.detail),
         headers=error.headers or {},
     )
+
+
+def _unreadable(cause: BaseException | None) -> str | None:
+    """Why a body could not be read as JSON, where the framework does not say."""
+    match cause:
+        case UnicodeDecodeError():
+            return "The body is not UTF-8."
+        case DuplicateKey():
+            return f"The body can be read in two ways: {cause}."
+        case ValueError() if "digits" in str(cause):
+            return "The body holds an integer with too many digits."
+        case RecursionError():
+            return "The body is nested too deeply."
+    return None
 
 
 def _validation_fault(faults: Sequence[Mapping[str, Any]], content_type: str) -> Fault:

@@ -25,8 +25,8 @@ def select(
 ) -> Composition:
     """What `?adapter=` or the body of `/generate` names; nothing named is the base model.
 
-    Raises InvalidParameter where two places name different things, and what
-    `SavedCompositions.resolve` raises.
+    Raises InvalidParameter where two places name different things or a name is
+    empty, and what `SavedCompositions.resolve` raises.
     """
     asked = _one_place(query, body)
     match asked:
@@ -50,7 +50,7 @@ def merged_parts(asked: MergedAdapters) -> tuple[list[Part], Merge | None]:
     Raises InvalidComposition, and InvalidParameter for settings that are
     missing or that the strategy has no use for.
     """
-    weights = asked.weights or [1.0] * len(asked.ids)
+    weights = [1.0] * len(asked.ids) if asked.weights is None else asked.weights
     if len(weights) != len(asked.ids):
         raise InvalidParameter(
             f"merged_adapters has {len(asked.ids)} ids and {len(weights)} weights.",
@@ -102,6 +102,7 @@ def _one_place(
     given = [(place, value) for place, value in places.items() if value is not None]
     if not given:
         return None
+    _refuse_empty(given)
     (first, asked), *others = given
     for place, value in others:
         if value != asked:
@@ -111,6 +112,17 @@ def _one_place(
                 fix="Name the adapter in one place.",
             )
     return asked
+
+
+def _refuse_empty(given: Sequence[tuple[str, object]]) -> None:
+    """A name left blank is a mistake of the client's, not a wish for the base model."""
+    for place, value in given:
+        if isinstance(value, str) and not value.strip():
+            raise InvalidParameter(
+                f"{place} is empty.",
+                field="adapter",
+                fix="Name an adapter; for the base model leave it out, or name 'base'.",
+            )
 
 
 def _shown(asked: str | list[WeightedAdapter] | MergedAdapters) -> str:

@@ -76,6 +76,7 @@ def test_what_texts_mean(text: str, expected: list[Part]) -> None:
         ("ner+" + "x" * 64, 5, "this name is longer than 63 characters"),
         ("tone+ner*101", 6, "The weight of 'ner' is 101; weights lie between -100 and 100"),
         ("ner*1e999", 1, "The weight of 'ner' is inf; weights lie between"),
+        ("ner*100.00000001", 1, "The weight of 'ner' is 100.00000001; weights lie between"),
         ("ner*0.5+base", 9, "'base' is what every composition adds to"),
         ("ties(ner+tone)", 5, "expected '+', '-' or the end"),
     ],
@@ -114,6 +115,9 @@ def test_the_hint_of_a_long_text_shows_the_place_alone() -> None:
         ("ner - ner", "base"),
         ("ner*0 + tone", "tone"),
         ("a*0.1+a*0.2+a*-0.3+a", "a"),
+        ("a*0.1+a*0.2-a*0.3", "base"),
+        ("a*0.1+a*0.2", "a*0.3"),
+        ("a*1e-300+a*0.1-a*0.1", "a*1e-300"),
         ("a*1e-7", "a*1e-07"),
     ],
 )
@@ -148,6 +152,12 @@ def test_any_text_is_read_or_refused_at_a_column_within_it(text: str) -> None:
         assert error.column is None or 1 <= error.column <= len(text) + 1
     else:
         assert all(math.isfinite(part.weight) and part.weight for part in composition.parts)
+
+
+def test_scaling_is_decimal_too() -> None:
+    tripled = parse("a*0.1").scaled(3)
+    assert str(tripled) == "a*0.3"
+    assert Composition.of([*tripled.parts, *parse("a*-0.3").parts]).is_base
 
 
 def test_limits() -> None:
@@ -214,6 +224,8 @@ def test_a_merge_keeps_parts_of_weight_0_and_refuses_repeats() -> None:
     assert str(Composition.of([Part("a")], merge=prune)) == "magnitude_prune(a,density=1)"
     with pytest.raises(InvalidComposition, match="'a' is merged twice"):
         Composition.of([Part("a"), Part("a")], merge=ties)
-    for density in (0, 1.5, math.nan):
-        with pytest.raises(InvalidComposition, match="density must lie above 0 and be at most 1"):
+    for density in (0, 1.00000001, math.nan):
+        with pytest.raises(InvalidComposition) as caught:
             Merge(strategy=Strategy.TIES, density=density)
+        rule = "density must lie above 0 and be at most 1"
+        assert caught.value.message == f"{rule}; it is {density}."

@@ -5,6 +5,7 @@ import pytest
 from dynamic_lora_adapters import InvalidAdapter
 from dynamic_lora_adapters.config_values import (
     check_pattern,
+    invalid,
     is_unset,
     read_bool,
     read_indices,
@@ -68,11 +69,16 @@ def test_set(value: object) -> None:
     assert not is_unset(value)
 
 
-def test_a_refusal_shows_no_novel() -> None:
-    message = refusal("k", "x" * 500, "it is long").message
-    assert message.startswith("k = 'xxx")
-    assert message.endswith("xxx... is not served: it is long.")
-    assert len(message) < 120
+def test_errors_show_no_novel() -> None:
+    shown = "'" + "x" * 76 + "..."
+    assert refusal("k", "x" * 500, "it is long").message == (
+        f"k = {shown} is not served: it is long."
+    )
+    assert invalid("k", "x" * 500, "short").message == f"k must be short, not {shown}."
+    assert invalid("k", "x" * 78, "short").message == f"k must be short, not '{'x' * 78}'."
+    with pytest.raises(InvalidAdapter) as caught:
+        check_pattern("k", "(" + "x" * 1000)
+    assert len(caught.value.message) < 200
 
 
 def test_patterns() -> None:

@@ -36,6 +36,9 @@ def test_any_bytes_are_read_or_refused_by_name(data: bytes) -> None:
     [
         (b'{"r": 1, "r": 2}', "the key 'r' appears twice"),
         (b'{"a": {"b": 1, "b": 1}}', "the key 'b' appears twice"),
+        (b'{"%s": 1, "%s": 2}' % (b"k" * 999, b"k" * 999), "the key 'k{80}' appears twice"),
+        (b'{"a": ["\\ud800"]}', r"holds '\\ud800', which is half of a character"),
+        (b'{"\\udc00": 1}', r"holds '\\udc00', which is half of a character"),
         (b'{"a": NaN}', "NaN is not a number that JSON allows"),
         (b'{"a": -Infinity}', "-Infinity is not a number that JSON allows"),
         (b'{"a": 1e999}', "1e999 is too large"),

@@ -65,6 +65,8 @@ def entry(start: Any, stop: Any, shape: Any = (1,), dtype: str = "F32") -> dict[
         (b"{", "its header is not JSON"),
         (b"[]", "its header is no JSON object"),
         (b"[" * 100_000, "its header is not JSON"),
+        (b'{"a": {}, "b": {}, "a": {}}', "in its header the key 'a' appears twice"),
+        (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "the key 'dtype' appears twice"),
         ({"a": 1}, "a tensor that cannot be"),
         ({"a": {"dtype": "F32"}}, "a tensor that cannot be"),
         ({"a": entry(0, 4, shape=[-1])}, "a tensor that cannot be"),

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from dynamic_lora_adapters.composition import (
     InvalidComposition,
@@ -13,22 +14,47 @@ from dynamic_lora_adapters.composition import (
     Strategy,
     VersionNotFound,
 )
-from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapterName
+from dynamic_lora_adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    InvalidAdapterName,
+    UnsupportedAdapter,
+)
 from dynamic_lora_adapters.grammar import parse_parts
 from dynamic_lora_adapters.index import AdapterIndex
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.registry import AdapterRegistry
+from dynamic_lora_adapters.registry import AdapterRegistry, Lease
 from dynamic_lora_adapters.saved import CompositionNotFound, NameTaken, SavedCompositions
+from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms, PromptTerms
 
 DIGESTS = {"ner": "a1" * 32, "tone": "b2" * 32, "legal": "d4" * 32}
 
 
 class Registry(AdapterRegistry):
-    """Names and digests without a store."""
+    """Names and digests without a store; `terms` by name, none for most."""
 
     def __init__(self) -> None:
         self.digests = dict(DIGESTS)
+        self.terms: dict[str, AdapterTerms] = {}
+        self.num_leased = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16
+
+    def lease(self, name: str) -> Lease:
+        self.num_leased += 1
+        return Lease(self.resolve(name), self)
+
+    def release(self, lease: Lease) -> None:
+        lease.released = True
+        self.num_leased -= 1
+
+    def load(self, digest: str) -> AdapterTerms:
+        assert self.num_leased
+        (name,) = (name for name, own in self.digests.items() if own == digest)
+        return self.terms.get(name, AdapterTerms())
 
     def resolve(self, name: str) -> AdapterVersion:
         if name not in self.digests:
@@ -143,6 +169,28 @@ def test_what_cannot_be_saved(saved: SavedCompositions, registry: Registry) -> N
     with pytest.raises(AdapterError, match="keeps no index"):
         save(SavedCompositions(registry), "x", "ner*2")
     assert saved.list() == []
+
+
+def test_a_sum_that_could_never_run_is_not_saved(
+    saved: SavedCompositions, registry: Registry
+) -> None:
+    registry.terms["tone"] = AdapterTerms(prompt=PromptTerms(num_tokens=1))
+    for text in ("ner*0.7+tone", "tone*0.5"):
+        with pytest.raises(UnsupportedAdapter) as caught:
+            save(saved, "newsy", text)
+        assert caught.value.message == (
+            "The adapter 'tone' is a prompt of virtual tokens, and so has no weighted sum with "
+            "others."
+        )
+    # What float16 cannot hold, in the registry's dtype.
+    factors = LinearTerms(a=torch.ones(1, 2), b=torch.full((2, 1), 2000.0))
+    registry.terms["ner"] = AdapterTerms(linears={"layer": factors})
+    assert save(saved, "fits", "ner*4")
+    with pytest.raises(UnsupportedAdapter, match="values on 'layer' that are too large"):
+        save(saved, "newsy", "ner*5")
+    assert [one.name for one in saved.list()] == ["fits"]
+    assert save(saved, "alias", "tone")
+    assert registry.num_leased == 0
 
 
 def test_parts_follow_their_names_unless_pinned(

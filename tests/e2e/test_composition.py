@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from peft import LoraModel, PeftModel
+from peft import LoraModel, PeftModel, PromptTuningConfig, get_peft_model
 
 from dynamic_lora_client import AsyncClient, Client
-from tests.support.adapters import load_with_peft, make_adapter
+from tests.support.adapters import edit_config, load_with_peft, make_adapter, quiet
 from tests.support.engines import peft_greedy
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.models import tiny_llama, tiny_tokenizer
@@ -279,3 +279,29 @@ async def test_bodies_that_cannot_be_saved(http: httpx.AsyncClient, body: dict[s
     answer = await http.put("/compositions/other", json=body)
     assert answer.status_code == 422
     assert (await http.get("/compositions/other")).status_code == 404
+
+
+async def test_sums_that_could_never_run_are_refused_when_they_are_saved(
+    http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with quiet():
+        get_peft_model(tiny_llama(), config).save_pretrained(str(tmp_path))
+    edit_config(tmp_path, base_model_name_or_path=None)
+    files = [("files", (p.name, p.read_bytes())) for p in tmp_path.glob("adapter_*")]
+    assert (await http.post("/adapters", data={"name": "soft"}, files=files)).status_code == 201
+    used = (await ask(http, "ner+soft*0.5")).json()
+    saved = await http.put("/compositions/x", json={"adapter": "ner+soft*0.5"})
+    assert saved.status_code == 422
+    assert saved.json() == used
+    assert "The adapter 'soft' is a prompt of virtual tokens" in used["detail"]
+    alone = await http.put("/compositions/x", json={"adapter": "soft"})
+    assert alone.status_code == 201
+    await http.delete("/adapters/soft")
+
+
+async def test_weights_that_cancel_in_decimals_are_the_base(http: httpx.AsyncClient) -> None:
+    answer = await ask(http, "ner*0.1+ner*0.2-ner*0.3")
+    assert answer.headers["x-adapter"] == "base"
+    refused = await http.put("/compositions/x", json={"adapter": "ner*0.1+ner*0.2-ner*0.3"})
+    assert "The weights add up to nothing" in refused.json()["detail"]

@@ -289,7 +289,38 @@ BAD: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/generate", {"content": b'{"inputs":'}, 400, "The body is not JSON", None),
     ("/generate", {"content": b'{"inputs":"\xff"}'}, 400, "not UTF-8", None),
     ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "unicode", "inputs"),
-    ("/generate", {"content": b"[" * 10**5}, 400, "", None),
+    ("/generate", {"content": b"[" * 10**5}, 400, "The body is nested too deeply", None),
+    ("/generate", {"content": b'{"inputs":"a","inputs":"b"}'}, 400, "'inputs' appears twice", None),
+    (
+        "/",
+        {"content": b'{"inputs":"a","parameters":{"seed":1,"seed":2}}'},
+        400,
+        "The body can be read in two ways: the key 'seed' appears twice",
+        None,
+    ),
+    (
+        "/generate_stream",
+        {"content": b'{"inputs":"a","parameters":{"seed":1%s}}' % (b"0" * 5000)},
+        400,
+        "The body holds an integer with too many digits",
+        None,
+    ),
+    (
+        "/generate",
+        body_of(parameters={"top_k": 10**400, "do_sample": True}),
+        422,
+        "top_k must lie between 0 (off) and 2147483647",
+        "top_k",
+    ),
+    ("/generate?raw=1&raw=0", body_of(), 422, "raw is given more than once", "raw"),
+    ("/generate?adapter=", body_of(), 422, "?adapter= is empty", "adapter"),
+    (
+        "/adapters",
+        {"content": b'{"name":"a","name":"b","source":"x"}'},
+        400,
+        "the key 'name' appears twice",
+        None,
+    ),
     ("/generate", {"json": []}, 422, "", None),
     ("/generate", {"json": {"inputs": "x"}, "type": "text/plain"}, 415, "text/plain", None),
     ("/adapters", {"content": b"x", "type": "text/plain"}, 415, "multipart/form-data", None),
@@ -397,6 +428,24 @@ async def test_the_mode_of_an_adapter_is_told(
     metrics = (await client.get("/metrics")).text
     for name in ("mode_switches_total", "merged_tokens_total", "bypass_tokens_total"):
         assert f"dynamic_lora_{name}" in metrics
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_key_that_comes_twice_is_refused_in_openais_shape(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    body = b'{"model":"base","model":"ner","prompt":"x"}'
+    answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "the key 'model' appears twice" in answer.json()["error"]["message"]
+
+
+async def test_more_continuations_than_the_server_ever_takes(client: httpx.AsyncClient) -> None:
+    body = {"model": "base", "prompt": ["a", "b"], "n": 21, "max_tokens": 1}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+    assert "42 continuations; the server takes 40 at a time" in answer.json()["error"]["message"]
 
 
 async def test_two_adapters_in_one_address_are_refused(client: httpx.AsyncClient) -> None:

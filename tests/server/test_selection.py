@@ -71,6 +71,22 @@ def test_nothing_and_the_names_of_the_base_are_the_base(saved: SavedCompositions
     assert selected(saved, "ner - ner").is_base
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_base(saved: SavedCompositions, name: str) -> None:
+    cases: list[tuple[str, str | None, dict[str, Any]]] = [
+        ("?adapter=", name, {}),
+        ("?adapter=", name, {"parameters": {"adapter_id": "ner"}}),
+        ("parameters.adapter_id", None, {"parameters": {"adapter_id": name}}),
+    ]
+    for place, query, body in cases:
+        with pytest.raises(InvalidParameter) as caught:
+            selected(saved, query, **body)
+        assert caught.value.message == f"{place} is empty."
+        assert caught.value.fix == (
+            "Name an adapter; for the base model leave it out, or name 'base'."
+        )
+
+
 def test_versions_can_be_pinned(saved: SavedCompositions, registry: AdapterRegistry) -> None:
     digest = registry.resolve("ner").digest
     assert str(selected(saved, f"ner@{digest[:8]}")) == f"ner@{digest[:8]}"
@@ -127,6 +143,7 @@ def test_merged_adapters(saved: SavedCompositions, merged: dict[str, Any], text:
     ("merged", "field", "text"),
     [
         ({"ids": ["ner", "tone"], "weights": [1]}, "weights", "2 ids and 1 weights"),
+        ({"ids": ["ner"], "weights": []}, "weights", "1 ids and 0 weights"),
         ({"ids": ["ner"], "merge_strategy": "ties"}, "density", "ties needs a density above 0"),
         ({"ids": ["ner"], "density": 0.5}, "density", "linear has no use for density"),
         (
@@ -148,6 +165,8 @@ def test_merge_settings_that_do_not_fit(
     ("body", "place"),
     [
         ({"adapters": []}, "adapters"),
+        ({"parameters": {"adapters": []}}, "parameters.adapters"),
+        ({"parameters": {"merged_adapters": {"ids": []}}}, "parameters.merged_adapters.ids"),
         ({"adapters": [{"name": "ner", "weight": 101}]}, "adapters.0.weight"),
         ({"adapters": [{"name": "ner", "scale": 1}]}, "adapters.0.scale"),
         ({"adapters": [{"weight": 1}]}, "adapters.0.name"),

@@ -1,9 +1,13 @@
-"""What routes ask for: the application's state, and errors as OpenAPI sees them."""
+"""What routes ask for: the application's state, strict JSON, and errors as OpenAPI sees them."""
 
+import json
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
 
+from dynamic_lora_adapters.json_file import unique_keys
 from dynamic_lora_server.problems import PROBLEM_MEDIA_TYPE
 from dynamic_lora_server.schemas.openai import ErrorAnswer
 from dynamic_lora_server.sse import EVENT_STREAM
@@ -38,6 +42,27 @@ def _runtime(state: State) -> Any:
 
 # Loading the runtime's module imports torch; its name is enough here.
 Ready = Annotated["Runtime", Depends(_runtime)]
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        """The body as JSON, read once. Raises DuplicateKey."""
+        if not hasattr(self, "_json"):
+            self._json = json.loads(await self.body(), object_pairs_hook=unique_keys)
+        return self._json
+
+
+class StrictRoute(APIRoute):
+    """A route whose JSON body has each key once; the framework's would take the last in silence."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The framework's handler, on a request that reads JSON strictly."""
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

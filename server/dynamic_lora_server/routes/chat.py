@@ -7,13 +7,13 @@ from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import adapter_name, chat_spec
-from dynamic_lora_server.routes._deps import Ready, State, event_stream, openai_errors
+from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, openai_errors
 from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import begin, collect
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
 
 @router.post(

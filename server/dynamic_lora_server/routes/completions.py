@@ -5,15 +5,16 @@ from fastapi import APIRouter, Request, Response
 from dynamic_lora_server.answers.completions import CompletionAnswer
 from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import adapter_name, completion_specs
-from dynamic_lora_server.routes._deps import Ready, State, event_stream, openai_errors
+from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, openai_errors
 from dynamic_lora_server.schemas.openai import Completion, CompletionRequest
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin_all, collect_all
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
 
 @router.post(
@@ -30,6 +31,7 @@ async def complete(
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
     specs = completion_specs(body, adapter=adapter_name(body.model, model_id=runtime.model_id))
+    _check_room(specs, runtime.service.capacity)
     answer = CompletionAnswer(
         model=body.model,
         n=body.n or 1,
@@ -40,6 +42,18 @@ async def complete(
         return await until_disconnect(request.receive, _whole(state, specs, answer))
     generations = await until_disconnect(request.receive, _begin(state, specs))
     return EventStream(framed(answer.stream(generations)))
+
+
+def _check_room(specs: list[GenerationSpec], capacity: int) -> None:
+    """What an empty server could not take either is no case of too many requests."""
+    wanted = sum(spec.n for spec in specs)
+    if wanted > capacity:
+        raise InvalidParameter(
+            f"{len(specs)} prompts with n = {specs[0].n} are {wanted} continuations; the server "
+            f"takes {capacity} at a time.",
+            field="prompt",
+            fix="Send the prompts in several requests.",
+        )
 
 
 async def _whole(

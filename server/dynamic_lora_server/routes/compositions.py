@@ -11,7 +11,7 @@ from dynamic_lora_adapters.grammar import parse, parse_parts
 from dynamic_lora_adapters.index import StoredComposition
 from dynamic_lora_adapters.names import model_leaf
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.routes._deps import Ready, problems
+from dynamic_lora_server.routes._deps import Ready, StrictRoute, problems
 from dynamic_lora_server.schemas.compositions import (
     CompositionList,
     CompositionPart,
@@ -23,7 +23,7 @@ from dynamic_lora_server.selection import weighted_parts
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
-router = APIRouter(prefix="/compositions", tags=["compositions"])
+router = APIRouter(prefix="/compositions", tags=["compositions"], route_class=StrictRoute)
 
 CONFLICT: dict[int | str, dict[str, Any]] = {
     409: {**problems(404)[404], "description": "An adapter or a composition has the name"}

@@ -10,7 +10,7 @@ from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec, Started
 from dynamic_lora_server.prompts import BASE, card_of, generate_spec
-from dynamic_lora_server.routes._deps import Ready, State, event_stream, problems
+from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, problems
 from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateResponse
 from dynamic_lora_server.selection import select
 from dynamic_lora_server.sse import EventStream
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynamic_lora_adapters.card import TaskCard
     from dynamic_lora_server.runtime import Runtime
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=StrictRoute)
 
 _ERRORS = problems(400, 404, 413, 415, 422, 429, 500, 503)
 
@@ -99,13 +99,16 @@ async def generate_stream(
 
 
 def _refuse_repeated(request: Request) -> None:
-    """A query that names two adapters; the framework would take the last."""
-    if len(request.query_params.getlist("adapter")) > 1:
-        raise InvalidParameter(
-            "adapter is given more than once in the address.",
-            field="adapter",
-            fix="Name one adapter, or a sum such as adapter=a*0.5+b*0.5.",
-        )
+    """A query that says one thing twice; the framework would take the last."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in GenerateQuery.model_fields:
+        if names.count(name) > 1:
+            fixes = {"adapter": "Name one adapter, or a sum such as adapter=a*0.5+b*0.5."}
+            raise InvalidParameter(
+                f"{name} is given more than once in the address.",
+                field=name,
+                fix=fixes.get(name, "Give it once."),
+            )
 
 
 def _prepare(
