@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import describe_machine
+from dynamic_lora_adapters.costs import group_kernels
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.slots import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
@@ -132,6 +133,7 @@ class Bench:
         self.costs = startup_costs(
             self.model,
             self.built.groups,
+            group_kernels(self.built.groups, device=self.model.device, dtype=self.model.dtype),
             self.merger,
             merges=True,
             cache=None,

@@ -10,13 +10,13 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
-from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel
+from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
 from dynamic_lora_adapters.segments import DeltaPlan, Run
 from dynamic_lora_adapters.slots import Slab
 
@@ -54,12 +54,12 @@ class KernelCosts:
         return json.dumps(rows)
 
     @classmethod
-    def from_json(cls, text: str) -> "KernelCosts":
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+    def from_json(cls, text: str, names: Collection[str] = KERNELS) -> "KernelCosts":
+        """Read what `to_json` wrote for the kernels `names`; ValueError for anything else."""
         table: dict[str, dict[Point, float]] = {}
         for name, adapters, length, seconds in json.loads(text):
             table.setdefault(str(name), {})[int(adapters), int(length)] = float(seconds)
-        if set(table) != set(KERNELS) or any((1, 1) not in points for points in table.values()):
+        if set(table) != set(names) or any((1, 1) not in points for points in table.values()):
             raise ValueError("the cached kernel costs are of another version")
         return cls(table)
 
@@ -67,8 +67,9 @@ class KernelCosts:
 class KernelChooser:
     """Names the kernel of every run of a plan."""
 
-    def __init__(self, costs: KernelCosts) -> None:
+    def __init__(self, costs: KernelCosts, kernels: Mapping[str, DeltaKernel] = KERNELS) -> None:
         self._costs = costs
+        self._kernels = kernels
 
     def choose(self, run: Run) -> DeltaKernel:
         """The kernel with the least measured cost for this run."""
@@ -78,7 +79,7 @@ class KernelChooser:
             padded = name == "sorted_groups" and not run.uniform
             return self._costs.of(name, run.num_slots, run.max_length if padded else mean)
 
-        return KERNELS[min(KERNELS, key=cost)]
+        return self._kernels[min(self._kernels, key=cost)]
 
     def assign(self, plan: DeltaPlan) -> DeltaPlan:
         """Set the kernel of each run of `plan` and return it."""
@@ -87,8 +88,21 @@ class KernelChooser:
         return plan
 
 
+def group_kernels(
+    groups: Sequence[ProjectionGroup],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    native: bool = True,
+) -> dict[str, DeltaKernel]:
+    """The kernels that run on all of these groups, by name; without `native` none in C++."""
+    widths = [width for g in groups for width in (g.in_features, g.out_features)]
+    return kernels_for(device, dtype, widths, native=native)
+
+
 def measure_costs(
     groups: Sequence[ProjectionGroup],
+    kernels: Mapping[str, DeltaKernel],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -99,10 +113,12 @@ def measure_costs(
     Takes a second or two for a small model on a CPU, MAX_SECONDS at most.
     """
     bench = _Bench(groups, device, dtype)
-    seconds: dict[str, dict[Point, float]] = {name: {} for name in KERNELS}
+    seconds: dict[str, dict[Point, float]] = {name: {} for name in kernels}
+    for kernel in kernels.values():
+        bench.time(kernel, 1, 1)  # the first call of a kernel may compile it
     deadline = time.monotonic() + MAX_SECONDS
     for num_adapters in NUM_ADAPTERS_GRID:
-        contenders = dict(KERNELS)
+        contenders = dict(kernels)
         for length in LENGTH_GRID:
             tick()
             if num_adapters * length > MAX_ROWS:
@@ -144,9 +160,9 @@ class _Bench:
         self._device = device
         self._dtype = dtype
         layers = [group for group in groups if not group.is_head]
-        shapes = Counter((g.in_features, g.out_features, len(g.paths)) for g in layers)
+        shapes = Counter((g.in_features, g.widths) for g in layers)
         self._weights = list(shapes.values())
-        self._shapes = [(i, o, PROBE_RANK * members) for i, o, members in shapes]
+        self._shapes = [(i, sum(widths), PROBE_RANK * len(widths)) for i, widths in shapes]
         slots = max(NUM_ADAPTERS_GRID)
         self._slab = Slab(
             number=0,
@@ -155,6 +171,7 @@ class _Bench:
             b=[self._random(slots, rank, width) for _, width, rank in self._shapes],
             num_bytes=0,
             tenants=[None] * slots,
+            columns=[_columns(slots, widths) for _, widths in shapes],
         )
 
     def time(self, kernel: DeltaKernel, num_adapters: int, length: int) -> float:
@@ -179,11 +196,11 @@ class _Bench:
     ) -> float:
         total = 0.0
         for index, weight in enumerate(self._weights):
-            a, b = self._slab.a[index], self._slab.b[index]
-            assert a is not None and b is not None
+            factors = self._slab.factors(index, run.slots)
+            assert factors is not None
             self._synchronise()
             begin = time.perf_counter()
-            kernel(outputs[index], inputs[index], a[run.slots], b[run.slots], run)
+            kernel(outputs[index], inputs[index], factors, run)
             self._synchronise()
             total += weight * (time.perf_counter() - begin)
         return total
@@ -194,6 +211,13 @@ class _Bench:
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _columns(num_slots: int, widths: Sequence[int]) -> torch.Tensor:
+    """Where rows of b are not zero if every member of a group has the probe's rank."""
+    stops = torch.tensor(widths).cumsum(0)
+    members = torch.stack([stops - torch.tensor(widths), stops], dim=1)
+    return members.repeat_interleave(PROBE_RANK, 0).repeat(num_slots, 1, 1)
 
 
 def _distance(point: Point, num_adapters: int, length: float) -> float:

@@ -59,11 +59,13 @@ class GroupTerms:
     Shapes: a [rank, in], b [rank, out] with the scaling folded in, scale
     [out], dense [out, in], bias [out]. `rank` is the sum of the members'
     ranks, padded with zeros so that adapters of nearly the same shape share a
-    table. What a member lacks is zero.
+    table. What a member lacks is zero; `columns` [rank, 2], int64, is the range
+    outside which a row of b is.
     """
 
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     dense: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -121,10 +123,11 @@ def group_terms(
 
 def _join(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupTerms:
     members = [terms.get(path, _NOTHING) for path in group.paths]
-    a, b = _join_factors(group, members)
+    a, b, columns = _join_factors(group, members)
     return GroupTerms(
         a=a,
         b=b,
+        columns=columns,
         scale=_stack(group, [m.scale for m in members], (group.out_features,)),
         dense=_stack(group, [m.dense for m in members], (group.out_features, group.in_features)),
         bias=_stack(group, [m.bias for m in members], (group.out_features,)),
@@ -133,22 +136,24 @@ def _join(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupTerm
 
 def _join_factors(
     group: ProjectionGroup, members: Sequence[LinearTerms]
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[None, None, None]:
     rank = sum(m.a.shape[0] for m in members if m.a is not None)
     if not rank:
-        return None, None
+        return None, None, None
     padded = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
     a = torch.zeros(padded, group.in_features)
     b = torch.zeros(padded, group.out_features)
+    columns = torch.zeros(padded, 2, dtype=torch.long)
     row = column = 0
     for member, width in zip(members, group.widths, strict=True):
         if member.a is not None and member.b is not None:
             stop = row + member.a.shape[0]
             a[row:stop] = member.a
             b[row:stop, column : column + width] = member.b.T
+            columns[row:stop] = torch.tensor([column, column + width])
             row = stop
         column += width
-    return a, b
+    return a, b, columns
 
 
 def _stack(

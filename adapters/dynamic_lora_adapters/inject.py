@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection, LoraConv1D, LoraLinear
-from dynamic_lora_adapters.products import DetachedProduct, PackedProduct, PlainProduct
+from dynamic_lora_adapters.products import ProductKind, make_product
 
 AnyLinear = nn.Linear | Conv1D
 
@@ -101,14 +101,17 @@ def weight_of(layer: AnyLinear) -> torch.Tensor:
 
 
 def inject(
-    model: nn.Module, groups: Iterable[ProjectionGroup], *, packed: bool = False
+    model: nn.Module,
+    groups: Iterable[ProjectionGroup],
+    *,
+    kind: ProductKind = ProductKind.PLAIN,
 ) -> tuple[DeltaSite, list[GroupedProjection]]:
     """Replace every layer of the groups by one that adds an adapter's terms.
 
     Returns the site that they read and their projections, in the order of the
     groups. The weights of a group are joined into one tensor and the members'
-    become views of it, so `state_dict` keeps its keys. With `packed` the
-    products read packed copies, which take as much memory again.
+    become views of it, so `state_dict` keeps its keys. Any `kind` of product
+    but PLAIN reads packed copies, which take as much memory again.
     """
     site = DeltaSite()
     projections = []
@@ -116,8 +119,7 @@ def inject(
         members = [linear_at(model, path) for path in group.paths]
         weight, bias = _join_weights(members)
         # The head may share its weight with the embedding, which a merge must not touch.
-        plain = DetachedProduct if group.is_head else PlainProduct
-        product = PackedProduct(weight, bias) if packed else plain(weight, bias)
+        product = make_product(kind, weight, bias, shared=group.is_head)
         transposed = isinstance(members[0], Conv1D)
         projection = GroupedProjection(
             group, index, site, product, weight, bias, transposed=transposed

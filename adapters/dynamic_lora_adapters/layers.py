@@ -1,6 +1,7 @@
 """Linear layers that add the deltas of the current step to the base output."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,17 +13,26 @@ from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
 
 
+class StaticDeltas(Protocol):
+    """Deltas of a step whose shape is fixed: which rows and adapters, tensors say."""
+
+    def add(self, index: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add what group `index` gets for x [num_rows, in] to out [num_rows, out], in place."""
+
+
 @dataclass(slots=True)
 class DeltaSite:
     """What all wrapped layers of a model read: the plans of the running step.
 
     `plan` is for every row of the batch, `head_plan` for the rows whose logits
-    are wanted, `segments` are the rows with terms on other modules.
+    are wanted, `segments` are the rows with terms on other modules. `static`
+    takes the place of both plans.
     """
 
     plan: DeltaPlan | None = None
     head_plan: DeltaPlan | None = None
     segments: tuple[RowSegment, ...] = ()
+    static: StaticDeltas | None = None
 
 
 class GroupedProjection:
@@ -72,26 +82,30 @@ class GroupedProjection:
         out = self.base(x)
         plan = self._site.head_plan if self.group.is_head else self._site.plan
         if plan is not None and plan.runs:
-            self._add_terms(out.flatten(0, -2), x.flatten(0, -2), plan)
+            self._add_terms(_as_rows(out), _as_rows(x), plan)
+        if self._site.static is not None:
+            self._site.static.add(self._index, out.flatten(0, -2), x.flatten(0, -2))
         return out
 
     def _add_terms(self, out: torch.Tensor, x: torch.Tensor, plan: DeltaPlan) -> None:
         index = self._index
         for run in plan.runs:
             slab, rows = run.slab, run.rows
+            part = out if run.num_rows == len(out) else out[rows]
+            given = x if run.num_rows == len(x) else x[rows]
             if run.effect is Effect.APPLY and index in slab.scale:
-                self._scale(out[rows], slab.scale[index], run)
+                self._scale(part, slab.scale[index], run)
             if run.effect is not Effect.REST:
-                a, b = slab.a[index], slab.b[index]
-                if a is not None and b is not None:
+                factors = slab.factors(index, run.slots)
+                if factors is not None:
                     assert run.kernel is not None, "a plan must name its kernels"
-                    run.kernel(out[rows], x[rows], a[run.slots], b[run.slots], run)
+                    run.kernel(part, given, factors, run)
                 if index in slab.dense:
-                    _add_dense(out[rows], x[rows], slab.dense[index][run.slots], run)
+                    _add_dense(part, given, slab.dense[index][run.slots], run)
             if run.effect is Effect.UNDO and index in slab.scale:
-                self._unscale(out[rows], slab.scale[index][run.slot_start])
+                self._unscale(part, slab.scale[index][run.slot_start])
             if run.effect is not Effect.UNDO and index in slab.bias:
-                out[rows] += _by_row(slab.bias[index], run)
+                part += _by_row(slab.bias[index], run)
 
     def _scale(self, out: torch.Tensor, scale: torch.Tensor, run: Run) -> None:
         plain = out if self._bias is None else out - self._bias
@@ -102,6 +116,11 @@ class GroupedProjection:
             out.div_(1 + scale)
         else:
             out.sub_(self._bias).div_(1 + scale).add_(self._bias)
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., width] as [rows, width], for the packed row [1, rows, width] by a cheap view."""
+    return x[0] if x.dim() == 3 and len(x) == 1 else x.flatten(0, -2)
 
 
 def _by_row(table: torch.Tensor, run: Run) -> torch.Tensor:

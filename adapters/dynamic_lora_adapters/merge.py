@@ -49,6 +49,8 @@ class Merger:
         """
         if adapter is self._merged:
             return
+        if adapter is not None:
+            adapter.await_upload()
         before = [] if self._merged is None else _terms(self._merged)
         after = [] if adapter is None else _terms(adapter)
         with self._pristine.changing():

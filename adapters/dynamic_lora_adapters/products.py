@@ -1,22 +1,46 @@
-"""The base product `x @ W.T + bias`, from a plain or a packed weight.
+"""The base product `x @ W.T + bias`, in the ways this machine knows.
 
-oneDNN multiplies by a weight it has *packed* (blocked for its kernels) two to
-three times faster than by a plain one when there are few rows, which is what
-decoding is. Packing costs a second copy of the weight, so it is done only
-where a measurement on the spot says that it pays.
+A weight that is *packed* (blocked for the kernel that reads it) is multiplied
+two to three times faster than a plain one when there are few rows, which is
+what decoding is: by oneDNN, or faster still by the project's own C++ where a
+compiler is at hand. Packing costs a second copy of the weight. Which way is
+fastest is measured on the spot.
 """
 
+import logging
 import time
+from collections.abc import Sequence
+from enum import StrEnum
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
+from dynamic_lora_adapters.native import NativeUnavailable
+from dynamic_lora_adapters.native.product import Int8Product, NativeProduct
+
+logger = logging.getLogger(__name__)
 
 # The row count that the packed layout is tuned for. Measured on 2 AVX2 cores: 64 is
 # best or within noise of the best from 1 to 512 rows.
 _ROWS_HINT = 64
 _PROBE_ROWS = (1, 8, 32)
 _SAMPLES = 5
+
+
+class ProductKind(StrEnum):
+    """PLAIN by torch, PACKED by oneDNN, NATIVE by the C++ of `native/`, INT8 by it in eight bits.
+
+    All but INT8 compute the same; it is not merged into.
+    """
+
+    PLAIN = "plain"
+    PACKED = "packed"
+    NATIVE = "native"
+    INT8 = "int8"
+
+
+EXACT_KINDS = (ProductKind.PLAIN, ProductKind.PACKED, ProductKind.NATIVE)
 
 
 class BaseProduct(Protocol):
@@ -84,27 +108,47 @@ class PackedProduct:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
 
 
-@torch.inference_mode()
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN packs a weight of this device and dtype, on this processor."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+def make_product(
+    kind: ProductKind, weight: torch.Tensor, bias: torch.Tensor | None, *, shared: bool = False
+) -> BaseProduct:
+    """The product of a weight [out, in], which is `shared` if others read it too."""
+    if kind is ProductKind.NATIVE:
+        return NativeProduct(weight, bias)
+    if kind is ProductKind.INT8:
+        return Int8Product(weight, bias)
+    if kind is ProductKind.PACKED:
+        return PackedProduct(weight, bias)
+    return DetachedProduct(weight, bias) if shared else PlainProduct(weight, bias)
+
+
+def obstacle(kind: ProductKind, weight: torch.Tensor) -> str | None:
+    """Why weights of this device and dtype have no product of a kind here; None if they have."""
+    if kind is ProductKind.PLAIN:
+        return None
+    if weight.device.type != "cpu":
+        return f"weights on {weight.device} are not packed"
+    if kind is not ProductKind.PACKED and weight.dtype != torch.float32:
+        return f"it computes in float32, and the weights are {weight.dtype}"
     try:
-        PackedProduct(weight, None)(weight[:1])
+        with torch.inference_mode():
+            make_product(kind, weight[:1], None)(weight[:1])
+    except NativeUnavailable as error:
+        return str(error)
     except RuntimeError:
-        return False
-    return True
+        return f"oneDNN does not pack weights of {weight.dtype} on this processor"
+    return None
 
 
 @torch.inference_mode()
-def packing_pays(weight: torch.Tensor) -> bool:
-    """Whether products of 1, 8 and 32 rows with `weight` [out, in] are faster packed.
+def fastest_kind(weight: torch.Tensor, kinds: Sequence[ProductKind]) -> ProductKind:
+    """Whose products of 1, 8 and 32 rows with `weight` [out, in] take the least time in all.
 
-    Measured on the spot, in milliseconds. Raises RuntimeError if it cannot be packed.
+    Measured on the spot, in milliseconds.
     """
-    plain, packed = PlainProduct(weight, None), PackedProduct(weight, None)
     inputs = [torch.randn(n, weight.shape[1]).to(weight.dtype) for n in _PROBE_ROWS]
-    return _seconds(packed, inputs) < _seconds(plain, inputs)
+    seconds = {kind: _seconds(make_product(kind, weight, None), inputs) for kind in kinds}
+    logger.debug("Base products, seconds: %s", seconds)
+    return min(kinds, key=seconds.__getitem__)
 
 
 def _seconds(product: BaseProduct, inputs: list[torch.Tensor]) -> float:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynamic_lora_adapters.tiles import tiles_of
+
 if TYPE_CHECKING:
     from dynamic_lora_adapters.kernels.base import DeltaKernel
     from dynamic_lora_adapters.slots import ResidentAdapter, Slab
@@ -41,8 +43,23 @@ class Run:
     lengths: list[int]
     kernel: "DeltaKernel | None" = None
     effect: Effect = Effect.APPLY
+    num_rows: int = field(init=False)
     _pad: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     _owner: torch.Tensor | None = field(default=None, repr=False)
+    _lengths: torch.Tensor | None = field(default=None, repr=False)
+    _ends: torch.Tensor | None = field(default=None, repr=False)
+    _tiles: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.num_rows = sum(self.lengths)
+
+    def extend(self, num_rows: int, *, next_slot: bool) -> None:
+        """Add rows behind the last: of its slot, or of the next one."""
+        if next_slot:
+            self.lengths.append(num_rows)
+        else:
+            self.lengths[-1] += num_rows
+        self.num_rows += num_rows
 
     @property
     def sign(self) -> float:
@@ -52,10 +69,6 @@ class Run:
     @property
     def num_slots(self) -> int:
         return len(self.lengths)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.lengths)
 
     @property
     def max_length(self) -> int:
@@ -73,6 +86,12 @@ class Run:
     @property
     def slots(self) -> slice:
         return slice(self.slot_start, self.slot_start + self.num_slots)
+
+    def lengths_tensor(self) -> torch.Tensor:
+        """`lengths` as int64 in host memory, for kernels that read them by address."""
+        if self._lengths is None:
+            self._lengths = torch.tensor(self.lengths)
+        return self._lengths
 
     def padding(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices between packed rows and a padded [num_slots, max_length] grid.
@@ -97,6 +116,19 @@ class Run:
             lengths = torch.tensor(self.lengths)
             self._owner = torch.repeat_interleave(torch.arange(self.num_slots), lengths).to(device)
         return self._owner
+
+    def ends(self, device: torch.device) -> torch.Tensor:
+        """The row after each segment's last, shape [num_slots], int32."""
+        if self._ends is None:
+            self._ends = torch.tensor(self.lengths).cumsum(0, dtype=torch.int32).to(device)
+        return self._ends
+
+    def tiles(self, num_rows: int, device: torch.device) -> torch.Tensor:
+        """The segments in tiles of up to `num_rows` rows, int32; laid out as `tiles_of` says."""
+        if self._tiles is None:
+            tiles = tiles_of(enumerate(self.lengths), num_rows)
+            self._tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
+        return self._tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +185,9 @@ def _extend(
         and last.effect is effect
     ):
         if adapter.slot == last.slots.stop - 1:
-            last.lengths[-1] += num_rows
+            last.extend(num_rows, next_slot=False)
             return
         if adapter.slot == last.slots.stop:
-            last.lengths.append(num_rows)
+            last.extend(num_rows, next_slot=True)
             return
     runs.append(Run(adapter.slab, adapter.slot, start, [num_rows], effect=effect))

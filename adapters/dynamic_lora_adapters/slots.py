@@ -19,9 +19,11 @@ import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import GroupShape, GroupTerms, ProjectionGroup, group_terms
+from dynamic_lora_adapters.kernels.base import SlotFactors
 from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
+from dynamic_lora_adapters.upload import slot_copies, upload_for
 
 SLAB_SLOTS = 8
 Signature = tuple[GroupShape, ...]
@@ -31,6 +33,7 @@ Signature = tuple[GroupShape, ...]
 class Slab:
     """Stacked terms of adapters that share a signature; `number` orders slabs by age.
 
+    `columns` [num_slots, rank, 2] is where rows of b are not zero.
     `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
     entries for the groups whose signature says so.
     """
@@ -41,20 +44,36 @@ class Slab:
     b: list[torch.Tensor | None]
     num_bytes: int
     tenants: list["ResidentAdapter | None"]
+    columns: list[torch.Tensor | None] = field(default_factory=list)
     scale: dict[int, torch.Tensor] = field(default_factory=dict)
     dense: dict[int, torch.Tensor] = field(default_factory=dict)
     bias: dict[int, torch.Tensor] = field(default_factory=dict)
+    _factors: dict[tuple[int, int, int], SlotFactors | None] = field(default_factory=dict)
 
     def free_slot(self) -> int | None:
         """Lowest empty slot, or None."""
         return next((i for i, tenant in enumerate(self.tenants) if tenant is None), None)
 
+    def factors(self, group: int, slots: slice) -> SlotFactors | None:
+        """Views of neighbouring slots' factors for a group; made once, as steps ask for them."""
+        key = group, slots.start, slots.stop
+        if key not in self._factors:
+            a, b = self.a[group], self.b[group]
+            columns = self.columns[group] if self.columns else None
+            self._factors[key] = None
+            if a is not None and b is not None:
+                within = None if columns is None else columns[slots]
+                self._factors[key] = SlotFactors(a[slots], b[slots], within)
+        return self._factors[key]
+
     def terms(self, group: int, slot: int) -> GroupTerms:
         """Views of what a slot holds for a group."""
         a, b = self.a[group], self.b[group]
+        columns = self.columns[group] if self.columns else None
         return GroupTerms(
             a=None if a is None else a[slot],
             b=None if b is None else b[slot],
+            columns=None if columns is None else columns[slot],
             scale=self.scale[group][slot] if group in self.scale else None,
             dense=self.dense[group][slot] if group in self.dense else None,
             bias=self.bias[group][slot] if group in self.bias else None,
@@ -72,7 +91,8 @@ class ResidentAdapter:
     `rows` is what it does besides terms on linear layers, `invocation_ids` the
     tokens from which on it acts. It is `mergeable` if it acts on every token and
     can be undone for other rows. `exact` holds its terms in float32 where the
-    slot's are rounded to a shorter dtype.
+    slot's are rounded to a shorter dtype. The slot may be read once `uploaded`,
+    if there is such an event, has come to pass.
     """
 
     digest: str
@@ -82,10 +102,17 @@ class ResidentAdapter:
     invocation_ids: tuple[int, ...] = ()
     mergeable: bool = True
     exact: list[GroupTerms] | None = None
+    uploaded: torch.cuda.Event | None = None
     num_leases: int = 0
     last_used: int = 0
     doomed: bool = False
     kept: bool = False
+
+    def await_upload(self) -> None:
+        """Have the current stream wait for the slot's content. The engine's thread calls this."""
+        if self.uploaded is not None:
+            self.uploaded.wait()
+            self.uploaded = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +154,7 @@ class AdapterPool:
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
+        self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
         self._slabs: list[Slab] = []
@@ -158,6 +186,7 @@ class AdapterPool:
                 f"{self._budget_bytes} in all.",
                 fix="Start the server with a larger --adapter-memory.",
             )
+        staged = self._upload.stage(stacked, self._dtype)
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
@@ -165,9 +194,10 @@ class AdapterPool:
             if place is None:
                 return None
             slab, slot = place
-            _write(slab, slot, stacked)
             adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids)
             adapter.mergeable = mergeable
+            places = [slab.terms(index, slot) for index in range(len(staged))]
+            adapter.uploaded = self._upload.write(slot_copies(places, staged))
             if self._dtype != torch.float32:
                 adapter.exact = stacked
             slab.tenants[slot] = adapter
@@ -305,6 +335,9 @@ class AdapterPool:
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
             slab.a.append(table(shape.rank, group.in_features) if shape.rank else None)
             slab.b.append(table(shape.rank, group.out_features) if shape.rank else None)
+            # Read by kernels on the host alone.
+            reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)
+            slab.columns.append(reach if shape.rank else None)
             if shape.scale:
                 slab.scale[index] = table(group.out_features)
             if shape.dense:
@@ -313,12 +346,3 @@ class AdapterPool:
                 slab.bias[index] = table(group.out_features)
         self._slabs.append(slab)
         return slab
-
-
-def _write(slab: Slab, slot: int, stacked: Sequence[GroupTerms]) -> None:
-    for index, terms in enumerate(stacked):
-        place = slab.terms(index, slot)
-        for name in ("a", "b", "scale", "dense", "bias"):
-            target, source = getattr(place, name), getattr(terms, name)
-            if target is not None:
-                target.copy_(source)

@@ -295,6 +295,7 @@ def _generation(
         tokens=tokens,
         finish_reason=details.text("finish_reason"),
         num_prompt_tokens=details.optional_integer("prompt_tokens"),
+        num_cached_tokens=details.optional_integer("cached_tokens"),
         num_tokens=details.integer("generated_tokens"),
         seed=details.optional_integer("seed"),
         **served_by,

@@ -45,6 +45,7 @@ class Generation:
 
     `adapter` and `adapter_version` say who served it; for the base model the
     server reports "base" and no version.
+    `num_cached_tokens` of the prompt were found in the server's prefix cache.
     `finish_reason` ("length", "eos_token" or "stop_sequence"), the token
     counts and `seed` are None, and `tokens` is empty, where no details were asked for.
     """
@@ -54,6 +55,7 @@ class Generation:
     adapter_version: str | None
     finish_reason: str | None = None
     num_prompt_tokens: int | None = None
+    num_cached_tokens: int | None = None
     num_tokens: int | None = None
     seed: int | None = None
     tokens: tuple[Token, ...] = ()

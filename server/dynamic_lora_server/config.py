@@ -12,6 +12,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "bypass", "merged")
 RESTORES = ("copy", "subtract")
+QUANTIZATIONS = ("none", "int8")
+BASE_PRODUCTS = ("auto", "plain", "packed", "native")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -56,8 +58,12 @@ class ServerConfig:
     are the folders below which `POST /adapters` may read a `source` path; with
     none of them, a path on the server's disk is refused. `max_body_bytes`
     bounds every request except uploads, which `max_upload_bytes` bounds.
-    `database_url` replaces the SQLite index in `home`. `pack_weights` None
-    packs where that is faster and memory is free. `mode` says whether adapters
+    `prefix_cache_memory` is the part of `kv_memory` that may keep beginnings of
+    prompts, 0 for none.
+    `database_url` replaces the SQLite index in `home`. `base_product` says what
+    multiplies by the base's weights, "auto" what measures fastest;
+    without `native` nothing runs in the project's own C++. `quantize` "int8" rounds
+    the base's weights to eight bits; adapters are then never merged. `mode` says whether adapters
     are merged into the weights, `restore` how the base comes back afterwards.
 
     Raises InvalidParameter, naming the field.
@@ -73,13 +79,16 @@ class ServerConfig:
     max_body_bytes: int = 8 * 2**20
     adapter_memory: int | None = None
     kv_memory: int | None = None
+    prefix_cache_memory: int | None = None
     max_running: int = 64
     max_waiting: int = 1024
     prefill_chunk: int = 512
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    pack_weights: bool | None = None
+    base_product: str = "auto"
+    native: bool = True
+    quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"
     log_level: str = "warning"
@@ -92,15 +101,23 @@ class ServerConfig:
         for name in ("adapter_memory", "kv_memory", "threads"):
             value = getattr(self, name)
             _check(name, value is None or value >= 1, "must be at least 1")
+        prefixes = self.prefix_cache_memory
+        _check("prefix_cache_memory", prefixes is None or prefixes >= 0, "must be 0 or more")
         _check("max_waiting", self.max_waiting >= 0, "must be 0 or more")
         for name, choices in (
             ("dtype", DTYPES),
             ("device", DEVICES),
+            ("base_product", BASE_PRODUCTS),
+            ("quantize", QUANTIZATIONS),
             ("mode", MODES),
             ("restore", RESTORES),
             ("log_level", LOG_LEVELS),
         ):
             _check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
+        if self.quantize != "none":
+            rule = "must not be merged with quantize: nothing is merged into quantised weights"
+            _check("mode", self.mode != "merged", rule)
+            _check("base_product", self.base_product == "auto", "must be auto with quantize")
         for root in self.adapter_roots:
             _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")
 

@@ -9,6 +9,8 @@ from dynamic_lora_server.errors import InvalidParameter
 
 # Below this a temperature is greedy: the division would leave the range of float32.
 MIN_TEMPERATURE = 1e-5
+# Beyond any vocabulary, and within what a tensor's indices hold.
+MAX_TOP_K = 2**31 - 1
 
 
 class FinishReason(StrEnum):
@@ -58,7 +60,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
         _check("temperature", 0 <= self.temperature <= 100, "must lie between 0 and 100")
-        _check("top_k", self.top_k >= 0, "must be 0 (off) or more")
+        _check("top_k", 0 <= self.top_k <= MAX_TOP_K, f"must lie between 0 (off) and {MAX_TOP_K}")
         _check("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         _check("min_p", 0 <= self.min_p <= 1, "must lie between 0 and 1")
         _check(
@@ -147,7 +149,8 @@ class Finish:
     """The single successful end of continuation `index`.
 
     `tail` is text held back until now (to be appended after the last piece's
-    text); `text` is the whole text.
+    text); `text` is the whole text. `num_cached_tokens` of the prompt were not
+    computed for it, but found in the prefix cache.
     """
 
     index: int
@@ -156,6 +159,7 @@ class Finish:
     tail: str
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int = 0
     seed: int | None
     mode: ServedMode
 

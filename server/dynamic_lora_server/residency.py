@@ -6,7 +6,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dynamic_lora_adapters.compose import compose, merge
 from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.registry import AdapterRegistry, Lease
 from dynamic_lora_adapters.saved import SavedCompositions, check_version
@@ -69,7 +68,7 @@ class Residency:
             leases = [await stack.enter_async_context(self._lease(p)) for p in wanted.parts]
             digests = [lease.version.digest for lease in leases]
             version = wanted.digest(digests)
-            resident = await self._bring(version, lambda: self._read(wanted, digests))
+            resident = await self._bring(version, lambda: self.saved.terms(wanted, digests))
             self._remember(version, digests)
             try:
                 yield Held(wanted, version, resident)
@@ -93,18 +92,6 @@ class Residency:
             yield lease
         finally:
             await asyncio.shield(asyncio.to_thread(self._registry.release, lease))
-
-    def _read(self, composition: Composition, digests: Sequence[str]) -> AdapterTerms:
-        # In the order that the composition's digest has them, not in that of their
-        # names: one digest means the same numbers to the last bit.
-        pairs = zip(digests, composition.parts, strict=True)
-        ordered = sorted(pairs, key=lambda pair: (pair[0], pair[1].weight))
-        terms = {digest: self._registry.load(digest) for digest in set(digests)}
-        weighted = [(terms[digest], part.weight) for digest, part in ordered]
-        names = [part.label for _, part in ordered]
-        if composition.merge is not None:
-            return merge(weighted, composition.merge, names=names)
-        return compose(weighted, names=names)
 
     def _remember(self, version: str, digests: Sequence[str]) -> None:
         """Note what a composition was made of; those that left the device are forgotten."""

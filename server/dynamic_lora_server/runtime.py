@@ -19,6 +19,7 @@ from transformers import (
 
 from dynamic_lora_adapters.archive import UploadLimits
 from dynamic_lora_adapters.pristine import Restore
+from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
@@ -27,6 +28,7 @@ from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.mode_controller import ModeStats
+from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.residency import Residency
 from dynamic_lora_server.service import GenerationService, ServiceLimits
@@ -51,6 +53,7 @@ class EngineStats:
     num_steps: int
     kv_used_tokens: int
     kv_total_tokens: int
+    prefixes: PrefixStats
     adapters: PoolStats
     modes: ModeStats
     drift: float
@@ -148,8 +151,9 @@ class Runtime:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_steps=self.built.engine.num_steps,
-            kv_used_tokens=space.num_cells - space.num_free,
+            kv_used_tokens=scheduler.num_used_cells,
             kv_total_tokens=space.num_cells,
+            prefixes=scheduler.prefix_stats(),
             adapters=self.built.pool.stats(),
             modes=self.built.modes.stats(),
             drift=self.built.engine.runner.merger.drift,
@@ -185,12 +189,20 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
         prefill_chunk=config.prefill_chunk,
         adapter_memory=config.adapter_memory,
         kv_memory=config.kv_memory,
-        pack_weights=config.pack_weights,
-        mode=Mode(config.mode),
+        prefix_cache_memory=config.prefix_cache_memory,
+        base_product=_product_kind(config),
+        native=config.native,
+        mode=Mode.BYPASS if config.quantize != "none" else Mode(config.mode),
         restore=Restore(config.restore),
         checkpoint=base.path,
         costs_file=_costs_file(config, base),
     )
+
+
+def _product_kind(config: ServerConfig) -> ProductKind | None:
+    if config.quantize == "int8":
+        return ProductKind.INT8
+    return None if config.base_product == "auto" else ProductKind(config.base_product)
 
 
 def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
@@ -199,7 +211,9 @@ def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
         base.name,
         config.dtype,
         config.device,
-        config.pack_weights,
+        config.base_product,
+        config.quantize,
+        config.native,
         config.mode == "bypass",
         torch.get_num_threads(),
         torch.__version__,

@@ -102,6 +102,11 @@ class GenerationService:
         return self._worker.alive
 
     @property
+    def capacity(self) -> int:
+        """Continuations that may run and wait at a time."""
+        return self._limits.max_running + self._limits.max_waiting
+
+    @property
     def num_open(self) -> int:
         """Continuations admitted and not yet ended."""
         return self._num_open
@@ -132,7 +137,13 @@ class GenerationService:
 
     @contextmanager
     def _place(self, n: int) -> Iterator[None]:
-        capacity = self._limits.max_running + self._limits.max_waiting
+        capacity = self.capacity
+        if n > capacity:
+            raise InvalidParameter(
+                f"n is {n}; the server takes {capacity} continuations at a time.",
+                field="n",
+                fix="Ask for fewer.",
+            )
         if self._num_open + n > capacity:
             rounds = max(1.0, self._num_open / self._limits.max_running)
             retry_after = min(60, max(1, math.ceil(self._pace.seconds * rounds)))
@@ -272,6 +283,7 @@ class GenerationService:
             text=detokenizer.text,
             tail=tail,
             num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached_prompt,
             num_output_tokens=detokenizer.num_tokens,
             seed=None if sequence.sampling.greedy else sequence.seed,
             mode=_served_mode(sequence),
@@ -299,8 +311,7 @@ def _served_mode(sequence: Sequence) -> ServedMode:
         return ServedMode.BASE
     if not sequence.num_merged:
         return ServedMode.BYPASS
-    num_run = sequence.num_computed - sequence.num_given
-    return ServedMode.MERGED if sequence.num_merged >= num_run else ServedMode.BOTH
+    return ServedMode.MERGED if sequence.num_merged >= sequence.num_run else ServedMode.BOTH
 
 
 def _started(held: Held | None, num_prompt_tokens: int) -> Started:

@@ -65,12 +65,28 @@ class ServerState:
         if self._runtime is None:
             return []
         stats = self._runtime.stats()
-        pool, modes = stats.adapters, stats.modes
+        pool, modes, prefixes = stats.adapters, stats.modes, stats.prefixes
         return [
             Reading("running_sequences", "Sequences in the batch.", stats.num_running),
             Reading("waiting_sequences", "Sequences that wait for a place.", stats.num_waiting),
             Reading("kv_used_tokens", "Tokens that the KV cache holds.", stats.kv_used_tokens),
             Reading("kv_total_tokens", "Tokens that the KV cache can hold.", stats.kv_total_tokens),
+            Reading("prefix_blocks", "Blocks of prompts that are kept.", prefixes.num_blocks),
+            Reading(
+                "prefix_lookup_tokens",
+                "Prompt tokens that were looked up in the prefix cache.",
+                prefixes.num_looked_up,
+                total=True,
+            ),
+            Reading(
+                "prefix_hit_tokens",
+                "Prompt tokens that were found there and not computed.",
+                prefixes.num_reused,
+                total=True,
+            ),
+            Reading(
+                "prefix_evicted_blocks", "Blocks given up.", prefixes.num_evictions, total=True
+            ),
             Reading("engine_steps", "Steps that the engine ran.", stats.num_steps, total=True),
             Reading("adapters_resident", "Adapters on the device.", pool.num_resident),
             Reading("adapters_in_use", "Adapters that running requests use.", pool.num_leased),

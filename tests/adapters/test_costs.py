@@ -56,6 +56,7 @@ def test_measured_costs_survive_the_cache() -> None:
     groups = [ProjectionGroup(("q",), 16, (16,))]
     measured = measure_costs(
         groups,
+        KERNELS,
         device=torch.device("cpu"),
         dtype=torch.float32,
         tick=lambda: ticks.append(None),
@@ -64,6 +65,14 @@ def test_measured_costs_survive_the_cache() -> None:
     assert set(measured.seconds) == set(KERNELS)
     assert all(seconds[1, 1] > 0 for seconds in measured.seconds.values())
     assert KernelCosts.from_json(measured.to_json()).seconds == measured.seconds
+
+
+def test_a_cache_for_other_kernels_is_refused() -> None:
+    """As on a device that runs more of them, or fewer."""
+    text = costs().to_json()
+    assert set(KernelCosts.from_json(text, names=set(KERNELS)).seconds) == set(KERNELS)
+    with pytest.raises(ValueError, match="another version"):
+        KernelCosts.from_json(text, names={*KERNELS, "triton_segments"})
 
 
 @pytest.mark.parametrize("text", ["[]", '[["segment_loop", 1, 1, 0.5]]', "not json"])

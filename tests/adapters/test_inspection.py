@@ -2,12 +2,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import LlamaForCausalLM
 
-from dynamic_lora_adapters import BaseGeometry, Passport, UnsupportedAdapter
+from dynamic_lora_adapters import BaseGeometry, InvalidAdapter, Passport, UnsupportedAdapter
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.inspection import Inspector, declared_base, folder_digest
+from tests.adapters.kinds.checkpoints import edit_tensors, make
 from tests.support.adapters import edit_config, quiet, save_adapter
 from tests.support.models import tiny_llama
 
@@ -75,6 +84,55 @@ def test_other_kinds_are_read_too(inspector: Inspector, tmp_path: Path) -> None:
     assert inspector.read(tmp_path).linears.keys() == {
         f"model.layers.{i}.self_attn.v_proj" for i in range(2)
     }
+
+
+LARGE: dict[str, tuple[PeftConfig, str]] = {
+    "prompt": (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        "the virtual tokens",
+    ),
+    "prefix": (
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        "the virtual tokens' keys in layer 0",
+    ),
+    "norms": (
+        LNTuningConfig(target_modules=["input_layernorm"]),
+        "'model.layers.0.input_layernorm.weight'",
+    ),
+    "saved": (
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]),
+        "'model.norm.weight'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_values_that_no_product_survives_are_refused(
+    case: str, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """At the upload, and at a load by a server that serves in a smaller format."""
+    config, place = LARGE[case]
+    make(tmp_path, model, config)
+    base = ModelWeights(model)
+    geometry = BaseGeometry.of(model, model_id="org/Tiny-Llama")
+    full, half = (Inspector(geometry, base=base, dtype=d) for d in (None, torch.float16))
+    edit_tensors(tmp_path, lambda tensors: _fill(tensors, 20_000.0))
+    passport_of(tmp_path, full)
+    with pytest.raises(InvalidAdapter, match=f"values for {place} reach 2e.* in float16"):
+        half.read(tmp_path)
+    with pytest.raises(InvalidAdapter, match=f"values for {place}.* compute with in float16"):
+        passport_of(tmp_path, half)
+    edit_tensors(tmp_path, lambda tensors: _fill(tensors, 3e38))
+    with pytest.raises(InvalidAdapter, match=f"values for {place} reach 3e.*float32") as caught:
+        passport_of(tmp_path, full)
+    assert caught.value.field == place.strip("'")
+
+
+def _fill(tensors: dict[str, torch.Tensor], value: float) -> None:
+    """One large value at the start of every tensor but the factors."""
+    for name, tensor in tensors.items():
+        if "lora_" not in name:
+            tensor.view(-1)[0] = value
 
 
 def test_a_kind_that_is_not_served_is_refused_by_name(adapter: Path, inspector: Inspector) -> None:

@@ -10,7 +10,7 @@ from dynamic_lora_adapters import BaseGeometry
 from dynamic_lora_adapters.inject import head_group, inject, observe_groups
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.pristine import CopiedWeights, PristineWeights, SubtractedWeights
-from dynamic_lora_adapters.products import can_pack
+from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
 from dynamic_lora_adapters.slots import AdapterPool, ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from tests.support.models import tiny_llama
@@ -42,7 +42,9 @@ def random_terms(geometry: BaseGeometry, seed: int, **parts: bool) -> AdapterTer
 class Rig:
     """A tiny model with its merger and a pool of adapters."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, *, packed: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, *, kind: ProductKind = ProductKind.PLAIN
+    ) -> None:
         self.model = tiny_llama()
         self.model.to(dtype)  # type: ignore[arg-type]
         self.geometry = BaseGeometry.of(self.model, model_id="tiny")
@@ -52,7 +54,7 @@ class Rig:
         paths = {path for group in groups for path in group.paths}
         if not paths & set(head.paths):
             groups.append(head)
-        self.site, self.projections = inject(self.model, groups, packed=packed)
+        self.site, self.projections = inject(self.model, groups, kind=kind)
         self.pristine = CopiedWeights()
         self.merger = Merger(self.projections, self.pristine)
         self.pool = AdapterPool(groups, budget_bytes=2**28, device=torch.device("cpu"), dtype=dtype)
@@ -88,12 +90,12 @@ def test_ten_thousand_random_switches_leave_every_byte_as_it_was(dtype: torch.dt
     assert rig.digest() == before
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("kind", EXACT_KINDS)
 @torch.inference_mode()
-def test_merged_weights_give_the_logits_of_the_folded_model(packed: bool) -> None:
-    if packed and not can_pack(torch.ones(8, 8)):
-        pytest.skip("oneDNN does not pack float32 weights on this processor")
-    rig = Rig(packed=packed)
+def test_merged_weights_give_the_logits_of_the_folded_model(kind: ProductKind) -> None:
+    if (reason := obstacle(kind, torch.ones(8, 8))) is not None:
+        pytest.skip(reason)
+    rig = Rig(kind=kind)
     terms = random_terms(rig.geometry, 1, scale=True, dense=True)
     folded = tiny_llama()
     for path, part in terms.linears.items():

@@ -1,46 +1,110 @@
+"""Every kind of base product against torch's."""
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_lora_adapters.products import PackedProduct, PlainProduct, can_pack, packing_pays
-
-needs_packing = pytest.mark.skipif(
-    not can_pack(torch.ones(8, 8)), reason="oneDNN does not pack float32 weights on this processor"
+from dynamic_lora_adapters.products import (
+    EXACT_KINDS,
+    ProductKind,
+    fastest_kind,
+    make_product,
+    obstacle,
 )
 
+WEIGHT = torch.ones(8, 8)
+KINDS = [kind for kind in EXACT_KINDS if obstacle(kind, WEIGHT) is None]
 
-@needs_packing
+
+@pytest.mark.parametrize("kind", EXACT_KINDS)
 @given(
     rows=st.integers(1, 70),
     out_features=st.integers(1, 70),
-    in_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
     biased=st.booleans(),
     strided=st.booleans(),
 )
 @torch.inference_mode()
-def test_packed_equals_plain(
-    rows: int, out_features: int, in_features: int, biased: bool, strided: bool
+def test_products_equal_torchs(
+    kind: ProductKind, rows: int, out_features: int, in_features: int, biased: bool, strided: bool
 ) -> None:
+    if (reason := obstacle(kind, WEIGHT)) is not None:
+        pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
     bias = torch.randn(out_features, generator=generator) if biased else None
     x = torch.randn(1, rows, 2 * in_features, generator=generator)
     x = x[..., ::2] if strided else x[..., :in_features].contiguous()
-    plain = PlainProduct(weight, bias)(x)
-    packed = PackedProduct(weight, bias)(x)
-    assert packed.shape == (1, rows, out_features)
-    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
+    out = make_product(kind, weight, bias)(x)
+    assert out.shape == (1, rows, out_features)
+    torch.testing.assert_close(
+        out, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-3
+    )
 
 
-@needs_packing
-def test_whether_packing_pays_is_measured() -> None:
-    assert packing_pays(torch.randn(64, 64)) in {True, False}
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_replaced_weight_is_multiplied_by(kind: ProductKind) -> None:
+    product = make_product(kind, torch.randn(20, 6), None)
+    weight = torch.randn(6, 20).T
+    product.replace(weight)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(product(x), x @ weight.T)
 
 
-def test_a_weight_that_is_not_on_the_cpu_cannot_be_packed() -> None:
-    assert not can_pack(torch.empty(8, 8, device="meta"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_separate_product_leaves_the_weight_untouched(kind: ProductKind) -> None:
+    weight = torch.ones(16, 4)
+    product = make_product(kind, weight, None, shared=True)
+    product.replace(torch.zeros(16, 4))
+    assert product.separate
+    assert bool((weight == 1).all())
 
 
-def test_a_dtype_that_onednn_does_not_know_cannot_be_packed() -> None:
-    assert not can_pack(torch.ones(8, 8, dtype=torch.float64))
+def test_the_fastest_kind_is_measured() -> None:
+    assert fastest_kind(torch.randn(64, 64), KINDS) in KINDS
+
+
+@pytest.mark.parametrize("kind", [ProductKind.PACKED, ProductKind.NATIVE, ProductKind.INT8])
+def test_a_weight_that_is_not_on_the_cpu_is_not_packed(kind: ProductKind) -> None:
+    reason = obstacle(kind, torch.empty(8, 8, device="meta"))
+    assert reason == "weights on meta are not packed"
+
+
+def test_a_dtype_that_a_kind_does_not_know_is_named() -> None:
+    weight = WEIGHT.double()
+    assert "torch.float64 on this processor" in (obstacle(ProductKind.PACKED, weight) or "")
+    assert "weights are torch.float64" in (obstacle(ProductKind.NATIVE, weight) or "")
+    assert obstacle(ProductKind.PLAIN, weight) is None
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@given(
+    rows=st.integers(1, 40),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
+    biased=st.booleans(),
+)
+@torch.inference_mode()
+def test_int8_multiplies_by_the_rounded_weight(
+    rows: int, out_features: int, in_features: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    weight[0] = 0
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    step = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = (weight / step).round() * step
+    x = torch.randn(rows, in_features, generator=generator)
+    out = make_product(ProductKind.INT8, weight, bias)(x)
+    torch.testing.assert_close(
+        out, torch.nn.functional.linear(x, rounded, bias), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+def test_nothing_is_merged_into_int8() -> None:
+    product = make_product(ProductKind.INT8, WEIGHT, None)
+    with pytest.raises(TypeError, match="adapters are not merged into quantised weights"):
+        product.replace(WEIGHT)

@@ -1,4 +1,5 @@
 import threading
+from typing import cast
 
 import pytest
 import torch
@@ -159,3 +160,18 @@ def test_threads_may_use_the_pool_at_once() -> None:
         thread.join()
     pool.check_integrity()
     assert pool.stats().num_leased == 0
+
+
+def test_an_upload_is_awaited_once() -> None:
+    class Event:
+        num_waits = 0
+
+        def wait(self) -> None:
+            self.num_waits += 1
+
+    adapter, event = admit(make_pool(1), "a"), Event()
+    assert adapter.uploaded is None
+    adapter.uploaded = cast(torch.cuda.Event, event)
+    adapter.await_upload()
+    adapter.await_upload()
+    assert event.num_waits == 1

@@ -149,7 +149,7 @@ def test_generate_sends_the_wire_body_and_reads_the_answer(call: Caller) -> None
     assert isinstance(result, Generation)
     assert (result.text, result.adapter, result.adapter_version) == (TEXT, "ner", VERSION)
     assert (result.finish_reason, result.seed) == ("eos_token", 11)
-    assert (result.num_prompt_tokens, result.num_tokens) == (7, 3)
+    assert (result.num_prompt_tokens, result.num_cached_tokens, result.num_tokens) == (7, 5, 3)
     assert result.tokens[0] == Token(id=5, text="Zoë", logprob=-0.25, special=False)
     assert result.tokens[2].special
 

@@ -53,6 +53,7 @@ DETAILS = {
     "finish_reason": "eos_token",
     "generated_tokens": 3,
     "prompt_tokens": 7,
+    "cached_tokens": 5,
     "seed": 11,
     "prefill": [],
 }

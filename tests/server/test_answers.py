@@ -44,6 +44,7 @@ def finish(reason: FinishReason, text: str, *, tail: str = "", index: int = 0) -
         tail=tail,
         num_prompt_tokens=3,
         num_output_tokens=2,
+        num_cached_tokens=2 + index,  # a second continuation finds what the first computed
         seed=11,
         mode=ServedMode.BASE,
     )
@@ -80,6 +81,7 @@ def test_tgi_whole() -> None:
     assert details is not None
     assert details.finish_reason == "eos_token"
     assert (details.generated_tokens, details.prompt_tokens, details.seed) == (2, 3, 11)
+    assert details.cached_tokens == 2
     assert [token.text for token in details.tokens] == ["hi", "</s>"]
     assert details.top_tokens is not None
     assert details.top_tokens[0][0].special
@@ -125,6 +127,7 @@ def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> 
         "prompt_tokens": 6,
         "completion_tokens": 8,
         "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 4},
     }
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
@@ -196,4 +199,9 @@ async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
         (1, {}),
         (0, {"content": "b"}),
     ]
-    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }

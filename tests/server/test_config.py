@@ -37,6 +37,7 @@ def test_the_defaults_are_valid() -> None:
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
         ({"max_waiting": -1}, "max_waiting must be 0 or more"),
         ({"kv_memory": 0}, "kv_memory must be at least 1"),
+        ({"prefix_cache_memory": -1}, "prefix_cache_memory must be 0 or more"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),

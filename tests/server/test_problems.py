@@ -82,6 +82,13 @@ def test_an_unforeseen_error_tells_nothing_of_itself() -> None:
     assert "secret" not in json.dumps(problems.problem(fault))
 
 
+def test_errors_that_quote_whole_files_are_cut_off() -> None:
+    name = "x" * 10**6
+    fault = problems.fault_of(adapter_errors.InvalidAdapter(f"{name} is bad", field=name, fix=name))
+    assert len(fault.detail) == len(fault.field or "") == len(fault.fix or "") == 2000
+    assert fault.detail.endswith("x...")
+
+
 def test_a_lone_surrogate_in_an_error_can_be_answered() -> None:
     fault = problems.fault_of(errors.InvalidParameter("bad '\ud800'"))
     assert json.loads(bytes(problems.answer(fault, path="/generate").body))["detail"]

@@ -42,6 +42,14 @@ def test_a_kv_cache_too_small_for_a_token_is_refused(tmp_path: Path) -> None:
         load_runtime(tmp_path, kv_memory=100)
 
 
+@pytest.mark.parametrize("memory", [100, 2**22])
+def test_a_prefix_cache_that_is_nothing_or_everything_is_refused(
+    tmp_path: Path, memory: int
+) -> None:
+    with pytest.raises(InvalidParameter, match=f"prefix_cache_memory of {memory} bytes is .* 16 "):
+        load_runtime(tmp_path, prefix_cache_memory=memory)
+
+
 def test_costs_are_measured_once_for_each_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

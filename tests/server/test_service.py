@@ -133,6 +133,12 @@ async def test_a_full_queue_refuses_with_a_pause(runtime: Runtime) -> None:
     assert finishes(await collect(runtime, spec()))
 
 
+async def test_more_continuations_than_places_are_no_reason_to_wait(runtime: Runtime) -> None:
+    with pytest.raises(InvalidParameter, match="n is 9; the server takes 8 continuations") as error:
+        await collect(runtime, spec(n=9))
+    assert error.value.field == "n"
+
+
 async def test_a_request_over_the_context_is_refused_with_both_numbers(runtime: Runtime) -> None:
     with pytest.raises(ContextOverflow, match=r"has 2 tokens .* is 511: 513 .* holds 512"):
         await collect(runtime, spec((5, 6), max_new_tokens=511))

@@ -1,11 +1,24 @@
 """The one meaning that every delta kernel implements."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.segments import Run
+
+
+class SlotFactors(NamedTuple):
+    """The factors of one group for the slots of a run.
+
+    Shapes: a [num_slots, rank, in], b [num_slots, rank, out]. `columns`
+    [num_slots, rank, 2], int64 on the host, is the first column that is not zero in a row
+    of b and the one after the last; None if that is not known.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    columns: torch.Tensor | None = None
 
 
 class DeltaKernel(Protocol):
@@ -24,5 +37,5 @@ class DeltaKernel(Protocol):
     name: str
 
     def __call__(
-        self, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: "Run"
+        self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: "Run"
     ) -> None: ...

@@ -2,6 +2,7 @@
 
 import torch
 
+from dynamic_lora_adapters.kernels.base import SlotFactors
 from dynamic_lora_adapters.segments import Run
 
 
@@ -15,9 +16,8 @@ class RankConcat:
 
     name = "rank_concat"
 
-    def __call__(
-        self, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: Run
-    ) -> None:
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
+        a, b, _ = factors
         num_slots, rank, _ = a.shape
         shrunk = (x @ a.flatten(0, 1).T).view(-1, num_slots, rank)
         slots = torch.arange(num_slots, device=x.device)

@@ -2,6 +2,7 @@
 
 import torch
 
+from dynamic_lora_adapters.kernels.base import SlotFactors
 from dynamic_lora_adapters.segments import Run
 
 
@@ -10,9 +11,8 @@ class Reference:
 
     name = "reference"
 
-    def __call__(
-        self, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: Run
-    ) -> None:
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
+        a, b, _ = factors
         row = 0
         for slot, length in enumerate(run.lengths):
             shrink, expand = a[slot].float(), b[slot].float()

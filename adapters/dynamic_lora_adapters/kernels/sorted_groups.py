@@ -2,6 +2,7 @@
 
 import torch
 
+from dynamic_lora_adapters.kernels.base import SlotFactors
 from dynamic_lora_adapters.segments import Run
 
 
@@ -16,9 +17,8 @@ class SortedGroups:
 
     name = "sorted_groups"
 
-    def __call__(
-        self, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: Run
-    ) -> None:
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
+        a, b, _ = factors
         if run.uniform:
             grid = (run.num_slots, run.max_length)
             shrunk = torch.bmm(x.unflatten(0, grid), a.transpose(1, 2))

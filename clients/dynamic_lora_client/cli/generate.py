@@ -87,6 +87,7 @@ def _to_json(generation: Generation) -> dict[str, Any]:
         "adapter_version": generation.adapter_version,
         "finish_reason": generation.finish_reason,
         "num_prompt_tokens": generation.num_prompt_tokens,
+        "num_cached_tokens": generation.num_cached_tokens,
         "num_tokens": generation.num_tokens,
         "seed": generation.seed,
     }

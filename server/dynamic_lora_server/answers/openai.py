@@ -37,11 +37,15 @@ class UsageCount:
     """Token counts of a request; each prompt counts once, whatever `n` is."""
 
     prompts: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
     num_output_tokens: int = 0
 
     def add(self, prompt: int, finish: Finish) -> None:
         """Count one continuation of the prompt at this position."""
         self.prompts[prompt] = finish.num_prompt_tokens
+        # Continuations after the first find what the first has computed.
+        found = self.cached.get(prompt, finish.num_cached_tokens)
+        self.cached[prompt] = min(found, finish.num_cached_tokens)
         self.num_output_tokens += finish.num_output_tokens
 
     def answer(self) -> wire.Usage:
@@ -51,6 +55,7 @@ class UsageCount:
             prompt_tokens=num_prompt_tokens,
             completion_tokens=self.num_output_tokens,
             total_tokens=num_prompt_tokens + self.num_output_tokens,
+            prompt_tokens_details=wire.PromptTokensDetails(cached_tokens=sum(self.cached.values())),
         )
 
 

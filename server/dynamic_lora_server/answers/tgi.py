@@ -57,6 +57,7 @@ class TgiAnswer:
             finish_reason=_FINISH[first.finish.reason],
             generated_tokens=first.finish.num_output_tokens,
             prompt_tokens=first.finish.num_prompt_tokens,
+            cached_tokens=first.finish.num_cached_tokens,
             seed=first.finish.seed,
             mode=first.finish.mode,
             prefill=[],
@@ -111,6 +112,7 @@ def _stream_details(finish: Finish) -> wire.StreamDetails:
         finish_reason=_FINISH[finish.reason],
         generated_tokens=finish.num_output_tokens,
         prompt_tokens=finish.num_prompt_tokens,
+        cached_tokens=finish.num_cached_tokens,
         seed=finish.seed,
         mode=finish.mode,
     )

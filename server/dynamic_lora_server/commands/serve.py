@@ -10,10 +10,12 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynamic_lora_server.config import (
+    BASE_PRODUCTS,
     DEVICES,
     DTYPES,
     LOG_LEVELS,
     MODES,
+    QUANTIZATIONS,
     RESTORES,
     ServerConfig,
     default_home,
@@ -57,18 +59,38 @@ _AdapterMemory = Annotated[
 _KvMemory = Annotated[
     str | None, typer.Option(help="Device memory for the KV cache.", show_default="by free memory")
 ]
+_PrefixCacheMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Part of the KV cache's memory that may keep beginnings of prompts; 0 keeps none.",
+        show_default="a quarter of it; on a GPU all that is idle",
+    ),
+]
 _MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
 _MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
 _PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
 _Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 _Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
 _Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
-_PackWeights = Annotated[
-    bool | None,
+_BaseProduct = Annotated[
+    str,
     typer.Option(
-        "--pack-weights/--no-pack-weights",
-        help="Multiply by packed copies of the weights (CPU; doubles their memory).",
-        show_default="where it measures faster and memory is free",
+        help=f"What multiplies by the base's weights: {', '.join(BASE_PRODUCTS)}. All but plain "
+        "keep a packed copy of them (CPU); auto takes what measures fastest, if memory is free."
+    ),
+]
+_Quantize = Annotated[
+    str,
+    typer.Option(
+        help=f"Round the base's weights: {', '.join(QUANTIZATIONS)} (CPU). Answers change "
+        "slightly; adapters are never merged."
+    ),
+]
+_Native = Annotated[
+    bool,
+    typer.Option(
+        "--native/--no-native",
+        help="Use C++ that is compiled on this machine, where there is a compiler (CPU).",
     ),
 ]
 _Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
@@ -89,13 +111,16 @@ def serve(
     max_upload_bytes: _MaxUploadBytes = "2GiB",
     adapter_memory: _AdapterMemory = None,
     kv_memory: _KvMemory = None,
+    prefix_cache_memory: _PrefixCacheMemory = None,
     max_running: _MaxRunning = _DEFAULT.max_running,
     max_waiting: _MaxWaiting = _DEFAULT.max_waiting,
     prefill_chunk: _PrefillChunk = _DEFAULT.prefill_chunk,
     dtype: _Dtype = _DEFAULT.dtype,
     device: _Device = _DEFAULT.device,
     threads: _Threads = None,
-    pack_weights: _PackWeights = None,
+    base_product: _BaseProduct = _DEFAULT.base_product,
+    native: _Native = _DEFAULT.native,
+    quantize: _Quantize = _DEFAULT.quantize,
     mode: _Mode = _DEFAULT.mode,
     restore: _Restore = _DEFAULT.restore,
     log_level: _LogLevel = _DEFAULT.log_level,
@@ -111,15 +136,18 @@ def serve(
             database_url=database_url,
             adapter_roots=tuple(adapter_root or ()),
             max_upload_bytes=parse_bytes(max_upload_bytes),
-            adapter_memory=None if adapter_memory is None else parse_bytes(adapter_memory),
-            kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
+            adapter_memory=_bytes(adapter_memory),
+            kv_memory=_bytes(kv_memory),
+            prefix_cache_memory=_bytes(prefix_cache_memory),
             max_running=max_running,
             max_waiting=max_waiting,
             prefill_chunk=prefill_chunk,
             dtype=dtype,
             device=device,
             threads=threads,
-            pack_weights=pack_weights,
+            base_product=base_product,
+            native=native,
+            quantize=quantize,
             mode=mode,
             restore=restore,
             log_level=log_level,
@@ -127,6 +155,10 @@ def serve(
     except ServerError as error:
         raise typer.BadParameter(" ".join(filter(None, (error.message, error.fix)))) from error
     run_server(config, console)
+
+
+def _bytes(text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text)
 
 
 def run_server(config: ServerConfig, console: Console) -> None:

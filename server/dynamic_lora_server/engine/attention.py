@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.decode_groups import DecodeGroup, group_decodes
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
@@ -24,6 +25,10 @@ from dynamic_lora_server.engine.paged_attention import PagedKernel
 from dynamic_lora_server.errors import UnsupportedModel
 
 ATTENTION_NAME = "dynamic_lora"
+
+# Up to this many new tokens of a sequence are attended to one by one in C++; more
+# share their keys and values, which torch's kernel reads once for all of them.
+_FEW_TOKENS = 8
 
 # Arguments that models pass along and that change nothing here.
 _BENIGN = frozenset(
@@ -66,10 +71,12 @@ class AttentionStep:
     cells: torch.Tensor | None = None
     cache: KVCache | None = None
     paged_kernel: PagedKernel | None = None
+    native: NativeAttention | None = None
     observed: dict[int, LayerGeometry] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     _gathers: dict[int, torch.Tensor] = field(default_factory=dict)
     _splits: dict[int | None, tuple[list[DecodeGroup], list[Span]]] = field(default_factory=dict)
+    _items: dict[int | None, tuple[torch.Tensor, list[Span]]] = field(default_factory=dict)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule
@@ -87,11 +94,43 @@ class AttentionStep:
                 _place(out, span, self._attend_one(*new, rule))
             return out
         assert self.cells is not None
-        self.cache.write(layer, self.cells, k.transpose(0, 1), v.transpose(0, 1))
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.native is not None and self.native.serves(keys, values):
+            return self._attend_natively(self.native, q, k, v, keys, values, rule)
+        self.cache.write(layer, self.cells, k.transpose(0, 1), v.transpose(0, 1))
         if self.paged_kernel is not None and rule.plain:
             return self.paged_kernel(q.transpose(0, 1), keys, values, rule.scaling, rule.window)
         return self._attend_cached(q, keys, values, rule)
+
+    def _attend_natively(
+        self,
+        native: NativeAttention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: Rule,
+    ) -> torch.Tensor:
+        assert self.cells is not None
+        native.write(keys, self.cells, k)
+        native.write(values, self.cells, v)
+        if rule.window not in self._items:
+            self._items[rule.window] = _native_items(self.spans, rule.window)
+        items, others = self._items[rule.window]
+        out = q.new_empty(q.shape[1], q.shape[0], values.shape[2])
+        native.attend(
+            q,
+            keys,
+            values,
+            out,
+            items,
+            scaling=rule.scaling,
+            softcap=rule.softcap,
+            sinks=rule.sinks,
+        )
+        self._attend_singly(out, others, q, keys, values, rule)
+        return out
 
     def _attend_cached(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule
@@ -100,10 +139,21 @@ class AttentionStep:
         out = q.new_empty(q.shape[1], q.shape[0], values.shape[2])
         for group in groups:
             out.index_copy_(0, group.rows, group.attend(q, keys, values, rule.scaling))
-        for span in singles:
+        self._attend_singly(out, singles, q, keys, values, rule)
+        return out
+
+    def _attend_singly(
+        self,
+        out: torch.Tensor,
+        spans: Sequence[Span],
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: Rule,
+    ) -> None:
+        for span in spans:
             k, v = self._history(keys, span), self._history(values, span)
             _place(out, span, self._attend_one(_rows(q, span), k, v, rule))
-        return out
 
     def _split(self, q: torch.Tensor, rule: Rule) -> tuple[Sequence[DecodeGroup], Sequence[Span]]:
         """Groups of decoding spans and the other spans; the same for all layers of a kind."""
@@ -158,6 +208,21 @@ class AttentionStep:
                 mask &= column > last - window
             self._masks[key] = mask
         return self._masks[key]
+
+
+def _native_items(spans: Sequence[Span], window: int | None) -> tuple[torch.Tensor, list[Span]]:
+    """What `NativeAttention.attend` does for single tokens, and the spans that are left."""
+    items: list[tuple[int, int, int]] = []
+    others: list[Span] = []
+    for span in spans:
+        if span.num_new > _FEW_TOKENS or len(span.starts) > 1:
+            others.append(span)
+            continue
+        for number in range(span.num_new):
+            stop = span.num_cached + number + 1
+            seen = stop if window is None else min(stop, window)
+            items.append((span.row + number, span.starts[0] + stop - seen, seen))
+    return torch.tensor(items, dtype=torch.long).reshape(-1, 3), others
 
 
 def _rows(x: torch.Tensor, span: Span) -> torch.Tensor:

@@ -3,31 +3,42 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dynamic_lora_adapters.costs import KernelChooser
+from dynamic_lora_adapters.costs import KernelChooser, group_kernels
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.native import NativeUnavailable
+from dynamic_lora_adapters.native.attention import NativeAttention
+from dynamic_lora_adapters.native.norm import adopt_native_norms
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
-from dynamic_lora_adapters.products import can_pack, packing_pays
+from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
+from dynamic_lora_server.engine.decode_graphs import (
+    DecodeGraphs,
+    graphs_obstacle,
+    static_decoding,
+)
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
-from dynamic_lora_server.engine.kv_space import ContiguousSpace, KVSpace, PagedSpace
+from dynamic_lora_server.engine.kv_layout import KVLayout, contiguous_layout, paged_layout
+from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
+from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
 from dynamic_lora_server.engine.probe import adopt_attention, trial_run
 from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.startup_costs import startup_costs
+from dynamic_lora_server.engine.static_step import StaticShape
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.modes import Mode
 
@@ -42,8 +53,11 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 class EngineOptions:
     """Sizes of an engine; memory in bytes, None for a share of what is free.
 
-    `paged` None means: paged on CUDA, contiguous on a CPU. `pack_weights` None
-    packs where that measures faster and memory for the copies is free.
+    `prefix_cache_memory` is the part of `kv_memory` that may hold prompt prefixes
+    for later prompts, 0 for none. `paged` None means: paged on CUDA, contiguous
+    on a CPU. `decode_graphs` None means: where they can be captured; True runs
+    the same steps uncaptured elsewhere. `base_product` None takes the fastest that
+    there is memory for; without `native` nothing runs in the project's own C++.
     `costs_file` keeps what is measured at start for the next one. `mode` says
     whether adapters are merged, `restore` how the base comes back; to subtract
     needs `checkpoint`, the folder the model was loaded from.
@@ -53,12 +67,19 @@ class EngineOptions:
     prefill_chunk: int = 512
     adapter_memory: int | None = None
     kv_memory: int | None = None
+    prefix_cache_memory: int | None = None
     paged: bool | None = None
-    pack_weights: bool | None = None
+    decode_graphs: bool | None = None
+    base_product: ProductKind | None = None
+    native: bool = True
     costs_file: Path | None = None
     mode: Mode = Mode.AUTO
     restore: Restore = Restore.COPY
     checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.base_product is ProductKind.INT8 and self.mode is not Mode.BYPASS:
+            raise ValueError("adapters are not merged into quantised weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,36 +113,38 @@ def build_engine(
     model.requires_grad_(False)
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = adopt_attention(model)
+    if options.native:
+        adopt_native_norms(model)
     groups = _groups(model, geometry)
-    packed = _packs(model, groups, options)
-    if packed:
-        on_step("Packing the weights")
-    site, projections = inject(model, groups, packed=packed)
+    kind = _product_kind(model, groups, options)
+    on_step(f"Laying out the weights ({kind} products)")
+    site, projections = inject(model, groups, kind=kind)
     pristine = pristine_weights(projections, options.restore, options.checkpoint)
     merger = Merger(projections, pristine)
+    kernels = group_kernels(groups, device=model.device, dtype=model.dtype, native=options.native)
     costs = startup_costs(
         model,
         groups,
+        kernels,
         merger,
         merges=options.mode is not Mode.BYPASS,
         cache=options.costs_file,
         on_step=on_step,
     )
     pool = _adapter_pool(model, groups, options)
-    context_length = context_window(model.config)
-    space = _kv_space(model, layers, options)
+    kv = _kv_layout(model, layers, options)
     runner = ModelRunner(
         model=model,
         site=site,
         hooks=RowHooks(model, site),
         merger=merger,
-        cache=KVCache(layers, num_cells=space.num_cells, device=model.device, dtype=model.dtype),
-        chooser=KernelChooser(costs.kernels),
-        paged=isinstance(space, PagedSpace),
+        cache=_kv_cache(model, layers, kv),
+        chooser=KernelChooser(costs.kernels, kernels),
+        paged=isinstance(kv.space, PagedSpace),
+        native=_native_attention() if options.native else None,
     )
-    scheduler = Scheduler(
-        space, max_running=options.max_running, max_step_tokens=options.prefill_chunk
-    )
+    runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
+    scheduler = _scheduler(kv, options)
     modes = ModeController(costs.steps, options.mode, merger, pool)
     return BuiltEngine(
         engine=Engine(scheduler, runner, modes),
@@ -130,8 +153,49 @@ def build_engine(
         groups=groups,
         weights=PristineWeights(model, projections, pristine),
         geometry=geometry,
-        space=space,
-        context_length=min(context_length, space.num_cells),
+        space=kv.space,
+        context_length=min(context_window(model.config), kv.space.num_cells),
+    )
+
+
+def _kv_cache(model: PreTrainedModel, layers: list[LayerGeometry], kv: KVLayout) -> KVCache:
+    # Behind what is handed out, one page for the padding of static steps.
+    spare = PAGE_SIZE if isinstance(kv.space, PagedSpace) else 0
+    return KVCache(layers, num_cells=kv.num_cells + spare, device=model.device, dtype=model.dtype)
+
+
+def _decode_graphs(
+    runner: ModelRunner,
+    groups: list[ProjectionGroup],
+    kv: KVLayout,
+    options: EngineOptions,
+    on_step: Callable[[str], object],
+) -> DecodeGraphs | None:
+    model = runner.model
+    obstacle = graphs_obstacle(model.device, model.dtype)
+    obstacle = obstacle if runner.paged else "the KV cache has no pages"
+    if options.decode_graphs is False or (obstacle and not options.decode_graphs):
+        logger.info("No CUDA graphs: %s", obstacle or "they are switched off")
+        return None
+    assert runner.paged, "static steps read pages"
+    head = next((group for group in groups if group.is_head), None)
+    window = min(context_window(model.config), kv.space.num_cells)
+    shape = StaticShape(
+        max_rows=options.max_running,
+        max_pages=-(-window // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        scratch_cell=kv.num_cells,
+        vocab_size=int(model.config.vocab_size) if head is None else head.out_features,
+    )
+    return static_decoding(model, runner.site, runner.cache, groups, shape, on_step=on_step)
+
+
+def _scheduler(kv: KVLayout, options: EngineOptions) -> Scheduler:
+    return Scheduler(
+        kv.space,
+        max_running=options.max_running,
+        max_step_tokens=options.prefill_chunk,
+        prefixes=kv.prefixes,
     )
 
 
@@ -164,25 +228,36 @@ def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> list[ProjectionGr
     return observe_groups(model, paths, trial_run(model)) + heads
 
 
-def _packs(model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions) -> bool:
-    wanted = options.pack_weights
-    if wanted is None and options.restore is Restore.SUBTRACT:
-        wanted = False  # packed weights leave the parameters as they are: nothing to subtract
-    if wanted is False or not any(not group.is_head for group in groups):
-        return False
+def _product_kind(
+    model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions
+) -> ProductKind:
+    """The kind that was asked for, or the fastest that this machine has memory for."""
+    wanted = options.base_product
     layers = [group for group in groups if not group.is_head]
+    if not layers:
+        return ProductKind.PLAIN
     widest = max(layers, key=lambda group: group.widths[0] * group.in_features)
     weight = weight_of(linear_at(model, widest.paths[0]))
-    possible = can_pack(weight)
-    if wanted and not possible:
-        raise InvalidParameter(
-            f"weights in {model.dtype} on {model.device} cannot be packed here.",
-            field="pack_weights",
-            fix="Leave the option out: weights are packed where that is possible and faster.",
-        )
-    # The copies may take half of what is free; the rest is for the caches.
-    fits = 2 * sum(p.nbytes for p in model.parameters()) < _free_memory(model.device)
-    return possible and (wanted is True or (fits and packing_pays(weight)))
+    if wanted is not None:
+        if (reason := obstacle(wanted, weight)) is not None:
+            raise InvalidParameter(
+                f"base_product = {wanted} cannot be had here: {reason}.",
+                field="base_product",
+                fix="Leave the option out: the fastest of those that can be had is used.",
+            )
+        return wanted
+    # Packed weights leave the parameters as they are: nothing to subtract from.
+    # Their copies may take half of what is free; the rest is for the caches.
+    if options.restore is Restore.SUBTRACT or 2 * sum(
+        p.nbytes for p in model.parameters()
+    ) >= _free_memory(model.device):
+        return ProductKind.PLAIN
+    kinds = [k for k in EXACT_KINDS if options.native or k is not ProductKind.NATIVE]
+    obstacles = {kind: obstacle(kind, weight) for kind in kinds}
+    for kind, reason in obstacles.items():
+        if reason is not None:
+            logger.info("No %s products: %s", kind, reason)
+    return fastest_kind(weight, [kind for kind in kinds if obstacles[kind] is None])
 
 
 def _adapter_pool(
@@ -192,21 +267,54 @@ def _adapter_pool(
     return AdapterPool(groups, budget_bytes=memory, device=model.device, dtype=model.dtype)
 
 
-def _kv_space(
+def _native_attention() -> NativeAttention | None:
+    try:
+        return NativeAttention()
+    except NativeUnavailable as reason:
+        logger.info("Attention is torch's: %s", reason)
+        return None
+
+
+def _kv_layout(
     model: PreTrainedModel, layers: list[LayerGeometry], options: EngineOptions
-) -> KVSpace:
+) -> KVLayout:
     per_token = KVCache.bytes_per_token(layers, model.dtype)
     memory = options.kv_memory or _share_of_free(model.device, 0.25)
-    # No more than every running sequence at its full window can ever use.
-    num_cells = min(memory // per_token, options.max_running * context_window(model.config))
     paged = model.device.type == "cuda" if options.paged is None else options.paged
+    num_cells = memory // per_token
     if num_cells < (PAGE_SIZE if paged else 1):
         raise InvalidParameter(
             f"kv_memory of {memory} bytes holds {num_cells} tokens of {per_token} bytes each.",
             field="kv_memory",
             fix="Give the KV cache more memory.",
         )
-    return PagedSpace(num_cells // PAGE_SIZE, PAGE_SIZE) if paged else ContiguousSpace(num_cells)
+    window = context_window(model.config)
+    # No more than every running sequence at its full window can ever use.
+    most_used = options.max_running * window
+    prefix_cells = _prefix_cells(options.prefix_cache_memory, per_token, num_cells, paged=paged)
+    if paged:
+        return paged_layout(
+            num_cells, page_size=PAGE_SIZE, most_used=most_used, prefix_cells=prefix_cells
+        )
+    return contiguous_layout(
+        num_cells, window=window, most_used=most_used, prefix_cells=prefix_cells
+    )
+
+
+def _prefix_cells(memory: int | None, per_token: int, num_cells: int, *, paged: bool) -> int | None:
+    """Cells that prefixes may take; None leaves it to the layout."""
+    if memory is None or memory == 0:
+        return memory
+    smallest, largest = (PAGE_SIZE, num_cells) if paged else (BLOCK_SIZE, num_cells - 1)
+    wanted = memory // per_token
+    if not smallest <= wanted <= largest:
+        raise InvalidParameter(
+            f"prefix_cache_memory of {memory} bytes is {wanted} tokens; it must hold at least "
+            f"{smallest} and leave room among the KV cache's {num_cells}.",
+            field="prefix_cache_memory",
+            fix="Give it another part of the KV cache's memory, or 0 to keep no prefixes.",
+        )
+    return wanted
 
 
 def _share_of_free(device: torch.device, share: float) -> int:

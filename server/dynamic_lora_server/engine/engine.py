@@ -64,8 +64,9 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, pieces: list[Piece]) -> dict[int, Sampled]:
-        batch, logits = self.runner.run(pieces)
-        sequences = [piece.sequence for piece in batch.sampled]
+        self.runner.cache.copy(self.scheduler.take_copies())
+        sampled, logits = self.runner.run(pieces)
+        sequences = [piece.sequence for piece in sampled]
         if not sequences:
             return {}
         tokens = sample(logits, sequences)
@@ -84,4 +85,5 @@ class Engine:
         message = f"{type(error).__name__}: {error}"
         for piece in pieces:
             self.scheduler.end(piece.sequence)
+        self.scheduler.forget_prefixes()
         return [FailedEvent(piece.sequence.id, message) for piece in pieces]

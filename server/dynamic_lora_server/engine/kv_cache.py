@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_server.engine.prefix_cache import CellCopy
+
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
@@ -53,3 +55,10 @@ class KVCache:
         """Store keys and values [num_tokens, num_kv_heads, dim] of new tokens."""
         self.keys[layer].index_copy_(0, cells, keys)
         self.values[layer].index_copy_(0, cells, values)
+
+    def copy(self, copies: Sequence[CellCopy]) -> None:
+        """Copy the keys and values of runs of cells, in this order; a run's two ends are apart."""
+        for table in (*self.keys, *self.values):
+            for one in copies:
+                source = table[one.source : one.source + one.num_cells]
+                table[one.target : one.target + one.num_cells].copy_(source)

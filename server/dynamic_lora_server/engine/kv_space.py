@@ -12,7 +12,8 @@ is never evicted for lack of space.
 
 from abc import ABC, abstractmethod
 from bisect import insort
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,43 +116,72 @@ class ContiguousSpace(KVSpace):
 
 
 class PagedSpace(KVSpace):
-    """Pages of `page_size` cells from a free list."""
+    """Pages of `page_size` cells from a free list, the first at `first_cell`.
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    A page, named by its first cell, may have several holders; it is free again
+    when the last of them has let it go.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, *, first_cell: int = 0) -> None:
         self.num_cells = num_pages * page_size
         self.page_size = page_size
-        self._num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._held: set[int] = set()
+        self._pages = range(first_cell, first_cell + self.num_cells, page_size)
+        self._free = list(reversed(self._pages))
+        self._holders: dict[int, int] = {}
 
     @property
     def num_free(self) -> int:
         return len(self._free) * self.page_size
 
     def can_allocate(self, num_tokens: int) -> bool:
-        return self._pages_for(num_tokens) <= len(self._free)
+        return not self.num_missing(num_tokens)
+
+    def num_missing(self, num_tokens: int) -> int:
+        """Pages that must become free before `num_tokens` can be allocated."""
+        return max(self._pages_for(num_tokens) - len(self._free), 0)
 
     def fits_empty(self, num_tokens: int) -> bool:
-        return self._pages_for(num_tokens) <= self._num_pages
+        return self._pages_for(num_tokens) <= len(self._pages)
 
     def allocate(self, num_tokens: int) -> Allocation:
         count = self._pages_for(num_tokens)
         if count > len(self._free):
             raise RuntimeError(f"no {count} free pages; ask can_allocate first")
-        pages = [self._free.pop() for _ in range(count)]
-        self._held.update(pages)
-        starts = tuple(page * self.page_size for page in pages)
+        starts = tuple(self._free.pop() for _ in range(count))
+        self._holders.update(dict.fromkeys(starts, 1))
         return Allocation(starts, self.page_size, num_tokens)
 
     def free(self, allocation: Allocation) -> None:
-        pages = [start // self.page_size for start in allocation.starts]
-        self._held.difference_update(pages)
-        self._free.extend(pages)
+        for start in allocation.starts:
+            self.let_go(start)
+
+    def adopt(self, allocation: Allocation, starts: Sequence[int]) -> Allocation:
+        """The allocation with its first pages given back in exchange for these, held by others."""
+        for own, shared in zip(allocation.starts, starts, strict=False):
+            self.hold(shared)
+            self.let_go(own)
+        return replace(allocation, starts=(*starts, *allocation.starts[len(starts) :]))
+
+    def hold(self, start: int) -> None:
+        """Become one more holder of a page that is not free."""
+        self._holders[start] += 1
+
+    def let_go(self, start: int) -> None:
+        """Stop holding a page."""
+        self._holders[start] -= 1
+        if not self._holders[start]:
+            del self._holders[start]
+            self._free.append(start)
+
+    def num_holders(self, start: int) -> int:
+        """How many hold a page."""
+        return self._holders.get(start, 0)
 
     def check_integrity(self) -> None:
-        everything = sorted([*self._free, *self._held])
-        if everything != list(range(self._num_pages)):
+        if sorted([*self._free, *self._holders]) != list(self._pages):
             raise RuntimeError("pages are lost or held twice")
+        if not all(count > 0 for count in self._holders.values()):
+            raise RuntimeError("a page without holders is not free")
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

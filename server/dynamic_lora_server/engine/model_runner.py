@@ -9,9 +9,12 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.costs import KernelChooser
 from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.row_hooks import RowHooks
+from dynamic_lora_adapters.segments import slot_order
 from dynamic_lora_server.engine.attention import AttentionStep, attending
 from dynamic_lora_server.engine.batch import Batch
+from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.paged_attention import (
     PagedKernel,
@@ -27,7 +30,8 @@ class ModelRunner:
     """Owns the model, the delta site and the KV tensors; runs one batch at a time.
 
     `paged` says that the KV space is paged; pages are read by torch's kernel
-    where it can, else gathered.
+    where it can, else gathered. `native` attends to single tokens in C++.
+    Steps that `graphs` take are left to them.
     """
 
     model: PreTrainedModel
@@ -37,24 +41,44 @@ class ModelRunner:
     cache: KVCache
     chooser: KernelChooser
     paged: bool
+    native: NativeAttention | None = None
+    graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def run(self, pieces: Sequence[Piece]) -> tuple[Batch, torch.Tensor]:
-        """Run the pieces; returns the batch and logits [num_sampled, vocab] in float32."""
+    def run(self, pieces: Sequence[Piece]) -> tuple[Sequence[Piece], torch.Tensor]:
+        """Run the pieces.
+
+        Returns those that sample and their logits [num_sampled, vocab] in float32,
+        which the next step may overwrite.
+        """
+        for piece in pieces:
+            if piece.sequence.adapter is not None:
+                piece.sequence.adapter.await_upload()
+        if self.graphs is not None:
+            merged = self.merger.merged
+            ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter, merged))
+            logits = self.graphs.run(ordered, merged)
+            if logits is not None:
+                return ordered, logits
+        return self._run_packed(pieces)
+
+    def _run_packed(self, pieces: Sequence[Piece]) -> tuple[Sequence[Piece], torch.Tensor]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged)
         self._write_given(pieces)
         self.site.plan = self.chooser.assign(batch.plan)
         self.site.head_plan = self.chooser.assign(batch.head_plan)
         self.site.segments = batch.segments
         self.hooks.prepare(batch.segments)
-        step = AttentionStep(batch.spans, batch.cells, self.cache, self._paged_kernel(batch))
+        step = AttentionStep(
+            batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.native
+        )
         try:
             with attending(step):
                 logits = forward(self.model, batch.input_ids, batch.position_ids, batch.logit_rows)
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()
-        return batch, logits
+        return batch.sampled, logits
 
     def _write_given(self, pieces: Sequence[Piece]) -> None:
         """Put the keys and values that an adapter gives into the cache, before the first piece."""
@@ -71,6 +95,8 @@ class ModelRunner:
                 self.cache.write(layer, cells, keys, values)
 
     def _paged_kernel(self, batch: Batch) -> PagedKernel | None:
-        if not (self.paged and paged_kernel_available(self.model.device)):
+        # The kernel takes no float32.
+        fits = self.model.dtype in (torch.float16, torch.bfloat16)
+        if not (self.paged and fits and paged_kernel_available(self.model.device)):
             return None
         return PagedKernel(PagedTables.of(batch.spans, self.model.device))

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dynamic_lora_server.engine.kv_space import KVSpace
+from dynamic_lora_server.engine.prefix_cache import CellCopy, PrefixCache, PrefixStats
+from dynamic_lora_server.engine.prefix_reuse import PrefixReuse
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.generation import FinishReason
 
@@ -29,10 +31,20 @@ class Scheduler:
     `max_step_tokens` with pieces of prompts, first come, first served. A
     sequence is admitted when its whole KV need is free; it then runs to its
     end, so nobody is preempted and the head of the queue is never overtaken.
+    With `prefixes`, the beginning of a prompt that is in the KV cache already
+    is not computed again.
     """
 
-    def __init__(self, space: KVSpace, *, max_running: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        space: KVSpace,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         self._space = space
+        self._prefixes = PrefixReuse(prefixes or PrefixCache.off())
         self._max_running = max_running
         self._max_step_tokens = max(max_step_tokens, max_running + 1)
         self._waiting: deque[Sequence] = deque()
@@ -60,22 +72,48 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its KV need must fit into an empty cache."""
         assert sequence.phase is Phase.WAITING
+        self._prefixes.add(sequence)
         self._waiting.append(sequence)
         self._num_by_adapter[sequence.adapter_digest] += 1
 
     def schedule(self) -> list[Piece]:
-        """The pieces of the next step, each with at least one token."""
+        """The pieces of the next step, each with at least one token.
+
+        Before they run, what `take_copies` returns must have been copied.
+        """
         self._admit()
         budget = self._max_step_tokens
         decoding = [s for s in self._running.values() if s.phase is Phase.DECODE]
         pieces = [Piece(sequence, 1) for sequence in decoding]
         budget -= len(pieces)
+        self._prefixes.begin_step()
         for sequence in self._running.values():
             if sequence.phase is Phase.PREFILL and budget:
+                if not self._prefixes.begin(sequence):
+                    continue
                 num_tokens = min(budget, sequence.num_pending)
                 pieces.append(Piece(sequence, num_tokens))
                 budget -= num_tokens
+                self._prefixes.expect(sequence, num_tokens)
         return pieces
+
+    def take_copies(self) -> list[CellCopy]:
+        """What is to be copied in the KV cache before anything else is written; once each."""
+        return self._prefixes.take_copies()
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache: after a broken step nobody knows what was copied."""
+        self._prefixes.forget()
+
+    @property
+    def num_used_cells(self) -> int:
+        """Cells that sequences hold, without what is only kept for later prompts."""
+        held = self._space.num_cells - self._space.num_free
+        return held - self._prefixes.cache.num_idle_cells
+
+    def prefix_stats(self) -> PrefixStats:
+        """Counts of the prefix cache."""
+        return self._prefixes.cache.stats()
 
     def advance(self, piece: Piece, token_id: int | None) -> FinishReason | None:
         """Record that a piece has run; with the sampled token if it samples.
@@ -84,6 +122,8 @@ class Scheduler:
         """
         sequence = piece.sequence
         sequence.num_computed += piece.num_tokens
+        if sequence.phase is Phase.PREFILL:
+            self._prefixes.keep(sequence)
         if token_id is None:
             return None
         sequence.phase = Phase.DECODE
@@ -111,7 +151,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError if the KV space and the running sequences disagree."""
         self._space.check_integrity()
-        if not self._running and self._space.num_free != self._space.num_cells:
+        self._prefixes.cache.check_integrity()
+        if not self._running and self.num_used_cells:
             raise RuntimeError("cells are held although nothing runs")
 
     def _forget(self, digest: str | None) -> None:
@@ -119,10 +160,15 @@ class Scheduler:
         if not self._num_by_adapter[digest]:
             del self._num_by_adapter[digest]
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether the sequence's whole need is free, or is now that old prefixes are evicted."""
+        can = self._space.can_allocate(sequence.max_tokens)
+        return can or self._prefixes.make_room(sequence)
+
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            if not self._space.can_allocate(sequence.max_tokens):
+            if not self._has_room(sequence):
                 return
             self._waiting.popleft()
             sequence.allocation = self._space.allocate(sequence.max_tokens)

@@ -27,7 +27,8 @@ class Sequence:
 
     `num_computed` counts the tokens whose KV entries are in the cache. `seed`
     fixes every random draw: draw i depends on the seed and i alone. The first
-    `num_virtual` ids of `prompt_ids` stand for an adapter's virtual tokens.
+    `num_virtual` ids of `prompt_ids` stand for an adapter's virtual tokens. The
+    KV entries of the first `num_reused` tokens were in the prefix cache.
 
     The adapter acts on tokens from position `active_from` on: from the start,
     or, if it has invocation tokens, from their last occurrence in the prompt,
@@ -46,6 +47,9 @@ class Sequence:
     num_merged: int = 0
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_reused: int = 0
+    block_keys: tuple[bytes, ...] = ()  # of the prompt, where prefixes are kept
+    num_kept: int = 0  # blocks that were offered to the prefix cache
     phase: Phase = Phase.WAITING
     allocation: Allocation | None = None
 
@@ -77,6 +81,16 @@ class Sequence:
         """Leading tokens whose KV entries are given by the adapter, not computed."""
         prompt = self.prompt_terms
         return prompt.num_tokens if prompt is not None and prompt.keys else 0
+
+    @property
+    def num_cached_prompt(self) -> int:
+        """Tokens of the prompt, without virtual ones, that were found in the prefix cache."""
+        return max(self.num_reused - self.num_virtual, 0)
+
+    @property
+    def num_run(self) -> int:
+        """Tokens that have been run through the model for this sequence."""
+        return self.num_computed - max(self.num_given, self.num_reused)
 
     def _find_invocation(self) -> int:
         invocation = () if self.adapter is None else self.adapter.invocation_ids

@@ -1,7 +1,7 @@
 """What is measured at the first start, and kept for the next ones."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.costs import KernelCosts, measure_costs
 from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.kernels import DeltaKernel
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_server.engine.mode_costs import measure_mode_costs
 from dynamic_lora_server.modes.costs import StepCosts
@@ -27,19 +28,20 @@ class StartupCosts:
         return json.dumps({"kernels": self.kernels.to_json(), "steps": self.steps.to_json()})
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+    def from_json(cls, text: str, names: Collection[str]) -> Self:
+        """Read what `to_json` wrote for the kernels `names`; ValueError for anything else."""
         try:
             document = json.loads(text)
             kernels, steps = document["kernels"], document["steps"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"these are no start-up costs: {error!r}") from error
-        return cls(KernelCosts.from_json(kernels), StepCosts.from_json(steps))
+        return cls(KernelCosts.from_json(kernels, names), StepCosts.from_json(steps))
 
 
 def startup_costs(
     model: PreTrainedModel,
     groups: Sequence[ProjectionGroup],
+    kernels: Mapping[str, DeltaKernel],
     merger: Merger,
     *,
     merges: bool,
@@ -53,16 +55,16 @@ def startup_costs(
     """
     if cache is not None and cache.is_file():
         try:
-            return StartupCosts.from_json(cache.read_text())
+            return StartupCosts.from_json(cache.read_text(), kernels)
         except ValueError:
             cache.unlink()  # written by another version: measure anew
     on_step("Measuring the delta kernels")
-    kernels = measure_costs(groups, device=model.device, dtype=model.dtype)
+    measured = measure_costs(groups, kernels, device=model.device, dtype=model.dtype)
     steps = StepCosts.never_merging()
     if merges:
         on_step("Measuring steps and switches")
-        steps = measure_mode_costs(model, groups, kernels, merger)
-    costs = StartupCosts(kernels, steps)
+        steps = measure_mode_costs(model, groups, measured, merger)
+    costs = StartupCosts(measured, steps)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(costs.to_json())

@@ -130,11 +130,15 @@ class Sequence(Answer):
 
 
 class Details(Answer):
-    """What happened while generating. `prefill` is always empty."""
+    """What happened while generating. `prefill` is always empty.
+
+    `cached_tokens` of the prompt were found in the prefix cache and not computed.
+    """
 
     finish_reason: FinishName
     generated_tokens: int
     prompt_tokens: int
+    cached_tokens: int
     seed: int | None
     mode: ServedMode
     prefill: list[Token]
@@ -156,6 +160,7 @@ class StreamDetails(Answer):
     finish_reason: FinishName
     generated_tokens: int
     prompt_tokens: int
+    cached_tokens: int
     seed: int | None
     mode: ServedMode
 

@@ -151,12 +151,19 @@ class ChatRequest(SamplingRequest):
     web_search_options: Unset = None
 
 
+class PromptTokensDetails(Answer):
+    """Of the prompt's tokens, those that were found in the prefix cache and not computed."""
+
+    cached_tokens: int
+
+
 class Usage(Answer):
     """Token counts of one request. A prompt is counted once, whatever `n` is."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 FinishName = Literal["stop", "length"]

@@ -255,6 +255,7 @@ def test_generate_for_scripts(shell: Shell) -> None:
         "adapter_version": VERSION,
         "finish_reason": "eos_token",
         "num_prompt_tokens": DETAILS["prompt_tokens"],
+        "num_cached_tokens": DETAILS["cached_tokens"],
         "num_tokens": 3,
         "seed": 11,
     }

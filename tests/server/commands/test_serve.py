@@ -24,6 +24,7 @@ APP.command()(serve)
     [
         (["--port", "70000"], "port must lie between"),
         (["--kv-memory", "lots"], "not a number of bytes"),
+        (["--prefix-cache-memory", "-1"], "is not a number of bytes"),
         (["--dtype", "int3"], "dtype must be one of"),
     ],
 )

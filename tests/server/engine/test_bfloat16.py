@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import load_with_peft, make_adapter
@@ -26,8 +27,8 @@ def engine_logits(built: BuiltEngine, folder: Path) -> torch.Tensor:
         built.engine.add(sequence)
     pieces = built.engine.scheduler.schedule()
     built.engine.modes.before_step(pieces, built.engine.scheduler.num_by_adapter)
-    batch, logits = built.engine.runner.run(pieces)
-    order = [batch.sampled.index(piece) for piece in pieces]
+    sampled, logits = built.engine.runner.run(pieces)
+    order = [sampled.index(piece) for piece in pieces]
     return logits[order].clone()
 
 
@@ -49,7 +50,7 @@ def test_bounded_by_what_peft_differs_from_itself(mode: Mode, tmp_path: Path) ->
     bound = float((unmerged - merged).abs().max())
     base = tiny_llama()
     half(base)
-    built = make_engine(base, mode=mode, prefill_chunk=512, pack_weights=False)
+    built = make_engine(base, mode=mode, prefill_chunk=512, base_product=ProductKind.PLAIN)
     actual = engine_logits(built, folder)
     nearest = min(float((actual - oracle).abs().max()) for oracle in (unmerged, merged))
     assert bound > 0

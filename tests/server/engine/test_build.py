@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from dynamic_lora_adapters.native.product import NativeProduct
+from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_server.engine.build import EngineOptions, build_engine
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from tests.support.engines import make_engine
@@ -20,12 +22,12 @@ def build(said: list[str], **options: Any) -> None:
     )
 
 
-def test_weights_that_cannot_be_packed_are_refused_when_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("dynamic_lora_server.engine.build.can_pack", lambda _: False)
-    with pytest.raises(InvalidParameter, match=r"weights in torch\.float32 on cpu cannot be"):
-        make_engine(tiny_llama(), pack_weights=True)
+def test_a_product_that_cannot_be_had_is_refused_by_name() -> None:
+    model: Any = tiny_llama()
+    with pytest.raises(
+        InvalidParameter, match=r"base_product = native .*weights are torch\.bfloat16"
+    ):
+        make_engine(model.to(torch.bfloat16), base_product=ProductKind.NATIVE)
 
 
 def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
@@ -34,9 +36,17 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
     said: list[str] = []
     monkeypatch.setattr("dynamic_lora_server.engine.build._free_memory", lambda _: 1000)
     build(said)
-    assert "Packing the weights" not in said
-    build(said, pack_weights=True)
-    assert "Packing the weights" in said
+    assert "Laying out the weights (plain products)" in said
+    build(said, base_product=ProductKind.PACKED)
+    assert "Laying out the weights (packed products)" in said
+
+
+def test_without_native_code_nothing_of_it_is_used() -> None:
+    built = make_engine(tiny_llama(), native=False)
+    runner = built.engine.runner
+    assert runner.native is None
+    layer: Any = runner.model.get_submodule("model.layers.0.mlp.up_proj")
+    assert not isinstance(layer._projection.base, NativeProduct)
 
 
 def test_a_quantised_base_is_refused_by_name() -> None:

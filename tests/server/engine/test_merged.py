@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from dynamic_lora_adapters.compose import compose
-from dynamic_lora_adapters.products import can_pack
+from dynamic_lora_adapters.products import EXACT_KINDS, obstacle
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import (
@@ -25,12 +25,11 @@ from tests.support.models import tiny_llama
 PARTS = {"all": 0.7, "large": -0.5, "down": 0.4}
 
 
-@pytest.fixture(params=["plain", "packed"])
+@pytest.fixture(params=EXACT_KINDS)
 def built(request: pytest.FixtureRequest) -> BuiltEngine:
-    packs = request.param == "packed"
-    if packs and not can_pack(torch.ones(8, 8)):
-        pytest.skip("oneDNN does not pack float32 weights on this processor")
-    return make_engine(tiny_llama(), pack_weights=packs, mode=Mode.MERGED)
+    if (reason := obstacle(request.param, torch.ones(8, 8))) is not None:
+        pytest.skip(reason)
+    return make_engine(tiny_llama(), base_product=request.param, mode=Mode.MERGED)
 
 
 def test_everybody_in_a_batch_with_a_merged_adapter(

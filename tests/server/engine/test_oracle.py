@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dynamic_lora_adapters.products import can_pack
+from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_server.engine.build import BuiltEngine
 from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import (
@@ -23,13 +23,18 @@ from tests.support.engines import (
 )
 from tests.support.models import TINY_MODELS, tiny_llama
 
+PRODUCTS = {"packed": ProductKind.PACKED, "native": ProductKind.NATIVE}
 
-@pytest.fixture(scope="module", params=["contiguous", "paged", "packed weights"])
+
+@pytest.fixture(scope="module", params=["contiguous", "paged", "packed", "native"])
 def built(request: pytest.FixtureRequest) -> BuiltEngine:
-    packs = request.param == "packed weights"
-    if packs and not can_pack(torch.ones(8, 8)):
-        pytest.skip("oneDNN does not pack float32 weights on this processor")
-    return make_engine(tiny_llama(), paged=request.param == "paged", pack_weights=packs)
+    kind = PRODUCTS.get(request.param, ProductKind.PLAIN)
+    if (reason := obstacle(kind, torch.ones(8, 8))) is not None:
+        pytest.skip(reason)
+    native = kind is ProductKind.NATIVE
+    return make_engine(
+        tiny_llama(), paged=request.param == "paged", base_product=kind, native=native
+    )
 
 
 @pytest.mark.parametrize("task", [*ADAPTER_KINDS, None])
@@ -75,7 +80,7 @@ def test_architectures(family: str, paged: bool, tmp_path: Path) -> None:
     build = TINY_MODELS[family]
     folder = make_adapter(tmp_path / "a", build(), rank=4, targets="all-linear")
     oracle = load_with_peft(build(), {"a": folder})
-    built = make_engine(build(), paged=paged, pack_weights=None if paged else False)
+    built = make_engine(build(), paged=paged, base_product=ProductKind.PLAIN, native=False)
     prompts = [random_prompt(length, seed=length) for length in (60, 11, 45)]
     tasks = ["a", None, "a"]
     adapter = admit(built, folder)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.archive import Intake
+from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.slots import ResidentAdapter
 from dynamic_lora_server.engine.build import BuiltEngine
@@ -62,7 +63,9 @@ class Bench:
     def open(cls, architecture: str, tied: bool | None, mode: Mode, home: Path) -> Iterator[Self]:
         """An engine with little memory and pieces of 32 tokens; the store is under `home`."""
         home.mkdir(parents=True, exist_ok=True)
-        built = make_engine(build_base(architecture, tied), mode=mode, pack_weights=False)
+        built = make_engine(
+            build_base(architecture, tied), mode=mode, base_product=ProductKind.PLAIN
+        )
         with AdapterRegistry(home, built.geometry, base=built.weights) as registry:
             yield cls(base=build_base(architecture, tied), built=built, registry=registry)
 
@@ -115,10 +118,10 @@ def _recorded_logits() -> Iterator[dict[int, list[torch.Tensor]]]:
     run = ModelRunner.run
 
     def recording(self: ModelRunner, *args: Any, **options: Any) -> Any:
-        batch, logits = run(self, *args, **options)
-        for piece, row in zip(batch.sampled, logits, strict=True):
+        sampled, logits = run(self, *args, **options)
+        for piece, row in zip(sampled, logits, strict=True):
             recorded[piece.sequence.id].append(row.clone())
-        return batch, logits
+        return sampled, logits
 
     with mock.patch.object(ModelRunner, "run", recording):
         yield recorded

@@ -1,0 +1,107 @@
+"""Compiling and loading the C++ sources."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent
+_COMPILERS = ("c++", "g++", "clang++")
+# Sums may be contracted to fused multiply-adds, but never reordered by the compiler.
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-std=c++17")
+_TIMEOUT_S = 120
+
+
+class NativeUnavailable(Exception):
+    """The native kernels cannot be had on this machine; the text says why."""
+
+
+@cache
+def load_library(name: str) -> ctypes.CDLL:
+    """The library made from `native/<name>.cpp`, compiled at its first use on this machine.
+
+    The result is kept in the user's cache folder, by the content of source,
+    compiler and processor. Raises NativeUnavailable if there is no compiler,
+    it fails, or the result would bring a second OpenMP runtime along.
+    """
+    compiler = _compiler()
+    library = _library_path(name, compiler)
+    if not library.is_file():
+        _compile(compiler, _SOURCES / f"{name}.cpp", library)
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailable(f"{library} cannot be loaded: {error}") from error
+    _refuse_second_runtime()
+    return loaded
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else _COMPILERS:
+        if found := shutil.which(name):
+            return found
+    looked_for = wanted or ", ".join(_COMPILERS)
+    raise NativeUnavailable(f"no C++ compiler was found (looked for {looked_for})")
+
+
+def _library_path(name: str, compiler: str) -> Path:
+    content = hashlib.sha256()
+    for source in (_SOURCES / "vectors.h", _SOURCES / f"{name}.cpp"):
+        content.update(source.read_bytes())
+    content.update(" ".join([*_FLAGS, _version(compiler), _processor()]).encode())
+    return user_cache_path("dynamic-lora") / "native" / f"{name}-{content.hexdigest()[:16]}.so"
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    ).stdout
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: the processor's name and abilities."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """Compile to a temporary file and move it into place, so that no half of one is ever seen."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [compiler, *_FLAGS, "-shared", "-fPIC", str(source), "-o", str(made)]
+            logger.info("Compiling %s", source.name)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
+            if done.returncode:
+                raise NativeUnavailable(f"{compiler} failed on {source.name}: {done.stderr[:2000]}")
+            made.replace(library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{source.name} could not be compiled: {error}") from error
+
+
+def _refuse_second_runtime() -> None:
+    """Two OpenMP runtimes in one process would each spin on the processors of the other."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
+    if len(runtimes) > 1:
+        raise NativeUnavailable(f"it needs another OpenMP runtime than torch's: {runtimes}")

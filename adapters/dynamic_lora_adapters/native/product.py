@@ -1,0 +1,110 @@
+"""The base product in C++, from a weight in panels, in float32 or in eight bits."""
+
+import ctypes
+
+import torch
+
+from dynamic_lora_adapters.native.library import load_library
+
+_POINTER = ctypes.c_void_p
+_SIZE = ctypes.c_int64
+_LARGEST = 127.0
+
+
+class NativeProduct:
+    """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
+
+    Raises NativeUnavailable where it cannot be compiled.
+    """
+
+    separate = True
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        library = load_library("product")
+        self._product = library.dynamic_lora_product
+        self._product.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3]
+        self._product.restype = None
+        self._out_features, self._in_features = weight.shape
+        self._packed = _panels(library, weight.shape, torch.float32)
+        self._bias = None if bias is None else bias.contiguous()
+        self.replace(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self._out_features)
+        self._product(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // self._in_features,
+            self._out_features,
+            self._in_features,
+        )
+        return out
+
+    def replace(self, weight: torch.Tensor) -> None:
+        """Pack another weight into the same memory."""
+        _pack(weight.float(), self._packed)
+
+
+class Int8Product:
+    """`(x @ Q.T) * scale + bias`: each output's weights in eight bits, with a scale of its own.
+
+    Q is the weight divided by its row's largest magnitude over 127 and rounded
+    to nearest; inputs and sums are float32. Decoding few rows is bound by
+    reading the weights, which are a quarter as large. Raises NativeUnavailable
+    where it cannot be compiled.
+    """
+
+    separate = True
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        library = load_library("product")
+        self._product = library.dynamic_lora_product_int8
+        self._product.argtypes = [*[_POINTER] * 5, *[_SIZE] * 3]
+        self._product.restype = None
+        self._out_features, self._in_features = weight.shape
+        self._bias = None if bias is None else bias.contiguous()
+        weight = weight.float()
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        self._scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
+        rounded = (weight / self._scale).round().to(torch.int8)
+        self._packed = _panels(library, weight.shape, torch.int8)
+        _pack(rounded, self._packed)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self._out_features)
+        self._product(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            self._scale.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // self._in_features,
+            self._out_features,
+            self._in_features,
+        )
+        return out
+
+    def replace(self, weight: torch.Tensor) -> None:
+        """Refused: what is merged would be rounded to eight bits."""
+        del weight
+        raise TypeError("adapters are not merged into quantised weights")
+
+
+def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    width = int(library.dynamic_lora_panel_width())
+    return torch.empty(-(-shape[0] // width) * width * shape[1], dtype=dtype)
+
+
+def _pack(weight: torch.Tensor, packed: torch.Tensor) -> None:
+    library = load_library("product")
+    whole = packed.dtype == torch.float32
+    pack = library.dynamic_lora_pack if whole else library.dynamic_lora_pack_int8
+    pack.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
+    pack.restype = None
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    pack(weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)

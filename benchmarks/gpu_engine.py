@@ -1,0 +1,214 @@
+"""Decoding steps of this engine, timed by what the rows of a batch ask for."""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.gpu_shapes import ModelShape, random_terms
+from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.terms import AdapterTerms
+from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.engine import Engine, FailedEvent
+from dynamic_lora_server.engine.mode_controller import ModeController
+from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
+from dynamic_lora_server.engine.sequence import Phase
+from dynamic_lora_server.engine.sequence import Sequence as Row
+from dynamic_lora_server.generation import SamplingParams
+from dynamic_lora_server.modes import Mode
+from dynamic_lora_server.modes.costs import StepCosts
+
+PROMPT_TOKENS = 16
+# A row's whole need in one page of the KV cache.
+MAX_NEW_TOKENS = 200
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What the rows of a batch ask for, in turn; 0 adapters is the base model.
+
+    `resident` is how many adapters are on the device meanwhile.
+    """
+
+    name: str
+    num_adapters: int
+    resident: bool = True
+    mode: Mode = Mode.BYPASS
+
+
+CELLS = (
+    Cell(name="base", num_adapters=0, resident=False),
+    Cell(name="idle", num_adapters=0),
+    Cell(name="merged", num_adapters=1, mode=Mode.MERGED),
+    Cell(name="bypass 1", num_adapters=1),
+    Cell(name="bypass 8", num_adapters=8),
+    Cell(name="bypass 32", num_adapters=32),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Sizes of one measurement."""
+
+    rows: tuple[int, ...]
+    num_rounds: int
+    num_steps: int
+    num_adapters: int
+    kv_memory: int | None
+    adapter_memory: int | None
+
+
+class StepBench:
+    """An engine around a model of random weights."""
+
+    def __init__(
+        self, shape: ModelShape, plan: Plan, device: torch.device, dtype: torch.dtype, folder: Path
+    ) -> None:
+        self._plan = plan
+        self._costs_file = folder / f"{shape.name}.json"
+        self.model = shape.build(device, dtype)
+        self.built: BuiltEngine = build_engine(
+            self.model,
+            model_id=shape.name,
+            options=EngineOptions(
+                max_running=max(plan.rows),
+                prefill_chunk=PROMPT_TOKENS * max(plan.rows),
+                kv_memory=plan.kv_memory,
+                adapter_memory=plan.adapter_memory,
+                prefix_cache_memory=0,
+                costs_file=self._costs_file,
+                mode=Mode.BYPASS,
+            ),
+        )
+        self._terms: AdapterTerms = random_terms(self.built.geometry)
+        self._adapters: list[ResidentAdapter] = []
+        self._ids = count()
+        self._digests = count()
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads at the least: every weight that multiplies."""
+        groups = self.built.groups
+        return sum(g.in_features * g.out_features for g in groups) * self.model.dtype.itemsize
+
+    def rounds(self) -> Iterator[dict[tuple[str, int], float]]:
+        """Seconds of a step by cell and rows, round by round; cells take turns.
+
+        The adapters come and go in every round, so that the base model is
+        measured without any beside every other cell.
+        """
+        for _ in range(self._plan.num_rounds):
+            self._drop_all()
+            found: dict[tuple[str, int], float] = {}
+            for cell in CELLS:
+                if cell.resident:
+                    self._admit_all()
+                for rows in self._plan.rows:
+                    if self._fits(rows):
+                        found[cell.name, rows] = self._step_s(cell, rows)
+            yield found
+
+    def kernel_table(self) -> list[dict[str, Any]]:
+        """Microseconds a step of every delta kernel, as the engine measured them at start."""
+        document = json.loads(json.loads(self._costs_file.read_text())["kernels"])
+        points: dict[tuple[int, int], dict[str, float]] = {}
+        for name, adapters, length, seconds in document:
+            points.setdefault((adapters, length), {})[name] = round(seconds * 1e6, 2)
+        return [
+            {"adapters": adapters, "rows_each": length, "best": min(us, key=us.__getitem__)} | us
+            for (adapters, length), us in sorted(points.items())
+        ]
+
+    def graphs(self) -> dict[str, Any] | None:
+        """How many steps were replayed and declined; None without CUDA graphs."""
+        graphs = self.built.engine.runner.graphs
+        if graphs is None:
+            return None
+        stats = graphs.stats()
+        return {"replayed": stats.num_replayed, "declined": dict(stats.num_declined)}
+
+    def _fits(self, rows: int) -> bool:
+        return self.built.space.num_cells >= rows * PAGE_SIZE
+
+    def _admit_all(self) -> None:
+        while len(self._adapters) < self._plan.num_adapters:
+            digest = f"{next(self._digests):064x}"
+            adapter = self.built.pool.admit(digest, self._terms)
+            if adapter is None:
+                raise BenchmarkError(f"no memory for {self._plan.num_adapters} adapters")
+            self._adapters.append(adapter)
+
+    def _drop_all(self) -> None:
+        self.built.modes.make_room()
+        for adapter in self._adapters:
+            self.built.pool.drop(adapter.digest)
+            self.built.pool.release(adapter)
+        self._adapters.clear()
+
+    def _step_s(self, cell: Cell, num_rows: int) -> float:
+        """The median of several decoding steps, sampling and reading back included."""
+        built = self.built
+        runner, pool = built.engine.runner, built.pool
+        modes = ModeController(StepCosts.never_merging(), cell.mode, runner.merger, pool)
+        engine = Engine(built.engine.scheduler, runner, modes)
+        rows = [self._row(cell, number) for number in range(num_rows)]
+        for row in rows:
+            engine.add(row)
+        while any(row.phase is not Phase.DECODE for row in rows):
+            _step(engine)
+        seconds = [_step(engine) for _ in range(WARM_UP_STEPS + self._plan.num_steps)]
+        for row in rows:
+            engine.cancel(row)
+        if (runner.merger.merged is None) != (cell.mode is not Mode.MERGED):
+            raise BenchmarkError(f"{cell.name} was not served as it should be")
+        return statistics.median(seconds[WARM_UP_STEPS:])
+
+    def _row(self, cell: Cell, number: int) -> Row:
+        rng = random.Random(number)
+        vocab = int(self.model.config.vocab_size)
+        chosen = self._adapters[number % cell.num_adapters] if cell.num_adapters else None
+        return Row(
+            id=next(self._ids),
+            prompt_ids=tuple(rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)),
+            sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, ignore_eos=True),
+            stop_ids=frozenset(),
+            seed=0,
+            adapter=chosen,
+        )
+
+
+def _step(engine: Engine) -> float:
+    begin = time.perf_counter()
+    events = engine.step()
+    seconds = time.perf_counter() - begin
+    for event in events:
+        if isinstance(event, FailedEvent):
+            raise BenchmarkError(event.message)
+    return seconds
+
+
+def table(rounds: Sequence[dict[tuple[str, int], float]]) -> list[dict[str, Any]]:
+    """Per cell and rows: the median step, and the median over rounds of its ratio to base."""
+    cells = []
+    for cell, rows in rounds[0]:
+        steps = [found[cell, rows] for found in rounds]
+        ratios = [found["base", rows] / found[cell, rows] for found in rounds]
+        cells.append(
+            {
+                "cell": cell,
+                "rows": rows,
+                "step_ms": round(statistics.median(steps) * 1e3, 4),
+                "tokens_per_s": round(rows / statistics.median(steps), 1),
+                "of_base": round(statistics.median(ratios), 4),
+            }
+        )
+    return cells

@@ -1,0 +1,198 @@
+"""Decoding steps replayed as CUDA graphs: one launch instead of hundreds.
+
+A step of nothing but decoding rows has the same shape every time but for its
+number of rows. For a few such numbers the step is captured at start, once
+without deltas and once with; a batch takes the next larger one and the rest of
+it is padding. What a graph cannot hold runs as any other step does, and is
+counted by its reason.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.kernels import has_triton
+from dynamic_lora_adapters.layers import DeltaSite
+from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.tables import AddressTables
+from dynamic_lora_server.engine.kv_cache import KVCache
+from dynamic_lora_server.engine.paged_attention import paged_kernel_available
+from dynamic_lora_server.engine.scheduler import Piece
+from dynamic_lora_server.engine.sequence import Phase
+from dynamic_lora_server.engine.static_step import Row, StaticBuffers, StaticShape, StaticStep
+from dynamic_lora_server.errors import UnsupportedModel
+
+logger = logging.getLogger(__name__)
+
+_WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStats:
+    """How many steps were replayed, and how many were not, by reason."""
+
+    num_replayed: int
+    num_declined: Mapping[str, int]
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """Numbers of rows to capture: 1, 2, 4, then every eighth up to `max_rows`."""
+    eighths = range(8, max_rows + 8, 8)
+    return sorted({min(size, max_rows) for size in (1, 2, 4, *eighths)})
+
+
+class DecodeGraphs:
+    """Runs steps of decoding rows at fixed sizes; captured where `capture` was called.
+
+    Without it the same steps run uncaptured, which is how they are tested
+    where there is no CUDA. `deltas` says whether steps with adapters can run
+    this way (they need Triton).
+    """
+
+    def __init__(self, step: StaticStep, *, deltas: bool) -> None:
+        self._step = step
+        self._deltas = deltas
+        self._sizes = graph_sizes(step.buffers.shape.max_rows)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._declined: Counter[str] = Counter()
+        self._num_replayed = 0
+
+    def capture(self, on_graph: Callable[[int, int], object]) -> None:
+        """Capture every size, largest first, so that the smaller ones fit its memory.
+
+        `on_graph` is told how many are done, of how many. Raises RuntimeError
+        where the model does something that a graph cannot hold.
+        """
+        kinds = [(n, d) for n in reversed(self._sizes) for d in (False, True)[: 1 + self._deltas]]
+        self._step.buffers.fill((), ())
+        pool = torch.cuda.graph_pool_handle()
+        graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        for done, kind in enumerate(kinds):
+            on_graph(done, len(kinds))
+            graphs[kind] = self._captured(*kind, pool)
+        self._graphs = graphs
+
+    def run(self, pieces: Sequence[Piece], merged: ResidentAdapter | None) -> torch.Tensor | None:
+        """Logits [num_pieces, vocab] in float32, in the order of `pieces`; None if declined.
+
+        The pieces are sorted by slot. The logits are overwritten by the next step.
+        """
+        if any(piece.sequence.phase is not Phase.DECODE for piece in pieces):
+            self._decline("prompts")
+            return None
+        rows = [_row(piece, merged) for piece in pieces]
+        adapters = list(dict.fromkeys(row.adapter for row in rows if row.adapter is not None))
+        reason = self._refusal(pieces, adapters, merged)
+        if reason is not None:
+            self._decline(reason)
+            return None
+        self._num_replayed += 1
+        entries = dict(zip(adapters, self._step.tables.entries(adapters), strict=True))
+        self._step.buffers.fill(
+            rows, [None if row.adapter is None else entries[row.adapter] for row in rows]
+        )
+        size = next(size for size in self._sizes if size >= len(rows))
+        self._replay(size, bool(adapters))
+        return self._step.buffers.logits[: len(rows)]
+
+    def stats(self) -> GraphStats:
+        """Counts since the start."""
+        return GraphStats(num_replayed=self._num_replayed, num_declined=dict(self._declined))
+
+    def _decline(self, reason: str) -> None:
+        self._declined[reason] += 1
+        logger.debug("A step runs without a graph: %s", reason)
+
+    def _refusal(
+        self,
+        pieces: Sequence[Piece],
+        adapters: Sequence[ResidentAdapter],
+        merged: ResidentAdapter | None,
+    ) -> str | None:
+        if len(pieces) > self._sizes[-1]:
+            return "too many rows"
+        if merged is not None:
+            if any(piece.sequence.adapter is not merged for piece in pieces):
+                return "differences to what is merged"
+            return self._step.tables.merged_refusal(merged)
+        if adapters and not self._deltas:
+            return "adapters without Triton"
+        return next(filter(None, map(self._step.tables.refusal, adapters)), None)
+
+    def _replay(self, size: int, deltas: bool) -> None:
+        graph = self._graphs.get((size, deltas))
+        if graph is None:
+            self._step.run(size, deltas=deltas)
+        else:
+            graph.replay()
+
+    def _captured(self, size: int, deltas: bool, pool: Any) -> torch.cuda.CUDAGraph:
+        # What is compiled or allocated for good at a first run must not be captured.
+        side = torch.cuda.Stream(self._step.device)
+        side.wait_stream(torch.cuda.current_stream(self._step.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._step.run(size, deltas=deltas)
+        torch.cuda.current_stream(self._step.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._step.run(size, deltas=deltas)
+        return graph
+
+
+def _row(piece: Piece, merged: ResidentAdapter | None) -> Row:
+    """The next token of a decoding sequence; what is merged needs no deltas."""
+    sequence = piece.sequence
+    position = sequence.num_computed
+    allocation = sequence.allocation
+    assert allocation is not None, "a scheduled sequence has cells"
+    adapter = None if position < sequence.active_from else sequence.adapter
+    (token_id,) = sequence.tokens(position, position + 1)
+    return Row(token_id, position, allocation, None if adapter is merged else adapter)
+
+
+def static_decoding(
+    model: PreTrainedModel,
+    site: DeltaSite,
+    cache: KVCache,
+    groups: Sequence[ProjectionGroup],
+    shape: StaticShape,
+    *,
+    on_step: Callable[[str], object],
+) -> DecodeGraphs | None:
+    """Graphs for a model, captured where it is on CUDA; None, with a warning, where that fails."""
+    on_cuda = model.device.type == "cuda"
+    step = StaticStep(
+        model,
+        site,
+        cache,
+        StaticBuffers(shape, model.device),
+        AddressTables(groups, shape.max_rows, model.device),
+        paged_kernel=on_cuda,
+    )
+    graphs = DecodeGraphs(step, deltas=has_triton(model.device))
+    if not on_cuda:
+        return graphs
+    try:
+        graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
+    except (RuntimeError, UnsupportedModel) as error:
+        logger.warning("Decoding runs without CUDA graphs: %s", error)
+        return None
+    return graphs
+
+
+def graphs_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why decoding cannot be captured on a device, or None if it can be tried."""
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"torch's paged attention does not take {dtype}"
+    if not paged_kernel_available(device):
+        return "this torch has no paged attention"
+    return None

@@ -1,0 +1,104 @@
+"""Sequences beside the prefix cache: what they take from it and leave in it. Imports no torch."""
+
+from dynamic_lora_server.engine.prefix_cache import (
+    CellCopy,
+    Found,
+    PrefixCache,
+    block_keys,
+)
+from dynamic_lora_server.engine.sequence import Sequence
+
+# A prompt waits one step for tokens that another computes in this one if they are
+# at least so many, and at least half of its own: fewer are computed in less than a step.
+_MIN_SHARED = 64
+
+
+class PrefixReuse:
+    """Looks prompts up when their first piece is due, keeps blocks as pieces are done.
+
+    So of a burst of prompts with one beginning, the first computes it and the
+    others find it: those whose beginning is being computed in the step at hand
+    wait for the next. At least the last token of a prompt is always computed,
+    for the model's answer to it is the first token of the output.
+    """
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        self._copies: list[CellCopy] = []
+        self._under_way: set[bytes] = set()
+
+    def add(self, sequence: Sequence) -> None:
+        """Compute the keys of a sequence's blocks."""
+        if self.cache.enabled:
+            sequence.block_keys = block_keys(
+                sequence.prompt_ids,
+                block_size=self.cache.block_size,
+                owner=sequence.adapter_digest,
+                # Virtual tokens are the adapter's, wherever it begins to act.
+                active_from=0 if sequence.num_virtual else sequence.active_from,
+            )
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """Evict prefixes so that the sequence can be admitted; whether it can."""
+        return self.cache.make_room(sequence.max_tokens, sequence.block_keys)
+
+    def begin_step(self) -> None:
+        """Nothing is being computed in this step yet."""
+        self._under_way.clear()
+
+    def begin(self, sequence: Sequence) -> bool:
+        """Look a sequence up before its first piece; False if it should wait one step."""
+        if sequence.num_computed > sequence.num_given:
+            return True
+        num_blocks = (len(sequence.prompt_ids) - 1) // self.cache.block_size
+        keys = sequence.block_keys[:num_blocks]
+        found = self.cache.find(keys)
+        num_known = sum(one.num_blocks for one in found)
+        if self._soon_known(keys[num_known:], sequence, num_known):
+            return False
+        self._reuse(sequence, found, num_known * self.cache.block_size)
+        return True
+
+    def expect(self, sequence: Sequence, num_tokens: int) -> None:
+        """The next so many tokens of the sequence are computed in this step."""
+        first = sequence.num_computed // self.cache.block_size
+        stop = (sequence.num_computed + num_tokens) // self.cache.block_size
+        self._under_way.update(sequence.block_keys[first:stop])
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keep the blocks of the prompt that are complete by now."""
+        done = min(sequence.num_computed // self.cache.block_size, len(sequence.block_keys))
+        new = range(sequence.num_kept, done)
+        if new:
+            assert sequence.allocation is not None
+            self._copies += self.cache.keep(sequence.block_keys, new, sequence.allocation)
+            sequence.num_kept = done
+
+    def take_copies(self) -> list[CellCopy]:
+        """What is to be copied, in this order, before the next step writes; once each."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def forget(self) -> None:
+        """Drop all blocks and outstanding copies."""
+        self.cache.clear()
+        self._copies.clear()
+
+    def _soon_known(self, keys: tuple[bytes, ...], sequence: Sequence, num_known: int) -> bool:
+        """Whether enough of the unknown blocks are being computed in this step."""
+        num_blocks = next((i for i, k in enumerate(keys) if k not in self._under_way), len(keys))
+        num_shared = num_blocks * self.cache.block_size
+        num_left = sequence.num_pending - num_known * self.cache.block_size
+        return num_shared >= max(_MIN_SHARED, num_left / 2)
+
+    def _reuse(self, sequence: Sequence, found: list[Found], num_tokens: int) -> None:
+        if num_tokens > sequence.num_given:
+            assert sequence.allocation is not None
+            sequence.allocation, copies = self.cache.reuse(found, sequence.allocation)
+            self._copies += copies
+            sequence.num_computed = sequence.num_reused = num_tokens
+            sequence.num_kept = num_tokens // self.cache.block_size
+        if self.cache.enabled:
+            self.cache.count(
+                num_looked_up=sequence.num_prompt, num_reused=sequence.num_cached_prompt
+            )

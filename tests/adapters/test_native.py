@@ -1,0 +1,175 @@
+"""The C++ against torch's operators, and what is said where it cannot be had."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamic_lora_adapters.native import NativeUnavailable, library, load_library
+from dynamic_lora_adapters.native.attention import NativeAttention
+from dynamic_lora_adapters.native.norm import adopt_native_norms
+from tests.support.models import TINY_MODELS, tiny_llama
+
+
+def unavailable() -> str:
+    try:
+        load_library("attention")
+    except NativeUnavailable as reason:
+        return str(reason)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and no library remembered by this process."""
+    monkeypatch.setattr(library, "user_cache_path", lambda _: tmp_path)
+    load_library.cache_clear()
+    yield tmp_path
+    load_library.cache_clear()
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One token q [heads, dim] over [seen, kv_heads, dim] -> [heads, value_dim], in float64."""
+    group = q.shape[0] // keys.shape[1]
+    k = keys.double().repeat_interleave(group, 1)
+    v = values.double().repeat_interleave(group, 1)
+    scores = torch.einsum("hd,thd->ht", q.double(), k) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None]], 1)
+    weights = torch.softmax(scores, 1)[:, : len(keys)]
+    return torch.einsum("ht,thd->hd", weights, v)
+
+
+@needs_compiler
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    dim=st.sampled_from([16, 48, 64]),
+    value_dim=st.sampled_from([16, 32, 80]),
+    seen=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    softcap=st.sampled_from([None, 5.0]),
+    with_sinks=st.booleans(),
+    magnitude=st.sampled_from([0.1, 1.0, 30.0]),
+)
+@torch.inference_mode()
+def test_attention_equals_softmax_attention(
+    kv_heads: int,
+    group: int,
+    dim: int,
+    value_dim: int,
+    seen: list[int],
+    softcap: float | None,
+    with_sinks: bool,
+    magnitude: float,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    heads, num_tokens = kv_heads * group, len(seen) + 1
+    q = magnitude * random(num_tokens, heads, dim).transpose(0, 1)
+    keys, values = random(99, kv_heads, dim), random(99, kv_heads, value_dim)
+    sinks = random(heads) if with_sinks else None
+    out = torch.full((num_tokens, heads, value_dim), 7.0)
+    items = torch.tensor([[row, 3 * row, n] for row, n in enumerate(seen)])
+    NativeAttention().attend(
+        q, keys, values, out, items, scaling=dim**-0.5, softcap=softcap, sinks=sinks
+    )
+    for row, first, n in items.tolist():
+        expected = softmax_attention(
+            q[:, row],
+            keys[first : first + n],
+            values[first : first + n],
+            dim**-0.5,
+            softcap,
+            sinks,
+        )
+        torch.testing.assert_close(out[row], expected.float(), rtol=1e-4, atol=1e-5)
+    assert bool((out[-1] == 7).all()), "a row that no item names is left alone"
+
+
+@needs_compiler
+@pytest.mark.parametrize("transposed", [False, True])
+def test_new_keys_are_written_to_their_cells(transposed: bool) -> None:
+    table = torch.zeros(9, 2, 16)
+    x = torch.randn(3, 2, 16).transpose(0, 1) if transposed else torch.randn(2, 3, 16)
+    NativeAttention().write(table, torch.tensor([7, 0, 4]), x)
+    expected = torch.zeros(9, 2, 16).index_copy(0, torch.tensor([7, 0, 4]), x.transpose(0, 1))
+    assert torch.equal(table, expected)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [torch.zeros(2, 1, 16, dtype=torch.bfloat16), torch.zeros(2, 1, 24), torch.zeros(2, 1, 8)],
+    ids=["bfloat16", "24 wide", "8 wide"],
+)
+def test_tables_that_it_cannot_read_are_left_to_torch(table: torch.Tensor) -> None:
+    assert not NativeAttention.serves(table, table)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@torch.inference_mode()
+def test_norms_that_compute_the_same_are_adopted(family: str) -> None:
+    model = TINY_MODELS[family]()
+    ids = torch.arange(20)[None] % 50
+    expected = model(ids).logits
+    num_norms = sum(type(m).__name__.endswith("RMSNorm") for m in model.modules())
+    assert adopt_native_norms(model) == num_norms > 0
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_a_norm_that_computes_something_else_is_left_alone() -> None:
+    class OddRMSNorm(torch.nn.Module):
+        eps = 1e-6
+        weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(x, (8,), self.weight, self.eps) + 0.1
+
+    assert adopt_native_norms(torch.nn.Sequential(OddRMSNorm())) == 0
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler.*no-such-compiler"):
+        load_library("norm")
+    assert adopt_native_norms(tiny_llama()) == 0
+
+
+def test_a_compiler_that_fails_is_quoted(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = no_cache / "broken"
+    compiler.write_text("#!/bin/sh\necho 'out of ideas' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(NativeUnavailable, match=r"failed on norm\.cpp: out of ideas"):
+        load_library("norm")
+
+
+@needs_compiler
+def test_a_library_is_compiled_once(no_cache: Path) -> None:
+    load_library("norm")
+    (made,) = (no_cache / "native").iterdir()
+    stamp = made.stat().st_mtime_ns
+    load_library.cache_clear()
+    load_library("norm")
+    assert made.stat().st_mtime_ns == stamp
