@@ -66,9 +66,11 @@ class GroupedProjection:
 
     def member(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Output of member `number` for x [..., in], shape [..., width]."""
+        if len(self.group.paths) == 1:
+            return self._project(x)
         if self._input is not x or self._outputs[number] is None:
             self._input = x
-            self._outputs = list(self._project(x).split(self.group.widths, dim=-1))
+            self._outputs = list(self._project(x).split_with_sizes(self.group.widths, dim=-1))
         output = self._outputs[number]
         assert output is not None
         # Each member is asked once per input; forgetting frees the memory and
@@ -91,8 +93,8 @@ class GroupedProjection:
         index = self._index
         for run in plan.runs:
             slab, rows = run.slab, run.rows
-            part = out if run.num_rows == len(out) else out[rows]
-            given = x if run.num_rows == len(x) else x[rows]
+            whole = run.num_rows == out.shape[0]
+            part, given = (out, x) if whole else (out[rows], x[rows])
             if run.effect is Effect.APPLY and index in slab.scale:
                 self._scale(part, slab.scale[index], run)
             if run.effect is not Effect.REST:
@@ -120,7 +122,7 @@ class GroupedProjection:
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., width] as [rows, width], for the packed row [1, rows, width] by a cheap view."""
-    return x[0] if x.dim() == 3 and len(x) == 1 else x.flatten(0, -2)
+    return x[0] if x.dim() == 3 and x.shape[0] == 1 else x.flatten(0, -2)
 
 
 def _by_row(table: torch.Tensor, run: Run) -> torch.Tensor:

@@ -15,7 +15,7 @@ using namespace dynamic_lora;
 
 namespace {
 
-constexpr int kRows = 4;      // rows summed in registers at a time
+constexpr int kRows = 6;      // rows summed in registers at a time
 constexpr int kRanks = 2;     // by this many ranks when shrinking,
 constexpr int kVecs = 2;      // by this many vectors of outputs when expanding
 constexpr int64_t kStrip = 64;  // outputs that one thread expands to at a time
@@ -44,6 +44,8 @@ void shrink_tile(const Segments& s, const float* x, const float* a, float* shrun
     Vec factors[Ranks];
     UNROLL
     for (int q = 0; q < Ranks; q++) factors[q] = load(a + q * s.in + i);
+    __builtin_prefetch(a + Ranks * s.in + i);
+    __builtin_prefetch(a + (Ranks + 1) * s.in + i);
     UNROLL
     for (int r = 0; r < Rows; r++) {
       const Vec input = load(x + r * s.ldx + i);
@@ -63,12 +65,24 @@ void shrink_tile(const Segments& s, const float* x, const float* a, float* shrun
   }
 }
 
+template <int Rows, int Ranks>
+void shrink_rows(int64_t rows, const Segments& s, const float* x, const float* a, float* shrunk) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      shrink_tile<Rows, Ranks>(s, x, a, shrunk);
+    else
+      shrink_rows<Rows - 1, Ranks>(rows, s, x, a, shrunk);
+  }
+}
+
+// Rows are cut into blocks of nearly equal size: a remainder of one row would cost as much as four.
 template <int Ranks>
 void shrink(const Segments& s, int64_t rows, const float* x, const float* a, float* shrunk) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    shrink_tile<kRows, Ranks>(s, x + r * s.ldx, a, shrunk + r * s.rank);
-  for (; r < rows; r++) shrink_tile<1, Ranks>(s, x + r * s.ldx, a, shrunk + r * s.rank);
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
+    shrink_rows<kRows, Ranks>(count, s, x + r * s.ldx, a, shrunk + r * s.rank);
+  }
 }
 
 template <int Rows, int Vecs>
@@ -84,6 +98,7 @@ void expand_tile(const Segments& s, const float* shrunk, const float* b, int64_t
     Vec factors[Vecs];
     UNROLL
     for (int v = 0; v < Vecs; v++) factors[v] = load(b + q * s.outs + v * kLanes);
+    __builtin_prefetch(b + q * s.outs + kStrip);
     UNROLL
     for (int r = 0; r < Rows; r++) {
       const float weight = shrunk[r * s.rank + q];
@@ -98,13 +113,24 @@ void expand_tile(const Segments& s, const float* shrunk, const float* b, int64_t
   }
 }
 
-template <int Vecs>
+template <int Rows>
+void expand_rows(int64_t rows, const Segments& s, const float* shrunk, const float* b,
+                 int64_t ranks, float* out) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      expand_tile<Rows, kVecs>(s, shrunk, b, ranks, out);
+    else
+      expand_rows<Rows - 1>(rows, s, shrunk, b, ranks, out);
+  }
+}
+
 void expand(const Segments& s, int64_t rows, const float* shrunk, const float* b, int64_t ranks,
             float* out) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    expand_tile<kRows, Vecs>(s, shrunk + r * s.rank, b, ranks, out + r * s.ldo);
-  for (; r < rows; r++) expand_tile<1, Vecs>(s, shrunk + r * s.rank, b, ranks, out + r * s.ldo);
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
+    expand_rows<kRows>(count, s, shrunk + r * s.rank, b, ranks, out + r * s.ldo);
+  }
 }
 
 // Adds ranks [first, last) of a slot to outputs [column, stop).
@@ -115,7 +141,7 @@ void expand_strip(const Segments& s, int64_t slot, int64_t row, const float* shr
   const int64_t rows = s.lengths[slot], ranks = last - first;
   float* out = s.out + row * s.ldo;
   for (; column + kVecs * kLanes <= stop; column += kVecs * kLanes)
-    expand<kVecs>(s, rows, weights, b + column, ranks, out + column);
+    expand(s, rows, weights, b + column, ranks, out + column);
   for (; column < stop; column++)
     for (int64_t r = 0; r < rows; r++)
       for (int64_t q = 0; q < ranks; q++)
