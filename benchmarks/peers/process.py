@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -14,11 +15,42 @@ import httpx
 from benchmarks.errors import PeerUnavailable
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM leave all blocks, so that what they started is ended."""
+
+    def leave(number: int, frame: object) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def free_port() -> int:
     """A TCP port of the loopback address that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A running server: a process group whose first process is `pid`."""
+
+    pid: int
+
+    def pause(self) -> None:
+        """Stop every process of the group: it keeps its memory and takes no processor time."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused group run on."""
+        os.killpg(self.pid, signal.SIGCONT)
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the first process (Linux)."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
 
 
 @contextmanager
@@ -29,7 +61,7 @@ def running(
     log: Path,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
-) -> Iterator[None]:
+) -> Iterator[ServerProcess]:
     """Run `command` until the block is left; its output goes to `log`.
 
     The block is entered when `ready_url` answers 200. Raises PeerUnavailable where that
@@ -47,7 +79,7 @@ def running(
         )
         try:
             _wait_until_ready(process, ready_url, log, timeout_s)
-            yield
+            yield ServerProcess(process.pid)
         finally:
             _end(process)
 
@@ -78,6 +110,8 @@ def _end(process: subprocess.Popen[bytes], grace_s: float = 20.0) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
+            # A paused group sees the signal once it runs again.
+            os.killpg(process.pid, signal.SIGCONT)
         except ProcessLookupError:
             break
         try:

