@@ -16,6 +16,9 @@ from dynamic_lora_server.modes.costs import Mix, StepCosts
 
 MAX_TRACKED = 4
 MAX_CAUTION = 64.0
+# What a merge must save of a step to count: less lies within what costs are measured to,
+# and chance alone would carry a balance that never goes below zero upwards.
+MIN_GAIN = 0.02
 CAUTION_HALVES_AFTER = 200.0  # times the duration of a switch
 
 
@@ -46,7 +49,8 @@ class ModePolicy:
 
     In `auto`, every alternative to what is merged now keeps a balance: each step
     adds what it would have saved, or takes off what it would have lost, down to
-    zero. An alternative is taken once its balance has reached the time of a switch;
+    zero. From what a merge would have saved MIN_GAIN of the step is taken off first.
+    An alternative is taken once its balance has reached the time of a switch;
     then all balances begin again at zero. To merge (not to unmerge), the balance
     must reach the switch time multiplied by a caution, which doubles with every
     merge that was given up before it had saved two switches, and halves with each
@@ -67,6 +71,7 @@ class ModePolicy:
         self._can_merge = can_merge
         # Steps repeat: with few distinct mixes the interpolation is mostly a look-up.
         self._overhead_s = lru_cache(maxsize=4096)(costs.overhead_s)
+        self._step_s = lru_cache(maxsize=4096)(costs.step_s)
         self._balances: dict[str | None, float] = {}
         self._merged: str | None = None
         self._saved_s = 0.0
@@ -118,6 +123,8 @@ class ModePolicy:
         for other in self._alternatives(merged, top):
             other_s = bypass_s if other is None else self._overhead_s(mix, rows.get(other, 0))
             gain = current_s - other_s
+            if other is not None:
+                gain -= MIN_GAIN * self._step_s(mix.num_rows)
             balance = balances.get(other, 0.0) + gain
             if balance <= 0:
                 balances.pop(other, None)
