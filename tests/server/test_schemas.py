@@ -51,7 +51,8 @@ def test_neutral_values_of_the_same_fields_pass() -> None:
         "adapter_source": None,
         "stop_sequences": [],
     }
-    GenerateRequest.model_validate({"inputs": "x", "parameters": parameters})
+    request = GenerateRequest.model_validate({"inputs": "x", "parameters": parameters})
+    assert request.inputs == "x"
 
 
 @pytest.mark.parametrize(

@@ -11,23 +11,24 @@ _SIZE = ctypes.c_int64
 _LARGEST = 127.0
 
 
-class NativeProduct:
-    """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
-
-    Raises NativeUnavailable where it cannot be compiled.
-    """
+class _PackedProduct:
+    """What both number formats share: the packed weight, and the call that reads it."""
 
     separate = True
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, function: str, weight: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor
+    ) -> None:
+        """`parts` [out] are what `function` takes between the packed weight and the bias."""
         library = load_library("product")
-        self._product = library.dynamic_lora_product
-        self._product.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3]
+        self._product = getattr(library, function)
+        self._product.argtypes = [*[_POINTER] * (4 + len(parts)), *[_SIZE] * 3]
         self._product.restype = None
         self._out_features, self._in_features = weight.shape
-        self._packed = _panels(library, weight.shape, torch.float32)
+        self._packed = _panels(library, weight.shape, weight.dtype)
+        self._parts = parts
         self._bias = None if bias is None else bias.contiguous()
-        self.replace(weight)
+        _pack(weight, self._packed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -35,6 +36,7 @@ class NativeProduct:
         self._product(
             x.data_ptr(),
             self._packed.data_ptr(),
+            *(part.data_ptr() for part in self._parts),
             None if self._bias is None else self._bias.data_ptr(),
             out.data_ptr(),
             x.numel() // self._in_features,
@@ -43,12 +45,22 @@ class NativeProduct:
         )
         return out
 
+
+class NativeProduct(_PackedProduct):
+    """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
+
+    Raises NativeUnavailable where it cannot be compiled.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__("dynamic_lora_product", weight.float(), bias)
+
     def replace(self, weight: torch.Tensor) -> None:
         """Pack another weight into the same memory."""
         _pack(weight.float(), self._packed)
 
 
-class Int8Product:
+class Int8Product(_PackedProduct):
     """`(x @ Q.T) * scale + bias`: each output's weights in eight bits, with a scale of its own.
 
     Q is the weight divided by its row's largest magnitude over 127 and rounded
@@ -57,36 +69,12 @@ class Int8Product:
     where it cannot be compiled.
     """
 
-    separate = True
-
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        library = load_library("product")
-        self._product = library.dynamic_lora_product_int8
-        self._product.argtypes = [*[_POINTER] * 5, *[_SIZE] * 3]
-        self._product.restype = None
-        self._out_features, self._in_features = weight.shape
-        self._bias = None if bias is None else bias.contiguous()
         weight = weight.float()
         largest = weight.abs().amax(dim=1, keepdim=True)
-        self._scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        rounded = (weight / self._scale).round().to(torch.int8)
-        self._packed = _panels(library, weight.shape, torch.int8)
-        _pack(rounded, self._packed)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self._out_features)
-        self._product(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            self._scale.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            out.data_ptr(),
-            x.numel() // self._in_features,
-            self._out_features,
-            self._in_features,
-        )
-        return out
+        scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
+        rounded = (weight / scale).round().to(torch.int8)
+        super().__init__("dynamic_lora_product_int8", rounded, bias, scale)
 
     def replace(self, weight: torch.Tensor) -> None:
         """Refused: what is merged would be rounded to eight bits."""
