@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu_shapes import ModelShape, random_terms
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import Engine, FailedEvent

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.base_model import resolve_base
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine

@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import describe_machine
 from dynamic_lora_adapters.costs import group_kernels
 from dynamic_lora_adapters.merge import Merger
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.base_model import resolve_base
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.mode_controller import ModeController
+from dynamic_lora_server.engine.native_decoder import decode_trial
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Sequence as Row
 from dynamic_lora_server.engine.startup_costs import startup_costs
@@ -130,13 +131,16 @@ class Bench:
         )
         runner = self.built.engine.runner
         self.merger = runner.merger
+        device, dtype = self.model.device, self.model.dtype
         self.costs = startup_costs(
-            self.model,
             self.built.groups,
-            group_kernels(self.built.groups, device=self.model.device, dtype=self.model.dtype),
+            group_kernels(self.built.groups, device=device, dtype=dtype),
             self.merger,
+            decode_trial(self.model, runner.cache, runner.decoder),
+            device=device,
+            dtype=dtype,
             merges=True,
-            cache=None,
+            file=None,
             on_step=lambda _: None,
         ).steps
         self.adapters: list[ResidentAdapter] = []

@@ -18,7 +18,7 @@ import torch
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
 from dynamic_lora_adapters.segments import DeltaPlan, Run
-from dynamic_lora_adapters.slots import Slab
+from dynamic_lora_adapters.slab import Slab
 
 NUM_ADAPTERS_GRID = (1, 2, 4, 8, 16, 32)
 LENGTH_GRID = (1, 2, 4, 8, 32, 128)
@@ -26,6 +26,7 @@ MAX_ROWS = 256
 MAX_SECONDS = 5.0  # what is not timed by then is taken from the nearest point that was
 PROBE_RANK = 16
 _SAMPLES = 5
+_COLD_BYTES = 2**27  # more than a processor's last cache holds
 _HOPELESS = 4.0  # a kernel this many times slower than the best is not timed further
 
 Point = tuple[int, int]
@@ -163,7 +164,8 @@ class _Bench:
         shapes = Counter((g.in_features, g.widths) for g in layers)
         self._weights = list(shapes.values())
         self._shapes = [(i, sum(widths), PROBE_RANK * len(widths)) for i, widths in shapes]
-        slots = max(NUM_ADAPTERS_GRID)
+        slots = self._num_slots()
+        self._next_slot = 0
         self._slab = Slab(
             number=0,
             signature=tuple(GroupShape(rank) for _, _, rank in self._shapes),
@@ -179,13 +181,26 @@ class _Bench:
         rows = num_adapters * length
         inputs = [self._random(rows, width) for width, _, _ in self._shapes]
         outputs = [self._random(rows, width) for _, width, _ in self._shapes]
-        # Walk through the slots so that the factors do not sit in the CPU's cache.
-        starts = range(0, len(self._slab.tenants) - num_adapters + 1, num_adapters)
         best = math.inf
-        for start in (list(starts) * _SAMPLES)[:_SAMPLES]:
-            run = Run(self._slab, start, 0, [length] * num_adapters)
+        for _ in range(_SAMPLES):
+            run = Run(self._slab, self._cold_slots(num_adapters), 0, [length] * num_adapters)
             best = min(best, self._once(kernel, run, inputs, outputs))
         return best
+
+    def _num_slots(self) -> int:
+        """So many that factors come from memory, if they do so in a step over all layers."""
+        elements = sum(rank * (width + outs) for width, outs, rank in self._shapes)
+        wanted = -(-_COLD_BYTES // max(elements * self._dtype.itemsize, 1))
+        fewest = max(NUM_ADAPTERS_GRID)
+        return min(max(wanted, fewest), fewest * max(self._weights, default=1))
+
+    def _cold_slots(self, count: int) -> int:
+        """The first of the neighbouring slots whose turn it is."""
+        if self._next_slot + count > len(self._slab.tenants):
+            self._next_slot = 0
+        first = self._next_slot
+        self._next_slot += count
+        return first
 
     def _once(
         self,

@@ -58,7 +58,7 @@ class GroupedProjection:
         self.base = base
         self.weight = weight
         self.transposed = transposed
-        self._index = index
+        self.index = index
         self._site = site
         self._bias = bias
         self._input: torch.Tensor | None = None
@@ -86,11 +86,11 @@ class GroupedProjection:
         if plan is not None and plan.runs:
             self._add_terms(_as_rows(out), _as_rows(x), plan)
         if self._site.static is not None:
-            self._site.static.add(self._index, out.flatten(0, -2), x.flatten(0, -2))
+            self._site.static.add(self.index, out.flatten(0, -2), x.flatten(0, -2))
         return out
 
     def _add_terms(self, out: torch.Tensor, x: torch.Tensor, plan: DeltaPlan) -> None:
-        index = self._index
+        index = self.index
         for run in plan.runs:
             slab, rows = run.slab, run.rows
             whole = run.num_rows == out.shape[0]

@@ -14,7 +14,7 @@ import torch
 from dynamic_lora_adapters.groups import GroupTerms
 from dynamic_lora_adapters.layers import GroupedProjection
 from dynamic_lora_adapters.pristine import Pristine
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 
 
 class Merger:

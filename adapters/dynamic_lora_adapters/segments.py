@@ -11,7 +11,7 @@ from dynamic_lora_adapters.tiles import tiles_of
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.kernels.base import DeltaKernel
-    from dynamic_lora_adapters.slots import ResidentAdapter, Slab
+    from dynamic_lora_adapters.slab import ResidentAdapter, Slab
 
 
 class Effect(Enum):

@@ -18,101 +18,14 @@ from itertools import count
 import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
-from dynamic_lora_adapters.groups import GroupShape, GroupTerms, ProjectionGroup, group_terms
-from dynamic_lora_adapters.kernels.base import SlotFactors
+from dynamic_lora_adapters.groups import ProjectionGroup, group_terms
 from dynamic_lora_adapters.rows import RowTerms
+from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import slot_copies, upload_for
 
 SLAB_SLOTS = 8
-Signature = tuple[GroupShape, ...]
-
-
-@dataclass(slots=True, eq=False)
-class Slab:
-    """Stacked terms of adapters that share a signature; `number` orders slabs by age.
-
-    `columns` [num_slots, rank, 2] is where rows of b are not zero.
-    `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
-    entries for the groups whose signature says so.
-    """
-
-    number: int
-    signature: Signature
-    a: list[torch.Tensor | None]
-    b: list[torch.Tensor | None]
-    num_bytes: int
-    tenants: list["ResidentAdapter | None"]
-    columns: list[torch.Tensor | None] = field(default_factory=list)
-    scale: dict[int, torch.Tensor] = field(default_factory=dict)
-    dense: dict[int, torch.Tensor] = field(default_factory=dict)
-    bias: dict[int, torch.Tensor] = field(default_factory=dict)
-    _factors: dict[tuple[int, int, int], SlotFactors | None] = field(default_factory=dict)
-
-    def free_slot(self) -> int | None:
-        """Lowest empty slot, or None."""
-        return next((i for i, tenant in enumerate(self.tenants) if tenant is None), None)
-
-    def factors(self, group: int, slots: slice) -> SlotFactors | None:
-        """Views of neighbouring slots' factors for a group; made once, as steps ask for them."""
-        key = group, slots.start, slots.stop
-        if key not in self._factors:
-            a, b = self.a[group], self.b[group]
-            columns = self.columns[group] if self.columns else None
-            self._factors[key] = None
-            if a is not None and b is not None:
-                within = None if columns is None else columns[slots]
-                self._factors[key] = SlotFactors(a[slots], b[slots], within)
-        return self._factors[key]
-
-    def terms(self, group: int, slot: int) -> GroupTerms:
-        """Views of what a slot holds for a group."""
-        a, b = self.a[group], self.b[group]
-        columns = self.columns[group] if self.columns else None
-        return GroupTerms(
-            a=None if a is None else a[slot],
-            b=None if b is None else b[slot],
-            columns=None if columns is None else columns[slot],
-            scale=self.scale[group][slot] if group in self.scale else None,
-            dense=self.dense[group][slot] if group in self.dense else None,
-            bias=self.bias[group][slot] if group in self.bias else None,
-        )
-
-    @property
-    def empty(self) -> bool:
-        return all(tenant is None for tenant in self.tenants)
-
-
-@dataclass(slots=True, eq=False)
-class ResidentAdapter:
-    """An adapter that occupies a slot. `num_leases` requests rely on it being there.
-
-    `rows` is what it does besides terms on linear layers, `invocation_ids` the
-    tokens from which on it acts. It is `mergeable` if it acts on every token and
-    can be undone for other rows. `exact` holds its terms in float32 where the
-    slot's are rounded to a shorter dtype. The slot may be read once `uploaded`,
-    if there is such an event, has come to pass.
-    """
-
-    digest: str
-    slab: Slab
-    slot: int
-    rows: RowTerms | None = None
-    invocation_ids: tuple[int, ...] = ()
-    mergeable: bool = True
-    exact: list[GroupTerms] | None = None
-    uploaded: torch.cuda.Event | None = None
-    num_leases: int = 0
-    last_used: int = 0
-    doomed: bool = False
-    kept: bool = False
-
-    def await_upload(self) -> None:
-        """Have the current stream wait for the slot's content. The engine's thread calls this."""
-        if self.uploaded is not None:
-            self.uploaded.wait()
-            self.uploaded = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

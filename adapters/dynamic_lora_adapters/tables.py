@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
-from dynamic_lora_adapters.slots import ResidentAdapter, Slab
+from dynamic_lora_adapters.slab import ResidentAdapter, Slab
 
 # Ranks of one layer that a captured step makes room for; larger ones run uncaptured.
 MAX_RANK = 64

@@ -9,7 +9,8 @@ from typing import TypeVar
 from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.registry import AdapterRegistry, Lease
 from dynamic_lora_adapters.saved import SavedCompositions, check_version
-from dynamic_lora_adapters.slots import AdapterPool, ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms
 
 T = TypeVar("T")

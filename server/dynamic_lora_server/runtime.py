@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -208,6 +209,7 @@ def _product_kind(config: ServerConfig) -> ProductKind | None:
 def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
     """Where measured kernel costs are kept; the name says what they depend on."""
     conditions = (
+        version("dynamic-lora"),
         base.name,
         config.dtype,
         config.device,

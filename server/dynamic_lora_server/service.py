@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker

@@ -11,7 +11,8 @@ from dynamic_lora_adapters.inject import head_group, inject, observe_groups
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.pristine import CopiedWeights, PristineWeights, SubtractedWeights
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
-from dynamic_lora_adapters.slots import AdapterPool, ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from tests.support.models import tiny_llama
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
-from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool, ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 
 GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]

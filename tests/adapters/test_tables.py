@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.tables import MAX_RANK, AddressTables
 from tests.support.slabs import make_slab, resident
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.weights import read_adapter

@@ -3,7 +3,7 @@
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape
-from dynamic_lora_adapters.slots import ResidentAdapter, Slab
+from dynamic_lora_adapters.slab import ResidentAdapter, Slab
 
 
 def make_slab(

@@ -1,131 +1,8 @@
-// Attention of new tokens over the KV cache, one token at a time, in float32.
-//
-// Keys and values are read where they lie. Each (token, KV head) pair is one
-// item of work: the query heads that share the KV head are scored against the
-// cached keys in one pass over them.
+// Attention as calls of its own; `attention.h` has the kernels.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#include "vectors.h"
+#include "attention.h"
 
 using namespace dynamic_lora;
-
-namespace {
-
-constexpr int kMaxHeads = 4;  // query heads scored together: their sums stay in registers
-constexpr int kVecs = 4;      // vectors of the value's width that are summed together
-
-// e^x for x <= 0, by splitting off powers of two and a polynomial of degree 6
-// on [-ln2/2, ln2/2]; the relative error is below 3e-7. Below -87 it is 0.
-inline Vec exp_negative(Vec x) {
-  const Vec low = all(-87.0f);
-  const Vec clipped = x < low ? low : x;
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec power = (clipped * 1.44269504f + magic) - magic;
-  const Vec rest = (clipped - power * 0.693359375f) + power * 2.12194440e-4f;
-  Vec p = all(1.0f / 720);
-  p = p * rest + 1.0f / 120;
-  p = p * rest + 1.0f / 24;
-  p = p * rest + 1.0f / 6;
-  p = p * rest + 0.5f;
-  p = p * rest + 1.0f;
-  p = p * rest + 1.0f;
-  const IntVec exponent = (__builtin_convertvector(power, IntVec) + 127) << 23;
-  Vec scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return x < low ? Vec{} : p * scale;
-}
-
-struct Layer {
-  const float* q;       // [heads, tokens, dim]
-  const float* keys;    // [cells, kv_heads, dim]
-  const float* values;  // [cells, kv_heads, value_dim]
-  float* out;           // [tokens, heads, value_dim]
-  const float* sinks;   // [heads] or null
-  int64_t q_head, q_token, heads, kv_heads, dim, value_dim;
-  float scaling, softcap;
-};
-
-// Turns scores into weights that are not yet divided by their sum; returns the sum.
-float soften(float* scores, int64_t count, int64_t padded, const Layer& layer, int64_t head) {
-  if (layer.softcap > 0)
-    for (int64_t t = 0; t < count; t++)
-      scores[t] = layer.softcap * std::tanh(scores[t] / layer.softcap);
-  float top = *std::max_element(scores, scores + count);
-  if (layer.sinks) top = std::max(top, layer.sinks[head]);
-  for (int64_t t = count; t < padded; t++) scores[t] = -INFINITY;
-  Vec total{};
-  for (int64_t t = 0; t < padded; t += kLanes) {
-    const Vec weight = exp_negative(load(scores + t) - top);
-    store(scores + t, weight);
-    total += weight;
-  }
-  return sum(total) + (layer.sinks ? std::exp(layer.sinks[head] - top) : 0.0f);
-}
-
-template <int Heads>
-void score(const Layer& layer, const float* q, const float* keys, int64_t count, int64_t padded,
-           float* scores) {
-  const int64_t stride = layer.kv_heads * layer.dim;
-  for (int64_t t = 0; t < count; t++) {
-    const float* key = keys + t * stride;
-    Vec dot[Heads] = {};
-    for (int64_t d = 0; d < layer.dim; d += kLanes) {
-      const Vec part = load(key + d);
-      UNROLL
-      for (int h = 0; h < Heads; h++) dot[h] += part * load(q + h * layer.q_head + d);
-    }
-    UNROLL
-    for (int h = 0; h < Heads; h++) scores[h * padded + t] = sum(dot[h]) * layer.scaling;
-  }
-}
-
-template <int Heads, int Vecs>
-void blend(const Layer& layer, const float* weights, const float* values, int64_t count,
-           int64_t padded, const float* totals, float* out) {
-  const int64_t stride = layer.kv_heads * layer.value_dim;
-  Vec blended[Heads][Vecs] = {};
-  for (int64_t t = 0; t < count; t++)
-    UNROLL
-    for (int v = 0; v < Vecs; v++) {
-      const Vec part = load(values + t * stride + v * kLanes);
-      UNROLL
-      for (int h = 0; h < Heads; h++) blended[h][v] += weights[h * padded + t] * part;
-    }
-  UNROLL
-  for (int h = 0; h < Heads; h++)
-    UNROLL
-    for (int v = 0; v < Vecs; v++)
-      store(out + h * layer.value_dim + v * kLanes, blended[h][v] / totals[h]);
-}
-
-template <int Heads>
-void attend(const Layer& layer, int64_t row, int64_t first_cell, int64_t count, int64_t head,
-            int64_t kv_head, std::vector<float>& scratch) {
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  if (static_cast<int64_t>(scratch.size()) < Heads * padded) scratch.resize(Heads * padded);
-  float* scores = scratch.data();
-  const float* q = layer.q + head * layer.q_head + row * layer.q_token;
-  const float* keys = layer.keys + (first_cell * layer.kv_heads + kv_head) * layer.dim;
-  const float* values = layer.values + (first_cell * layer.kv_heads + kv_head) * layer.value_dim;
-  float* out = layer.out + (row * layer.heads + head) * layer.value_dim;
-  score<Heads>(layer, q, keys, count, padded, scores);
-  float totals[Heads];
-  UNROLL
-  for (int h = 0; h < Heads; h++)
-    totals[h] = soften(scores + h * padded, count, padded, layer, head + h);
-  int64_t d = 0;
-  for (; d + kVecs * kLanes <= layer.value_dim; d += kVecs * kLanes)
-    blend<Heads, kVecs>(layer, scores, values + d, count, padded, totals, out + d);
-  for (; d < layer.value_dim; d += kLanes)
-    blend<Heads, 1>(layer, scores, values + d, count, padded, totals, out + d);
-}
-
-}  // namespace
 
 // Writes x [heads, tokens, dim] of new tokens to the table [cells, heads, dim].
 // sizes: heads, tokens, dim; strides of x: head, token (in floats).
@@ -138,31 +15,14 @@ extern "C" void dynamic_lora_write(const float* x, float* table, const int64_t* 
                   dim * sizeof(float));
 }
 
-// items: [num_items][3] = row of the token, first cell it sees, number of cells it sees.
+// items: [num_items][3], as `share_attention` has them.
 // sizes: heads, kv_heads, dim, value_dim; strides of q: head, token (in floats).
 extern "C" void dynamic_lora_attend(const float* q, const float* keys, const float* values,
                                     float* out, const float* sinks, const int64_t* items,
                                     int64_t num_items, const int64_t* sizes, float scaling,
                                     float softcap) {
-  const Layer layer{q,        keys,     values,   out,      sinks,    sizes[4], sizes[5],
-                    sizes[0], sizes[1], sizes[2], sizes[3], scaling,  softcap};
-  const int64_t group = layer.heads / layer.kv_heads;
+  const Attention layer{q,        keys,     values,   out,      sinks,   sizes[4], sizes[5],
+                        sizes[0], sizes[1], sizes[2], sizes[3], scaling, softcap};
 #pragma omp parallel
-  {
-    static thread_local std::vector<float> scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t work = 0; work < num_items * layer.kv_heads; work++) {
-      const int64_t* item = items + work / layer.kv_heads * 3;
-      const int64_t kv_head = work % layer.kv_heads;
-      for (int64_t h = 0; h < group;) {
-        const int64_t head = kv_head * group + h;
-        switch (std::min<int64_t>(group - h, kMaxHeads)) {
-          case 4: attend<4>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 4; break;
-          case 3: attend<3>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 3; break;
-          case 2: attend<2>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 2; break;
-          default: attend<1>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 1;
-        }
-      }
-    }
-  }
+  share_attention(layer, items, num_items);
 }

@@ -57,7 +57,7 @@ def _compiler() -> str:
 
 def _library_path(name: str, compiler: str) -> Path:
     content = hashlib.sha256()
-    for source in (_SOURCES / "vectors.h", _SOURCES / f"{name}.cpp"):
+    for source in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{name}.cpp"):
         content.update(source.read_bytes())
     content.update(" ".join([*_FLAGS, _version(compiler), _processor()]).encode())
     return user_cache_path("dynamic-lora") / "native" / f"{name}-{content.hexdigest()[:16]}.so"

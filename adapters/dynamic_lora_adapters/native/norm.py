@@ -25,27 +25,32 @@ class NativeRmsNorm:
 
     def __init__(self, module: nn.Module, eps: float, offset: float) -> None:
         self._module = module
-        self._eps = eps
-        self._offset = offset
+        self.eps = eps
+        self.offset = offset
         self._norm = load_library("norm").dynamic_lora_rms_norm
         size = ctypes.c_int64
         self._norm.argtypes = [*[_POINTER] * 3, size, size, ctypes.c_float, ctypes.c_float]
         self._norm.restype = None
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @property
+    def weight(self) -> torch.Tensor:
+        """The module's weight [dim] as it is now."""
         weight = self._module.weight
         assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         dim = x.shape[-1]
         self._norm(
             x.data_ptr(),
-            weight.data_ptr(),
+            self.weight.data_ptr(),
             out.data_ptr(),
             x.numel() // dim,
             dim,
-            self._eps,
-            self._offset,
+            self.eps,
+            self.offset,
         )
         return out
 

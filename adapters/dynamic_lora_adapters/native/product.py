@@ -11,56 +11,69 @@ _SIZE = ctypes.c_int64
 _LARGEST = 127.0
 
 
-class _PackedProduct:
-    """What both number formats share: the packed weight, and the call that reads it."""
+class Projection(ctypes.Structure):
+    """What `product.h` calls by this name: the addresses and sizes of one linear layer."""
+
+    _fields_ = [
+        ("packed", _POINTER),
+        ("scale", _POINTER),
+        ("bias", _POINTER),
+        ("n", _SIZE),
+        ("k", _SIZE),
+    ]
+
+
+class PackedWeight:
+    """What both number formats share: the packed weight, and the call that reads it.
+
+    `projection` tells other C++ where it lies, as long as this object lives.
+    """
 
     separate = True
 
     def __init__(
-        self, function: str, weight: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor
+        self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
     ) -> None:
-        """`parts` [out] are what `function` takes between the packed weight and the bias."""
         library = load_library("product")
-        self._product = getattr(library, function)
-        self._product.argtypes = [*[_POINTER] * (4 + len(parts)), *[_SIZE] * 3]
+        self._product = library.dynamic_lora_product
+        self._product.argtypes = [ctypes.POINTER(Projection), _POINTER, _POINTER, _SIZE]
         self._product.restype = None
         self._out_features, self._in_features = weight.shape
         self._packed = _panels(library, weight.shape, weight.dtype)
-        self._parts = parts
+        self._scale = scale
         self._bias = None if bias is None else bias.contiguous()
+        self.projection = Projection(
+            packed=self._packed.data_ptr(),
+            scale=None if scale is None else scale.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            n=self._out_features,
+            k=self._in_features,
+        )
+        self._address = ctypes.byref(self.projection)
         _pack(weight, self._packed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self._out_features)
-        self._product(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            *(part.data_ptr() for part in self._parts),
-            None if self._bias is None else self._bias.data_ptr(),
-            out.data_ptr(),
-            x.numel() // self._in_features,
-            self._out_features,
-            self._in_features,
-        )
+        self._product(self._address, x.data_ptr(), out.data_ptr(), x.numel() // self._in_features)
         return out
 
 
-class NativeProduct(_PackedProduct):
+class NativeProduct(PackedWeight):
     """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
 
     Raises NativeUnavailable where it cannot be compiled.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__("dynamic_lora_product", weight.float(), bias)
+        super().__init__(weight.float(), bias)
 
     def replace(self, weight: torch.Tensor) -> None:
         """Pack another weight into the same memory."""
         _pack(weight.float(), self._packed)
 
 
-class Int8Product(_PackedProduct):
+class Int8Product(PackedWeight):
     """`(x @ Q.T) * scale + bias`: each output's weights in eight bits, with a scale of its own.
 
     Q is the weight divided by its row's largest magnitude over 127 and rounded
@@ -73,8 +86,7 @@ class Int8Product(_PackedProduct):
         weight = weight.float()
         largest = weight.abs().amax(dim=1, keepdim=True)
         scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        rounded = (weight / scale).round().to(torch.int8)
-        super().__init__("dynamic_lora_product_int8", rounded, bias, scale)
+        super().__init__((weight / scale).round().to(torch.int8), bias, scale.contiguous())
 
     def replace(self, weight: torch.Tensor) -> None:
         """Refused: what is merged would be rounded to eight bits."""

@@ -73,6 +73,7 @@ class AttentionStep:
     paged_kernel: PagedKernel | None = None
     native: NativeAttention | None = None
     observed: dict[int, LayerGeometry] = field(default_factory=dict)
+    rules: dict[int, Rule] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     _gathers: dict[int, torch.Tensor] = field(default_factory=dict)
     _splits: dict[int | None, tuple[list[DecodeGroup], list[Span]]] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class AttentionStep:
         returns [num_tokens, heads, value_dim].
         """
         self.observed[layer] = LayerGeometry(k.shape[0], k.shape[2], v.shape[2])
+        self.rules[layer] = rule
         if self.cache is None:
             out = q.new_empty(q.shape[1], q.shape[0], v.shape[2])
             for span in self.spans:
@@ -115,9 +117,7 @@ class AttentionStep:
         assert self.cells is not None
         native.write(keys, self.cells, k)
         native.write(values, self.cells, v)
-        if rule.window not in self._items:
-            self._items[rule.window] = _native_items(self.spans, rule.window)
-        items, others = self._items[rule.window]
+        items, others = self.native_items(rule.window)
         out = q.new_empty(q.shape[1], q.shape[0], values.shape[2])
         native.attend(
             q,
@@ -131,6 +131,21 @@ class AttentionStep:
         )
         self._attend_singly(out, others, q, keys, values, rule)
         return out
+
+    def native_items(self, window: int | None) -> tuple[torch.Tensor, list[Span]]:
+        """What is attended to token by token in C++, and the spans that are left."""
+        if window not in self._items:
+            self._items[window] = _native_items(self.spans, window)
+        return self._items[window]
+
+    def attend_others(self, layer: int, q: torch.Tensor, out: torch.Tensor, rule: Rule) -> None:
+        """Fill in the rows of `out` that `native_items` left, once a layer has written the cache.
+
+        Shapes: q [heads, num_tokens, dim], out [num_tokens, heads, value_dim].
+        """
+        assert self.cache is not None
+        _, others = self.native_items(rule.window)
+        self._attend_singly(out, others, q, self.cache.keys[layer], self.cache.values[layer], rule)
 
     def _attend_cached(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule

@@ -7,7 +7,7 @@ import torch
 
 from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, slot_order
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.engine.scheduler import Piece
 
 

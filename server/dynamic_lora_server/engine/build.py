@@ -14,8 +14,6 @@ from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
-from dynamic_lora_adapters.native import NativeUnavailable
-from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.native.norm import adopt_native_norms
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
@@ -32,6 +30,10 @@ from dynamic_lora_server.engine.kv_layout import KVLayout, contiguous_layout, pa
 from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.native_decoder import (
+    adopt_native_layers,
+    decode_trial,
+)
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
 from dynamic_lora_server.engine.probe import adopt_attention, trial_run
@@ -109,12 +111,8 @@ def build_engine(
     cannot be served exactly.
     """
     on_step("Checking the model")
-    _refuse_quantised(model)
-    model.requires_grad_(False)
     geometry = BaseGeometry.of(model, model_id=model_id)
-    layers = adopt_attention(model)
-    if options.native:
-        adopt_native_norms(model)
+    layers = _checked_layers(model, options)
     groups = _groups(model, geometry)
     kind = _product_kind(model, groups, options)
     on_step(f"Laying out the weights ({kind} products)")
@@ -122,32 +120,35 @@ def build_engine(
     pristine = pristine_weights(projections, options.restore, options.checkpoint)
     merger = Merger(projections, pristine)
     kernels = group_kernels(groups, device=model.device, dtype=model.dtype, native=options.native)
+    kv = _kv_layout(model, layers, options)
+    cache = _kv_cache(model, layers, kv)
+    decoder = adopt_native_layers(model, site, projections, cache, wanted=options.native)
     costs = startup_costs(
-        model,
         groups,
         kernels,
         merger,
+        decode_trial(model, cache, decoder),
+        device=model.device,
+        dtype=model.dtype,
         merges=options.mode is not Mode.BYPASS,
-        cache=options.costs_file,
+        file=options.costs_file,
         on_step=on_step,
     )
     pool = _adapter_pool(model, groups, options)
-    kv = _kv_layout(model, layers, options)
     runner = ModelRunner(
         model=model,
         site=site,
         hooks=RowHooks(model, site),
         merger=merger,
-        cache=_kv_cache(model, layers, kv),
+        cache=cache,
         chooser=KernelChooser(costs.kernels, kernels),
         paged=isinstance(kv.space, PagedSpace),
-        native=_native_attention() if options.native else None,
+        decoder=decoder,
     )
     runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
-    scheduler = _scheduler(kv, options)
     modes = ModeController(costs.steps, options.mode, merger, pool)
     return BuiltEngine(
-        engine=Engine(scheduler, runner, modes),
+        engine=Engine(_scheduler(kv, options), runner, modes),
         modes=modes,
         pool=pool,
         groups=groups,
@@ -156,6 +157,16 @@ def build_engine(
         space=kv.space,
         context_length=min(context_window(model.config), kv.space.num_cells),
     )
+
+
+def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[LayerGeometry]:
+    """The KV geometry of a model's layers, once their attention, and norms, are the engine's."""
+    _refuse_quantised(model)
+    model.requires_grad_(False)
+    layers = adopt_attention(model)
+    if options.native:
+        adopt_native_norms(model)
+    return layers
 
 
 def _kv_cache(model: PreTrainedModel, layers: list[LayerGeometry], kv: KVLayout) -> KVCache:
@@ -265,14 +276,6 @@ def _adapter_pool(
 ) -> AdapterPool:
     memory = options.adapter_memory or _share_of_free(model.device, 0.25)
     return AdapterPool(groups, budget_bytes=memory, device=model.device, dtype=model.dtype)
-
-
-def _native_attention() -> NativeAttention | None:
-    try:
-        return NativeAttention()
-    except NativeUnavailable as reason:
-        logger.info("Attention is torch's: %s", reason)
-        return None
 
 
 def _kv_layout(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.kernels import has_triton
 from dynamic_lora_adapters.layers import DeltaSite
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.tables import AddressTables
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.paged_attention import paged_kernel_available

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.costs import KernelChooser
 from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.merge import Merger
-from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.segments import slot_order
 from dynamic_lora_server.engine.attention import AttentionStep, attending
 from dynamic_lora_server.engine.batch import Batch
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.kv_cache import KVCache
+from dynamic_lora_server.engine.native_decoder import NativeDecoder
 from dynamic_lora_server.engine.paged_attention import (
     PagedKernel,
     PagedTables,
@@ -30,8 +30,8 @@ class ModelRunner:
     """Owns the model, the delta site and the KV tensors; runs one batch at a time.
 
     `paged` says that the KV space is paged; pages are read by torch's kernel
-    where it can, else gathered. `native` attends to single tokens in C++.
-    Steps that `graphs` take are left to them.
+    where it can, else gathered. `decoder` runs in C++ what can be. Steps that
+    `graphs` take are left to them.
     """
 
     model: PreTrainedModel
@@ -41,7 +41,7 @@ class ModelRunner:
     cache: KVCache
     chooser: KernelChooser
     paged: bool
-    native: NativeAttention | None = None
+    decoder: NativeDecoder
     graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -70,10 +70,10 @@ class ModelRunner:
         self.site.segments = batch.segments
         self.hooks.prepare(batch.segments)
         step = AttentionStep(
-            batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.native
+            batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.decoder.attention
         )
         try:
-            with attending(step):
+            with attending(step), self.decoder.serving(step):
                 logits = forward(self.model, batch.input_ids, batch.position_ids, batch.logit_rows)
         finally:
             self.site.plan = self.site.head_plan = None

@@ -8,7 +8,7 @@ from dynamic_lora_server.engine.kv_space import Allocation
 from dynamic_lora_server.generation import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
-    from dynamic_lora_adapters.slots import ResidentAdapter
+    from dynamic_lora_adapters.slab import ResidentAdapter
     from dynamic_lora_adapters.terms import PromptTerms
 
 

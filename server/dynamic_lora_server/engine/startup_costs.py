@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from transformers import PreTrainedModel
+import torch
 
 from dynamic_lora_adapters.costs import KernelCosts, measure_costs
 from dynamic_lora_adapters.groups import ProjectionGroup
@@ -39,33 +39,36 @@ class StartupCosts:
 
 
 def startup_costs(
-    model: PreTrainedModel,
     groups: Sequence[ProjectionGroup],
     kernels: Mapping[str, DeltaKernel],
     merger: Merger,
+    trial: Callable[[int], object],
     *,
+    device: torch.device,
+    dtype: torch.dtype,
     merges: bool,
-    cache: Path | None,
+    file: Path | None,
     on_step: Callable[[str], object],
 ) -> StartupCosts:
-    """Read the costs from `cache`, or measure them and write it.
+    """Read the costs from `file`, or measure them and write it.
 
-    Without `merges` no switch is measured: on plain weights even one would
-    leave a copy of the base in host memory.
+    `trial` runs a step of the base model with so many rows. Without `merges` no
+    switch is measured: on plain weights even one would leave a copy of the base
+    in host memory.
     """
-    if cache is not None and cache.is_file():
+    if file is not None and file.is_file():
         try:
-            return StartupCosts.from_json(cache.read_text(), kernels)
+            return StartupCosts.from_json(file.read_text(), kernels)
         except ValueError:
-            cache.unlink()  # written by another version: measure anew
+            file.unlink()  # written by another version: measure anew
     on_step("Measuring the delta kernels")
-    measured = measure_costs(groups, kernels, device=model.device, dtype=model.dtype)
+    measured = measure_costs(groups, kernels, device=device, dtype=dtype)
     steps = StepCosts.never_merging()
     if merges:
         on_step("Measuring steps and switches")
-        steps = measure_mode_costs(model, groups, measured, merger)
+        steps = measure_mode_costs(groups, measured, merger, trial, device=device, dtype=dtype)
     costs = StartupCosts(measured, steps)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(costs.to_json())
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(costs.to_json())
     return costs

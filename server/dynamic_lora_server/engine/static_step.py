@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.layers import DeltaSite
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.tables import AddressTables, TableDeltas
 from dynamic_lora_adapters.tiles import SHORT, tiles_of
 from dynamic_lora_server.engine.attention import attending

@@ -44,7 +44,8 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
 def test_without_native_code_nothing_of_it_is_used() -> None:
     built = make_engine(tiny_llama(), native=False)
     runner = built.engine.runner
-    assert runner.native is None
+    assert runner.decoder.attention is None
+    assert not runner.decoder.num_layers
     layer: Any = runner.model.get_submodule("model.layers.0.mlp.up_proj")
     assert not isinstance(layer._projection.base, NativeProduct)
 

@@ -7,7 +7,7 @@ import pytest
 from peft import PeftModel
 
 from dynamic_lora_adapters.registry import AdapterRegistry
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.engine import sequence
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import FailedEvent, TokenEvent

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
-from dynamic_lora_adapters.slots import ResidentAdapter
+from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner

@@ -1,0 +1,248 @@
+// One decoder layer of the Llama family in one parallel region, in float32:
+//
+//   h = hidden + o(attention(rotate(qkv(norm(hidden)))))
+//   out = h + down(silu(gate(norm(h))) * up(norm(h)))
+//
+// with the deltas of the step on every projection. What is between two products
+// is a few microseconds of work; as operators of their own they would cost more
+// in calls than in arithmetic.
+
+#include <vector>
+
+#include "attention.h"
+#include "norm.h"
+#include "product.h"
+#include "segments.h"
+
+using namespace dynamic_lora;
+
+namespace {
+
+constexpr int64_t kActivated = 256;  // columns that one thread activates at a time
+
+// A projection, and where the step's deltas for it are found.
+struct Site {
+  Projection base;
+  int64_t group;  // row of the delta tables
+};
+
+struct Layer {
+  Norm input_norm, middle_norm, q_norm, k_norm;
+  Site qkv, o, gate_up, down;
+  float* keys;    // [cells, kv_heads, dim]
+  float* values;  // [cells, kv_heads, dim]
+  int64_t heads, kv_heads, dim;
+  int64_t q, k, v, gate, up;  // first columns in the outputs of qkv and gate_up
+  float scaling, softcap;
+};
+
+// The factors of one group in slot 0 of a slab; a null a says that there are none.
+struct SlabFactors {
+  const float* a;
+  const float* b;
+  const int64_t* columns;
+  int64_t rank;
+};
+
+// Neighbouring rows of neighbouring slots.
+struct Run {
+  const SlabFactors* groups;
+  const int64_t* lengths;
+  int64_t first_slot, slots, row;
+  float sign;
+};
+
+struct Step {
+  const float* cos;  // [rows, dim]
+  const float* sin;
+  const int64_t* cells;  // [rows]
+  const int64_t* items;  // as `share_attention` has them
+  const Run* runs;
+  int64_t rows, num_items, num_runs;
+};
+
+// What a layer keeps for itself while it runs.
+struct Scratch {
+  std::vector<float> normed, shrunk, gate_up, activated;
+  std::vector<Segment> segments[4];
+};
+
+float* room(std::vector<float>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+void find_segments(const Site& site, const Step& step, Scratch& scratch, int number) {
+  std::vector<Segment>& segments = scratch.segments[number];
+  segments.clear();
+  int64_t needed = 0;
+  for (int64_t i = 0; i < step.num_runs; i++) {
+    const Run& run = step.runs[i];
+    const SlabFactors& factors = run.groups[site.group];
+    if (!factors.a) continue;
+    int64_t row = run.row;
+    for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
+      const int64_t first = (run.first_slot + j) * factors.rank;
+      segments.push_back({factors.a + first * site.base.k, factors.b + first * site.base.n,
+                          factors.columns + first * 2, nullptr, factors.rank, row, run.lengths[j],
+                          run.sign});
+      needed += factors.rank * run.lengths[j];
+    }
+  }
+  room(scratch.shrunk, needed);
+}
+
+void place_segments(Scratch& scratch) {
+  for (auto& segments : scratch.segments) {
+    float* shrunk = scratch.shrunk.data();
+    for (Segment& segment : segments) {
+      segment.shrunk = shrunk;
+      shrunk += segment.rank * segment.rows;
+    }
+  }
+}
+
+// The functions below are called by a whole team of threads.
+
+void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int64_t dim) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++) normalise(norm, x + row * dim, out + row * dim, dim);
+}
+
+void share_site(const Site& site, const std::vector<Segment>& segments, const float* x,
+                const float* add, float* out, int64_t rows) {
+  share_product(x, site.base, add, out, rows);
+  const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
+  if (!segments.empty())
+    share_deltas(deltas, segments.data(), static_cast<int64_t>(segments.size()));
+}
+
+// Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
+void rotate(const float* cos, const float* sin, const float* from, float* to, int64_t dim) {
+  const int64_t half = dim / 2;
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec low = load(from + i), high = load(from + half + i);
+    store(to + i, low * load(cos + i) - high * load(sin + i));
+    store(to + half + i, high * load(cos + half + i) + low * load(sin + half + i));
+  }
+  for (; i < half; i++) {
+    const float low = from[i], high = from[half + i];
+    to[i] = low * cos[i] - high * sin[i];
+    to[half + i] = high * cos[half + i] + low * sin[half + i];
+  }
+}
+
+// Rotates the queries in place, and writes keys and values to the cache.
+void share_rotation(const Layer& layer, const Step& step, float* qkv) {
+  const int64_t dim = layer.dim, width = layer.qkv.base.n;
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < step.rows; row++) {
+    float* q = qkv + row * width + layer.q;
+    float* k = qkv + row * width + layer.k;
+    const float* v = qkv + row * width + layer.v;
+    const float *cos = step.cos + row * dim, *sin = step.sin + row * dim;
+    const int64_t cell = step.cells[row] * layer.kv_heads * dim;
+    for (int64_t head = 0; head < layer.heads; head++, q += dim) {
+      if (layer.q_norm.weight) normalise(layer.q_norm, q, q, dim);
+      rotate(cos, sin, q, q, dim);
+    }
+    for (int64_t head = 0; head < layer.kv_heads; head++, k += dim) {
+      if (layer.k_norm.weight) normalise(layer.k_norm, k, k, dim);
+      rotate(cos, sin, k, layer.keys + cell + head * dim, dim);
+    }
+    std::memcpy(layer.values + cell, v, layer.kv_heads * dim * sizeof(float));
+  }
+}
+
+// x * sigmoid(x), from e^-|x| so that nothing overflows.
+Vec silu(Vec x) {
+  const Vec small = exp_negative(x < Vec{} ? x : -x);
+  return x * (x < Vec{} ? small : all(1.0f)) / (1.0f + small);
+}
+
+void share_activation(const Layer& layer, const float* gate_up, float* out, int64_t rows) {
+  const int64_t dim = layer.down.base.k, width = layer.gate_up.base.n;
+  const int64_t parts = (dim + kActivated - 1) / kActivated;
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < rows * parts; item++) {
+    const int64_t row = item / parts, first = item % parts * kActivated;
+    const float* gate = gate_up + row * width + layer.gate;
+    const float* up = gate_up + row * width + layer.up;
+    const int64_t stop = std::min(first + kActivated, dim);
+    int64_t i = first;
+    for (; i + kLanes <= stop; i += kLanes)
+      store(out + row * dim + i, silu(load(gate + i)) * load(up + i));
+    for (; i < stop; i++) out[row * dim + i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+  }
+}
+
+void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
+                     float* qkv, float* attended) {
+  share_norm(layer.input_norm, hidden, scratch.normed.data(), step.rows, layer.qkv.base.k);
+  share_site(layer.qkv, scratch.segments[0], scratch.normed.data(), nullptr, qkv, step.rows);
+  share_rotation(layer, step, qkv);
+  const Attention attention{qkv + layer.q, layer.keys,  layer.values,     attended,
+                            nullptr,       layer.dim,   layer.qkv.base.n, layer.heads,
+                            layer.kv_heads, layer.dim,  layer.dim,        layer.scaling,
+                            layer.softcap};
+  share_attention(attention, step.items, step.num_items);
+}
+
+void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
+                  const float* attended, float* out) {
+  share_site(layer.o, scratch.segments[1], attended, hidden, out, step.rows);
+  share_norm(layer.middle_norm, out, scratch.normed.data(), step.rows, layer.gate_up.base.k);
+  share_site(layer.gate_up, scratch.segments[2], scratch.normed.data(), nullptr,
+             scratch.gate_up.data(), step.rows);
+  share_activation(layer, scratch.gate_up.data(), scratch.activated.data(), step.rows);
+  share_site(layer.down, scratch.segments[3], scratch.activated.data(), out, out, step.rows);
+}
+
+Scratch& prepare(const Layer& layer, const Step& step) {
+  static thread_local Scratch scratch;
+  room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
+  room(scratch.gate_up, step.rows * layer.gate_up.base.n);
+  room(scratch.activated, step.rows * layer.down.base.k);
+  find_segments(layer.qkv, step, scratch, 0);
+  find_segments(layer.o, step, scratch, 1);
+  find_segments(layer.gate_up, step, scratch, 2);
+  find_segments(layer.down, step, scratch, 3);
+  place_segments(scratch);
+  return scratch;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The whole layer, for a step whose tokens all are among its items.
+// hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are
+// overwritten.
+void dynamic_lora_layer(const Layer* layer, const Step* step, const float* hidden, float* qkv,
+                        float* attended, float* out) {
+  Scratch& scratch = prepare(*layer, *step);
+#pragma omp parallel
+  {
+    share_attending(*layer, *step, scratch, hidden, qkv, attended);
+    share_finish(*layer, *step, scratch, hidden, attended, out);
+  }
+}
+
+// Its first half: writes the cache, and attends for the tokens among the items.
+void dynamic_lora_layer_attend(const Layer* layer, const Step* step, const float* hidden,
+                               float* qkv, float* attended) {
+  Scratch& scratch = prepare(*layer, *step);
+#pragma omp parallel
+  share_attending(*layer, *step, scratch, hidden, qkv, attended);
+}
+
+// Its second half, once every row of `attended` is there.
+void dynamic_lora_layer_finish(const Layer* layer, const Step* step, const float* hidden,
+                               const float* attended, float* out) {
+  Scratch& scratch = prepare(*layer, *step);
+#pragma omp parallel
+  share_finish(*layer, *step, scratch, hidden, attended, out);
+}
+
+}  // extern "C"

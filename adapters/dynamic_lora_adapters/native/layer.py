@@ -1,0 +1,251 @@
+"""A whole decoder layer of the Llama family in C++: one call, one parallel region."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dynamic_lora_adapters.native.library import NativeUnavailable, load_library
+from dynamic_lora_adapters.native.norm import NativeRmsNorm
+from dynamic_lora_adapters.native.product import PackedWeight, Projection
+from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
+
+_POINTER = ctypes.c_void_p
+_SIZE = ctypes.c_int64
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _POINTER), ("eps", ctypes.c_float), ("offset", ctypes.c_float)]
+
+
+class _Site(ctypes.Structure):
+    _fields_ = [("base", Projection), ("group", _SIZE)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Norm) for name in ("input_norm", "middle_norm", "q_norm", "k_norm")],
+        *[(name, _Site) for name in ("qkv", "o", "gate_up", "down")],
+        *[(name, _POINTER) for name in ("keys", "values")],
+        *[(name, _SIZE) for name in ("heads", "kv_heads", "dim", "q", "k", "v", "gate", "up")],
+        *[(name, ctypes.c_float) for name in ("scaling", "softcap")],
+    ]
+
+
+class _Run(ctypes.Structure):
+    _fields_ = [
+        *[(name, _POINTER) for name in ("groups", "lengths")],
+        *[(name, _SIZE) for name in ("first_slot", "slots", "row")],
+        ("sign", ctypes.c_float),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, _POINTER) for name in ("cos", "sin", "cells", "items", "runs")],
+        *[(name, _SIZE) for name in ("rows", "num_items", "num_runs")],
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A packed projection, and the number of its group among all of the model's."""
+
+    base: PackedWeight
+    group: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """What a layer is made of.
+
+    `q`, `k`, `v` are the first columns of each in the outputs of `qkv`, `gate`
+    and `up` in those of `gate_up`. The two norms of heads are optional.
+    """
+
+    input_norm: NativeRmsNorm
+    middle_norm: NativeRmsNorm
+    q_norm: NativeRmsNorm | None
+    k_norm: NativeRmsNorm | None
+    qkv: Site
+    o: Site
+    gate_up: Site
+    down: Site
+    heads: int
+    kv_heads: int
+    dim: int
+    q: int
+    k: int
+    v: int
+    gate: int
+    up: int
+    scaling: float
+    softcap: float | None
+
+
+class LayerStep:
+    """What all layers of one step share: where its tokens and deltas are, and room for outputs.
+
+    `cells` [rows] are written, `items` [num_items, 3] attended to, as
+    `NativeAttention.attend` has them.
+    """
+
+    def __init__(self, cells: torch.Tensor, items: torch.Tensor, runs: "DeltaRuns") -> None:
+        self.num_rows = len(cells)
+        self.items = items
+        self._cells = cells
+        self._runs = runs
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._qkv: torch.Tensor | None = None
+        self._attended: torch.Tensor | None = None
+        self._c = _Step(
+            cells=cells.data_ptr(),
+            items=items.data_ptr(),
+            runs=ctypes.addressof(runs.array),
+            rows=self.num_rows,
+            num_items=len(items),
+            num_runs=runs.count,
+        )
+        self.address = ctypes.addressof(self._c)
+
+    def rotate_by(self, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
+        """Set the tables [..., rows, dim] by which the next layer rotates."""
+        if self._rotary is not None and self._rotary[0] is cos:
+            return
+        if cos.shape[-1] != dim or cos.numel() != self.num_rows * dim:
+            raise NativeUnavailable(f"rotary tables {tuple(cos.shape)} are not for whole heads")
+        self._rotary = cos, sin
+        self._tables = cos.float().contiguous(), sin.float().contiguous()
+        self._c.cos, self._c.sin = (table.data_ptr() for table in self._tables)
+
+    def room(self, qkv_width: int, attended_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory [rows, width] for projected and attended rows; each layer overwrites it."""
+        if self._qkv is None or self._qkv.shape[1] != qkv_width:
+            self._qkv = torch.empty(self.num_rows, qkv_width)
+        if self._attended is None or self._attended.shape[1] != attended_width:
+            self._attended = torch.empty(self.num_rows, attended_width)
+        return self._qkv, self._attended
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRuns:
+    """The runs of a plan, laid out for C++; `kept` are what it points at."""
+
+    array: "ctypes.Array[_Run]"
+    count: int
+    kept: Sequence[object]
+
+
+def delta_runs(plan: DeltaPlan) -> DeltaRuns | None:
+    """The runs of a plan of low-rank terms alone; None if there are terms of other kinds."""
+    if not all(run.slab.low_rank for run in plan.runs):
+        return None
+    # The merged adapter's own rows need nothing more: it has no terms that no weight holds.
+    runs = [run for run in plan.runs if run.effect is not Effect.REST]
+    array = (_Run * len(runs))(*map(_run, runs))
+    return DeltaRuns(array, len(runs), runs)
+
+
+def _run(run: Run) -> _Run:
+    return _Run(
+        groups=run.slab.addresses().data_ptr(),
+        lengths=run.lengths_tensor().data_ptr(),
+        first_slot=run.slot_start,
+        slots=run.num_slots,
+        row=run.row_start,
+        sign=run.sign,
+    )
+
+
+class NativeLayer:
+    """One layer, with its part of the KV cache: keys and values [cells, kv_heads, dim].
+
+    Float32 on a CPU. Raises NativeUnavailable where it cannot be compiled.
+    """
+
+    def __init__(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> None:
+        library = load_library("layer")
+        self._whole = library.dynamic_lora_layer
+        self._attend = library.dynamic_lora_layer_attend
+        self._finish = library.dynamic_lora_layer_finish
+        for function, count in ((self._whole, 6), (self._attend, 5), (self._finish, 5)):
+            function.argtypes = [_POINTER] * count
+            function.restype = None
+        self.parts = parts
+        self._kept = keys, values
+        self._c = _layer(parts, keys, values)
+        self._address = ctypes.addressof(self._c)
+        self._widths = parts.qkv.base.projection.n, parts.heads * parts.dim
+
+    def run(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output for hidden [..., rows, width] if every token is among the items."""
+        qkv, attended = step.room(*self._widths)
+        out = torch.empty_like(hidden)
+        self._whole(
+            self._address,
+            step.address,
+            hidden.data_ptr(),
+            qkv.data_ptr(),
+            attended.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def attend(self, step: LayerStep, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the cache, and attend for the tokens among the items.
+
+        Returns the rotated queries [heads, rows, dim], and [rows, heads, dim] with
+        what was attended to; the caller fills in the other rows.
+        """
+        qkv, attended = step.room(*self._widths)
+        self._attend(
+            self._address, step.address, hidden.data_ptr(), qkv.data_ptr(), attended.data_ptr()
+        )
+        parts = self.parts
+        q = qkv[:, parts.q : parts.q + parts.heads * parts.dim]
+        shape = (-1, parts.heads, parts.dim)
+        return q.unflatten(1, shape[1:]).transpose(0, 1), attended.view(shape)
+
+    def finish(self, step: LayerStep, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output, from what `attend` returned, filled in."""
+        out = torch.empty_like(hidden)
+        self._finish(
+            self._address, step.address, hidden.data_ptr(), attended.data_ptr(), out.data_ptr()
+        )
+        return out
+
+
+def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Layer:
+    return _Layer(
+        input_norm=_norm(parts.input_norm),
+        middle_norm=_norm(parts.middle_norm),
+        q_norm=_norm(parts.q_norm),
+        k_norm=_norm(parts.k_norm),
+        qkv=_site(parts.qkv),
+        o=_site(parts.o),
+        gate_up=_site(parts.gate_up),
+        down=_site(parts.down),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        heads=parts.heads,
+        kv_heads=parts.kv_heads,
+        dim=parts.dim,
+        q=parts.q,
+        k=parts.k,
+        v=parts.v,
+        gate=parts.gate,
+        up=parts.up,
+        scaling=parts.scaling,
+        softcap=parts.softcap or 0.0,
+    )
+
+
+def _norm(norm: NativeRmsNorm | None) -> _Norm:
+    if norm is None:
+        return _Norm(weight=None, eps=0.0, offset=0.0)
+    return _Norm(weight=norm.weight.data_ptr(), eps=norm.eps, offset=norm.offset)
+
+
+def _site(site: Site) -> _Site:
+    return _Site(base=site.base.projection, group=site.group)

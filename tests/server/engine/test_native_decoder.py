@@ -1,0 +1,196 @@
+"""Decoder layers in C++: whose are taken over, and that nothing changes by it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynamic_lora_adapters.products import ProductKind, obstacle
+from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.native_decoder import NativeDecoder
+from dynamic_lora_server.modes import Mode
+from tests.support.adapters import load_with_peft, make_adapter
+from tests.support.engines import (
+    ADAPTER_KINDS,
+    NUM_TOKENS,
+    admit,
+    expected_tokens,
+    make_engine,
+    make_sequence,
+    peft_greedy,
+    random_prompt,
+    run_all,
+)
+from tests.support.models import TINY_MODELS, tiny_llama
+
+REASON = obstacle(ProductKind.NATIVE, torch.ones(8, 8))
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+PROJECTION = "model.layers.0.self_attn.o_proj"
+TAKEN_OVER = ["llama", "mistral", "qwen2", "qwen3"]
+REFUSALS = {
+    "gemma2": "0 of 2 have the parts of a Llama layer",
+    "granite": "their logits differ by",  # it scales its residuals
+    "gpt2": "0 of 2 have the parts of a Llama layer",
+}
+
+
+def native_engine(model: PreTrainedModel, **options: Any) -> BuiltEngine:
+    return make_engine(model, base_product=ProductKind.NATIVE, **options)
+
+
+@pytest.fixture(scope="module")
+def built() -> BuiltEngine:
+    return native_engine(tiny_llama(), mode=Mode.BYPASS)
+
+
+def decoder_of(built: BuiltEngine) -> NativeDecoder:
+    return built.engine.runner.decoder
+
+
+@pytest.mark.parametrize("family", TAKEN_OVER)
+def test_layers_of_the_llama_family_are_taken_over(family: str, tmp_path: Path) -> None:
+    """With PEFT as the oracle, and beyond the sliding windows where there are some."""
+    build = TINY_MODELS[family]
+    folder = make_adapter(tmp_path / "a", build(), rank=4, targets="all-linear")
+    oracle = load_with_peft(build(), {"a": folder})
+    built = native_engine(build())
+    assert decoder_of(built).num_layers == build().config.num_hidden_layers
+    adapter = admit(built, folder)
+    prompts = {"a": random_prompt(60, seed=1), None: random_prompt(11, seed=2)}
+    sequences = [
+        make_sequence(prompt, adapter=adapter if task else None) for task, prompt in prompts.items()
+    ]
+    for (task, prompt), tokens in zip(prompts.items(), run_all(built, sequences), strict=True):
+        assert tokens == peft_greedy(oracle, task, prompt, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("family", sorted(REFUSALS))
+def test_other_layers_are_left_alone_and_the_log_says_why(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    built = native_engine(TINY_MODELS[family]())
+    assert not decoder_of(built).num_layers
+    assert f"Decoder layers are transformers' own: {REFUSALS[family]}" in caplog.text
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * nn.functional.silu(x)
+
+
+def test_a_layer_that_only_looks_like_one_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = tiny_llama()
+    model.get_submodule("model.layers.1.mlp").act_fn = Doubled()
+    assert not decoder_of(native_engine(model)).num_layers
+    assert "their logits differ by" in caplog.text
+
+
+def test_products_of_another_kind_leave_the_layers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    built = make_engine(tiny_llama(), base_product=ProductKind.PLAIN)
+    assert not decoder_of(built).num_layers
+    assert "its products are not in C++" in caplog.text
+
+
+def test_a_cache_too_small_to_try_it_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    built = native_engine(tiny_llama(), kv_memory=2**13)
+    assert not decoder_of(built).num_layers
+    assert "the KV cache is too small for a probe" in caplog.text
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tasks=st.lists(st.sampled_from([*ADAPTER_KINDS, None]), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(1, 70), min_size=6, max_size=6),
+)
+def test_any_batch_gives_the_tokens_of_peft(
+    built: BuiltEngine,
+    oracle: PeftModel,
+    folders: dict[str, Path],
+    tasks: list[str | None],
+    lengths: list[int],
+) -> None:
+    """Prompts in one piece and in several, short enough for the C++ and too long for it."""
+    prompts = [random_prompt(n, seed=n) for n in lengths[: len(tasks)]]
+    adapters = [None if task is None else admit(built, folders[task]) for task in tasks]
+    sequences = [
+        make_sequence(prompt, adapter=adapter, max_new_tokens=4)
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    ]
+    tokens = run_all(built, sequences)
+    for adapter in adapters:
+        if adapter is not None:
+            built.pool.release(adapter)
+    for task, prompt, actual in zip(tasks, prompts, tokens, strict=True):
+        assert actual == expected_tokens(oracle, task, prompt)[:4]
+
+
+def test_terms_of_other_kinds_go_through_the_models_own_layers(
+    oracle: PeftModel, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only as long as a row needs them: before and after it the steps are in C++."""
+    served: list[bool] = []
+    prepare = NativeDecoder._prepare
+
+    def watching(self: NativeDecoder, step: Any) -> Any:
+        running = prepare(self, step)
+        served.append(running is not None)
+        return running
+
+    def run(built: BuiltEngine) -> list[list[int]]:
+        scale = LinearTerms(scale=torch.full((64,), 0.5))
+        scaled = built.pool.admit("scaled", AdapterTerms(linears={PROJECTION: scale}))
+        sequences = [
+            make_sequence(prompt, adapter=admit(built, folders["all"])),
+            make_sequence(prompt, adapter=scaled, max_new_tokens=3),
+        ]
+        return run_all(built, sequences)
+
+    prompt = random_prompt(10, seed=3)
+    own = native_engine(tiny_llama(), mode=Mode.BYPASS)
+    decoder_of(own).give_back()
+    expected = run(own)
+    built = native_engine(tiny_llama(), mode=Mode.BYPASS)
+    monkeypatch.setattr(NativeDecoder, "_prepare", watching)
+    assert run(built) == expected
+    assert expected[0] == expected_tokens(oracle, "all", prompt)
+    assert expected[1] != expected[0][:3]
+    assert served == [False] * 3 + [True] * 7
+
+
+def test_eight_bit_layers_give_the_tokens_of_eight_bit_products(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits: list[torch.Tensor] = []
+    run = ModelRunner.run
+
+    def recording(self: ModelRunner, *args: Any) -> Any:
+        pieces, rows = run(self, *args)
+        logits.append(rows.clone())
+        return pieces, rows
+
+    def record(*, layers: bool) -> torch.Tensor:
+        built = make_engine(tiny_llama(), base_product=ProductKind.INT8, mode=Mode.BYPASS)
+        if not layers:
+            decoder_of(built).give_back()
+        assert bool(decoder_of(built).num_layers) is layers
+        logits.clear()
+        run_all(built, [make_sequence(prompt, adapter=admit(built, folders["all"]))])
+        return torch.cat(logits)
+
+    prompt = random_prompt(20, seed=4)
+    monkeypatch.setattr(ModelRunner, "run", recording)
+    torch.testing.assert_close(record(layers=True), record(layers=False), rtol=1e-4, atol=1e-4)
