@@ -11,6 +11,19 @@ from dynamic_lora_adapters.rows import RowTerms
 Signature = tuple[GroupShape, ...]
 
 
+_LINE_BYTES = 64
+
+
+def spread_width(width: int, itemsize: int) -> int:
+    """How far apart rows of `width` elements should lie: an odd number of cache lines.
+
+    A column of a table whose rows are a multiple of 4 KiB apart falls into one
+    set of the first-level cache, where eight rows of it have room.
+    """
+    line = _LINE_BYTES // itemsize
+    return (-(-width // line) | 1) * line
+
+
 @dataclass(slots=True, eq=False)
 class Slab:
     """Stacked terms of adapters that share a signature; `number` orders slabs by age.
@@ -39,17 +52,18 @@ class Slab:
         return not (self.scale or self.dense or self.bias)
 
     def addresses(self) -> torch.Tensor:
-        """Where slot 0's factors lie: [num_groups, 4], int64, made once.
+        """Where slot 0's factors lie: [num_groups, 5], int64, made once.
 
-        Addresses of a, b and columns, and the rank; 0 where a group has none.
+        Addresses of a, b and columns, the rank, and how far rows of b are apart;
+        0 where a group has none.
         """
         if self._addresses is None:
             tables = zip(self.a, self.b, self.columns, strict=True)
             self._addresses = torch.tensor(
                 [
-                    [0] * 4
+                    [0] * 5
                     if a is None or b is None or columns is None
-                    else [a.data_ptr(), b.data_ptr(), columns.data_ptr(), a.shape[1]]
+                    else [a.data_ptr(), b.data_ptr(), columns.data_ptr(), a.shape[1], b.stride(1)]
                     for a, b, columns in tables
                 ]
             )

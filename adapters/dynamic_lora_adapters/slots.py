@@ -20,7 +20,7 @@ import torch
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import ProjectionGroup, group_terms
 from dynamic_lora_adapters.rows import RowTerms
-from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab
+from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab, spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import slot_copies, upload_for
@@ -52,7 +52,8 @@ class AdapterPool:
     """Device memory for adapters, within `budget_bytes`. Safe to call from any thread.
 
     A lease pins an adapter; only adapters without leases are evicted, the
-    least recently used first.
+    least recently used first. `spread` keeps the rows of b an odd number of cache
+    lines apart, for a processor's kernels that walk down its columns.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class AdapterPool:
         budget_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
+        spread: bool = False,
     ) -> None:
         self._groups = list(groups)
+        self._spread = spread
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
@@ -196,10 +199,14 @@ class AdapterPool:
     def _slot_bytes(self, signature: Signature) -> int:
         elements = 0
         for shape, group in zip(signature, self._groups, strict=True):
-            elements += shape.rank * (group.in_features + group.out_features)
+            elements += shape.rank * (group.in_features + self._b_width(group))
             elements += (shape.scale + shape.bias) * group.out_features
             elements += shape.dense * group.in_features * group.out_features
         return elements * self._dtype.itemsize
+
+    def _b_width(self, group: ProjectionGroup) -> int:
+        width = group.out_features
+        return spread_width(width, self._dtype.itemsize) if self._spread else width
 
     def _make_room(
         self, signature: Signature, slot_bytes: int, row_bytes: int
@@ -247,7 +254,8 @@ class AdapterPool:
         )
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
             slab.a.append(table(shape.rank, group.in_features) if shape.rank else None)
-            slab.b.append(table(shape.rank, group.out_features) if shape.rank else None)
+            b = table(shape.rank, self._b_width(group))[:, :, : group.out_features]
+            slab.b.append(b if shape.rank else None)
             # Read by kernels on the host alone.
             reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)
             slab.columns.append(reach if shape.rank else None)

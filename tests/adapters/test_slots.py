@@ -176,3 +176,24 @@ def test_an_upload_is_awaited_once() -> None:
     adapter.await_upload()
     adapter.await_upload()
     assert event.num_waits == 1
+
+
+def test_spread_rows_hold_the_same_and_their_gaps_are_counted() -> None:
+    """Rows of 16 and 24 floats, of which 16 and 32 fill whole lines: 1 and 3 lines are odd."""
+    pool = AdapterPool(
+        GROUPS,
+        budget_bytes=2**20,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        spread=True,
+    )
+    terms = AdapterTerms(linears={**factors(seed=1).linears, **factors(seed=2, path="o").linears})
+    adapter = pool.admit("a", terms)
+    assert adapter is not None
+    close = make_pool(10 * SLAB_SLOTS).admit("a", terms)
+    assert close is not None
+    for tables, others, line in zip(adapter.slab.b, close.slab.b, (48, 16), strict=True):
+        assert tables is not None and others is not None
+        assert tables.stride(1) == line
+        assert torch.equal(tables[adapter.slot], others[close.slot])
+    assert pool.stats().used_bytes == SLAB_SLOTS * 8 * ((16 + 48) + (16 + 16)) * 4

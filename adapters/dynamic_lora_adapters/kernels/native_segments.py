@@ -9,7 +9,7 @@ from dynamic_lora_adapters.native import load_library
 from dynamic_lora_adapters.segments import Run
 
 _POINTER = ctypes.c_void_p
-_Sizes = ctypes.c_int64 * 6
+_Sizes = ctypes.c_int64 * 8
 
 
 class NativeSegments:
@@ -30,7 +30,10 @@ class NativeSegments:
         if x.stride(1) != 1:
             x = x.contiguous()
         num_slots, rank, in_features = a.shape
-        sizes = _Sizes(x.stride(0), out.stride(0), num_slots, rank, in_features, b.shape[2])
+        sizes = _Sizes(
+            *(x.stride(0), out.stride(0), b.stride(1), b.stride(0)),
+            *(num_slots, rank, in_features, b.shape[2]),
+        )
         self._apply(
             x.data_ptr(),
             out.data_ptr(),

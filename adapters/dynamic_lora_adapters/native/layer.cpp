@@ -19,6 +19,8 @@ using namespace dynamic_lora;
 namespace {
 
 constexpr int64_t kActivated = 256;  // columns that one thread activates at a time
+// A product of so few rows waits for its own weights: nothing else is asked for meanwhile.
+constexpr int64_t kFewRows = kTileRows;
 
 // A projection, and where the step's deltas for it are found.
 struct Site {
@@ -41,7 +43,7 @@ struct SlabFactors {
   const float* a;
   const float* b;
   const int64_t* columns;
-  int64_t rank;
+  int64_t rank, ldb;
 };
 
 // Neighbouring rows of neighbouring slots.
@@ -65,6 +67,8 @@ struct Step {
 struct Scratch {
   std::vector<float> normed, shrunk, gate_up, activated;
   std::vector<Segment> segments[4];
+  std::vector<Part> parts[4];
+  std::vector<Hint> hints[4];  // at what is read behind each of the products
 };
 
 float* room(std::vector<float>& memory, int64_t size) {
@@ -83,23 +87,34 @@ void find_segments(const Site& site, const Step& step, Scratch& scratch, int num
     int64_t row = run.row;
     for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
       const int64_t first = (run.first_slot + j) * factors.rank;
-      segments.push_back({factors.a + first * site.base.k, factors.b + first * site.base.n,
+      segments.push_back({factors.a + first * site.base.k, factors.b + first * factors.ldb,
                           factors.columns + first * 2, nullptr, factors.rank, row, run.lengths[j],
-                          run.sign});
+                          factors.ldb, run.sign});
       needed += factors.rank * run.lengths[j];
     }
   }
   room(scratch.shrunk, needed);
 }
 
-void place_segments(Scratch& scratch) {
-  for (auto& segments : scratch.segments) {
-    float* shrunk = scratch.shrunk.data();
-    for (Segment& segment : segments) {
-      segment.shrunk = shrunk;
-      shrunk += segment.rank * segment.rows;
-    }
+void hint_at(const float* start, int64_t floats, std::vector<Hint>& hints) {
+  const int64_t before = hints.empty() ? 0 : hints.back().before + hints.back().lines;
+  hints.push_back({reinterpret_cast<const char*>(start), floats / 16, before});
+}
+
+// Once all are found, and the memory that they share stays where it is.
+void place_segments(const Site& site, Scratch& scratch, int number) {
+  std::vector<Part>& parts = scratch.parts[number];
+  parts.clear();
+  float* shrunk = scratch.shrunk.data();
+  for (Segment& segment : scratch.segments[number]) {
+    segment.shrunk = shrunk;
+    shrunk += segment.rank * segment.rows;
+    part_segment(segment, parts);
+    // What shrinking reads is asked for during the product before.
+    if (number > 0) hint_at(segment.a, segment.rank * site.base.k, scratch.hints[number - 1]);
   }
+  std::stable_sort(parts.begin(), parts.end(),
+                   [](const Part& one, const Part& other) { return one.row < other.row; });
 }
 
 // The functions below are called by a whole team of threads.
@@ -109,12 +124,22 @@ void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int6
   for (int64_t row = 0; row < rows; row++) normalise(norm, x + row * dim, out + row * dim, dim);
 }
 
-void share_site(const Site& site, const std::vector<Segment>& segments, const float* x,
-                const float* add, float* out, int64_t rows) {
-  share_product(x, site.base, add, out, rows);
+// One projection with its deltas; meanwhile what the next one reads first is asked for.
+void share_site(const Site& site, const Scratch& scratch, int number, const float* x,
+                const float* residual, float* out, int64_t rows) {
+  const std::vector<Segment>& segments = scratch.segments[number];
+  const std::vector<Part>& parts = scratch.parts[number];
+  Hints hints;
+  if (rows > kFewRows)
+    hints = {scratch.hints[number].data(), static_cast<int64_t>(scratch.hints[number].size())};
+  if (segments.empty()) {
+    share_product(x, site.base, residual, out, rows, NoDeltas{}, hints);
+    return;
+  }
   const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
-  if (!segments.empty())
-    share_deltas(deltas, segments.data(), static_cast<int64_t>(segments.size()));
+  share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
+  share_product(x, site.base, residual, out, rows,
+                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -180,7 +205,7 @@ void share_activation(const Layer& layer, const float* gate_up, float* out, int6
 void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
                      float* qkv, float* attended) {
   share_norm(layer.input_norm, hidden, scratch.normed.data(), step.rows, layer.qkv.base.k);
-  share_site(layer.qkv, scratch.segments[0], scratch.normed.data(), nullptr, qkv, step.rows);
+  share_site(layer.qkv, scratch, 0, scratch.normed.data(), nullptr, qkv, step.rows);
   share_rotation(layer, step, qkv);
   const Attention attention{qkv + layer.q, layer.keys,  layer.values,     attended,
                             nullptr,       layer.dim,   layer.qkv.base.n, layer.heads,
@@ -191,12 +216,12 @@ void share_attending(const Layer& layer, const Step& step, Scratch& scratch, con
 
 void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
                   const float* attended, float* out) {
-  share_site(layer.o, scratch.segments[1], attended, hidden, out, step.rows);
+  share_site(layer.o, scratch, 1, attended, hidden, out, step.rows);
   share_norm(layer.middle_norm, out, scratch.normed.data(), step.rows, layer.gate_up.base.k);
-  share_site(layer.gate_up, scratch.segments[2], scratch.normed.data(), nullptr,
+  share_site(layer.gate_up, scratch, 2, scratch.normed.data(), nullptr,
              scratch.gate_up.data(), step.rows);
   share_activation(layer, scratch.gate_up.data(), scratch.activated.data(), step.rows);
-  share_site(layer.down, scratch.segments[3], scratch.activated.data(), out, out, step.rows);
+  share_site(layer.down, scratch, 3, scratch.activated.data(), out, out, step.rows);
 }
 
 Scratch& prepare(const Layer& layer, const Step& step) {
@@ -208,7 +233,11 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   find_segments(layer.o, step, scratch, 1);
   find_segments(layer.gate_up, step, scratch, 2);
   find_segments(layer.down, step, scratch, 3);
-  place_segments(scratch);
+  for (auto& hints : scratch.hints) hints.clear();
+  place_segments(layer.qkv, scratch, 0);
+  place_segments(layer.o, scratch, 1);
+  place_segments(layer.gate_up, scratch, 2);
+  place_segments(layer.down, scratch, 3);
   return scratch;
 }
 

@@ -37,7 +37,7 @@ void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, i
 // x [m, k], y [m, n], both dense.
 void dynamic_lora_product(const Projection* projection, const float* x, float* y, int64_t m) {
 #pragma omp parallel
-  share_product(x, *projection, nullptr, y, m);
+  share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{});
 }
 
 }  // extern "C"

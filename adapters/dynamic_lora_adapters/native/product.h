@@ -104,92 +104,134 @@ void tile_of(int64_t rows, const float* x, int64_t ldx, const Weight* panel, int
   }
 }
 
-// What is done with the sums of one panel before they are stored; each may be null.
-struct Ending {
-  const float* scale;  // [width]
-  const float* bias;   // [width]
-  const float* add;    // [m, n], as y: added last
+// Memory that will be read next: `lines` cache lines from `start`, `before` in earlier hints.
+struct Hint {
+  const char* start;
+  int64_t lines, before;
+};
 
-  Ending at(int64_t column) const {
-    return {scale ? scale + column : nullptr, bias ? bias + column : nullptr,
-            add ? add + column : nullptr};
+// Lines asked for in small portions while something else computes, so that they are there in time.
+struct Hints {
+  const Hint* first = nullptr;
+  int64_t count = 0;
+
+  // Asks for portion `number` of `portions`.
+  void ask(int64_t number, int64_t portions) const {
+    if (!count) return;
+    const int64_t lines = first[count - 1].before + first[count - 1].lines;
+    int64_t line = lines * number / portions;
+    const int64_t stop = lines * (number + 1) / portions;
+    const Hint* hint = std::upper_bound(first, first + count, line,
+                                        [](int64_t l, const Hint& h) { return l < h.before; }) - 1;
+    for (; line < stop; line++) {
+      if (line == hint->before + hint->lines) hint++;
+      __builtin_prefetch(hint->start + (line - hint->before) * 64, 0, 2);
+    }
   }
 };
 
-inline void finish_panel(const float* sums, const Ending& end, float* y, int64_t row, int64_t rows,
-                         int64_t n, int64_t width) {
-  for (int64_t r = 0; r < rows; r++) {
-    const float* from = sums + r * kWidth;
-    float* to = y + (row + r) * n;
-    const float* add = end.add ? end.add + (row + r) * n : nullptr;
-    for (int64_t c = 0; c < width; c++) {
-      float value = from[c];
-      if (end.scale) value *= end.scale[c];
-      if (end.bias) value += end.bias[c];
-      to[c] = add ? value + add[c] : value;
+// Nothing is added to a product but its bias.
+struct NoDeltas {
+  void begin(int64_t, int64_t) {}
+  void add(float*, int64_t, int64_t) {}
+};
+
+// What a product is made of beside x and its size. `Deltas` adds to the sums of a panel before
+// they are stored: it is told of a panel by `begin` (column, width), and then of its blocks of
+// rows by `add` (sums [rows, kWidth], row, rows).
+template <typename Weight, typename Deltas>
+struct Product {
+  const Weight* packed;
+  const float* scale;     // [n] or null
+  const float* bias;      // [n] or null
+  const float* residual;  // [m, n] or null
+  float* y;               // [m, n]
+  int64_t m, n, k;
+  Deltas deltas;
+  Hints hints;
+
+  int64_t panels() const { return (n + kWidth - 1) / kWidth; }
+
+  void finish(float* sums, int64_t row, int64_t rows, int64_t column, int64_t width) {
+    if (scale || bias)
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < width; c++) {
+          float& value = sums[r * kWidth + c];
+          if (scale) value *= scale[column + c];
+          if (bias) value += bias[column + c];
+        }
+    deltas.add(sums, row, rows);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t first = (row + r) * n + column;
+      for (int64_t c = 0; c < width; c++)
+        y[first + c] = sums[r * kWidth + c] + (residual ? residual[first + c] : 0.0f);
     }
   }
-}
 
-template <typename Weight>
-void panel_product(const float* x, const Weight* panel, const Ending& end, float* y, int64_t m,
-                   int64_t n, int64_t k, int64_t width) {
-  const int64_t blocks = (m + kTileRows - 1) / kTileRows;
-  const char* next = reinterpret_cast<const char*>(panel + k * kWidth);
-  const int64_t bytes = k * kWidth * sizeof(Weight);
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t row = m * b / blocks, rows = m * (b + 1) / blocks - row;
-    float sums[kTileRows * kWidth] = {};
-    for (int64_t i = 0; i < k; i += kSlice) {
-      const Weight* slice = panel + i * kWidth;
-      const int64_t depth = std::min(kSlice, k - i);
-      // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
-      const Ahead ahead =
-          blocks == 1 ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * 64,
-                              static_cast<int64_t>(kWidth * sizeof(Weight))}
-                      : Ahead{next + bytes * b / blocks + bytes * i / k / blocks,
-                              static_cast<int64_t>(kWidth * sizeof(Weight)) / blocks + 1};
-      tile_of<kTileRows>(rows, x + row * k + i, k, slice, depth, sums, kWidth, ahead);
-    }
-    finish_panel(sums, end, y, row, rows, n, width);
-  }
-}
-
-// For several blocks of rows a panel of narrow weights is widened once.
-inline void panel_product_widened(const float* x, const int8_t* panel, const Ending& end, float* y,
-                                  int64_t m, int64_t n, int64_t k, int64_t width) {
-  static thread_local std::vector<float> wide;
-  if (static_cast<int64_t>(wide.size()) < k * kWidth) wide.resize(k * kWidth);
-  for (int64_t i = 0; i < k * kWidth; i += kLanes) store(wide.data() + i, widen(panel + i));
-  panel_product(x, wide.data(), end, y, m, n, k, width);
-}
-
-// y [m, n] from x [m, k]; `add` [m, n] or null. Called by a whole team of threads.
-template <typename Weight>
-void share_product(const float* x, const Weight* packed, const Ending& end, float* y, int64_t m,
-                   int64_t n, int64_t k) {
-  const int64_t panels = (n + kWidth - 1) / kWidth;
-#pragma omp for schedule(guided, 1)
-  for (int64_t j = 0; j < panels; j++) {
-    const int64_t column = j * kWidth;
-    const int64_t width = std::min<int64_t>(kWidth, n - column);
-    if constexpr (std::is_same_v<Weight, int8_t>) {
-      if (m > kNarrowRows) {
-        panel_product_widened(x, packed + column * k, end.at(column), y + column, m, n, k, width);
-        continue;
+  // Panel `number`, whose weights may have been widened to another type meanwhile.
+  template <typename Wide>
+  void multiply(const float* x, const Wide* panel, int64_t number) {
+    const int64_t column = number * kWidth, width = std::min<int64_t>(kWidth, n - column);
+    const int64_t blocks = (m + kTileRows - 1) / kTileRows;
+    const char* next = reinterpret_cast<const char*>(panel + k * kWidth);
+    const int64_t bytes = k * kWidth * sizeof(Wide);
+    deltas.begin(column, width);
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t row = m * b / blocks, rows = m * (b + 1) / blocks - row;
+      float sums[kTileRows * kWidth] = {};
+      hints.ask(number * blocks + b, panels() * blocks);
+      for (int64_t i = 0; i < k; i += kSlice) {
+        const Wide* slice = panel + i * kWidth;
+        const int64_t depth = std::min(kSlice, k - i);
+        // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
+        const Ahead ahead =
+            blocks == 1 ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * 64,
+                                static_cast<int64_t>(kWidth * sizeof(Wide))}
+                        : Ahead{next + bytes * b / blocks + bytes * i / k / blocks,
+                                static_cast<int64_t>(kWidth * sizeof(Wide)) / blocks + 1};
+        tile_of<kTileRows>(rows, x + row * k + i, k, slice, depth, sums, kWidth, ahead);
       }
+      finish(sums, row, rows, column, width);
     }
-    panel_product(x, packed + column * k, end.at(column), y + column, m, n, k, width);
   }
-}
 
-inline void share_product(const float* x, const Projection& p, const float* add, float* y,
-                          int64_t m) {
-  const Ending end{p.scale, p.bias, add};
+  // Called by a whole team of threads, each with a Product of its own.
+  void share(const float* x) {
+#pragma omp for schedule(guided, 1)
+    for (int64_t j = 0; j < panels(); j++) {
+      const Weight* panel = packed + j * kWidth * k;
+      if constexpr (std::is_same_v<Weight, int8_t>) {
+        if (m > kNarrowRows) {
+          multiply(x, widened(panel), j);
+          continue;
+        }
+      }
+      multiply(x, panel, j);
+    }
+  }
+
+  // For several blocks of rows a panel of narrow weights is widened once.
+  const float* widened(const Weight* panel) {
+    static thread_local std::vector<float> wide;
+    if (static_cast<int64_t>(wide.size()) < k * kWidth) wide.resize(k * kWidth);
+    for (int64_t i = 0; i < k * kWidth; i += kLanes) store(wide.data() + i, widen(panel + i));
+    return wide.data();
+  }
+};
+
+// y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
+// is asked for. Called by a whole team of threads.
+template <typename Deltas>
+void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
+                   const Deltas& deltas, const Hints& hints) {
   if (p.scale)
-    share_product(x, static_cast<const int8_t*>(p.packed), end, y, m, p.n, p.k);
+    Product<int8_t, Deltas>{static_cast<const int8_t*>(p.packed), p.scale, p.bias, residual, y, m,
+                            p.n, p.k, deltas, hints}
+        .share(x);
   else
-    share_product(x, static_cast<const float*>(p.packed), end, y, m, p.n, p.k);
+    Product<float, Deltas>{static_cast<const float*>(p.packed), nullptr, p.bias, residual, y, m,
+                           p.n, p.k, deltas, hints}
+        .share(x);
 }
 
 }  // namespace dynamic_lora

@@ -9,15 +9,20 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
+#include "product.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
 
-constexpr int kRows = 6;        // rows summed in registers at a time
-constexpr int kRanks = 2;       // by this many ranks when shrinking,
-constexpr int kVecs = 2;        // by this many vectors of outputs when expanding
+constexpr int kSums = 12;       // sums that fit into the registers beside what is summed
+constexpr int kRows = 6;        // rows that are expanded together,
+constexpr int kFewVecs = 2;     // by at least so many vectors of outputs
+constexpr int kRanks = 2;       // ranks that one thread shrinks to at a time
 constexpr int64_t kStrip = 64;  // outputs that one thread expands to at a time
+constexpr int64_t kMostPacked = 64;  // ranks of a strip that are laid side by side for many rows
 
 // Neighbouring rows of one adapter.
 struct Segment {
@@ -25,7 +30,7 @@ struct Segment {
   const float* b;          // [rank, out]
   const int64_t* columns;  // [rank, 2]: where a row of b is not zero; null: anywhere
   float* shrunk;           // [rows, rank]: what is kept between the two products
-  int64_t rank, row, rows;
+  int64_t rank, row, rows, ldb;
   float sign;
 };
 
@@ -36,8 +41,10 @@ struct Deltas {
   int64_t ldx, ldo, in, outs;
 };
 
+// Sums of [Rows, Ranks] products of rows of x and of a; asks for the next rows of a.
 template <int Rows, int Ranks>
 void shrink_tile(const Deltas& d, const Segment& s, const float* x, const float* a, float* shrunk) {
+  const int64_t in = d.in, ldx = d.ldx;
   Vec sums[Rows][Ranks];
   UNROLL
   for (int r = 0; r < Rows; r++) {
@@ -45,15 +52,16 @@ void shrink_tile(const Deltas& d, const Segment& s, const float* x, const float*
     for (int q = 0; q < Ranks; q++) sums[r][q] = Vec{};
   }
   int64_t i = 0;
-  for (; i + kLanes <= d.in; i += kLanes) {
+  for (; i + kLanes <= in; i += kLanes) {
     Vec factors[Ranks];
     UNROLL
-    for (int q = 0; q < Ranks; q++) factors[q] = load(a + q * d.in + i);
-    __builtin_prefetch(a + Ranks * d.in + i);
-    __builtin_prefetch(a + (Ranks + 1) * d.in + i);
+    for (int q = 0; q < Ranks; q++) {
+      factors[q] = held(load(a + q * in + i));
+      __builtin_prefetch(a + (Ranks + q) * in + i);
+    }
     UNROLL
     for (int r = 0; r < Rows; r++) {
-      const Vec input = load(x + r * d.ldx + i);
+      const Vec input = held(load(x + r * ldx + i));
       UNROLL
       for (int q = 0; q < Ranks; q++) sums[r][q] += input * factors[q];
     }
@@ -63,15 +71,15 @@ void shrink_tile(const Deltas& d, const Segment& s, const float* x, const float*
     UNROLL
     for (int q = 0; q < Ranks; q++) {
       float total = sum(sums[r][q]);
-      for (int64_t rest = i; rest < d.in; rest++)
-        total += x[r * d.ldx + rest] * a[q * d.in + rest];
+      for (int64_t rest = i; rest < in; rest++) total += x[r * ldx + rest] * a[q * in + rest];
       shrunk[r * s.rank + q] = s.sign * total;
     }
   }
 }
 
 template <int Rows, int Ranks>
-void shrink_rows(int64_t rows, const Deltas& d, const Segment& s, const float* x, const float* a, float* shrunk) {
+void shrink_rows(int64_t rows, const Deltas& d, const Segment& s, const float* x, const float* a,
+                 float* shrunk) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
       shrink_tile<Rows, Ranks>(d, s, x, a, shrunk);
@@ -83,75 +91,95 @@ void shrink_rows(int64_t rows, const Deltas& d, const Segment& s, const float* x
 // Rows are cut into blocks of nearly equal size: a remainder of one row would cost as much as four.
 template <int Ranks>
 void shrink(const Deltas& d, const Segment& s, const float* a, float* shrunk) {
+  constexpr int kMost = kSums / Ranks;
   const float* x = d.x + s.row * d.ldx;
-  const int64_t rows = s.rows, blocks = (rows + kRows - 1) / kRows;
+  const int64_t rows = s.rows, blocks = (rows + kMost - 1) / kMost;
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
-    shrink_rows<kRows, Ranks>(count, d, s, x + r * d.ldx, a, shrunk + r * s.rank);
+    shrink_rows<kMost, Ranks>(count, d, s, x + r * d.ldx, a, shrunk + r * s.rank);
   }
 }
 
+// Adds ranks of b, whose rows are ldb apart, to [Rows, Vecs * kLanes] outputs.
 template <int Rows, int Vecs>
-void expand_tile(const Deltas& d, const Segment& s, const float* shrunk, const float* b, int64_t ranks,
-                 float* out) {
+void expand_tile(const float* shrunk, int64_t rank, const float* b, int64_t ldb, int64_t ranks,
+                 float* out, int64_t ldo) {
   Vec sums[Rows][Vecs];
   UNROLL
   for (int r = 0; r < Rows; r++) {
     UNROLL
-    for (int v = 0; v < Vecs; v++) sums[r][v] = load(out + r * d.ldo + v * kLanes);
+    for (int v = 0; v < Vecs; v++) sums[r][v] = load(out + r * ldo + v * kLanes);
   }
   for (int64_t q = 0; q < ranks; q++) {
-    Vec factors[Vecs];
-    UNROLL
-    for (int v = 0; v < Vecs; v++) factors[v] = load(b + q * d.outs + v * kLanes);
-    __builtin_prefetch(b + q * d.outs + kStrip);
-    UNROLL
-    for (int r = 0; r < Rows; r++) {
-      const float weight = shrunk[r * s.rank + q];
+    // What the same thread reads next, as a rule: a long way ahead.
+    __builtin_prefetch(b + q * ldb + Vecs * kLanes);
+    if constexpr (Rows > Vecs) {
+      Vec factors[Vecs];
       UNROLL
-      for (int v = 0; v < Vecs; v++) sums[r][v] += weight * factors[v];
+      for (int v = 0; v < Vecs; v++) factors[v] = held(load(b + q * ldb + v * kLanes));
+      UNROLL
+      for (int r = 0; r < Rows; r++) {
+        const Vec weight = held(all(shrunk[r * rank + q]));
+        UNROLL
+        for (int v = 0; v < Vecs; v++) sums[r][v] += weight * factors[v];
+      }
+    } else {
+      Vec weights[Rows];
+      UNROLL
+      for (int r = 0; r < Rows; r++) weights[r] = held(all(shrunk[r * rank + q]));
+      UNROLL
+      for (int v = 0; v < Vecs; v++) {
+        const Vec factors = held(load(b + q * ldb + v * kLanes));
+        UNROLL
+        for (int r = 0; r < Rows; r++) sums[r][v] += weights[r] * factors;
+      }
     }
   }
   UNROLL
   for (int r = 0; r < Rows; r++) {
     UNROLL
-    for (int v = 0; v < Vecs; v++) store(out + r * d.ldo + v * kLanes, sums[r][v]);
+    for (int v = 0; v < Vecs; v++) store(out + r * ldo + v * kLanes, sums[r][v]);
   }
 }
 
 template <int Rows>
-void expand_rows(int64_t rows, const Deltas& d, const Segment& s, const float* shrunk, const float* b,
-                 int64_t ranks, float* out) {
+void expand_rows(int64_t rows, const Deltas& d, const Segment& s, const float* shrunk,
+                 const float* b, int64_t ldb, int64_t ranks, float* out) {
   if constexpr (Rows > 0) {
-    if (rows == Rows)
-      expand_tile<Rows, kVecs>(d, s, shrunk, b, ranks, out);
-    else
-      expand_rows<Rows - 1>(rows, d, s, shrunk, b, ranks, out);
+    if (rows != Rows)
+      return expand_rows<Rows - 1>(rows, d, s, shrunk, b, ldb, ranks, out);
+    // The fewer the rows, the longer the run of neighbouring factors that is read at once.
+    constexpr int kVecs = Rows > 3 ? kFewVecs : 2 * kFewVecs;
+    for (int64_t column = 0; column < kStrip; column += kVecs * kLanes)
+      expand_tile<Rows, kVecs>(shrunk, s.rank, b + column, ldb, ranks, out + column, d.ldo);
   }
 }
 
-inline void expand(const Deltas& d, const Segment& s, int64_t rows, const float* shrunk, const float* b, int64_t ranks,
-            float* out) {
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  for (int64_t block = 0; block < blocks; block++) {
-    const int64_t r = rows * block / blocks, count = rows * (block + 1) / blocks - r;
-    expand_rows<kRows>(count, d, s, shrunk + r * s.rank, b, ranks, out + r * d.ldo);
-  }
-}
-
-// Adds ranks [first, last) of a segment to outputs [column, stop).
+// Adds ranks [first, last) of a segment to outputs [column, stop), a strip at most.
 inline void expand_strip(const Deltas& d, const Segment& s, int64_t first, int64_t last,
                          int64_t column, int64_t stop) {
-  const float* b = s.b + first * d.outs;
+  const float* b = s.b + first * s.ldb + column;
   const float* weights = s.shrunk + first;
-  const int64_t ranks = last - first;
-  float* out = d.out + s.row * d.ldo;
-  for (; column + kVecs * kLanes <= stop; column += kVecs * kLanes)
-    expand(d, s, s.rows, weights, b + column, ranks, out + column);
-  for (; column < stop; column++)
+  const int64_t ranks = last - first, blocks = (s.rows + kRows - 1) / kRows;
+  float* out = d.out + s.row * d.ldo + column;
+  if (stop - column < kStrip) {
     for (int64_t r = 0; r < s.rows; r++)
       for (int64_t q = 0; q < ranks; q++)
-        out[r * d.ldo + column] += weights[r * s.rank + q] * b[q * d.outs + column];
+        for (int64_t c = 0; c < stop - column; c++)
+          out[r * d.ldo + c] += weights[r * s.rank + q] * b[q * s.ldb + c];
+    return;
+  }
+  int64_t ldb = s.ldb;
+  float packed[kMostPacked * kStrip];
+  if (blocks > 1 && ranks <= kMostPacked) {
+    for (int64_t q = 0; q < ranks; q++)
+      std::memcpy(packed + q * kStrip, b + q * s.ldb, kStrip * sizeof(float));
+    b = packed, ldb = kStrip;
+  }
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t r = s.rows * block / blocks, count = s.rows * (block + 1) / blocks - r;
+    expand_rows<kRows>(count, d, s, weights + r * s.rank, b, ldb, ranks, out + r * d.ldo);
+  }
 }
 
 // Neighbouring ranks that reach the same outputs are added together.
@@ -166,8 +194,8 @@ inline void expand_segment(const Deltas& d, const Segment& s, int64_t column, in
   }
 }
 
-// Adds the deltas of all segments. Called by a whole team of threads.
-inline void share_deltas(const Deltas& d, const Segment* segments, int64_t count) {
+// The shrinking of all segments, two ranks at a time. Called by a whole team of threads.
+inline void share_shrinking(const Deltas& d, const Segment* segments, int64_t count) {
   int64_t pairs = 0;
   for (int64_t i = 0; i < count; i++) pairs += (segments[i].rank + kRanks - 1) / kRanks;
   const Segment* s = segments;
@@ -182,11 +210,93 @@ inline void share_deltas(const Deltas& d, const Segment* segments, int64_t count
     else
       shrink<1>(d, *s, s->a + rank * d.in, s->shrunk + rank);
   }
+}
+
+// Adds the deltas of all segments. Called by a whole team of threads.
+inline void share_deltas(const Deltas& d, const Segment* segments, int64_t count) {
+  share_shrinking(d, segments, count);
   const int64_t strips = (d.outs + kStrip - 1) / kStrip;
 #pragma omp for schedule(guided, 1)
   for (int64_t strip = 0; strip < strips; strip++)
     for (int64_t i = 0; i < count; i++)
       expand_segment(d, segments[i], strip * kStrip, std::min(strip * kStrip + kStrip, d.outs));
 }
+
+// Neighbouring ranks of a segment that reach the same outputs.
+struct Part {
+  const float* b;       // [ranks, out]
+  const float* shrunk;  // [rows, rank], from the first of these ranks on
+  int64_t ldb, rank, ranks, row, rows, from, to;
+};
+
+inline void part_segment(const Segment& s, std::vector<Part>& parts) {
+  for (int64_t first = 0, last; first < s.rank; first = last) {
+    const int64_t from = s.columns[first * 2], to = s.columns[first * 2 + 1];
+    for (last = first + 1; last < s.rank; last++)
+      if (s.columns[last * 2] != from || s.columns[last * 2 + 1] != to) break;
+    if (from < to)
+      parts.push_back({s.b + first * s.ldb, s.shrunk + first, s.ldb, s.rank, last - first, s.row,
+                       s.rows, from, to});
+  }
+}
+
+// The expanding of all parts, panel by panel of a product, while its sums are at hand.
+class PanelDeltas {
+ public:
+  // `parts` by ascending row.
+  PanelDeltas(const Part* parts, int64_t count) : parts_(parts), count_(count) {}
+
+  void begin(int64_t column, int64_t width) {
+    column_ = column, width_ = width, done_ = 0;
+    here_.clear();
+    for (int64_t i = 0; i < count_; i++) {
+      const Part& part = parts_[i];
+      if (part.from >= column + width || part.to <= column) continue;
+      here_.push_back(&part);
+    }
+  }
+
+  void add(float* sums, int64_t row, int64_t rows) {
+    for (size_t i = done_; i < here_.size() && here_[i]->row < row + rows; i++) {
+      const Part& part = *here_[i];
+      const int64_t first = std::max(row, part.row);
+      const int64_t last = std::min(row + rows, part.row + part.rows);
+      if (first < last)
+        add_part(part, part.shrunk + (first - part.row) * part.rank, last - first,
+                 sums + (first - row) * kWidth);
+      else if (i == done_ && part.row + part.rows <= row)
+        done_++;
+    }
+  }
+
+ private:
+  void add_part(const Part& part, const float* shrunk, int64_t rows, float* sums) const {
+    const float* b = part.b + column_;
+    if (part.from <= column_ && part.to >= column_ + kWidth) {
+      add_rows<kTileRows>(rows, part, shrunk, b, sums);
+      return;
+    }
+    const int64_t from = std::max<int64_t>(part.from - column_, 0);
+    const int64_t to = std::min(part.to - column_, width_);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t q = 0; q < part.ranks; q++)
+        for (int64_t c = from; c < to; c++)
+          sums[r * kWidth + c] += shrunk[r * part.rank + q] * b[q * part.ldb + c];
+  }
+
+  template <int Rows>
+  void add_rows(int64_t rows, const Part& part, const float* shrunk, const float* b,
+                float* sums) const {
+    if constexpr (Rows > 0) {
+      if (rows != Rows) return add_rows<Rows - 1>(rows, part, shrunk, b, sums);
+      expand_tile<Rows, kPanelVecs>(shrunk, part.rank, b, part.ldb, part.ranks, sums, kWidth);
+    }
+  }
+
+  const Part* parts_;
+  int64_t count_, column_ = 0, width_ = 0;
+  size_t done_ = 0;
+  std::vector<const Part*> here_;
+};
 
 }  // namespace dynamic_lora

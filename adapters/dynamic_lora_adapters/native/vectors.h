@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 // GCC keeps an array in registers only if every loop over it is unrolled early.
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -22,11 +26,29 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec all(float value) { return value - Vec{}; }
 
+// The value in a register: GCC would rather read it from memory again for each use.
+inline Vec held(Vec v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// Spelt out for x86, where GCC adds the lanes one by one.
 inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512&>(v));
+#elif defined(__AVX2__)
+  const __m256 whole = reinterpret_cast<__m256&>(v);
+  __m128 part = _mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1));
+  part = _mm_add_ps(part, _mm_movehl_ps(part, part));
+  return _mm_cvtss_f32(_mm_add_ss(part, _mm_movehdup_ps(part)));
+#else
   float total = 0;
   UNROLL
   for (int i = 0; i < kLanes; i++) total += v[i];
   return total;
+#endif
 }
 
 }  // namespace dynamic_lora

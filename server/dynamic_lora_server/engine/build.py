@@ -275,7 +275,11 @@ def _adapter_pool(
     model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions
 ) -> AdapterPool:
     memory = options.adapter_memory or _share_of_free(model.device, 0.25)
-    return AdapterPool(groups, budget_bytes=memory, device=model.device, dtype=model.dtype)
+    # Captured steps read their tables by the width of a layer.
+    spread = options.native and model.device.type == "cpu" and not options.decode_graphs
+    return AdapterPool(
+        groups, budget_bytes=memory, device=model.device, dtype=model.dtype, spread=spread
+    )
 
 
 def _kv_layout(

@@ -111,6 +111,18 @@ def test_a_cache_too_small_to_try_it_on(caplog: pytest.LogCaptureFixture) -> Non
     assert "the KV cache is too small for a probe" in caplog.text
 
 
+def test_widths_that_are_no_multiple_of_a_vector(tmp_path: Path) -> None:
+    """Where gate ends and up begins within one panel, and the last panel is not full."""
+    sizes = {"intermediate_size": 101}
+    folder = make_adapter(tmp_path / "a", tiny_llama(**sizes), rank=5, targets="all-linear")
+    oracle = load_with_peft(tiny_llama(**sizes), {"a": folder})
+    built = native_engine(tiny_llama(**sizes))
+    assert decoder_of(built).num_layers
+    prompt = random_prompt(9, seed=5)
+    (tokens,) = run_all(built, [make_sequence(prompt, adapter=admit(built, folder))])
+    assert tokens == peft_greedy(oracle, "a", prompt, NUM_TOKENS)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tasks=st.lists(st.sampled_from([*ADAPTER_KINDS, None]), min_size=1, max_size=6),
