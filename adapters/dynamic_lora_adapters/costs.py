@@ -18,7 +18,7 @@ import torch
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
 from dynamic_lora_adapters.segments import DeltaPlan, Run
-from dynamic_lora_adapters.slab import Slab
+from dynamic_lora_adapters.slab import Slab, spread_width
 
 NUM_ADAPTERS_GRID = (1, 2, 4, 8, 16, 32)
 LENGTH_GRID = (1, 2, 4, 8, 32, 128)
@@ -170,7 +170,7 @@ class _Bench:
             number=0,
             signature=tuple(GroupShape(rank) for _, _, rank in self._shapes),
             a=[self._random(slots, rank, width) for width, _, rank in self._shapes],
-            b=[self._random(slots, rank, width) for _, width, rank in self._shapes],
+            b=[self._table(slots, rank, width) for _, width, rank in self._shapes],
             num_bytes=0,
             tenants=[None] * slots,
             columns=[_columns(slots, widths) for _, widths in shapes],
@@ -219,6 +219,13 @@ class _Bench:
             self._synchronise()
             total += weight * (time.perf_counter() - begin)
         return total
+
+    def _table(self, slots: int, rank: int, width: int) -> torch.Tensor:
+        """As an `AdapterPool` lays out b: on a CPU with its rows spread."""
+        if self._device.type != "cpu":
+            return self._random(slots, rank, width)
+        wide = self._random(slots, rank, spread_width(width, self._dtype.itemsize))
+        return wide[:, :, :width]
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._device, dtype=self._dtype)

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 _ROWS_HINT = 64
 _PROBE_ROWS = (1, 8, 32)
 _SAMPLES = 5
-# Whole decoder layers run in C++ only on its own products, and gain more by that.
+# How much slower NATIVE may measure where whole layers run in C++, which need its
+# products: at 1 and at 32 rows they gained more by that than this.
 _NATIVE_LEAD = 1.25
 
 
@@ -143,17 +144,22 @@ def obstacle(kind: ProductKind, weight: torch.Tensor) -> str | None:
 
 
 @torch.inference_mode()
-def fastest_kind(weight: torch.Tensor, kinds: Sequence[ProductKind]) -> ProductKind:
+def fastest_kind(
+    weight: torch.Tensor, kinds: Sequence[ProductKind], *, whole_layers: bool = False
+) -> ProductKind:
     """Whose products of 1, 8 and 32 rows with `weight` [out, in] take the least time in all.
 
-    Measured on the spot, in milliseconds; NATIVE is taken unless it is clearly slower.
+    Measured on the spot, in milliseconds. Where `whole_layers` may run on its products,
+    NATIVE is taken unless it is clearly slower.
     """
     inputs = [torch.randn(n, weight.shape[1]).to(weight.dtype) for n in _PROBE_ROWS]
     seconds = {kind: _seconds(make_product(kind, weight, None), inputs) for kind in kinds}
     logger.debug("Base products, seconds: %s", seconds)
     best = min(kinds, key=seconds.__getitem__)
     native = seconds.get(ProductKind.NATIVE, math.inf)
-    return ProductKind.NATIVE if native <= _NATIVE_LEAD * seconds[best] else best
+    if whole_layers and native <= _NATIVE_LEAD * seconds[best]:
+        return ProductKind.NATIVE
+    return best
 
 
 def _seconds(product: BaseProduct, inputs: list[torch.Tensor]) -> float:

@@ -10,7 +10,6 @@ from dynamic_lora_adapters.rows import RowTerms
 
 Signature = tuple[GroupShape, ...]
 
-
 _LINE_BYTES = 64
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dynamic_lora_adapters.archive import UploadLimits
+from dynamic_lora_adapters.native import sources_digest
 from dynamic_lora_adapters.pristine import Restore
 from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
@@ -210,6 +211,7 @@ def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
     """Where measured kernel costs are kept; the name says what they depend on."""
     conditions = (
         version("dynamic-lora"),
+        sources_digest(),
         base.name,
         config.dtype,
         config.device,

@@ -4,6 +4,6 @@ Nothing here is needed: every caller has torch's own operators to fall back to,
 and says at start which of the two it uses.
 """
 
-from dynamic_lora_adapters.native.library import NativeUnavailable, load_library
+from dynamic_lora_adapters.native.library import NativeUnavailable, load_library, sources_digest
 
-__all__ = ["NativeUnavailable", "load_library"]
+__all__ = ["NativeUnavailable", "load_library", "sources_digest"]

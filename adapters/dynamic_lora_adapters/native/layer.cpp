@@ -35,7 +35,7 @@ struct Layer {
   float* values;  // [cells, kv_heads, dim]
   int64_t heads, kv_heads, dim;
   int64_t q, k, v, gate, up;  // first columns in the outputs of qkv and gate_up
-  float scaling, softcap;
+  float scaling;
 };
 
 // The factors of one group in slot 0 of a slab; a null a says that there are none.
@@ -113,8 +113,6 @@ void place_segments(const Site& site, Scratch& scratch, int number) {
     // What shrinking reads is asked for during the product before.
     if (number > 0) hint_at(segment.a, segment.rank * site.base.k, scratch.hints[number - 1]);
   }
-  std::stable_sort(parts.begin(), parts.end(),
-                   [](const Part& one, const Part& other) { return one.row < other.row; });
 }
 
 // The functions below are called by a whole team of threads.
@@ -139,7 +137,7 @@ void share_site(const Site& site, const Scratch& scratch, int number, const floa
   const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
   share_product(x, site.base, residual, out, rows,
-                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints);
+                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size()), rows), hints);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -210,7 +208,7 @@ void share_attending(const Layer& layer, const Step& step, Scratch& scratch, con
   const Attention attention{qkv + layer.q, layer.keys,  layer.values,     attended,
                             nullptr,       layer.dim,   layer.qkv.base.n, layer.heads,
                             layer.kv_heads, layer.dim,  layer.dim,        layer.scaling,
-                            layer.softcap};
+                            0.0f};
   share_attention(attention, step.items, step.num_items);
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.library import NativeUnavailable, load_library
+from dynamic_lora_adapters.native.library import load_library
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
 from dynamic_lora_adapters.native.product import PackedWeight, Projection
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
@@ -29,7 +29,7 @@ class _Layer(ctypes.Structure):
         *[(name, _Site) for name in ("qkv", "o", "gate_up", "down")],
         *[(name, _POINTER) for name in ("keys", "values")],
         *[(name, _SIZE) for name in ("heads", "kv_heads", "dim", "q", "k", "v", "gate", "up")],
-        *[(name, ctypes.c_float) for name in ("scaling", "softcap")],
+        ("scaling", ctypes.c_float),
     ]
 
 
@@ -81,7 +81,6 @@ class LayerParts:
     gate: int
     up: int
     scaling: float
-    softcap: float | None
 
 
 class LayerStep:
@@ -96,6 +95,7 @@ class LayerStep:
         self.items = items
         self._cells = cells
         self._runs = runs
+        self._given: torch.Tensor | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._qkv: torch.Tensor | None = None
         self._attended: torch.Tensor | None = None
@@ -110,21 +110,24 @@ class LayerStep:
         self.address = ctypes.addressof(self._c)
 
     def rotate_by(self, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
-        """Set the tables [..., rows, dim] by which the next layer rotates."""
-        if self._rotary is not None and self._rotary[0] is cos:
+        """Set the tables [..., rows, dim] by which the next layer rotates.
+
+        Raises ValueError for tables that rotate a part of a head only.
+        """
+        if self._given is cos:
             return
         if cos.shape[-1] != dim or cos.numel() != self.num_rows * dim:
-            raise NativeUnavailable(f"rotary tables {tuple(cos.shape)} are not for whole heads")
-        self._rotary = cos, sin
-        self._tables = cos.float().contiguous(), sin.float().contiguous()
-        self._c.cos, self._c.sin = (table.data_ptr() for table in self._tables)
+            raise ValueError(f"rotary tables {tuple(cos.shape)} are not for heads of {dim}")
+        self._given = cos
+        self._rotary = cos.float().contiguous(), sin.float().contiguous()
+        self._c.cos, self._c.sin = (table.data_ptr() for table in self._rotary)
 
     def room(self, qkv_width: int, attended_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory [rows, width] for projected and attended rows; each layer overwrites it."""
         if self._qkv is None or self._qkv.shape[1] != qkv_width:
-            self._qkv = torch.empty(self.num_rows, qkv_width)
+            self._qkv = torch.empty(self.num_rows, qkv_width, dtype=torch.float32)
         if self._attended is None or self._attended.shape[1] != attended_width:
-            self._attended = torch.empty(self.num_rows, attended_width)
+            self._attended = torch.empty(self.num_rows, attended_width, dtype=torch.float32)
         return self._qkv, self._attended
 
 
@@ -173,7 +176,8 @@ class NativeLayer:
             function.argtypes = [_POINTER] * count
             function.restype = None
         self.parts = parts
-        self._kept = keys, values
+        norms = (parts.input_norm, parts.middle_norm, parts.q_norm, parts.k_norm)
+        self._kept = keys, values, [norm.weight for norm in norms if norm is not None]
         self._c = _layer(parts, keys, values)
         self._address = ctypes.addressof(self._c)
         self._widths = parts.qkv.base.projection.n, parts.heads * parts.dim
@@ -181,6 +185,7 @@ class NativeLayer:
     def run(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output for hidden [..., rows, width] if every token is among the items."""
         qkv, attended = step.room(*self._widths)
+        hidden = self._checked(step, hidden)
         out = torch.empty_like(hidden)
         self._whole(
             self._address,
@@ -199,6 +204,7 @@ class NativeLayer:
         what was attended to; the caller fills in the other rows.
         """
         qkv, attended = step.room(*self._widths)
+        hidden = self._checked(step, hidden)
         self._attend(
             self._address, step.address, hidden.data_ptr(), qkv.data_ptr(), attended.data_ptr()
         )
@@ -209,11 +215,17 @@ class NativeLayer:
 
     def finish(self, step: LayerStep, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output, from what `attend` returned, filled in."""
+        hidden = self._checked(step, hidden)
         out = torch.empty_like(hidden)
         self._finish(
             self._address, step.address, hidden.data_ptr(), attended.data_ptr(), out.data_ptr()
         )
         return out
+
+    def _checked(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
+        width = self.parts.o.base.projection.n
+        assert hidden.dtype == torch.float32 and hidden.numel() == step.num_rows * width
+        return hidden.contiguous()
 
 
 def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Layer:
@@ -237,7 +249,6 @@ def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Laye
         gate=parts.gate,
         up=parts.up,
         scaling=parts.scaling,
-        softcap=parts.softcap or 0.0,
     )
 
 

@@ -55,6 +55,14 @@ def _compiler() -> str:
     raise NativeUnavailable(f"no C++ compiler was found (looked for {looked_for})")
 
 
+def sources_digest() -> str:
+    """A digest of all C++ sources: what is measured of them holds for these alone."""
+    content = hashlib.sha256()
+    for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
+        content.update(source.read_bytes())
+    return content.hexdigest()
+
+
 def _library_path(name: str, compiler: str) -> Path:
     content = hashlib.sha256()
     for source in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{name}.cpp"):

@@ -19,8 +19,8 @@ _TOLERANCE = 1e-5
 class NativeRmsNorm:
     """`x / sqrt(mean(x^2) + eps) * (module.weight + offset)` in float32 on a CPU.
 
-    The weight is read at each call, so whatever replaces the parameter is
-    honoured. Raises NativeUnavailable where it cannot be compiled.
+    A call reads the weight that the module has then; a layer in C++ keeps the
+    one it was made with. Raises NativeUnavailable where it cannot be compiled.
     """
 
     def __init__(self, module: nn.Module, eps: float, offset: float) -> None:

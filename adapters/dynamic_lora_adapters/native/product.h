@@ -136,10 +136,10 @@ struct NoDeltas {
   void add(float*, int64_t, int64_t) {}
 };
 
-// What a product is made of beside x and its size. `Deltas` adds to the sums of a panel before
-// they are stored: it is told of a panel by `begin` (column, width), and then of its blocks of
-// rows by `add` (sums [rows, kWidth], row, rows).
-template <typename Weight, typename Deltas>
+// What a product is made of beside x and its size. `Extra` adds to the sums of a panel before
+// they are stored: it is told of a panel by `begin` (column, width), and then asked for each of
+// its blocks of rows by `add` (sums [rows, kWidth], row, rows).
+template <typename Weight, typename Extra>
 struct Product {
   const Weight* packed;
   const float* scale;     // [n] or null
@@ -147,7 +147,7 @@ struct Product {
   const float* residual;  // [m, n] or null
   float* y;               // [m, n]
   int64_t m, n, k;
-  Deltas deltas;
+  Extra extra;
   Hints hints;
 
   int64_t panels() const { return (n + kWidth - 1) / kWidth; }
@@ -160,7 +160,7 @@ struct Product {
           if (scale) value *= scale[column + c];
           if (bias) value += bias[column + c];
         }
-    deltas.add(sums, row, rows);
+    extra.add(sums, row, rows);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t first = (row + r) * n + column;
       for (int64_t c = 0; c < width; c++)
@@ -175,7 +175,7 @@ struct Product {
     const int64_t blocks = (m + kTileRows - 1) / kTileRows;
     const char* next = reinterpret_cast<const char*>(panel + k * kWidth);
     const int64_t bytes = k * kWidth * sizeof(Wide);
-    deltas.begin(column, width);
+    extra.begin(column, width);
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t row = m * b / blocks, rows = m * (b + 1) / blocks - row;
       float sums[kTileRows * kWidth] = {};
@@ -221,16 +221,16 @@ struct Product {
 
 // y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
 // is asked for. Called by a whole team of threads.
-template <typename Deltas>
+template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
-                   const Deltas& deltas, const Hints& hints) {
+                   const Extra& extra, const Hints& hints) {
   if (p.scale)
-    Product<int8_t, Deltas>{static_cast<const int8_t*>(p.packed), p.scale, p.bias, residual, y, m,
-                            p.n, p.k, deltas, hints}
+    Product<int8_t, Extra>{static_cast<const int8_t*>(p.packed), p.scale, p.bias, residual, y, m,
+                            p.n, p.k, extra, hints}
         .share(x);
   else
-    Product<float, Deltas>{static_cast<const float*>(p.packed), nullptr, p.bias, residual, y, m,
-                           p.n, p.k, deltas, hints}
+    Product<float, Extra>{static_cast<const float*>(p.packed), nullptr, p.bias, residual, y, m,
+                           p.n, p.k, extra, hints}
         .share(x);
 }
 

@@ -33,6 +33,7 @@ from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import (
     adopt_native_layers,
     decode_trial,
+    has_llama_layers,
 )
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
@@ -268,7 +269,8 @@ def _product_kind(
     for kind, reason in obstacles.items():
         if reason is not None:
             logger.info("No %s products: %s", kind, reason)
-    return fastest_kind(weight, [kind for kind in kinds if obstacles[kind] is None])
+    possible = [kind for kind in kinds if obstacles[kind] is None]
+    return fastest_kind(weight, possible, whole_layers=has_llama_layers(model))
 
 
 def _adapter_pool(

@@ -63,7 +63,7 @@ class Engine:
         return self._commit(pieces, tokens)
 
     @torch.inference_mode()
-    def _run(self, pieces: list[Piece]) -> dict[int, Sampled]:
+    def _run(self, pieces: list[Piece]) -> dict[int, Sampled | None]:
         self.runner.cache.copy(self.scheduler.take_copies())
         sampled, logits = self.runner.run(pieces)
         sequences = [piece.sequence for piece in sampled]
@@ -72,10 +72,13 @@ class Engine:
         tokens = sample(logits, sequences)
         return {s.id: token for s, token in zip(sequences, tokens, strict=True)}
 
-    def _commit(self, pieces: list[Piece], tokens: dict[int, Sampled]) -> list[EngineEvent]:
+    def _commit(self, pieces: list[Piece], tokens: dict[int, Sampled | None]) -> list[EngineEvent]:
         events: list[EngineEvent] = []
         for piece in pieces:
             sampled = tokens.get(piece.sequence.id)
+            if sampled is None and piece.sequence.id in tokens:
+                events += self._fail([piece], ArithmeticError("its logits are no finite numbers"))
+                continue
             reason = self.scheduler.advance(piece, None if sampled is None else sampled.token_id)
             if sampled is not None:
                 events.append(TokenEvent(piece.sequence.id, sampled, reason))

@@ -1,15 +1,17 @@
-"""Decoder layers in C++ in the place of transformers', where both are proved to be the same.
+"""Decoder layers in C++ in the place of transformers', where both give the same logits.
 
 transformers' code stays the definition: a layer is taken over only if it has the
-parts of a Llama layer, and if the whole model's logits, over a KV cache and in
-several pieces, are the same with and without. Steps that hold more than
-low-rank terms run through transformers' own layers.
+parts and sizes of a Llama layer, and if the whole model's logits are the same with
+and without, over a KV cache, in several pieces, at the first positions and at the
+last. Steps that hold more than low-rank terms run through transformers' own layers.
+Hooks on modules within a layer that is taken over are not called.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,9 +97,7 @@ class NativeDecoder:
 
     def _prepare(self, step: AttentionStep) -> _Running | None:
         site = self._site
-        if site.static is not None or any(s.terms.overrides for s in site.segments):
-            return None
-        if step.cells is None:
+        if step.cells is None or any(s.terms.overrides for s in site.segments):
             return None
         runs = delta_runs(DeltaPlan(()) if site.plan is None else site.plan)
         return None if runs is None else _Running(step, runs)
@@ -154,9 +154,11 @@ def adopt_native_layers(
     decoder = NativeDecoder(site, attention)
     try:
         _take_over(model, decoder, projections, cache)
-    # A layer that is called in another way than Llama's lacks the key.
-    except (NativeUnavailable, _Unsuited, KeyError) as reason:
+    except (NativeUnavailable, _Unsuited) as reason:
         logger.info("Decoder layers are transformers' own: %s", reason)
+        decoder.give_back()
+    except Exception:  # a model that is called in another way than Llama's is served all the same
+        logger.warning("Decoder layers are transformers' own", exc_info=True)
         decoder.give_back()
     return decoder
 
@@ -168,14 +170,19 @@ def _take_over(
     cache: KVCache,
 ) -> None:
     assert decoder.attention is not None
+    if not has_llama_layers(model):
+        raise _Unsuited("not all of them have the parts of a Llama layer")
     if not all(map(decoder.attention.serves, cache.keys, cache.values)):
         raise _Unsuited("attention is not in C++ for heads of this size")
     probe = _Probe(model, cache)
     expected = probe.run(decoder)
     for number, path in enumerate(_layer_paths(model)):
         rule = probe.rules[number]
-        parts = _parts(model, path, projections, rule)
-        native = NativeLayer(parts, cache.keys[number], cache.values[number])
+        keys, values = cache.keys[number], cache.values[number]
+        if keys.shape != values.shape:
+            raise _Unsuited("keys and values differ in size")
+        parts = _parts(model, path, projections, rule, keys)
+        native = NativeLayer(parts, keys, values)
         decoder.take_over(model.get_submodule(path), native, number, rule)
     error = float((probe.run(decoder) - expected).abs().max() / expected.abs().max())
     if not error <= _TOLERANCE:
@@ -208,6 +215,9 @@ class _Probe:
         self._model = model
         self._cache = cache
         self.rules: dict[int, Rule] = {}
+        # Whatever depends on the position beside the rotary tables shows at the window's end.
+        window = int(model.config.max_position_embeddings)
+        self._offsets = [max(window - sum(_PROBE_PIECES[0]), 0), 0]
         embedding = model.get_input_embeddings().weight
         assert isinstance(embedding, torch.Tensor)
         generator = torch.Generator().manual_seed(0)
@@ -230,23 +240,26 @@ class _Probe:
         return torch.cat(logits)
 
     def _step(self, spans: Sequence[Span], decoder: NativeDecoder) -> torch.Tensor:
-        positions = torch.cat([torch.arange(s.num_cached, s.num_total) for s in spans])
+        cached = torch.cat([torch.arange(s.num_cached, s.num_total) for s in spans])
+        offsets = torch.cat(
+            [torch.full((s.num_new,), o) for o, s in zip(self._offsets, spans, strict=True)]
+        )
         starts = torch.cat([torch.full((s.num_new,), s.starts[0]) for s in spans])
         tokens = [ids[s.num_cached : s.num_total] for ids, s in zip(self._ids, spans, strict=True)]
-        step = AttentionStep(spans, positions + starts, self._cache, None, decoder.attention)
+        step = AttentionStep(spans, cached + starts, self._cache, None, decoder.attention)
         with attending(step), decoder.serving(step):
-            logits = forward(self._model, torch.cat(tokens)[None], positions[None], 0)
+            logits = forward(self._model, torch.cat(tokens)[None], (cached + offsets)[None], 0)
         self.rules = self.rules or step.rules
         return logits
 
 
+def has_llama_layers(model: PreTrainedModel) -> bool:
+    """Whether all decoder layers have the parts of a Llama layer, by name."""
+    return len(_layer_paths(model)) == int(model.config.num_hidden_layers)
+
+
 def _layer_paths(model: PreTrainedModel) -> list[str]:
-    """The paths of the model's decoder layers, in their order."""
-    num_layers = int(model.config.num_hidden_layers)
-    paths = [p for p, m in model.named_modules() if _children(m) == _LAYER_PARTS]
-    if len(paths) != num_layers:
-        raise _Unsuited(f"{len(paths)} of {num_layers} have the parts of a Llama layer")
-    return paths
+    return [p for p, m in model.named_modules() if _children(m) == _LAYER_PARTS]
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -254,7 +267,11 @@ def _children(module: nn.Module) -> set[str]:
 
 
 def _parts(
-    model: PreTrainedModel, path: str, projections: Sequence[GroupedProjection], rule: Rule
+    model: PreTrainedModel,
+    path: str,
+    projections: Sequence[GroupedProjection],
+    rule: Rule,
+    keys: torch.Tensor,
 ) -> LayerParts:
     layer, attention = model.get_submodule(path), model.get_submodule(f"{path}.self_attn")
     names = _children(attention)
@@ -262,15 +279,13 @@ def _parts(
         raise _Unsuited(f"attention is made of {', '.join(sorted(names))}")
     if _children(model.get_submodule(f"{path}.mlp")) != _MLP_PARTS:
         raise _Unsuited("the layers have no gated MLP")
-    if rule.sinks is not None:
-        raise _Unsuited("attention has sinks")
-    qkv, (q, k, v) = _site(projections, [f"{path}.self_attn.{name}_proj" for name in "qkv"])
-    gate_up, (gate, up) = _site(projections, [f"{path}.mlp.{n}_proj" for n in ("gate", "up")])
-    o, _ = _site(projections, [f"{path}.self_attn.o_proj"])
-    down, _ = _site(projections, [f"{path}.mlp.down_proj"])
-    dim = attention.head_dim
-    assert isinstance(dim, int)
-    return LayerParts(
+    if rule.sinks is not None or rule.softcap is not None:
+        raise _Unsuited("attention has sinks or a soft cap")
+    qkv, (q, k, v) = _packed(projections, [f"{path}.self_attn.{name}_proj" for name in "qkv"])
+    gate_up, (gate, up) = _packed(projections, [f"{path}.mlp.{n}_proj" for n in ("gate", "up")])
+    o, _ = _packed(projections, [f"{path}.self_attn.o_proj"])
+    down, _ = _packed(projections, [f"{path}.mlp.down_proj"])
+    parts = LayerParts(
         input_norm=_norm(layer, "input_layernorm"),
         middle_norm=_norm(layer, "post_attention_layernorm"),
         q_norm=_norm(attention, "q_norm") if "q_norm" in names else None,
@@ -279,27 +294,48 @@ def _parts(
         o=o,
         gate_up=gate_up,
         down=down,
-        heads=o.base.projection.k // dim,
-        kv_heads=(qkv.base.projection.n - o.base.projection.k) // dim // 2,
-        dim=dim,
-        q=q,
-        k=k,
-        v=v,
-        gate=gate,
-        up=up,
+        heads=len(q) // keys.shape[2],
+        kv_heads=keys.shape[1],
+        dim=keys.shape[2],
+        q=q.start,
+        k=k.start,
+        v=v.start,
+        gate=gate.start,
+        up=up.start,
         scaling=rule.scaling,
-        softcap=rule.softcap,
+    )
+    if not _fits(parts, widths=[len(part) for part in (q, k, v, gate, up)]):
+        raise _Unsuited("the layers' sizes are not Llama's")
+    return parts
+
+
+def _fits(parts: LayerParts, widths: list[int]) -> bool:
+    """Whether all sizes agree, for C++ reads and writes by them; `widths` of q, k, v, gate, up."""
+    qkv, o, gate_up, down = (
+        site.base.projection for site in (parts.qkv, parts.o, parts.gate_up, parts.down)
+    )
+    hidden, new = o.n, parts.kv_heads * parts.dim
+    head_norms = [norm for norm in (parts.q_norm, parts.k_norm) if norm is not None]
+    return (
+        widths == [parts.heads * parts.dim, new, new, down.k, down.k]
+        and o.k == widths[0]
+        and parts.heads % parts.kv_heads == 0
+        and qkv.k == gate_up.k == down.n == hidden
+        and len(parts.input_norm.weight) == len(parts.middle_norm.weight) == hidden
+        and all(len(norm.weight) == parts.dim for norm in head_norms)
     )
 
 
-def _site(projections: Sequence[GroupedProjection], paths: list[str]) -> tuple[Site, list[int]]:
-    """The projection of exactly these paths, and the first column of each in its output."""
+def _packed(projections: Sequence[GroupedProjection], paths: list[str]) -> tuple[Site, list[range]]:
+    """The projection of exactly these paths, and the columns of each in its output."""
     for projection in projections:
         group = projection.group
         if set(group.paths) == set(paths):
             if not isinstance(projection.base, PackedWeight):
                 raise _Unsuited("its products are not in C++")
-            columns = [sum(group.widths[: group.paths.index(path)]) for path in paths]
+            stops = dict(zip(group.paths, accumulate(group.widths), strict=True))
+            widths = dict(zip(group.paths, group.widths, strict=True))
+            columns = [range(stops[path] - widths[path], stops[path]) for path in paths]
             return Site(projection.base, projection.index), columns
     raise _Unsuited(f"{' and '.join(paths)} do not share their input alone")
 

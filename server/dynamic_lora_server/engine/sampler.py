@@ -20,11 +20,12 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
     """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
-    else in the batch. Log-probabilities are those of the untouched logits.
+    else in the batch. Log-probabilities are those of the untouched logits. None
+    for a row whose logits are no finite numbers.
     """
     scores = _penalise(logits, sequences)
     chosen = scores.argmax(dim=-1)
@@ -32,10 +33,13 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         chosen[rows] = _draw(scores[rows], [sequences[row] for row in drawn])
+    # The largest of numbers among which one is NaN is NaN, so the chosen score tells.
+    sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite().tolist()
     token_ids = chosen.tolist()
     reports = _logprobs(logits, sequences, chosen)
     return [
-        reports.get(row) or Sampled(token_id=token_id) for row, token_id in enumerate(token_ids)
+        (reports.get(row) or Sampled(token_id=token_id)) if sound[row] else None
+        for row, token_id in enumerate(token_ids)
     ]
 
 

@@ -7,9 +7,11 @@ import torch
 
 from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.products import ProductKind
+from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.build import EngineOptions, build_engine
+from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
-from tests.support.engines import make_engine
+from tests.support.engines import make_engine, make_sequence, run_all
 from tests.support.models import tiny_llama
 
 
@@ -57,3 +59,19 @@ def test_a_quantised_base_is_refused_by_name() -> None:
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM is quantised.*cannot be merged"):
         make_engine(model)
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
+    """Upload refuses such adapters; whatever else may bring them about gets no token."""
+    built = make_engine(tiny_llama(), native=False)
+    huge = LinearTerms(a=torch.full((4, 64), 1e30), b=torch.full((64, 4), 1e30))
+    path = "model.layers.0.self_attn.o_proj"
+    adapter = built.pool.admit("huge", AdapterTerms(linears={path: huge}))
+    broken = make_sequence([5, 6, 7], adapter=adapter)
+    built.engine.add(broken)
+    (event,) = built.engine.step()
+    assert event == FailedEvent(broken.id, "ArithmeticError: its logits are no finite numbers")
+    assert not built.engine.scheduler.has_work
+    (tokens,) = run_all(built, [make_sequence([5, 6, 7])])
+    (expected,) = run_all(make_engine(tiny_llama(), native=False), [make_sequence([5, 6, 7])])
+    assert tokens == expected

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from dynamic_lora_adapters.compose import compose
-from dynamic_lora_adapters.products import EXACT_KINDS, obstacle
+from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import (
@@ -29,7 +29,10 @@ PARTS = {"all": 0.7, "large": -0.5, "down": 0.4}
 def built(request: pytest.FixtureRequest) -> BuiltEngine:
     if (reason := obstacle(request.param, torch.ones(8, 8))) is not None:
         pytest.skip(reason)
-    return make_engine(tiny_llama(), base_product=request.param, mode=Mode.MERGED)
+    built = make_engine(tiny_llama(), base_product=request.param, mode=Mode.MERGED)
+    in_layers = request.param is ProductKind.NATIVE
+    assert bool(built.engine.runner.decoder.num_layers) is in_layers
+    return built
 
 
 def test_everybody_in_a_batch_with_a_merged_adapter(

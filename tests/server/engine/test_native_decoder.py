@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Ministral3Config, Ministral3ForCausalLM, PreTrainedModel
 
+from dynamic_lora_adapters.native.layer import LayerStep, NativeLayer, delta_runs
 from dynamic_lora_adapters.products import ProductKind, obstacle
+from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.model_runner import ModelRunner
@@ -35,12 +37,21 @@ from tests.support.models import TINY_MODELS, tiny_llama
 REASON = obstacle(ProductKind.NATIVE, torch.ones(8, 8))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
+TINY_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 PROJECTION = "model.layers.0.self_attn.o_proj"
 TAKEN_OVER = ["llama", "mistral", "qwen2", "qwen3"]
 REFUSALS = {
-    "gemma2": "0 of 2 have the parts of a Llama layer",
+    "gemma2": "not all of them have the parts of a Llama layer",
     "granite": "their logits differ by",  # it scales its residuals
-    "gpt2": "0 of 2 have the parts of a Llama layer",
+    "gpt2": "not all of them have the parts of a Llama layer",
 }
 
 
@@ -48,9 +59,11 @@ def native_engine(model: PreTrainedModel, **options: Any) -> BuiltEngine:
     return make_engine(model, base_product=ProductKind.NATIVE, **options)
 
 
-@pytest.fixture(scope="module")
-def built() -> BuiltEngine:
-    return native_engine(tiny_llama(), mode=Mode.BYPASS)
+@pytest.fixture(scope="module", params=[Mode.BYPASS, Mode.MERGED])
+def built(request: pytest.FixtureRequest) -> BuiltEngine:
+    built = native_engine(tiny_llama(), mode=request.param)
+    assert decoder_of(built).num_layers
+    return built
 
 
 def decoder_of(built: BuiltEngine) -> NativeDecoder:
@@ -82,6 +95,51 @@ def test_other_layers_are_left_alone_and_the_log_says_why(
     built = native_engine(TINY_MODELS[family]())
     assert not decoder_of(built).num_layers
     assert f"Decoder layers are transformers' own: {REFUSALS[family]}" in caplog.text
+
+
+def test_what_only_late_positions_show_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """Ministral 3 is a Llama whose queries grow from a position on."""
+    caplog.set_level(logging.INFO)
+    config = Ministral3Config(
+        **TINY_SIZES,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.5,
+        },
+    )
+    torch.manual_seed(0)
+    model = Ministral3ForCausalLM(config).eval()
+    assert not decoder_of(native_engine(model)).num_layers
+    assert "their logits differ by" in caplog.text
+
+
+def test_rotary_tables_for_a_part_of_a_head_are_refused() -> None:
+    runs = delta_runs(DeltaPlan(()))
+    assert runs is not None
+    step = LayerStep(torch.arange(3), torch.zeros(0, 3, dtype=torch.long), runs)
+    table = torch.ones(1, 3, 8)
+    with pytest.raises(ValueError, match=r"rotary tables \(1, 3, 8\) are not for heads of 16"):
+        step.rotate_by(table, table, 16)
+
+
+def test_a_trial_that_breaks_leaves_the_model_to_its_own_layers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise IndexError("what a model might do")
+
+    monkeypatch.setattr(NativeLayer, "run", broken)
+    monkeypatch.setattr(NativeLayer, "attend", broken)
+    prompt = random_prompt(9, seed=6)
+    built = native_engine(tiny_llama())
+    assert not decoder_of(built).num_layers
+    assert "what a model might do" in caplog.text
+    (tokens,) = run_all(built, [make_sequence(prompt)])
+    (expected,) = run_all(make_engine(tiny_llama(), native=False), [make_sequence(prompt)])
+    assert tokens == expected
 
 
 class Doubled(nn.Module):
@@ -153,7 +211,7 @@ def test_any_batch_gives_the_tokens_of_peft(
 def test_terms_of_other_kinds_go_through_the_models_own_layers(
     oracle: PeftModel, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only as long as a row needs them: before and after it the steps are in C++."""
+    """Only as long as a row needs them: after it the steps are in C++."""
     served: list[bool] = []
     prepare = NativeDecoder._prepare
 
@@ -195,7 +253,9 @@ def test_eight_bit_layers_give_the_tokens_of_eight_bit_products(
         return pieces, rows
 
     def record(*, layers: bool) -> torch.Tensor:
-        built = make_engine(tiny_llama(), base_product=ProductKind.INT8, mode=Mode.BYPASS)
+        built = make_engine(
+            tiny_llama(), base_product=ProductKind.INT8, mode=Mode.BYPASS, prefill_chunk=128
+        )
         if not layers:
             decoder_of(built).give_back()
         assert bool(decoder_of(built).num_layers) is layers
@@ -203,6 +263,6 @@ def test_eight_bit_layers_give_the_tokens_of_eight_bit_products(
         run_all(built, [make_sequence(prompt, adapter=admit(built, folders["all"]))])
         return torch.cat(logits)
 
-    prompt = random_prompt(20, seed=4)
+    prompt = random_prompt(100, seed=4)  # more rows than are multiplied in eight bits
     monkeypatch.setattr(ModelRunner, "run", recording)
     torch.testing.assert_close(record(layers=True), record(layers=False), rtol=1e-4, atol=1e-4)

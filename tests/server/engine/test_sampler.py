@@ -27,7 +27,8 @@ def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
 
 
 def tokens(scores: torch.Tensor, *sequences: Sequence) -> list[int]:
-    return [sampled.token_id for sampled in sample(scores, sequences)]
+    tokens = sample(scores, sequences)
+    return [sampled.token_id for sampled in tokens if sampled is not None]
 
 
 def test_greedy_takes_the_most_likely() -> None:
@@ -145,9 +146,23 @@ def test_logprobs_are_the_models_own() -> None:
     plain = make_sequence([1])
     asked = make_sequence([1], temperature=3.0, logprobs=True, top_logprobs=3, top_k=5)
     first, second = sample(scores, [plain, asked])
+    assert first is not None and second is not None
     assert first.logprob is None
     assert first.top == ()
     assert second.logprob == pytest.approx(float(expected[1, second.token_id]), rel=1e-5)
     best = expected[1].topk(3)
     assert [token for token, _ in second.top] == best.indices.tolist()
     assert [value for _, value in second.top] == pytest.approx(best.values.tolist())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}])
+def test_logits_that_are_no_numbers_give_no_token(value: float, params: dict[str, Any]) -> None:
+    scores = torch.zeros(3, 8)
+    scores[1, 5] = value
+    tokens = sample(scores, [make_sequence([1], **params) for _ in range(3)])
+    assert [token is None for token in tokens] == [False, True, False]
+
+
+def test_a_row_of_nothing_but_minus_infinity_gives_no_token() -> None:
+    assert sample(torch.full((1, 8), -math.inf), [make_sequence([1])]) == [None]
