@@ -113,6 +113,8 @@ void place_segments(const Site& site, Scratch& scratch, int number) {
     // What shrinking reads is asked for during the product before.
     if (number > 0) hint_at(segment.a, segment.rank * site.base.k, scratch.hints[number - 1]);
   }
+  std::stable_sort(parts.begin(), parts.end(),
+                   [](const Part& one, const Part& other) { return one.row < other.row; });
 }
 
 // The functions below are called by a whole team of threads.
@@ -137,7 +139,7 @@ void share_site(const Site& site, const Scratch& scratch, int number, const floa
   const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
   share_product(x, site.base, residual, out, rows,
-                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size()), rows), hints);
+                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.

@@ -240,63 +240,63 @@ inline void part_segment(const Segment& s, std::vector<Part>& parts) {
   }
 }
 
-// The expanding of all parts, panel by panel of a product with m rows.
+// The expanding of all parts, panel by panel of a product, while its sums are at hand.
 class PanelDeltas {
  public:
-  PanelDeltas(const Part* parts, int64_t count, int64_t m) : parts_(parts), count_(count), m_(m) {}
+  // `parts` by ascending row.
+  PanelDeltas(const Part* parts, int64_t count) : parts_(parts), count_(count) {}
 
-  // Computes what is added to columns [column, column + width), for all rows.
   void begin(int64_t column, int64_t width) {
-    static thread_local std::vector<float> memory;
-    if (static_cast<int64_t>(memory.size()) < m_ * kWidth) memory.resize(m_ * kWidth);
-    sums_ = memory.data();
-    std::fill(sums_, sums_ + m_ * kWidth, 0.0f);
+    column_ = column, width_ = width, done_ = 0;
+    here_.clear();
     for (int64_t i = 0; i < count_; i++) {
       const Part& part = parts_[i];
-      if (part.from < column + width && part.to > column) expand_part(part, column, width);
+      if (part.from >= column + width || part.to <= column) continue;
+      here_.push_back(&part);
     }
   }
 
-  void add(float* sums, int64_t row, int64_t rows) const {
-    for (int64_t i = 0; i < rows * kWidth; i += kLanes)
-      store(sums + i, load(sums + i) + load(sums_ + row * kWidth + i));
+  void add(float* sums, int64_t row, int64_t rows) {
+    for (size_t i = done_; i < here_.size() && here_[i]->row < row + rows; i++) {
+      const Part& part = *here_[i];
+      const int64_t first = std::max(row, part.row);
+      const int64_t last = std::min(row + rows, part.row + part.rows);
+      if (first < last)
+        add_part(part, part.shrunk + (first - part.row) * part.rank, last - first,
+                 sums + (first - row) * kWidth);
+      else if (i == done_ && part.row + part.rows <= row)
+        done_++;
+    }
   }
 
  private:
-  void expand_part(const Part& part, int64_t column, int64_t width) {
-    const float* b = part.b + column;
-    float* sums = sums_ + part.row * kWidth;
-    const int64_t from = std::max<int64_t>(part.from - column, 0);
-    const int64_t to = std::min(part.to - column, width);
-    if (to - from < kWidth) {
-      for (int64_t r = 0; r < part.rows; r++)
-        for (int64_t q = 0; q < part.ranks; q++)
-          for (int64_t c = from; c < to; c++)
-            sums[r * kWidth + c] += part.shrunk[r * part.rank + q] * b[q * part.ldb + c];
+  void add_part(const Part& part, const float* shrunk, int64_t rows, float* sums) const {
+    const float* b = part.b + column_;
+    if (part.from <= column_ && part.to >= column_ + kWidth) {
+      add_rows<kTileRows>(rows, part, shrunk, b, sums);
       return;
     }
-    const int64_t blocks = (part.rows + kTileRows - 1) / kTileRows;
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t row = part.rows * block / blocks, next = part.rows * (block + 1) / blocks;
-      expand_rows<kTileRows>(next - row, part, part.shrunk + row * part.rank, b,
-                             sums + row * kWidth);
-    }
+    const int64_t from = std::max<int64_t>(part.from - column_, 0);
+    const int64_t to = std::min(part.to - column_, width_);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t q = 0; q < part.ranks; q++)
+        for (int64_t c = from; c < to; c++)
+          sums[r * kWidth + c] += shrunk[r * part.rank + q] * b[q * part.ldb + c];
   }
 
   template <int Rows>
-  void expand_rows(int64_t rows, const Part& part, const float* shrunk, const float* b,
-                   float* sums) {
+  void add_rows(int64_t rows, const Part& part, const float* shrunk, const float* b,
+                float* sums) const {
     if constexpr (Rows > 0) {
-      if (rows == Rows)
-        expand_tile<Rows, kPanelVecs>(shrunk, part.rank, b, part.ldb, part.ranks, sums, kWidth);
-      else
-        expand_rows<Rows - 1>(rows, part, shrunk, b, sums);
+      if (rows != Rows) return add_rows<Rows - 1>(rows, part, shrunk, b, sums);
+      expand_tile<Rows, kPanelVecs>(shrunk, part.rank, b, part.ldb, part.ranks, sums, kWidth);
     }
   }
 
   const Part* parts_;
-  int64_t count_, m_;
-  float* sums_ = nullptr;
+  int64_t count_, column_ = 0, width_ = 0;
+  size_t done_ = 0;
+  std::vector<const Part*> here_;
 };
 
 }  // namespace dynamic_lora
