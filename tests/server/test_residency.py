@@ -5,6 +5,7 @@ import pytest
 
 from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
+from dynamic_lora_adapters.slab import spread_width
 from dynamic_lora_server.generation import Started
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
@@ -20,7 +21,8 @@ async def test_more_adapters_than_room_are_served_in_turn(tmp_path: Path) -> Non
         make_adapter(tmp_path / name, tiny_llama(), rank=8, targets=["q_proj"], seed=i)
         for i, name in enumerate(names(5))
     ]
-    async with serving(tmp_path, adapter_memory=2 * 2 * 8 * (64 + 128) * 4) as runtime:
+    room_for_two = 2 * 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_two) as runtime:
         for name, folder in zip(names(5), folders, strict=True):
             publish(runtime, name, folder)
         alone = [token_ids(await collect(runtime, spec(adapter=name))) for name in names(5)]
