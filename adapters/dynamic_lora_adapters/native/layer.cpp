@@ -1,4 +1,4 @@
-// One decoder layer of the Llama family in one parallel region, in float32:
+// Decoder layers of the Llama family, one parallel region each, in float32:
 //
 //   h = hidden + o(attention(rotate(qkv(norm(hidden)))))
 //   out = h + down(silu(gate(norm(h))) * up(norm(h)))
@@ -245,20 +245,24 @@ Scratch& prepare(const Layer& layer, const Step& step) {
 
 extern "C" {
 
-// The whole layer, for a step whose tokens all are among its items.
+// Layers one after the other, for a step whose tokens all are among its items.
 // hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are
 // overwritten.
-void dynamic_lora_layer(const Layer* layer, const Step* step, const float* hidden, float* qkv,
-                        float* attended, float* out) {
-  Scratch& scratch = prepare(*layer, *step);
+void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* step,
+                         const float* hidden, float* qkv, float* attended, float* out) {
+  for (int64_t i = 0; i < count; i++) {
+    const Layer& layer = *layers[i];
+    const float* in = i == 0 ? hidden : out;
+    Scratch& scratch = prepare(layer, *step);
 #pragma omp parallel
-  {
-    share_attending(*layer, *step, scratch, hidden, qkv, attended);
-    share_finish(*layer, *step, scratch, hidden, attended, out);
+    {
+      share_attending(layer, *step, scratch, in, qkv, attended);
+      share_finish(layer, *step, scratch, in, attended, out);
+    }
   }
 }
 
-// Its first half: writes the cache, and attends for the tokens among the items.
+// The first half of a layer: writes the cache, and attends for the tokens among the items.
 void dynamic_lora_layer_attend(const Layer* layer, const Step* step, const float* hidden,
                                float* qkv, float* attended) {
   Scratch& scratch = prepare(*layer, *step);

@@ -1,4 +1,4 @@
-"""A whole decoder layer of the Llama family in C++: one call, one parallel region."""
+"""Whole decoder layers of the Llama family in C++: one parallel region each."""
 
 import ctypes
 from collections.abc import Sequence
@@ -169,33 +169,17 @@ class NativeLayer:
 
     def __init__(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> None:
         library = load_library("layer")
-        self._whole = library.dynamic_lora_layer
         self._attend = library.dynamic_lora_layer_attend
         self._finish = library.dynamic_lora_layer_finish
-        for function, count in ((self._whole, 6), (self._attend, 5), (self._finish, 5)):
-            function.argtypes = [_POINTER] * count
+        for function in (self._attend, self._finish):
+            function.argtypes = [_POINTER] * 5
             function.restype = None
         self.parts = parts
         norms = (parts.input_norm, parts.middle_norm, parts.q_norm, parts.k_norm)
         self._kept = keys, values, [norm.weight for norm in norms if norm is not None]
         self._c = _layer(parts, keys, values)
-        self._address = ctypes.addressof(self._c)
-        self._widths = parts.qkv.base.projection.n, parts.heads * parts.dim
-
-    def run(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output for hidden [..., rows, width] if every token is among the items."""
-        qkv, attended = step.room(*self._widths)
-        hidden = self._checked(step, hidden)
-        out = torch.empty_like(hidden)
-        self._whole(
-            self._address,
-            step.address,
-            hidden.data_ptr(),
-            qkv.data_ptr(),
-            attended.data_ptr(),
-            out.data_ptr(),
-        )
-        return out
+        self.address = ctypes.addressof(self._c)
+        self.widths = parts.qkv.base.projection.n, parts.heads * parts.dim
 
     def attend(self, step: LayerStep, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the cache, and attend for the tokens among the items.
@@ -203,10 +187,10 @@ class NativeLayer:
         Returns the rotated queries [heads, rows, dim], and [rows, heads, dim] with
         what was attended to; the caller fills in the other rows.
         """
-        qkv, attended = step.room(*self._widths)
-        hidden = self._checked(step, hidden)
+        qkv, attended = step.room(*self.widths)
+        hidden = self.checked(step, hidden)
         self._attend(
-            self._address, step.address, hidden.data_ptr(), qkv.data_ptr(), attended.data_ptr()
+            self.address, step.address, hidden.data_ptr(), qkv.data_ptr(), attended.data_ptr()
         )
         parts = self.parts
         q = qkv[:, parts.q : parts.q + parts.heads * parts.dim]
@@ -215,17 +199,50 @@ class NativeLayer:
 
     def finish(self, step: LayerStep, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output, from what `attend` returned, filled in."""
-        hidden = self._checked(step, hidden)
+        hidden = self.checked(step, hidden)
         out = torch.empty_like(hidden)
         self._finish(
-            self._address, step.address, hidden.data_ptr(), attended.data_ptr(), out.data_ptr()
+            self.address, step.address, hidden.data_ptr(), attended.data_ptr(), out.data_ptr()
         )
         return out
 
-    def _checked(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
+    def checked(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states as C++ reads them."""
         width = self.parts.o.base.projection.n
         assert hidden.dtype == torch.float32 and hidden.numel() == step.num_rows * width
         return hidden.contiguous()
+
+
+class LayerStack:
+    """Layers of one kind that follow each other, in one call.
+
+    Python's lock is asked for again once, not once a layer: with another thread
+    that writes answers, each time may be a wait.
+    """
+
+    def __init__(self, layers: Sequence[NativeLayer]) -> None:
+        self._run = load_library("layer").dynamic_lora_layers
+        self._run.argtypes = [_POINTER, _SIZE, *[_POINTER] * 5]
+        self._run.restype = None
+        self._layers = layers
+        self._addresses = (_POINTER * len(layers))(*(layer.address for layer in layers))
+
+    def run(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's output for hidden [..., rows, width]; every token is among the items."""
+        first = self._layers[0]
+        qkv, attended = step.room(*first.widths)
+        hidden = first.checked(step, hidden)
+        out = torch.empty_like(hidden)
+        self._run(
+            self._addresses,
+            len(self._layers),
+            step.address,
+            hidden.data_ptr(),
+            qkv.data_ptr(),
+            attended.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
 
 
 def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Layer:

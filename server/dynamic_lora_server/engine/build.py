@@ -28,12 +28,12 @@ from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
 from dynamic_lora_server.engine.kv_layout import KVLayout, contiguous_layout, paged_layout
 from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
+from dynamic_lora_server.engine.llama_layers import has_llama_layers
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import (
     adopt_native_layers,
     decode_trial,
-    has_llama_layers,
 )
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,34 +22,29 @@ from dynamic_lora_adapters.native import NativeUnavailable
 from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.native.layer import (
     DeltaRuns,
-    LayerParts,
+    LayerStack,
     LayerStep,
     NativeLayer,
-    Site,
     delta_runs,
 )
-from dynamic_lora_adapters.native.norm import NativeRmsNorm
-from dynamic_lora_adapters.native.product import PackedWeight
 from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_server.engine.attention import AttentionStep, Rule, attending
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.kv_cache import KVCache
+from dynamic_lora_server.engine.llama_layers import (
+    Unsuited,
+    has_llama_layers,
+    layer_parts,
+    layer_paths,
+)
 from dynamic_lora_server.engine.probe import forward, packed_spans, run_packed
 
 logger = logging.getLogger(__name__)
 
-_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
-_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # Largest logit difference, relative to the largest logit: what the order of sums makes.
 _TOLERANCE = 1e-4
 # The probe's sequences: a long one whose prompt comes in two pieces, and a short one.
 _PROBE_PIECES = ((20, 3), (1, 4))
-
-
-class _Unsuited(Exception):
-    """The model's layers are not of the one kind that is taken over; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +74,7 @@ class NativeDecoder:
         self._site = site
         self._running: _Running | None = None
         self._originals: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._stacks: dict[int, LayerStack] = {}
 
     @property
     def num_layers(self) -> int:
@@ -115,7 +110,9 @@ class NativeDecoder:
             step.rotate_by(cos, sin, native.parts.dim)
             _, others = running.attention.native_items(rule.window)
             if not others:
-                return native.run(step, hidden_states)
+                # The first layer of a stack answers for all of it.
+                stack = self._stacks.get(number)
+                return hidden_states if stack is None else stack.run(step, hidden_states)
             q, attended = native.attend(step, hidden_states)
             running.attention.attend_others(number, q, attended, rule)
             return native.finish(step, hidden_states, attended)
@@ -123,11 +120,19 @@ class NativeDecoder:
         self._originals.append((module, own))
         module.forward = forward
 
+    def stack(self, layers: Sequence[NativeLayer], windows: Sequence[int | None]) -> None:
+        """Run neighbouring layers of one window and of equal widths in one call."""
+        kinds = [(layer.widths, window) for layer, window in zip(layers, windows, strict=True)]
+        starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+        for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
+            self._stacks[start] = LayerStack(layers[start:stop])
+
     def give_back(self) -> None:
         """Let transformers' layers run again."""
         for module, own in self._originals:
             module.forward = own
         self._originals.clear()
+        self._stacks.clear()
 
 
 @torch.inference_mode()
@@ -154,7 +159,7 @@ def adopt_native_layers(
     decoder = NativeDecoder(site, attention)
     try:
         _take_over(model, decoder, projections, cache)
-    except (NativeUnavailable, _Unsuited) as reason:
+    except (NativeUnavailable, Unsuited) as reason:
         logger.info("Decoder layers are transformers' own: %s", reason)
         decoder.give_back()
     except Exception:  # a model that is called in another way than Llama's is served all the same
@@ -171,22 +176,25 @@ def _take_over(
 ) -> None:
     assert decoder.attention is not None
     if not has_llama_layers(model):
-        raise _Unsuited("not all of them have the parts of a Llama layer")
+        raise Unsuited("not all of them have the parts of a Llama layer")
     if not all(map(decoder.attention.serves, cache.keys, cache.values)):
-        raise _Unsuited("attention is not in C++ for heads of this size")
+        raise Unsuited("attention is not in C++ for heads of this size")
     probe = _Probe(model, cache)
     expected = probe.run(decoder)
-    for number, path in enumerate(_layer_paths(model)):
+    layers: list[NativeLayer] = []
+    for number, path in enumerate(layer_paths(model)):
         rule = probe.rules[number]
         keys, values = cache.keys[number], cache.values[number]
         if keys.shape != values.shape:
-            raise _Unsuited("keys and values differ in size")
-        parts = _parts(model, path, projections, rule, keys)
+            raise Unsuited("keys and values differ in size")
+        parts = layer_parts(model, path, projections, rule, keys)
         native = NativeLayer(parts, keys, values)
         decoder.take_over(model.get_submodule(path), native, number, rule)
+        layers.append(native)
+    decoder.stack(layers, [probe.rules[number].window for number in range(len(layers))])
     error = float((probe.run(decoder) - expected).abs().max() / expected.abs().max())
     if not error <= _TOLERANCE:
-        raise _Unsuited(f"their logits differ by {error:.1e}")
+        raise Unsuited(f"their logits differ by {error:.1e}")
 
 
 def decode_trial(
@@ -223,7 +231,7 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         lengths = [sum(pieces) for pieces in _PROBE_PIECES]
         if sum(lengths) > len(cache.keys[0]):
-            raise _Unsuited("the KV cache is too small for a probe")
+            raise Unsuited("the KV cache is too small for a probe")
         self._ids = [torch.randint(len(embedding), (n,), generator=generator) for n in lengths]
 
     def run(self, decoder: NativeDecoder) -> torch.Tensor:
@@ -251,97 +259,3 @@ class _Probe:
             logits = forward(self._model, torch.cat(tokens)[None], (cached + offsets)[None], 0)
         self.rules = self.rules or step.rules
         return logits
-
-
-def has_llama_layers(model: PreTrainedModel) -> bool:
-    """Whether all decoder layers have the parts of a Llama layer, by name."""
-    return len(_layer_paths(model)) == int(model.config.num_hidden_layers)
-
-
-def _layer_paths(model: PreTrainedModel) -> list[str]:
-    return [p for p, m in model.named_modules() if _children(m) == _LAYER_PARTS]
-
-
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
-
-
-def _parts(
-    model: PreTrainedModel,
-    path: str,
-    projections: Sequence[GroupedProjection],
-    rule: Rule,
-    keys: torch.Tensor,
-) -> LayerParts:
-    layer, attention = model.get_submodule(path), model.get_submodule(f"{path}.self_attn")
-    names = _children(attention)
-    if names - _HEAD_NORMS != _PROJECTIONS or names & _HEAD_NORMS not in (set(), _HEAD_NORMS):
-        raise _Unsuited(f"attention is made of {', '.join(sorted(names))}")
-    if _children(model.get_submodule(f"{path}.mlp")) != _MLP_PARTS:
-        raise _Unsuited("the layers have no gated MLP")
-    if rule.sinks is not None or rule.softcap is not None:
-        raise _Unsuited("attention has sinks or a soft cap")
-    qkv, (q, k, v) = _packed(projections, [f"{path}.self_attn.{name}_proj" for name in "qkv"])
-    gate_up, (gate, up) = _packed(projections, [f"{path}.mlp.{n}_proj" for n in ("gate", "up")])
-    o, _ = _packed(projections, [f"{path}.self_attn.o_proj"])
-    down, _ = _packed(projections, [f"{path}.mlp.down_proj"])
-    parts = LayerParts(
-        input_norm=_norm(layer, "input_layernorm"),
-        middle_norm=_norm(layer, "post_attention_layernorm"),
-        q_norm=_norm(attention, "q_norm") if "q_norm" in names else None,
-        k_norm=_norm(attention, "k_norm") if "k_norm" in names else None,
-        qkv=qkv,
-        o=o,
-        gate_up=gate_up,
-        down=down,
-        heads=len(q) // keys.shape[2],
-        kv_heads=keys.shape[1],
-        dim=keys.shape[2],
-        q=q.start,
-        k=k.start,
-        v=v.start,
-        gate=gate.start,
-        up=up.start,
-        scaling=rule.scaling,
-    )
-    if not _fits(parts, widths=[len(part) for part in (q, k, v, gate, up)]):
-        raise _Unsuited("the layers' sizes are not Llama's")
-    return parts
-
-
-def _fits(parts: LayerParts, widths: list[int]) -> bool:
-    """Whether all sizes agree, for C++ reads and writes by them; `widths` of q, k, v, gate, up."""
-    qkv, o, gate_up, down = (
-        site.base.projection for site in (parts.qkv, parts.o, parts.gate_up, parts.down)
-    )
-    hidden, new = o.n, parts.kv_heads * parts.dim
-    head_norms = [norm for norm in (parts.q_norm, parts.k_norm) if norm is not None]
-    return (
-        widths == [parts.heads * parts.dim, new, new, down.k, down.k]
-        and o.k == widths[0]
-        and parts.heads % parts.kv_heads == 0
-        and qkv.k == gate_up.k == down.n == hidden
-        and len(parts.input_norm.weight) == len(parts.middle_norm.weight) == hidden
-        and all(len(norm.weight) == parts.dim for norm in head_norms)
-    )
-
-
-def _packed(projections: Sequence[GroupedProjection], paths: list[str]) -> tuple[Site, list[range]]:
-    """The projection of exactly these paths, and the columns of each in its output."""
-    for projection in projections:
-        group = projection.group
-        if set(group.paths) == set(paths):
-            if not isinstance(projection.base, PackedWeight):
-                raise _Unsuited("its products are not in C++")
-            stops = dict(zip(group.paths, accumulate(group.widths), strict=True))
-            widths = dict(zip(group.paths, group.widths, strict=True))
-            columns = [range(stops[path] - widths[path], stops[path]) for path in paths]
-            return Site(projection.base, projection.index), columns
-    raise _Unsuited(f"{' and '.join(paths)} do not share their input alone")
-
-
-def _norm(module: nn.Module, name: str) -> NativeRmsNorm:
-    norm = getattr(module, name).forward
-    if not isinstance(norm, NativeRmsNorm):
-        raise _Unsuited(f"{name} is not in C++")
-    return norm

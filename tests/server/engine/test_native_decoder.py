@@ -12,7 +12,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM, PreTrainedModel
 
-from dynamic_lora_adapters.native.layer import LayerStep, NativeLayer, delta_runs
+from dynamic_lora_adapters.native.layer import (
+    LayerStack,
+    LayerStep,
+    NativeLayer,
+    delta_runs,
+)
 from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
@@ -87,6 +92,29 @@ def test_layers_of_the_llama_family_are_taken_over(family: str, tmp_path: Path) 
         assert tokens == peft_greedy(oracle, task, prompt, NUM_TOKENS)
 
 
+def test_layers_with_and_without_a_window_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2 may slide in some layers only; neighbours of one kind share a call."""
+    calls: list[int] = []
+    run = LayerStack.run
+
+    def counting(self: LayerStack, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(len(self._layers))
+        return run(self, step, hidden)
+
+    monkeypatch.setattr(LayerStack, "run", counting)
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    sizes = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 16}
+    build = TINY_MODELS["qwen2"]
+    built = native_engine(build(**sizes, use_sliding_window=True))
+    assert decoder_of(built).num_layers == 4
+    calls.clear()
+    prompt = random_prompt(40, seed=7)
+    (tokens,) = run_all(built, [make_sequence(prompt)])
+    own = make_engine(build(**sizes, use_sliding_window=True), native=False)
+    assert tokens == run_all(own, [make_sequence(prompt)])[0]
+    assert calls[-3:] == [2, 1, 1]
+
+
 @pytest.mark.parametrize("family", sorted(REFUSALS))
 def test_other_layers_are_left_alone_and_the_log_says_why(
     family: str, caplog: pytest.LogCaptureFixture
@@ -131,7 +159,7 @@ def test_a_trial_that_breaks_leaves_the_model_to_its_own_layers(
     def broken(*_: object) -> None:
         raise IndexError("what a model might do")
 
-    monkeypatch.setattr(NativeLayer, "run", broken)
+    monkeypatch.setattr(LayerStack, "run", broken)
     monkeypatch.setattr(NativeLayer, "attend", broken)
     prompt = random_prompt(9, seed=6)
     built = native_engine(tiny_llama())
