@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynamic_lora_server import dtypes
 from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.runtime import Runtime, Tier, shipped_adapters
@@ -72,3 +73,13 @@ def test_dtype_by_name_and_by_measurement() -> None:
     assert choose_dtype("auto", torch.device("cuda"), config) is torch.bfloat16
     config.dtype = torch.float16
     assert choose_dtype("auto", torch.device("cuda"), config) is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("short", "expected"), [(0.9, torch.float32), (0.7, torch.float32), (0.5, torch.bfloat16)]
+)
+def test_bfloat16_must_be_clearly_faster_on_a_cpu(
+    short: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dtypes, "_seconds", lambda *_: [1.0, short])
+    assert choose_dtype("auto", torch.device("cpu"), tiny_llama().config) is expected

@@ -178,7 +178,10 @@ def _take_over(
     if not has_llama_layers(model):
         raise Unsuited("not all of them have the parts of a Llama layer")
     if not all(map(decoder.attention.serves, cache.keys, cache.values)):
-        raise Unsuited("attention is not in C++ for heads of this size")
+        keys = cache.keys[0]
+        raise Unsuited(
+            f"attention is not in C++ for {keys.dtype} on {keys.device}, heads of {keys.shape[2]}"
+        )
     probe = _Probe(model, cache)
     expected = probe.run(decoder)
     layers: list[NativeLayer] = []
