@@ -97,10 +97,42 @@ def test_int8_multiplies_by_the_rounded_weight(
     step = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     rounded = (weight / step).round() * step
     x = torch.randn(rows, in_features, generator=generator)
+    x *= 100 ** torch.arange(rows).remainder(5)[:, None]
     out = make_product(ProductKind.INT8, weight, bias)(x)
-    torch.testing.assert_close(
-        out, torch.nn.functional.linear(x, rounded, bias), rtol=1e-4, atol=1e-3
-    )
+    expected = torch.nn.functional.linear(in_sixteen_bits(x), rounded, bias)
+    largest = expected.abs().amax(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(out / largest, expected / largest, rtol=0, atol=1e-4)
+
+
+def in_sixteen_bits(x: torch.Tensor) -> torch.Tensor:
+    """Rounded as integers up to 32767, 256 inputs of a row to a scale."""
+    groups = []
+    for group in x.split(256, dim=1):
+        step = group.abs().amax(1, keepdim=True) / 32767
+        groups.append((group / step).round() * step)
+    return torch.cat(groups, dim=1)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 255, 256, 258])
+@torch.inference_mode()
+def test_int8_keeps_what_is_no_number_to_its_row(wrong: float, place: int) -> None:
+    x = torch.ones(9, 259)
+    x[4, place] = wrong
+    out = make_product(ProductKind.INT8, torch.ones(20, 259), None)(x)
+    assert not out[4].isfinite().any()
+    others = torch.cat([out[:4], out[5:]])
+    torch.testing.assert_close(others, torch.full((8, 20), 259.0))
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-31])
+@torch.inference_mode()
+def test_int8_takes_tiny_inputs_for_zeros(size: float) -> None:
+    bias = torch.randn(20)
+    out = make_product(ProductKind.INT8, torch.ones(20, 300), bias)(torch.full((3, 300), size))
+    assert torch.equal(out, bias.expand(3, 20))
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")

@@ -16,8 +16,12 @@
 
 namespace dynamic_lora {
 
-constexpr int kMaxHeads = 4;  // query heads scored together: their sums stay in registers
-constexpr int kValueVecs = 4; // vectors of the value's width that are summed together
+constexpr int kMaxHeads = 4;     // query heads scored together: their sums stay in registers
+constexpr int kScored = 4;       // cached tokens that are scored together, as far as registers go
+constexpr int kValueVecs = 4;    // vectors of the value's width that are summed together
+constexpr int kTokensAhead = 8;  // how far ahead keys and values are asked for
+constexpr int kLine = 16;        // floats of a cache line
+constexpr int64_t kManyItems = 8;
 
 // e^x for x <= 0, by splitting off powers of two and a polynomial of degree 6
 // on [-ln2/2, ln2/2]; the relative error is below 3e-7. Below -87 it is 0.
@@ -50,14 +54,27 @@ struct Attention {
   float scaling, softcap;
 };
 
+// The largest of so many values, a multiple of kLanes; one that is no number may be passed over.
+inline float highest(const float* values, int64_t count) {
+  Vec top = load(values);
+  for (int64_t t = kLanes; t < count; t += kLanes) {
+    const Vec next = load(values + t);
+    top = next > top ? next : top;
+  }
+  float found = top[0];
+  UNROLL
+  for (int lane = 1; lane < kLanes; lane++) found = std::max(found, top[lane]);
+  return found;
+}
+
 // Turns scores into weights that are not yet divided by their sum; returns the sum.
 inline float soften(float* scores, int64_t count, int64_t padded, const Attention& layer, int64_t head) {
   if (layer.softcap > 0)
     for (int64_t t = 0; t < count; t++)
       scores[t] = layer.softcap * std::tanh(scores[t] / layer.softcap);
-  float top = *std::max_element(scores, scores + count);
-  if (layer.sinks) top = std::max(top, layer.sinks[head]);
   for (int64_t t = count; t < padded; t++) scores[t] = -INFINITY;
+  float top = highest(scores, padded);
+  if (layer.sinks) top = std::max(top, layer.sinks[head]);
   Vec total{};
   for (int64_t t = 0; t < padded; t += kLanes) {
     const Vec weight = exp_negative(load(scores + t) - top);
@@ -67,21 +84,49 @@ inline float soften(float* scores, int64_t count, int64_t padded, const Attentio
   return sum(total) + (layer.sinks ? std::exp(layer.sinks[head] - top) : 0.0f);
 }
 
+// Scores of tokens [t, t + Tokens).
+template <int Heads, int Tokens>
+void score_tokens(const Attention& layer, const float* q, const float* keys, int64_t t,
+                  int64_t padded, float* scores) {
+  const int64_t stride = layer.kv_heads * layer.dim;
+  const float* key = keys + t * stride;
+  Vec dots[Heads][Tokens];
+  UNROLL
+  for (int h = 0; h < Heads; h++) {
+    UNROLL
+    for (int i = 0; i < Tokens; i++) dots[h][i] = Vec{};
+  }
+  for (int64_t d = 0; d < layer.dim; d += kLanes) {
+    Vec query[Heads];
+    UNROLL
+    for (int h = 0; h < Heads; h++) query[h] = held(load(q + h * layer.q_head + d));
+    UNROLL
+    for (int i = 0; i < Tokens; i++) {
+      const Vec part = held(load(key + i * stride + d));
+      if (d % kLine == 0) __builtin_prefetch(key + (i + kTokensAhead) * stride + d);
+      UNROLL
+      for (int h = 0; h < Heads; h++) dots[h][i] += part * query[h];
+    }
+  }
+  UNROLL
+  for (int h = 0; h < Heads; h++) {
+    if constexpr (Tokens == 4) {
+      sums(dots[h], layer.scaling, scores + h * padded + t);
+    } else {
+      UNROLL
+      for (int i = 0; i < Tokens; i++) scores[h * padded + t + i] = sum(dots[h][i]) * layer.scaling;
+    }
+  }
+}
+
 template <int Heads>
 void score(const Attention& layer, const float* q, const float* keys, int64_t count, int64_t padded,
            float* scores) {
-  const int64_t stride = layer.kv_heads * layer.dim;
-  for (int64_t t = 0; t < count; t++) {
-    const float* key = keys + t * stride;
-    Vec dot[Heads] = {};
-    for (int64_t d = 0; d < layer.dim; d += kLanes) {
-      const Vec part = load(key + d);
-      UNROLL
-      for (int h = 0; h < Heads; h++) dot[h] += part * load(q + h * layer.q_head + d);
-    }
-    UNROLL
-    for (int h = 0; h < Heads; h++) scores[h * padded + t] = sum(dot[h]) * layer.scaling;
-  }
+  constexpr int kTokens = kLanes == 8 && Heads > 3 ? kScored / 2 : kScored;
+  int64_t t = 0;
+  for (; t + kTokens <= count; t += kTokens)
+    score_tokens<Heads, kTokens>(layer, q, keys, t, padded, scores);
+  for (; t < count; t++) score_tokens<Heads, 1>(layer, q, keys, t, padded, scores);
 }
 
 template <int Heads, int Vecs>
@@ -93,6 +138,8 @@ void blend(const Attention& layer, const float* weights, const float* values, in
     UNROLL
     for (int v = 0; v < Vecs; v++) {
       const Vec part = load(values + t * stride + v * kLanes);
+      if (v * kLanes % kLine == 0)
+        __builtin_prefetch(values + (t + kTokensAhead) * stride + v * kLanes);
       UNROLL
       for (int h = 0; h < Heads; h++) blended[h][v] += weights[h * padded + t] * part;
     }
@@ -130,7 +177,9 @@ void attend(const Attention& layer, int64_t row, int64_t first_cell, int64_t cou
 inline void share_attention(const Attention& layer, const int64_t* items, int64_t num_items) {
   static thread_local std::vector<float> scratch;
   const int64_t group = layer.heads / layer.kv_heads;
-#pragma omp for schedule(dynamic, 1)
+  // KV heads of one token lie side by side: where there is work enough, one thread reads them all.
+  const int64_t chunk = num_items >= kManyItems ? layer.kv_heads : 1;
+#pragma omp for schedule(dynamic, chunk)
   for (int64_t work = 0; work < num_items * layer.kv_heads; work++) {
     const int64_t* item = items + work / layer.kv_heads * 3;
     const int64_t kv_head = work % layer.kv_heads;

@@ -69,6 +69,7 @@ struct Scratch {
   std::vector<Segment> segments[4];
   std::vector<Part> parts[4];
   std::vector<Hint> hints[4];  // at what is read behind each of the products
+  Rounding rounding;
 };
 
 float* room(std::vector<float>& memory, int64_t size) {
@@ -125,7 +126,7 @@ void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int6
 }
 
 // One projection with its deltas; meanwhile what the next one reads first is asked for.
-void share_site(const Site& site, const Scratch& scratch, int number, const float* x,
+void share_site(const Site& site, Scratch& scratch, int number, const float* x,
                 const float* residual, float* out, int64_t rows) {
   const std::vector<Segment>& segments = scratch.segments[number];
   const std::vector<Part>& parts = scratch.parts[number];
@@ -133,13 +134,14 @@ void share_site(const Site& site, const Scratch& scratch, int number, const floa
   if (rows > kFewRows)
     hints = {scratch.hints[number].data(), static_cast<int64_t>(scratch.hints[number].size())};
   if (segments.empty()) {
-    share_product(x, site.base, residual, out, rows, NoDeltas{}, hints);
+    share_product(x, site.base, residual, out, rows, NoDeltas{}, hints, scratch.rounding);
     return;
   }
   const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
   share_product(x, site.base, residual, out, rows,
-                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints);
+                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints,
+                scratch.rounding);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -229,6 +231,8 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
   room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   room(scratch.activated, step.rows * layer.down.base.k);
+  for (const Site* site : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+    if (site->base.scale) scratch.rounding.make_room(step.rows, site->base.k);
   find_segments(layer.qkv, step, scratch, 0);
   find_segments(layer.o, step, scratch, 1);
   find_segments(layer.gate_up, step, scratch, 2);

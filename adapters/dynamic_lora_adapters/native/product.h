@@ -1,4 +1,5 @@
-// y = x W^T + bias for a few to a few hundred rows of x, in float32, from a packed W.
+// y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32 or,
+// for a W in eight bits, in integers (`rounded.h`).
 //
 // W [n, k] is packed in panels of kWidth outputs, [k][kWidth] each, so that a
 // panel is read once, in order, for all rows. Up to kRows rows are summed in
@@ -15,10 +16,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
+#include "rounded.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
@@ -27,12 +25,15 @@ constexpr int kPanelVecs = 2;
 constexpr int kWidth = kPanelVecs * kLanes;
 // Sums, two weights and one input fit into 16 (AVX2) or 32 (AVX-512) registers.
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
-constexpr int64_t kSlice = 2048;  // inputs summed per pass: a slice of a panel stays in L2
 constexpr int64_t kAhead = 32;    // lines asked for in advance when a panel is read only once
-// Beyond so many rows a panel in eight bits is widened once for all of them (measured on AVX2).
+// Beyond so many rows a panel in eight bits is widened once for all of them.
 constexpr int64_t kNarrowRows = 6 * kTileRows;
 
-// The weight of a linear layer, in panels: float32, or eight bits with a scale for each output.
+// Rows are cut into blocks of nearly equal size.
+inline int64_t row_blocks(int64_t m) { return (m + kTileRows - 1) / kTileRows; }
+
+// The weight of a linear layer, in panels: float32, or eight bits with a scale for each output,
+// [ceil(k / 2)][kWidth][2] each.
 struct Projection {
   const void* packed;
   const float* scale;  // [n]; null says that the panels are float32
@@ -40,32 +41,14 @@ struct Projection {
   int64_t n, k;
 };
 
-inline Vec widen(const float* p) { return load(p); }
-
-// Spelt out for x86, where GCC converts the lanes one by one.
-inline Vec widen(const int8_t* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  return _mm256_cvtepi32_ps(
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  Vec wide;
-  UNROLL
-  for (int i = 0; i < kLanes; i++) wide[i] = p[i];
-  return wide;
-#endif
-}
-
 struct Ahead {
   const char* line;
   int64_t step;  // bytes per input
 };
 
 // Adds x [Rows, depth] times a panel slice [depth, kWidth] to y.
-template <int Rows, typename Weight>
-__attribute__((noinline)) void tile(const float* x, int64_t ldx, const Weight* panel, int64_t depth,
+template <int Rows>
+__attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* panel, int64_t depth,
                                     float* y, int64_t ldy, Ahead ahead) {
   Vec sums[Rows][kPanelVecs];
   UNROLL
@@ -76,7 +59,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Weight* p
   for (int64_t i = 0; i < depth; i++) {
     Vec weights[kPanelVecs];
     UNROLL
-    for (int v = 0; v < kPanelVecs; v++) weights[v] = widen(panel + i * kWidth + v * kLanes);
+    for (int v = 0; v < kPanelVecs; v++) weights[v] = load(panel + i * kWidth + v * kLanes);
     UNROLL
     for (int r = 0; r < Rows; r++) {
       const float input = x[r * ldx + i];
@@ -93,16 +76,41 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Weight* p
   }
 }
 
-template <int Rows, typename Weight>
-void tile_of(int64_t rows, const float* x, int64_t ldx, const Weight* panel, int64_t depth,
-             float* y, int64_t ldy, Ahead ahead) {
-  if constexpr (Rows > 0) {
-    if (rows == Rows)
-      tile<Rows>(x, ldx, panel, depth, y, ldy, ahead);
-    else
-      tile_of<Rows - 1>(rows, x, ldx, panel, depth, y, ldy, ahead);
+// x [m, k] as it is, for panels in float32.
+struct WholeInputs {
+  using Weight = float;
+  static constexpr int64_t kSlice = 2048;  // inputs summed per pass: a slice of a panel stays in L2
+  const float* x;
+  int64_t k;
+
+  int64_t depth() const { return k; }
+
+  template <int Rows>
+  void add(int64_t row, int64_t i, const float* slice, int64_t depth, float* sums,
+           Ahead ahead) const {
+    tile<Rows>(x + row * k + i, k, slice, depth, sums, kWidth, ahead);
   }
-}
+};
+
+// x [m, k] in sixteen bits, for panels of pairs of weights in eight, or widened to sixteen.
+struct RoundedInputs {
+  using Weight = int8_t;
+  static constexpr int64_t kSlice = kGroup;
+  const int16_t* values;
+  const float* scales;
+  int64_t k;
+
+  int64_t depth() const { return even(k); }
+
+  template <int Rows, typename Wide>
+  void add(int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
+           Ahead ahead) const {
+    const int64_t groups = Rounding::groups(k);
+    pair_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows,
+                                scales + row * groups + i / kGroup, groups, slice, depth, sums,
+                                kWidth, ahead.line, 2 * ahead.step);
+  }
+};
 
 // Memory that will be read next: `lines` cache lines from `start`, `before` in earlier hints.
 struct Hint {
@@ -136,102 +144,145 @@ struct NoDeltas {
   void add(float*, int64_t, int64_t) {}
 };
 
-// What a product is made of beside x and its size. `Extra` adds to the sums of a panel before
+// What a product is made of beside its size. `Extra` adds to the sums of a panel before
 // they are stored: it is told of a panel by `begin` (column, width), and then asked for each of
 // its blocks of rows by `add` (sums [rows, kWidth], row, rows).
-template <typename Weight, typename Extra>
+template <typename Inputs, typename Extra>
 struct Product {
+  using Weight = typename Inputs::Weight;
+  Inputs inputs;
   const Weight* packed;
   const float* scale;     // [n] or null
   const float* bias;      // [n] or null
   const float* residual;  // [m, n] or null
   float* y;               // [m, n]
-  int64_t m, n, k;
+  int64_t m, n;
   Extra extra;
   Hints hints;
 
   int64_t panels() const { return (n + kWidth - 1) / kWidth; }
 
+  // Scale, bias, deltas and residual, for a block of rows of a panel.
   void finish(float* sums, int64_t row, int64_t rows, int64_t column, int64_t width) {
+    if (width < kWidth) return finish_last(sums, row, rows, column, width);
     if (scale || bias)
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < width; c++) {
-          float& value = sums[r * kWidth + c];
-          if (scale) value *= scale[column + c];
-          if (bias) value += bias[column + c];
+      for (int64_t r = 0; r < rows; r++) {
+        UNROLL
+        for (int c = 0; c < kWidth; c += kLanes) {
+          Vec value = load(sums + r * kWidth + c);
+          if (scale) value *= load(scale + column + c);
+          if (bias) value += load(bias + column + c);
+          store(sums + r * kWidth + c, value);
         }
+      }
     extra.add(sums, row, rows);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t first = (row + r) * n + column;
-      for (int64_t c = 0; c < width; c++)
-        y[first + c] = sums[r * kWidth + c] + (residual ? residual[first + c] : 0.0f);
+      UNROLL
+      for (int c = 0; c < kWidth; c += kLanes) {
+        const Vec value = load(sums + r * kWidth + c);
+        store(y + first + c, residual ? value + load(residual + first + c) : value);
+      }
+    }
+  }
+
+  // The last panel may be narrower.
+  __attribute__((noinline)) void finish_last(float* sums, int64_t row, int64_t rows,
+                                             int64_t column, int64_t width) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < width; c++) {
+        float& value = sums[r * kWidth + c];
+        if (scale) value *= scale[column + c];
+        if (bias) value += bias[column + c];
+      }
+    extra.add(sums, row, rows);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < width; c++) {
+        const int64_t place = (row + r) * n + column + c;
+        y[place] = sums[r * kWidth + c] + (residual ? residual[place] : 0.0f);
+      }
+  }
+
+  template <int Rows, typename Wide>
+  void add(int64_t rows, int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
+           Ahead ahead) const {
+    if constexpr (Rows > 0) {
+      if (rows == Rows)
+        inputs.template add<Rows>(row, i, slice, depth, sums, ahead);
+      else
+        add<Rows - 1>(rows, row, i, slice, depth, sums, ahead);
     }
   }
 
   // Panel `number`, whose weights may have been widened to another type meanwhile.
   template <typename Wide>
-  void multiply(const float* x, const Wide* panel, int64_t number) {
+  void multiply(const Wide* panel, int64_t number) {
     const int64_t column = number * kWidth, width = std::min<int64_t>(kWidth, n - column);
-    const int64_t blocks = (m + kTileRows - 1) / kTileRows;
-    const char* next = reinterpret_cast<const char*>(panel + k * kWidth);
-    const int64_t bytes = k * kWidth * sizeof(Wide);
+    const int64_t blocks = row_blocks(m), depth = inputs.depth();
+    const char* next = reinterpret_cast<const char*>(panel + depth * kWidth);
+    const int64_t bytes = depth * kWidth * sizeof(Wide);
     extra.begin(column, width);
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t row = m * b / blocks, rows = m * (b + 1) / blocks - row;
       float sums[kTileRows * kWidth] = {};
       hints.ask(number * blocks + b, panels() * blocks);
-      for (int64_t i = 0; i < k; i += kSlice) {
+      for (int64_t i = 0; i < depth; i += Inputs::kSlice) {
         const Wide* slice = panel + i * kWidth;
-        const int64_t depth = std::min(kSlice, k - i);
         // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
         const Ahead ahead =
             blocks == 1 ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * 64,
                                 static_cast<int64_t>(kWidth * sizeof(Wide))}
-                        : Ahead{next + bytes * b / blocks + bytes * i / k / blocks,
+                        : Ahead{next + bytes * b / blocks + bytes * i / depth / blocks,
                                 static_cast<int64_t>(kWidth * sizeof(Wide)) / blocks + 1};
-        tile_of<kTileRows>(rows, x + row * k + i, k, slice, depth, sums, kWidth, ahead);
+        add<kTileRows>(rows, row, i, slice, std::min(Inputs::kSlice, depth - i), sums, ahead);
       }
       finish(sums, row, rows, column, width);
     }
   }
 
   // Called by a whole team of threads, each with a Product of its own.
-  void share(const float* x) {
+  void share() {
+    const int64_t size = inputs.depth() * kWidth;
 #pragma omp for schedule(guided, 1)
     for (int64_t j = 0; j < panels(); j++) {
-      const Weight* panel = packed + j * kWidth * k;
       if constexpr (std::is_same_v<Weight, int8_t>) {
         if (m > kNarrowRows) {
-          multiply(x, widened(panel), j);
+          multiply(widened(packed + j * size, size), j);
           continue;
         }
       }
-      multiply(x, panel, j);
+      multiply(packed + j * size, j);
     }
   }
 
-  // For several blocks of rows a panel of narrow weights is widened once.
-  const float* widened(const Weight* panel) {
-    static thread_local std::vector<float> wide;
-    if (static_cast<int64_t>(wide.size()) < k * kWidth) wide.resize(k * kWidth);
-    for (int64_t i = 0; i < k * kWidth; i += kLanes) store(wide.data() + i, widen(panel + i));
+  // For many blocks of rows a panel of narrow weights is widened once.
+  static const int16_t* widened(const Weight* panel, int64_t size) {
+    static thread_local std::vector<int16_t> wide;
+    if (static_cast<int64_t>(wide.size()) < size) wide.resize(size);
+    for (int64_t i = 0; i < size; i += 2 * kLanes)
+      *reinterpret_cast<PairVec*>(wide.data() + i) = pairs(panel + i);
     return wide.data();
   }
 };
 
 // y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
-// is asked for. Called by a whole team of threads.
+// is asked for. `rounding` has room for x where the weight is in eight bits. Called by a whole
+// team of threads.
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
-                   const Extra& extra, const Hints& hints) {
-  if (p.scale)
-    Product<int8_t, Extra>{static_cast<const int8_t*>(p.packed), p.scale, p.bias, residual, y, m,
-                            p.n, p.k, extra, hints}
-        .share(x);
-  else
-    Product<float, Extra>{static_cast<const float*>(p.packed), nullptr, p.bias, residual, y, m,
-                           p.n, p.k, extra, hints}
-        .share(x);
+                   const Extra& extra, const Hints& hints, Rounding& rounding) {
+  if (p.scale) {
+    share_rounding(x, m, p.k, row_blocks(m), rounding);
+    const RoundedInputs inputs{rounding.values.data(), rounding.scales.data(), p.k};
+    Product<RoundedInputs, Extra>{inputs,   static_cast<const int8_t*>(p.packed), p.scale, p.bias,
+                                  residual, y, m, p.n, extra, hints}
+        .share();
+  } else {
+    const WholeInputs inputs{x, p.k};
+    Product<WholeInputs, Extra>{inputs,   static_cast<const float*>(p.packed), nullptr, p.bias,
+                                residual, y, m, p.n, extra, hints}
+        .share();
+  }
 }
 
 }  // namespace dynamic_lora

@@ -4,11 +4,13 @@ import ctypes
 
 import torch
 
+from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_adapters.native.library import load_library
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
 _LARGEST = 127.0
+_ARENA = Arena()
 
 
 class Projection(ctypes.Structure):
@@ -77,9 +79,11 @@ class Int8Product(PackedWeight):
     """`(x @ Q.T) * scale + bias`: each output's weights in eight bits, with a scale of its own.
 
     Q is the weight divided by its row's largest magnitude over 127 and rounded
-    to nearest; inputs and sums are float32. Decoding few rows is bound by
-    reading the weights, which are a quarter as large. Raises NativeUnavailable
-    where it cannot be compiled.
+    to nearest. Inputs are rounded to sixteen bits, 256 at a time with a scale, and
+    multiplied in integers, exactly; these sums are added in float32. Decoding few
+    rows is bound by reading the weights, which are a quarter as large; of many, by
+    multiplications, which are half as many. Raises NativeUnavailable where it cannot
+    be compiled.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -96,7 +100,8 @@ class Int8Product(PackedWeight):
 
 def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     width = int(library.dynamic_lora_panel_width())
-    return torch.empty(-(-shape[0] // width) * width * shape[1], dtype=dtype)
+    depth = shape[1] if dtype == torch.float32 else shape[1] + shape[1] % 2
+    return _ARENA.empty(-(-shape[0] // width) * width * depth, dtype=dtype)
 
 
 def _pack(weight: torch.Tensor, packed: torch.Tensor) -> None:

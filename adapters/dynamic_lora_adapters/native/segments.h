@@ -21,6 +21,7 @@ constexpr int kSums = 12;       // sums that fit into the registers beside what 
 constexpr int kRows = 6;        // rows that are expanded together
 constexpr int kFewVecs = 2;     // vectors of outputs that are expanded to together, for many rows
 constexpr int kRanks = 2;       // ranks that one thread shrinks to at a time
+constexpr int64_t kManyRows = 24;  // beyond so many rows of a segment its x leaves the first caches
 constexpr int64_t kStrip = 64;  // outputs that one thread expands to at a time
 constexpr int64_t kMostPacked = 64;  // ranks of a strip that are laid side by side for many rows
 
@@ -194,21 +195,46 @@ inline void expand_segment(const Deltas& d, const Segment& s, int64_t column, in
   }
 }
 
-// The shrinking of all segments, two ranks at a time. Called by a whole team of threads.
+// All ranks of a block of rows, whose x stays at hand meanwhile.
+inline void shrink_block(const Deltas& d, const Segment& s, int64_t block, int64_t blocks) {
+  const int64_t row = s.rows * block / blocks, rows = s.rows * (block + 1) / blocks - row;
+  const float* x = d.x + (s.row + row) * d.ldx;
+  float* shrunk = s.shrunk + row * s.rank;
+  int64_t rank = 0;
+  for (; rank + kRanks <= s.rank; rank += kRanks)
+    shrink_rows<kSums / kRanks, kRanks>(rows, d, s, x, s.a + rank * d.in, shrunk + rank);
+  for (; rank < s.rank; rank++)
+    shrink_rows<kSums / kRanks, 1>(rows, d, s, x, s.a + rank * d.in, shrunk + rank);
+}
+
+// Shrinking is shared out by ranks, so that a is read once; by rows where x is the larger.
+inline bool by_rows(const Segment& s) { return s.rows > kManyRows; }
+
+inline int64_t shrinking_items(const Segment& s) {
+  constexpr int kBlock = kSums / kRanks;
+  return by_rows(s) ? (s.rows + kBlock - 1) / kBlock : (s.rank + kRanks - 1) / kRanks;
+}
+
+inline void shrink_item(const Deltas& d, const Segment& s, int64_t item) {
+  if (by_rows(s)) return shrink_block(d, s, item, shrinking_items(s));
+  const int64_t rank = item * kRanks;
+  if (rank + kRanks <= s.rank)
+    shrink<kRanks>(d, s, s.a + rank * d.in, s.shrunk + rank);
+  else
+    shrink<1>(d, s, s.a + rank * d.in, s.shrunk + rank);
+}
+
+// The shrinking of all segments. Called by a whole team of threads.
 inline void share_shrinking(const Deltas& d, const Segment* segments, int64_t count) {
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < count; i++) pairs += (segments[i].rank + kRanks - 1) / kRanks;
+  int64_t items = 0;
+  for (int64_t i = 0; i < count; i++) items += shrinking_items(segments[i]);
   const Segment* s = segments;
-  int64_t start = 0;  // the first of this segment's pairs
+  int64_t start = 0;  // the first of this segment's items
 #pragma omp for schedule(guided, 1)
-  for (int64_t pair = 0; pair < pairs; pair++) {
-    if (pair < start) s = segments, start = 0;
-    for (int64_t own; pair - start >= (own = (s->rank + kRanks - 1) / kRanks); s++) start += own;
-    const int64_t rank = (pair - start) * kRanks;
-    if (rank + kRanks <= s->rank)
-      shrink<kRanks>(d, *s, s->a + rank * d.in, s->shrunk + rank);
-    else
-      shrink<1>(d, *s, s->a + rank * d.in, s->shrunk + rank);
+  for (int64_t item = 0; item < items; item++) {
+    if (item < start) s = segments, start = 0;
+    for (int64_t own; item - start >= (own = shrinking_items(*s)); s++) start += own;
+    shrink_item(d, *s, item - start);
   }
 }
 

@@ -27,7 +27,8 @@ inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec all(float value) { return value - Vec{}; }
 
 // The value in a register: GCC would rather read it from memory again for each use.
-inline Vec held(Vec v) {
+template <typename Any>
+inline Any held(Any v) {
 #if defined(__AVX2__)
   asm("" : "+v"(v));
 #endif
@@ -48,6 +49,20 @@ inline float sum(Vec v) {
   UNROLL
   for (int i = 0; i < kLanes; i++) total += v[i];
   return total;
+#endif
+}
+
+// The sums of four vectors, times `factor`, to `out`.
+inline void sums(const Vec (&v)[4], float factor, float* out) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const auto* part = reinterpret_cast<const __m256*>(v);
+  const __m256 pairs =
+      _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
+  const __m128 whole = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  _mm_storeu_ps(out, _mm_mul_ps(whole, _mm_set1_ps(factor)));
+#else
+  UNROLL
+  for (int i = 0; i < 4; i++) out[i] = sum(v[i]) * factor;
 #endif
 }
 

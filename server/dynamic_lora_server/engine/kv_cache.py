@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_server.engine.prefix_cache import CellCopy
 
 
@@ -38,8 +39,10 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        arena = Arena(device=device)
+
         def table(layer: LayerGeometry, width: int) -> torch.Tensor:
-            return torch.empty(num_cells, layer.num_kv_heads, width, device=device, dtype=dtype)
+            return arena.empty(num_cells, layer.num_kv_heads, width, dtype=dtype)
 
         self.keys = [table(layer, layer.key_dim) for layer in layers]
         self.values = [table(layer, layer.value_dim) for layer in layers]

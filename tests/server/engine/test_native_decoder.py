@@ -293,4 +293,6 @@ def test_eight_bit_layers_give_the_tokens_of_eight_bit_products(
 
     prompt = random_prompt(100, seed=4)  # more rows than are multiplied in eight bits
     monkeypatch.setattr(ModelRunner, "run", recording)
-    torch.testing.assert_close(record(layers=True), record(layers=False), rtol=1e-4, atol=1e-4)
+    out, expected = record(layers=True), record(layers=False)
+    # Inputs are rounded to sixteen bits: a difference in float32's last place may grow to one step.
+    assert (out - expected).abs().max() < 1e-3 * expected.abs().max()

@@ -1,0 +1,174 @@
+// Products of weights in eight bits and inputs in sixteen, in integers.
+//
+// Inputs are rounded to sixteen bits, with a scale for each kGroup of a row: that
+// error is 2^-16 of the group's largest, far below the weights' own. Two
+// neighbouring inputs times two weights make one sum of 32 bits per output, which a
+// group cannot overflow (2 * 128 * 127 * 32767 < 2^31); a multiplication so does twice the
+// work of one in float32, and half as much is converted.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "vectors.h"
+
+namespace dynamic_lora {
+
+constexpr int64_t kGroup = 256;       // inputs that share a scale
+constexpr float kLargest = 32767.0f;
+constexpr float kNothing = 1e-30f;    // inputs of a group all below count as zeros
+
+typedef int16_t PairVec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+
+inline int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
+
+// Inputs as tiles of rows read them: [block of rows][pair of inputs][row][2].
+struct Rounding {
+  std::vector<int16_t> values;
+  std::vector<float> scales;  // [rows, groups]
+
+  static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
+
+  void make_room(int64_t rows, int64_t k) {
+    const size_t elements = rows * even(k), parts = rows * groups(k);
+    if (values.size() < elements) values.resize(elements);
+    if (scales.size() < parts) scales.resize(parts);
+  }
+};
+
+// kLanes pairs of weights.
+inline PairVec pairs(const int16_t* p) { return *reinterpret_cast<const PairVec*>(p); }
+
+inline PairVec pairs(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<PairVec>(
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return reinterpret_cast<PairVec>(
+      _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  PairVec wide;
+  UNROLL
+  for (int i = 0; i < 2 * kLanes; i++) wide[i] = p[i];
+  return wide;
+#endif
+}
+
+// One pair of inputs in every lane.
+inline PairVec every(const int16_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return held(reinterpret_cast<PairVec>(pair - IntVec{}));
+}
+
+// Adds both products of each pair.
+inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<IntVec>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sums),
+                                                      reinterpret_cast<__m512i>(weights),
+                                                      reinterpret_cast<__m512i>(inputs)));
+#elif defined(__AVX512BW__)
+  return sums + reinterpret_cast<IntVec>(_mm512_madd_epi16(reinterpret_cast<__m512i>(weights),
+                                                           reinterpret_cast<__m512i>(inputs)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return sums + held(reinterpret_cast<IntVec>(_mm256_madd_epi16(
+                    reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(inputs))));
+#else
+  UNROLL
+  for (int i = 0; i < kLanes; i++)
+    sums[i] += weights[2 * i] * inputs[2 * i] + weights[2 * i + 1] * inputs[2 * i + 1];
+  return sums;
+#endif
+}
+
+// Adds x [depth] of one group times a panel slice [depth, Vecs * kLanes] to y, for Rows rows.
+template <int Rows, int Vecs, typename Weight>
+__attribute__((noinline)) void pair_tile(const int16_t* x, const float* scales, int64_t groups,
+                                         const Weight* panel, int64_t depth, float* y, int64_t ldy,
+                                         const char* ahead, int64_t step) {
+  constexpr int kWide = Vecs * kLanes;
+  IntVec sums[Rows][Vecs];
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int v = 0; v < Vecs; v++) sums[r][v] = IntVec{};
+  }
+  for (int64_t i = 0; i < depth; i += 2) {
+    PairVec weights[Vecs];
+    UNROLL
+    for (int v = 0; v < Vecs; v++) weights[v] = pairs(panel + i * kWide + v * 2 * kLanes);
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      const PairVec inputs = every(x + i * Rows + r * 2);
+      UNROLL
+      for (int v = 0; v < Vecs; v++) sums[r][v] = dot(sums[r][v], weights[v], inputs);
+    }
+    __builtin_prefetch(ahead);
+    ahead += step;
+  }
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    const float scale = scales[r * groups];
+    UNROLL
+    for (int v = 0; v < Vecs; v++) {
+      float* out = y + r * ldy + v * kLanes;
+      store(out, load(out) + __builtin_convertvector(sums[r][v], Vec) * scale);
+    }
+  }
+}
+
+// Rounds x [count] of one row, to pairs `apart` elements from one another; returns the scale,
+// which is NaN if a value is not finite.
+inline float round_group(const float* x, int64_t count, int16_t* pair, int64_t apart) {
+  Vec top{}, zero{};
+  float last_top = 0, last_zero = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec value = load(x + i), size = value < Vec{} ? -value : value;
+    top = size > top ? size : top;
+    zero += value * 0.0f;
+  }
+  for (int64_t rest = i; rest < count; rest++) {
+    last_top = std::max(last_top, std::abs(x[rest]));
+    last_zero += x[rest] * 0.0f;
+  }
+  for (int lane = 0; lane < kLanes; lane++) last_top = std::max(last_top, top[lane]);
+  const float largest = last_top > kNothing ? last_top : 0.0f;
+  const float inverse = largest > 0 ? kLargest / largest : 0.0f;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  int16_t rounded[kLanes];
+  for (int64_t start = 0; start < count; start += kLanes) {
+    const int64_t width = std::min<int64_t>(kLanes, count - start);
+    Vec value{};
+    if (width == kLanes)
+      value = load(x + start);
+    else
+      std::memcpy(&value, x + start, width * sizeof(float));
+    const IntVec whole = __builtin_convertvector((value * inverse + magic) - magic, IntVec);
+    UNROLL
+    for (int lane = 0; lane < kLanes; lane++) rounded[lane] = static_cast<int16_t>(whole[lane]);
+    for (int64_t p = 0; p < (width + 1) / 2; p++, pair += apart)
+      std::memcpy(pair, rounded + p * 2, 2 * sizeof(int16_t));
+  }
+  return largest / kLargest + (sum(zero) + last_zero);
+}
+
+// Rounds x [rows, k], in the blocks that `block_start` tells. Called by a whole team of threads.
+inline void share_rounding(const float* x, int64_t rows, int64_t k, int64_t blocks,
+                           Rounding& out) {
+  const int64_t groups = Rounding::groups(k);
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < blocks * groups; item++) {
+    const int64_t block = item / groups, group = item % groups, start = group * kGroup;
+    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    for (int64_t r = 0; r < count; r++)
+      out.scales[(first + r) * groups + group] =
+          round_group(x + (first + r) * k + start, std::min(kGroup, k - start),
+                      out.values.data() + first * even(k) + start * count + r * 2, count * 2);
+  }
+}
+
+}  // namespace dynamic_lora
