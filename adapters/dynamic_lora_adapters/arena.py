@@ -1,9 +1,9 @@
-"""Host memory on huge pages, for the tables that every step reads from end to end.
+"""Host memory on huge pages, for weights that every step reads from end to end.
 
-A step reads hundreds of megabytes of weights and adapter tables. On pages of
-4 KiB most of its rows lie on pages of their own, and finding these costs more than
-reading them. Linux gives larger pages where it is asked to (`madvise(2)`,
-MADV_HUGEPAGE); where there are none, the memory is as any other.
+On pages of 4 KiB a step of hundreds of megabytes looks up a hundred thousand of
+them, and a processor's own prefetching stops at each one's end. Linux gives larger
+pages where it is asked to (`madvise(2)`, MADV_HUGEPAGE); where there are none, the
+memory is as any other.
 """
 
 import math
@@ -16,7 +16,6 @@ import torch
 _HUGE = 2 * 2**20
 _CHUNK = 32 * 2**20
 _LINE = 64
-_CPU = torch.device("cpu")
 
 
 class Arena:
@@ -24,13 +23,11 @@ class Arena:
 
     A mapping lives as long as any tensor in it. What the current one has no room for
     has a mapping of its own if it is larger than a quarter of a chunk, else the next
-    chunk begins with it. On another `device` than a CPU the tensors are torch's own.
-    Safe to call from any thread.
+    chunk begins with it. Safe to call from any thread.
     """
 
-    def __init__(self, chunk_bytes: int = _CHUNK, *, device: torch.device = _CPU) -> None:
+    def __init__(self, chunk_bytes: int = _CHUNK) -> None:
         self._chunk_bytes = chunk_bytes
-        self._device = device
         self._lock = threading.Lock()
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
@@ -40,8 +37,6 @@ class Arena:
 
         Raises MemoryError if the system has no such room.
         """
-        if self._device.type != "cpu":
-            return torch.empty(sizes, dtype=dtype, device=self._device)
         num_bytes = math.prod(sizes) * dtype.itemsize
         place = self._place(-(-num_bytes // _LINE) * _LINE)
         return place[:num_bytes].view(dtype).view(sizes)

@@ -17,7 +17,6 @@ from itertools import count
 
 import torch
 
-from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import ProjectionGroup, group_terms
 from dynamic_lora_adapters.rows import RowTerms
@@ -27,8 +26,6 @@ from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import slot_copies, upload_for
 
 SLAB_SLOTS = 8
-# What a group's tables (two factors, scale, dense, bias) lose by beginning at cache lines.
-_ALIGNMENT_BYTES = 5 * 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,18 +241,15 @@ class AdapterPool:
             self._slabs.remove(adapter.slab)
 
     def _new_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
-        num_bytes = slot_bytes * num_slots
-        arena = Arena(num_bytes + len(signature) * _ALIGNMENT_BYTES, device=self._device)
-
         def table(*sizes: int) -> torch.Tensor:
-            return arena.empty(num_slots, *sizes, dtype=self._dtype)
+            return torch.empty(num_slots, *sizes, device=self._device, dtype=self._dtype)
 
         slab = Slab(
             number=next(self._counters.slabs),
             signature=signature,
             a=[],
             b=[],
-            num_bytes=num_bytes,
+            num_bytes=slot_bytes * num_slots,
             tenants=[None] * num_slots,
         )
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):

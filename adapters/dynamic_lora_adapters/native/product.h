@@ -29,9 +29,6 @@ constexpr int64_t kAhead = 32;    // lines asked for in advance when a panel is 
 // Beyond so many rows a panel in eight bits is widened once for all of them.
 constexpr int64_t kNarrowRows = 6 * kTileRows;
 
-// Rows are cut into blocks of nearly equal size.
-inline int64_t row_blocks(int64_t m) { return (m + kTileRows - 1) / kTileRows; }
-
 // The weight of a linear layer, in panels: float32, or eight bits with a scale for each output,
 // [ceil(k / 2)][kWidth][2] each.
 struct Projection {
@@ -218,22 +215,22 @@ struct Product {
   template <typename Wide>
   void multiply(const Wide* panel, int64_t number) {
     const int64_t column = number * kWidth, width = std::min<int64_t>(kWidth, n - column);
-    const int64_t blocks = row_blocks(m), depth = inputs.depth();
+    const RowBlocks blocks(m, kTileRows);
+    const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Wide);
     const char* next = reinterpret_cast<const char*>(panel + depth * kWidth);
-    const int64_t bytes = depth * kWidth * sizeof(Wide);
+    const int64_t portion = depth * bytes / blocks.count, step = bytes / blocks.count + 1;
     extra.begin(column, width);
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t row = m * b / blocks, rows = m * (b + 1) / blocks - row;
+    for (int64_t b = 0; b < blocks.count; b++) {
+      const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
       float sums[kTileRows * kWidth] = {};
-      hints.ask(number * blocks + b, panels() * blocks);
+      hints.ask(number * blocks.count + b, panels() * blocks.count);
       for (int64_t i = 0; i < depth; i += Inputs::kSlice) {
         const Wide* slice = panel + i * kWidth;
         // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
         const Ahead ahead =
-            blocks == 1 ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * 64,
-                                static_cast<int64_t>(kWidth * sizeof(Wide))}
-                        : Ahead{next + bytes * b / blocks + bytes * i / depth / blocks,
-                                static_cast<int64_t>(kWidth * sizeof(Wide)) / blocks + 1};
+            blocks.count == 1
+                ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * 64, bytes}
+                : Ahead{next + portion * b + i * step, step};
         add<kTileRows>(rows, row, i, slice, std::min(Inputs::kSlice, depth - i), sums, ahead);
       }
       finish(sums, row, rows, column, width);
@@ -271,8 +268,9 @@ struct Product {
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
                    const Extra& extra, const Hints& hints, Rounding& rounding) {
+  if (m == 0) return;
   if (p.scale) {
-    share_rounding(x, m, p.k, row_blocks(m), rounding);
+    share_rounding(x, RowBlocks(m, kTileRows), p.k, rounding);
     const RoundedInputs inputs{rounding.values.data(), rounding.scales.data(), p.k};
     Product<RoundedInputs, Extra>{inputs,   static_cast<const int8_t*>(p.packed), p.scale, p.bias,
                                   residual, y, m, p.n, extra, hints}

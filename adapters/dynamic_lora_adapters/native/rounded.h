@@ -23,6 +23,17 @@ constexpr float kNothing = 1e-30f;    // inputs of a group all below count as ze
 
 typedef int16_t PairVec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
+// Rows cut into blocks of nearly equal size, `most` at most.
+struct RowBlocks {
+  int64_t count, size, larger;  // the first `larger` blocks have a row more than `size`
+
+  RowBlocks(int64_t rows, int64_t most)
+      : count((rows + most - 1) / most), size(count ? rows / count : 0),
+        larger(count ? rows % count : 0) {}
+
+  int64_t first(int64_t block) const { return block * size + std::min(block, larger); }
+};
+
 inline int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
 
 // Inputs as tiles of rows read them: [block of rows][pair of inputs][row][2].
@@ -156,14 +167,13 @@ inline float round_group(const float* x, int64_t count, int16_t* pair, int64_t a
   return largest / kLargest + (sum(zero) + last_zero);
 }
 
-// Rounds x [rows, k], in the blocks that `block_start` tells. Called by a whole team of threads.
-inline void share_rounding(const float* x, int64_t rows, int64_t k, int64_t blocks,
-                           Rounding& out) {
+// Rounds x [rows, k]. Called by a whole team of threads.
+inline void share_rounding(const float* x, const RowBlocks& blocks, int64_t k, Rounding& out) {
   const int64_t groups = Rounding::groups(k);
 #pragma omp for schedule(static)
-  for (int64_t item = 0; item < blocks * groups; item++) {
+  for (int64_t item = 0; item < blocks.count * groups; item++) {
     const int64_t block = item / groups, group = item % groups, start = group * kGroup;
-    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    const int64_t first = blocks.first(block), count = blocks.first(block + 1) - first;
     for (int64_t r = 0; r < count; r++)
       out.scales[(first + r) * groups + group] =
           round_group(x + (first + r) * k + start, std::min(kGroup, k - start),

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_server.engine.prefix_cache import CellCopy
 
 
@@ -39,10 +38,8 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        arena = Arena(device=device)
-
         def table(layer: LayerGeometry, width: int) -> torch.Tensor:
-            return arena.empty(num_cells, layer.num_kv_heads, width, dtype=dtype)
+            return torch.empty(num_cells, layer.num_kv_heads, width, device=device, dtype=dtype)
 
         self.keys = [table(layer, layer.key_dim) for layer in layers]
         self.values = [table(layer, layer.value_dim) for layer in layers]
