@@ -8,7 +8,7 @@ group they need one base product, one `x·A` and one `·B` per adapter:
 Which layers form a group is observed in a trial run, not guessed from names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,21 +71,9 @@ class GroupTerms:
     bias: torch.Tensor | None = None
 
     @property
-    def shape(self) -> GroupShape:
-        """The signature entry of a slab that can hold this."""
-        rank = 0 if self.a is None else self.a.shape[0]
-        present = (part is not None for part in (self.scale, self.dense, self.bias))
-        return GroupShape(rank, *present)
-
-    @property
     def foldable(self) -> bool:
         """Whether there is anything that a weight can hold."""
         return self.a is not None or self.scale is not None or self.dense is not None
-
-    @property
-    def reversible(self) -> bool:
-        """Whether a row's base output can be had back from the folded weight without loss."""
-        return self.scale is None or bool(((1 + self.scale).abs() >= _SMALLEST_SCALE).all())
 
     def fold(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] with every term but `bias` in it, in float32, on its device."""
@@ -114,15 +102,43 @@ class GroupTerms:
         return plain if self.scale is None else plain / (1 + exact(self.scale))[:, None]
 
 
-def group_terms(
+def group_shape(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupShape:
+    """What `join_terms` would give, unjoined: the signature entry of a slab that can hold it."""
+    members = _members(group, terms)
+    rank = _padded_rank(members)
+    return GroupShape(
+        rank,
+        scale=any(m.scale is not None for m in members),
+        dense=any(m.dense is not None for m in members),
+        bias=any(m.bias is not None for m in members),
+    )
+
+
+def reversible(terms: Mapping[str, LinearTerms]) -> bool:
+    """Whether rows' base outputs can be had back from folded weights without loss."""
+    return all(
+        one.scale is None or bool(((1 + one.scale).abs() >= _SMALLEST_SCALE).all())
+        for one in terms.values()
+    )
+
+
+def join_terms(
     groups: Sequence[ProjectionGroup], terms: Mapping[str, LinearTerms]
-) -> list[GroupTerms]:
-    """Join an adapter's terms group by group; empty where it has none."""
-    return [_join(group, terms) for group in groups]
+) -> Iterator[GroupTerms]:
+    """An adapter's terms group by group, joined as they are asked for; empty where it has none."""
+    return (_join(group, _members(group, terms)) for group in groups)
 
 
-def _join(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupTerms:
-    members = [terms.get(path, _NOTHING) for path in group.paths]
+def _members(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> list[LinearTerms]:
+    return [terms.get(path, _NOTHING) for path in group.paths]
+
+
+def _padded_rank(members: Sequence[LinearTerms]) -> int:
+    rank = sum(m.a.shape[0] for m in members if m.a is not None)
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def _join(group: ProjectionGroup, members: Sequence[LinearTerms]) -> GroupTerms:
     a, b, columns = _join_factors(group, members)
     return GroupTerms(
         a=a,
@@ -137,10 +153,9 @@ def _join(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupTerm
 def _join_factors(
     group: ProjectionGroup, members: Sequence[LinearTerms]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[None, None, None]:
-    rank = sum(m.a.shape[0] for m in members if m.a is not None)
-    if not rank:
+    padded = _padded_rank(members)
+    if not padded:
         return None, None, None
-    padded = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
     a = torch.zeros(padded, group.in_features)
     b = torch.zeros(padded, group.out_features)
     columns = torch.zeros(padded, 2, dtype=torch.long)

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,9 @@ class AdapterRegistry:
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
         self._versions: dict[str, AdapterVersion] = {}
+        # Told the digest of a content that is gone for good, by the thread that ended it and
+        # under the registry's lock: it must neither wait nor raise.
+        self.on_removed: Callable[[str], object] | None = None
         self._recover()
 
     def __enter__(self) -> Self:
@@ -280,6 +283,8 @@ class AdapterRegistry:
             del self._num_leases[digest]
             if not self._index.is_used(digest):
                 self._store.remove(digest)
+                if self.on_removed is not None:
+                    self.on_removed(digest)
 
     def _recover(self) -> None:
         base = _base_key(self._geometry)

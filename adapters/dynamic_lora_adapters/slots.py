@@ -11,14 +11,20 @@ when its last leaves.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
-from dynamic_lora_adapters.groups import ProjectionGroup, group_terms
+from dynamic_lora_adapters.groups import (
+    GroupTerms,
+    ProjectionGroup,
+    group_shape,
+    join_terms,
+    reversible,
+)
 from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab, spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
@@ -90,10 +96,8 @@ class AdapterPool:
         all that could go is leased. Raises AdapterCapacityError if it would
         not fit into an empty pool.
         """
-        stacked = group_terms(self._groups, terms.linears)
         rows = RowTerms.of(terms, device=self._device, dtype=self._dtype)
-        signature = tuple(group.shape for group in stacked)
-        mergeable = not terms.invocation_ids and all(group.reversible for group in stacked)
+        signature = tuple(group_shape(group, terms.linears) for group in self._groups)
         slot_bytes = self._slot_bytes(signature)
         row_bytes = 0 if rows is None else rows.num_bytes
         if slot_bytes + row_bytes > self._budget_bytes:
@@ -102,7 +106,7 @@ class AdapterPool:
                 f"{self._budget_bytes} in all.",
                 fix="Start the server with a larger --adapter-memory.",
             )
-        staged = self._upload.stage(stacked, self._dtype)
+        mergeable = not terms.invocation_ids and reversible(terms.linears)
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
@@ -112,14 +116,30 @@ class AdapterPool:
             slab, slot = place
             adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids)
             adapter.mergeable = mergeable
-            places = [slab.terms(index, slot) for index in range(len(staged))]
-            adapter.uploaded = self._upload.write(slot_copies(places, staged))
-            if self._dtype != torch.float32:
-                adapter.exact = stacked
             slab.tenants[slot] = adapter
-            self._resident[digest] = adapter
+        try:
+            self._fill(adapter, terms)
+        except BaseException:
+            with self._lock:
+                self._vacate(adapter)
+            raise
+        with self._lock:
+            if (known := self._resident.get(digest)) is not None:
+                self._vacate(adapter)
+                return self._pin(known)
+            if not adapter.doomed:
+                self._resident[digest] = adapter
             self._counters.loads += 1
             return self._pin(adapter)
+
+    def _fill(self, adapter: ResidentAdapter, terms: AdapterTerms) -> None:
+        """Write a slot that nobody else knows of: others need not wait for it."""
+        joined: Iterable[GroupTerms] = join_terms(self._groups, terms.linears)
+        if self._dtype != torch.float32:
+            joined = adapter.exact = list(joined)
+        staged = self._upload.stage(joined, self._dtype)
+        places = [adapter.slab.terms(index, adapter.slot) for index in range(len(self._groups))]
+        adapter.uploaded = self._upload.write(slot_copies(places, staged))
 
     def release(self, adapter: ResidentAdapter) -> None:
         """Give one lease back; a doomed adapter leaves with its last lease."""
@@ -147,6 +167,9 @@ class AdapterPool:
         with self._lock:
             adapter = self._resident.pop(digest, None)
             if adapter is None:
+                # One that is being written leaves with the lease that it is written for.
+                for tenant in self._tenants():
+                    tenant.doomed |= tenant.digest == digest
                 return
             adapter.doomed = True
             if not adapter.num_leases and not adapter.kept:

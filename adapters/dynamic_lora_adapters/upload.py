@@ -5,14 +5,14 @@ event behind them is what the engine's stream waits for before it first reads
 the slot. Elsewhere a copy is a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
 
 from dynamic_lora_adapters.groups import GroupTerms
 
-Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Copies = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Pairs of a place on the device and what goes there."""
 
 _PARTS = ("a", "b", "scale", "dense", "bias")
@@ -21,17 +21,17 @@ _PARTS = ("a", "b", "scale", "dense", "bias")
 class Upload(Protocol):
     """A way to bring terms to the device. Safe to call from any thread."""
 
-    def stage(self, terms: Sequence[GroupTerms], dtype: torch.dtype) -> Sequence[GroupTerms]:
-        """The terms as `write` takes them; the part that takes time on the host."""
+    def stage(self, terms: Iterable[GroupTerms], dtype: torch.dtype) -> Iterable[GroupTerms]:
+        """The terms as `write` takes them."""
 
     def write(self, copies: Copies) -> torch.cuda.Event | None:
         """Start the copies; None if they are done when this returns, else what to wait for."""
 
 
 class HostUpload:
-    """Plain copies, done on return."""
+    """Plain copies, done on return; each group's terms are asked for when their turn comes."""
 
-    def stage(self, terms: Sequence[GroupTerms], dtype: torch.dtype) -> Sequence[GroupTerms]:
+    def stage(self, terms: Iterable[GroupTerms], dtype: torch.dtype) -> Iterable[GroupTerms]:
         """The terms as they are: copying converts them."""
         del dtype
         return terms
@@ -54,7 +54,7 @@ class CudaUpload:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def stage(self, terms: Sequence[GroupTerms], dtype: torch.dtype) -> Sequence[GroupTerms]:
+    def stage(self, terms: Iterable[GroupTerms], dtype: torch.dtype) -> Iterable[GroupTerms]:
         """Copies in the slot's dtype and in pinned memory."""
 
         def pinned(part: torch.Tensor | None) -> torch.Tensor | None:
@@ -71,7 +71,8 @@ class CudaUpload:
         with torch.cuda.stream(self._stream):
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
-                target.record_stream(self._stream)
+                if target.is_cuda:  # what kernels read on the host stays there
+                    target.record_stream(self._stream)
             event = torch.cuda.Event()
             event.record(self._stream)
         return event
@@ -82,12 +83,12 @@ def upload_for(device: torch.device) -> Upload:
     return CudaUpload(device) if device.type == "cuda" else HostUpload()
 
 
-def slot_copies(places: Sequence[GroupTerms], terms: Sequence[GroupTerms]) -> Copies:
+def slot_copies(
+    places: Iterable[GroupTerms], terms: Iterable[GroupTerms]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What goes where: the parts of `terms` and their places in a slot, group by group."""
-    pairs = []
     for place, term in zip(places, terms, strict=True):
         for name in (*_PARTS, "columns"):
             target, source = getattr(place, name), getattr(term, name)
             if target is not None:
-                pairs.append((target, source))
-    return pairs
+                yield target, source

@@ -65,6 +65,7 @@ class ServerConfig:
     without `native` nothing runs in the project's own C++. `quantize` "int8" rounds
     the base's weights to eight bits; adapters are then never merged. `mode` says whether adapters
     are merged into the weights, `restore` how the base comes back afterwards.
+    `record_trace` names a new file for who asked for what and when, without any text.
 
     Raises InvalidParameter, naming the field.
     """
@@ -91,6 +92,7 @@ class ServerConfig:
     quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"
+    record_trace: Path | None = None
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
@@ -118,6 +120,12 @@ class ServerConfig:
             rule = "must not be merged with quantize: nothing is merged into quantised weights"
             _check("mode", self.mode != "merged", rule)
             _check("base_product", self.base_product == "auto", "must be auto with quantize")
+        if self.record_trace is not None:
+            path = self.record_trace
+            new = not path.exists() or (path.is_file() and not path.stat().st_size)
+            _check("record_trace", new, f"names {path}, which exists; no trace is written over")
+            folder = self.record_trace.parent
+            _check("record_trace", folder.is_dir(), f"is to lie in {folder}, which is no folder")
         for root in self.adapter_roots:
             _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")
 

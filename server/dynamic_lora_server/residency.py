@@ -1,6 +1,7 @@
 """Brings adapters to the device for requests, without blocking the event loop."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ class Residency:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
         self._parts: dict[str, frozenset[str]] = {}
+        self._parts_lock = threading.Lock()
+        # Also what was deleted while it was being loaded, and what a new upload replaced.
+        registry.on_removed = self.forget
 
     @asynccontextmanager
     async def hold(self, adapter: str | Composition) -> AsyncIterator[Held | None]:
@@ -69,9 +73,11 @@ class Residency:
             leases = [await stack.enter_async_context(self._lease(p)) for p in wanted.parts]
             digests = [lease.version.digest for lease in leases]
             version = wanted.digest(digests)
-            resident = await self._bring(version, lambda: self.saved.terms(wanted, digests))
             self._remember(version, digests)
+            resident = await self._bring(version, lambda: self.saved.terms(wanted, digests))
             try:
+                # Again: while it waited for room, nobody knew of it.
+                self._remember(version, digests)
                 yield Held(wanted, version, resident)
             finally:
                 self._pool.release(resident)
@@ -79,15 +85,20 @@ class Residency:
 
     def forget(self, digest: str) -> None:
         """Free the device memory of a deleted version, at once or after its last request."""
-        self._pool.drop(digest)
+        with self._parts_lock:
+            composed = [c for c, parts in self._parts.items() if digest in parts]
+            for gone in composed:
+                del self._parts[gone]
+        for gone in (digest, *composed):
+            self._pool.drop(gone)
         self._ask_for_room(doomed_only=True)
-        for composed in [c for c, parts in self._parts.items() if digest in parts]:
-            self._pool.drop(composed)
-            del self._parts[composed]
 
     @asynccontextmanager
     async def _lease(self, part: Part) -> AsyncIterator[Lease]:
-        lease = await _acquire(lambda: self._registry.lease(part.name), self._registry.release)
+        lease = await _acquire(
+            lambda: self._registry.lease(part.name),
+            lambda found: None if found is None else self._registry.release(found),
+        )
         try:
             check_version(part, lease.version.digest)
             yield lease
@@ -96,11 +107,13 @@ class Residency:
 
     def _remember(self, version: str, digests: Sequence[str]) -> None:
         """Note what a composition was made of; those that left the device are forgotten."""
-        if version in digests or version in self._parts:
+        if version in digests:
             return
-        resident = set(self._pool.resident_digests())
-        self._parts = {c: parts for c, parts in self._parts.items() if c in resident}
-        self._parts[version] = frozenset(digests)
+        known = {*self._pool.resident_digests(), *self._loads}
+        with self._parts_lock:
+            if version not in self._parts:
+                self._parts = {c: parts for c, parts in self._parts.items() if c in known}
+                self._parts[version] = frozenset(digests)
 
     async def _bring(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
         while True:
@@ -122,23 +135,30 @@ class Residency:
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
             terms = await asyncio.to_thread(read)
-            return await _acquire(
-                lambda: self._pool.admit(digest, terms),
-                lambda admitted: None if admitted is None else self._pool.release(admitted),
-            )
+            try:
+                return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
+            except Exception:
+                await self._announce_release()  # of the room that it had taken
+                raise
         finally:
             self._loads.pop(digest, None)
+
+    def _give_up(self, admitted: ResidentAdapter | None) -> None:
+        """What was brought, or failed to be, for a request that has gone."""
+        if admitted is not None:
+            self._pool.release(admitted)
+        self._announce_soon()
 
     def _ask_for_room(self, *, doomed_only: bool = False) -> None:
         """Have what is merged give its slot up, and wake who waits for it."""
         if self.make_room is None or self._loop is None:
             return
-        loop = self._loop
+        self.make_room(doomed_only, self._announce_soon)
 
-        def announce() -> None:
-            asyncio.run_coroutine_threadsafe(self._announce_release(), loop)
-
-        self.make_room(doomed_only, announce)
+    def _announce_soon(self) -> None:
+        """Announce from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self._announce_release(), self._loop)
 
     async def _announce_release(self) -> None:
         async with self._released:
@@ -146,13 +166,16 @@ class Residency:
             self._released.notify_all()
 
 
-async def _acquire(acquire: Callable[[], T], undo: Callable[[T], object]) -> T:
-    """Run `acquire` in a thread; if the caller is cancelled meanwhile, undo it when it is done."""
+async def _acquire(acquire: Callable[[], T], undo: Callable[[T | None], object]) -> T:
+    """Run `acquire` in a thread; if the caller is cancelled meanwhile, undo it when it is done.
+
+    `undo` gets what was acquired, or None if that failed.
+    """
     task = asyncio.ensure_future(asyncio.to_thread(acquire))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         task.add_done_callback(
-            lambda done: None if done.cancelled() or done.exception() else undo(done.result())
+            lambda done: undo(None if done.cancelled() or done.exception() else done.result())
         )
         raise

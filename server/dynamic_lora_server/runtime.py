@@ -32,6 +32,7 @@ from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_e
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.modes import Mode
+from dynamic_lora_server.modes.trace import TraceRecorder
 from dynamic_lora_server.residency import Residency
 from dynamic_lora_server.service import GenerationService, ServiceLimits
 from dynamic_lora_server.text import TokenizerView
@@ -87,10 +88,12 @@ class Runtime:
 
         `shipped` is a folder of adapters to publish on the first start; by
         default those of the package. `on_step` is told what is being done.
-        Raises UnsupportedModel, BaseModelUnavailable or InvalidParameter.
+        Raises UnsupportedModel, BaseModelUnavailable, InvalidParameter, or OSError where no
+        trace can be recorded.
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
         on_step("Finding the base model")
         base = resolve_base(config.model)
         device = _device(config.device)
@@ -113,9 +116,8 @@ class Runtime:
         logger.info("published %d shipped adapters", len(published))
         saved = SavedCompositions(registry, registry.index)
         residencies = Residency(registry, built.pool, saved)
-        service = GenerationService(
-            built.engine, residencies, view, _limits(config, model, tokenizer, built)
-        )
+        limits = _limits(config, model, tokenizer, built)
+        service = GenerationService(built.engine, residencies, view, limits, recorder)
         return cls(
             config=config,
             model_id=base.name,

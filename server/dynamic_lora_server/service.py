@@ -30,6 +30,7 @@ from dynamic_lora_server.generation import (
     TokenLogprob,
     TokenPiece,
 )
+from dynamic_lora_server.modes.trace import Arrival, TraceRecorder
 from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
@@ -75,8 +76,10 @@ class GenerationService:
         residency: Residency,
         view: TokenizerView,
         limits: ServiceLimits,
+        recorder: TraceRecorder | None = None,
     ) -> None:
         self._residency = residency
+        self._recorder = recorder
         self._view = view
         self._limits = limits
         self._ids = itertools.count()
@@ -95,6 +98,8 @@ class GenerationService:
     def close(self) -> None:
         """Fail what runs and end the engine thread."""
         self._worker.stop()
+        if self._recorder is not None:
+            self._recorder.close()
 
     @property
     def alive(self) -> bool:
@@ -120,6 +125,7 @@ class GenerationService:
         """
         if self._loop is None or not self._worker.alive:
             raise NotReady("The engine is not running.")
+        arrived_s = 0.0 if self._recorder is None else self._recorder.now()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(spec.n))
             prompt_ids = await self._prompt_ids(spec)
@@ -130,9 +136,12 @@ class GenerationService:
             resident = None if held is None else held.adapter
             continuations = self._continuations(spec, prompt_ids, resident)
             self._check_length(spec, continuations.values())
-            yield _started(held, len(prompt_ids))
+            started = _started(held, len(prompt_ids))
+            yield started
             inbox = stack.enter_context(self._submitted(continuations))
             async for event in self._events(inbox, continuations):
+                if isinstance(event, Finish):
+                    self._record(started, event, arrived_s)
                 yield event
 
     @contextmanager
@@ -288,6 +297,17 @@ class GenerationService:
             seed=None if sequence.sampling.greedy else sequence.seed,
             mode=_served_mode(sequence),
         )
+
+    def _record(self, started: Started, finish: Finish, arrived_s: float) -> None:
+        if self._recorder is None:
+            return
+        arrival = Arrival(
+            arrival_s=round(arrived_s, 6),
+            adapter=started.adapter,
+            num_prompt_tokens=finish.num_prompt_tokens,
+            num_output_tokens=finish.num_output_tokens,
+        )
+        self._recorder.record(arrival)
 
     def _make_room(self, doomed_only: bool, done: Callable[[], object]) -> None:
         """Have the engine unmerge; `done` is called on its thread if it did."""

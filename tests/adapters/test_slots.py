@@ -11,6 +11,7 @@ from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_adapters.upload import Copies, HostUpload
 
 GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]
 SLOT_BYTES = 8 * (16 + 24) * 4  # an adapter of rank 8 on q alone, in float32
@@ -197,3 +198,66 @@ def test_spread_rows_hold_the_same_and_their_gaps_are_counted() -> None:
         assert tables.stride(1) == line
         assert torch.equal(tables[adapter.slot], others[close.slot])
     assert pool.stats().used_bytes == SLAB_SLOTS * 8 * ((16 + 48) + (16 + 16)) * 4
+
+
+def test_a_slot_that_is_being_written_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(2)
+    first = admit(pool, "first")
+    writing, go_on = threading.Event(), threading.Event()
+    write = HostUpload.write
+
+    def slowly(self: HostUpload, copies: Copies) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        write(self, copies)
+
+    monkeypatch.setattr(HostUpload, "write", slowly)
+    thread = threading.Thread(target=admit, args=(pool, "second"))
+    thread.start()
+    assert writing.wait(10)
+    assert pool.lease("first") is first
+    assert pool.lease("second") is None
+    assert pool.admit("third", factors()) is None  # its slot is taken, and not to be evicted
+    pool.check_integrity()
+    go_on.set()
+    thread.join()
+    assert pool.resident_digests() == ["first", "second"]
+
+
+def test_two_who_bring_the_same_adapter_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(2)
+    both = threading.Barrier(2)
+    write = HostUpload.write
+
+    def together(self: HostUpload, copies: Copies) -> None:
+        both.wait(10)
+        write(self, copies)
+
+    monkeypatch.setattr(HostUpload, "write", together)
+    got: list[ResidentAdapter] = []
+    threads = [threading.Thread(target=lambda: got.append(admit(pool, "a"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got[0] is got[1]
+    assert got[0].num_leases == 2
+    assert pool.stats().num_loads == 1
+    pool.check_integrity()
+    monkeypatch.undo()
+    admit(pool, "b")  # the other's slot is free again
+
+
+def test_a_write_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(1)
+
+    def fail(_upload: HostUpload, _copies: Copies) -> None:
+        raise MemoryError("no room on the host")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostUpload, "write", fail)
+        with pytest.raises(MemoryError, match="no room on the host"):
+            admit(pool, "a")
+    assert pool.stats().used_bytes == 0
+    pool.check_integrity()
+    admit(pool, "a")

@@ -38,6 +38,9 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "stream", self._stream)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self._pin(tensor))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: self.calls.append("held"))
+        # Places on the device are those of weights; columns are read on the host.
+        on_device = property(lambda tensor: tensor.is_floating_point())
+        monkeypatch.setattr(torch.Tensor, "is_cuda", on_device)
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         self.calls.append(f"pinned {tensor.dtype}")
@@ -58,10 +61,13 @@ class FakeCuda:
 def test_cuda_copies_wait_for_what_runs_and_leave_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(monkeypatch)
     upload = CudaUpload(torch.device("cuda"))
-    place = GroupTerms(a=torch.zeros(2, 2, dtype=torch.bfloat16))
-    staged = upload.stage([GroupTerms(a=torch.ones(2, 2))], torch.bfloat16)
+    columns = torch.zeros(2, 2, dtype=torch.long)
+    place = GroupTerms(a=torch.zeros(2, 2, dtype=torch.bfloat16), columns=columns)
+    terms = GroupTerms(a=torch.ones(2, 2), columns=torch.ones(2, 2, dtype=torch.long))
+    staged = upload.stage([terms], torch.bfloat16)
     event: Any = upload.write(slot_copies([place], staged))
     assert event is fake
+    assert bool((columns == 1).all())
     assert fake.calls == ["pinned torch.bfloat16", "waited", "on the stream", "held", "recorded"]
     assert place.a is not None
     assert bool((place.a == 1).all())

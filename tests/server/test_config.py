@@ -42,6 +42,14 @@ def test_the_defaults_are_valid() -> None:
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"log_level": "loud"}, "log_level must be one of"),
+        (
+            {"record_trace": Path("/")},
+            "record_trace names /, which exists; no trace",
+        ),
+        (
+            {"record_trace": Path("no-such-folder/trace.jsonl")},
+            "record_trace is to lie in no-such-folder, which is no folder",
+        ),
         ({"adapter_roots": (Path("no-such-folder"),)}, "adapter_roots names no-such-folder"),
     ],
 )

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,10 @@ import pytest
 from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
 from dynamic_lora_adapters.slab import spread_width
+from dynamic_lora_adapters.terms import AdapterTerms
+from dynamic_lora_adapters.upload import Copies, HostUpload
 from dynamic_lora_server.generation import Started
+from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
@@ -14,6 +18,15 @@ from tests.support.runtimes import collect, finishes, publish, serving, spec, to
 
 def names(count: int) -> list[str]:
     return [f"task-{i}" for i in range(count)]
+
+
+async def all_freed(runtime: Runtime) -> None:
+    """Wait until no adapter has memory; what is merged is taken away on the engine's thread."""
+    for _ in range(300):
+        if not runtime.stats().adapters.used_bytes:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("adapters keep their memory")
 
 
 async def test_more_adapters_than_room_are_served_in_turn(tmp_path: Path) -> None:
@@ -118,3 +131,83 @@ async def test_a_refused_composition_leaves_no_lease(tmp_path: Path) -> None:
         assert digest not in {path.name for path in (tmp_path / "home").rglob("*")}
         base = await collect(runtime, spec(adapter=Composition()))
         assert token_ids(base) == token_ids(await collect(runtime, spec()))
+
+
+async def test_a_deletion_during_the_load_frees_the_memory_after_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    async with serving(tmp_path) as runtime:
+        digest = publish(runtime, "a", folder)
+        load = runtime.registry.load
+
+        def delete_meanwhile(digest: str) -> AdapterTerms:
+            terms = load(digest)
+            runtime.registry.delete("a")
+            runtime.residencies.forget(digest)
+            return terms
+
+        monkeypatch.setattr(runtime.registry, "load", delete_meanwhile)
+        assert finishes(await collect(runtime, spec(adapter="a")))
+        assert digest not in runtime.built.pool.resident_digests()
+        await all_freed(runtime)
+
+
+async def test_replaced_content_leaves_the_device(tmp_path: Path) -> None:
+    folders = [make_adapter(tmp_path / str(i), tiny_llama(), seed=i) for i in range(2)]
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", folders[0])
+        await collect(runtime, spec(adapter="a"))
+        newer = publish(runtime, "a", folders[1])
+        assert runtime.built.pool.resident_digests() == []
+        await collect(runtime, spec(adapter="a"))
+        assert runtime.built.pool.resident_digests() == [newer]
+
+
+async def test_a_deletion_while_it_is_copied_frees_the_memory_after_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make_adapter(tmp_path / str(i), tiny_llama(), seed=i) for i in range(2)]
+    async with serving(tmp_path) as runtime:
+        for name, folder in zip("ab", folders, strict=True):
+            publish(runtime, name, folder)
+        write = HostUpload.write
+
+        def delete_meanwhile(self: HostUpload, copies: Copies) -> None:
+            write(self, copies)
+            monkeypatch.undo()
+            digest = runtime.registry.resolve("a").digest
+            runtime.registry.delete("a")
+            runtime.residencies.forget(digest)
+
+        monkeypatch.setattr(HostUpload, "write", delete_meanwhile)
+        assert finishes(await collect(runtime, spec(adapter="a*0.5+b")))
+        await all_freed(runtime)
+
+
+async def test_who_waits_for_the_room_of_a_cancelled_load_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama(), rank=8, targets=["q_proj"])
+    room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_one) as runtime:
+        publish(runtime, "a", folder)
+        writing, go_on = threading.Event(), threading.Event()
+        write = HostUpload.write
+
+        def slowly(self: HostUpload, copies: Copies) -> None:
+            writing.set()
+            assert go_on.wait(10)
+            write(self, copies)
+
+        monkeypatch.setattr(HostUpload, "write", slowly)
+        first = asyncio.create_task(collect(runtime, spec(adapter="a")))
+        assert await asyncio.to_thread(writing.wait, 10)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = asyncio.create_task(collect(runtime, spec(adapter="a")))
+        await asyncio.sleep(0.2)
+        assert not second.done()
+        go_on.set()
+        assert finishes(await asyncio.wait_for(second, 20))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_lora_adapters.errors import AdapterNotFound
+from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
 from dynamic_lora_server.errors import (
     ContextOverflow,
     EngineFailed,
@@ -13,6 +13,7 @@ from dynamic_lora_server.errors import (
     QueueFull,
 )
 from dynamic_lora_server.generation import FinishReason, Started, TokenPiece
+from dynamic_lora_server.modes.trace import read_trace
 from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
@@ -200,3 +201,24 @@ async def test_shutting_down_fails_what_runs(tmp_path: Path) -> None:
                 pass
         with pytest.raises(NotReady, match="not running"):
             await collect(runtime, spec())
+
+
+async def test_a_recorded_trace_says_who_asked_and_when_and_nothing_else(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    path = tmp_path / "trace.jsonl"
+    async with serving(tmp_path, record_trace=path) as runtime:
+        publish(runtime, "a", folder)
+        await collect(runtime, spec("the king", adapter="a", n=2))
+        await collect(runtime, spec("the queen", max_new_tokens=3))
+        with pytest.raises(AdapterError):
+            await collect(runtime, spec(adapter="no-such"))
+        await collect(runtime, spec(adapter="a*0.5"))
+    arrivals = read_trace(path)
+    assert [(a.adapter, a.num_output_tokens) for a in arrivals] == [
+        ("a", 8),
+        ("a", 8),
+        (None, 3),
+        ("a*0.5", 8),
+    ]
+    assert arrivals[0].arrival_s == arrivals[1].arrival_s < arrivals[2].arrival_s
+    assert "king" not in path.read_text()

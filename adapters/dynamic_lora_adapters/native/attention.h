@@ -21,7 +21,7 @@ constexpr int kScored = 4;       // cached tokens that are scored together, as f
 constexpr int kValueVecs = 4;    // vectors of the value's width that are summed together
 constexpr int kTokensAhead = 8;  // how far ahead keys and values are asked for
 constexpr int kLine = 16;        // floats of a cache line
-constexpr int64_t kManyItems = 8;
+constexpr int64_t kManyItems = 8;  // from so many tokens on there is work enough for all threads
 
 // e^x for x <= 0, by splitting off powers of two and a polynomial of degree 6
 // on [-ln2/2, ln2/2]; the relative error is below 3e-7. Below -87 it is 0.
@@ -110,8 +110,8 @@ void score_tokens(const Attention& layer, const float* q, const float* keys, int
   }
   UNROLL
   for (int h = 0; h < Heads; h++) {
-    if constexpr (Tokens == 4) {
-      sums(dots[h], layer.scaling, scores + h * padded + t);
+    if constexpr (Tokens == kScored) {
+      sum_each(dots[h], layer.scaling, scores + h * padded + t);
     } else {
       UNROLL
       for (int i = 0; i < Tokens; i++) scores[h * padded + t + i] = sum(dots[h][i]) * layer.scaling;

@@ -1,8 +1,8 @@
 // y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32 or,
 // for a W in eight bits, in integers (`rounded.h`).
 //
-// W [n, k] is packed in panels of kWidth outputs, [k][kWidth] each, so that a
-// panel is read once, in order, for all rows. Up to kRows rows are summed in
+// W [n, k] is packed in panels of kWidth outputs (see `Projection`), so that a
+// panel is read once, in order, for all rows. Up to kTileRows rows are summed in
 // registers at a time (the register tiling of Goto & van de Geijn 2008); while
 // they are, the next panel is asked for, so that waiting for memory and
 // computing overlap. Threads take panels as they finish: a core that something
@@ -216,8 +216,8 @@ struct Product {
   void multiply(const Wide* panel, int64_t number) {
     const int64_t column = number * kWidth, width = std::min<int64_t>(kWidth, n - column);
     const RowBlocks blocks(m, kTileRows);
-    const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Wide);
-    const char* next = reinterpret_cast<const char*>(panel + depth * kWidth);
+    const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight);
+    const auto* next = reinterpret_cast<const char*>(packed + (number + 1) * depth * kWidth);
     const int64_t portion = depth * bytes / blocks.count, step = bytes / blocks.count + 1;
     extra.begin(column, width);
     for (int64_t b = 0; b < blocks.count; b++) {

@@ -3,12 +3,13 @@
 // Inputs are rounded to sixteen bits, with a scale for each kGroup of a row: that
 // error is 2^-16 of the group's largest, far below the weights' own. Two
 // neighbouring inputs times two weights make one sum of 32 bits per output, which a
-// group cannot overflow (2 * 128 * 127 * 32767 < 2^31); a multiplication so does twice the
-// work of one in float32, and half as much is converted.
+// group cannot overflow (256 * 127 * 32767 < 2^31). One instruction multiplies twice as
+// many as one in float32.
 
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>

@@ -1,9 +1,8 @@
 // Low-rank deltas of rows sorted by adapter, in float32: out += (x A^T) B, segment by segment.
 //
-// Each table is read once, whatever the number of rows that share it, and in
-// order; nothing is padded and nothing is gathered. Blocks of B that are zero,
-// because a projection's outputs do not read another projection's ranks, are
-// not read at all.
+// Each table is read in order and, while rows are few, once. Nothing is padded
+// and nothing is gathered. Blocks of B that are zero, because a projection's
+// outputs do not read another projection's ranks, are not read at all.
 
 #pragma once
 
@@ -207,7 +206,7 @@ inline void shrink_block(const Deltas& d, const Segment& s, int64_t block, int64
     shrink_rows<kSums / kRanks, 1>(rows, d, s, x, s.a + rank * d.in, shrunk + rank);
 }
 
-// Shrinking is shared out by ranks, so that a is read once; by rows where x is the larger.
+// Shrinking is shared out by ranks, so that a is read once; by rows where these are many.
 inline bool by_rows(const Segment& s) { return s.rows > kManyRows; }
 
 inline int64_t shrinking_items(const Segment& s) {

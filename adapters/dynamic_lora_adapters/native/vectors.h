@@ -53,11 +53,11 @@ inline float sum(Vec v) {
 }
 
 // The sums of four vectors, times `factor`, to `out`.
-inline void sums(const Vec (&v)[4], float factor, float* out) {
+inline void sum_each(const Vec (&v)[4], float factor, float* out) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  const auto* part = reinterpret_cast<const __m256*>(v);
+  const auto part = [&v](int i) { return _mm256_loadu_ps(reinterpret_cast<const float*>(v + i)); };
   const __m256 pairs =
-      _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
+      _mm256_hadd_ps(_mm256_hadd_ps(part(0), part(1)), _mm256_hadd_ps(part(2), part(3)));
   const __m128 whole = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
   _mm_storeu_ps(out, _mm_mul_ps(whole, _mm_set1_ps(factor)));
 #else

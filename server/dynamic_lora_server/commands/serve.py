@@ -98,6 +98,13 @@ _Restore = Annotated[
     str,
     typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),
 ]
+_RecordTrace = Annotated[
+    Path | None,
+    typer.Option(
+        help="New file for who asked for which adapter and when, as benchmarks.simulate reads it; "
+        "another one at each start."
+    ),
+]
 _LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]
 
 
@@ -123,6 +130,7 @@ def serve(
     quantize: _Quantize = _DEFAULT.quantize,
     mode: _Mode = _DEFAULT.mode,
     restore: _Restore = _DEFAULT.restore,
+    record_trace: _RecordTrace = None,
     log_level: _LogLevel = _DEFAULT.log_level,
 ) -> None:
     """Serve a base model and its LoRA adapters over HTTP, in the foreground."""
@@ -150,6 +158,7 @@ def serve(
             quantize=quantize,
             mode=mode,
             restore=restore,
+            record_trace=record_trace,
             log_level=log_level,
         )
     except ServerError as error:

@@ -1,11 +1,17 @@
 """Traces: who asks for what, and when; synthetic ones, and recorded ones from a JSONL file."""
 
 import json
+import logging
 import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
 
 _KEYS = {"arrival_s", "adapter", "num_prompt_tokens", "num_output_tokens"}
 
@@ -59,7 +65,8 @@ def synthetic(kind: str, shape: Shape) -> list[Arrival]:
 def read_trace(path: Path) -> list[Arrival]:
     """Read a recorded trace: one JSON object a line with the four fields of `Arrival`.
 
-    Sorted by arrival. Raises ValueError, naming the line.
+    Sorted by arrival. What follows the last whole line is left out if it cannot be read: a
+    recording that was cut off. Raises ValueError, naming the line.
     """
     arrivals = []
     with path.open(encoding="utf-8") as lines:
@@ -68,6 +75,8 @@ def read_trace(path: Path) -> list[Arrival]:
                 try:
                     arrivals.append(_parse(json.loads(line)))
                 except (TypeError, ValueError) as error:
+                    if not line.endswith("\n") and arrivals:
+                        break
                     raise ValueError(f"{path.name}, line {number}: {error}") from error
     if not arrivals:
         raise ValueError(f"{path.name} holds no request")
@@ -76,8 +85,47 @@ def read_trace(path: Path) -> list[Arrival]:
 
 def write_trace(path: Path, arrivals: Iterable[Arrival]) -> None:
     """Write what `read_trace` reads."""
-    lines = (json.dumps(asdict(arrival)) + "\n" for arrival in arrivals)
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(map(_line, arrivals)), encoding="utf-8")
+
+
+class TraceRecorder:
+    """Writes a trace of what is served, a line as each answer ends, for `read_trace`.
+
+    Raises OSError, FileExistsError among them: no trace is written over. If the
+    disk fails later, recording ends, with a warning, and serving goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and path.stat().st_size:
+            raise FileExistsError(f"{path} exists; no trace is written over")
+        self._file: TextIO | None = path.open("w", buffering=1, encoding="utf-8")
+        self._began = time.monotonic()
+
+    def now(self) -> float:
+        """Seconds since recording began."""
+        return time.monotonic() - self._began
+
+    def record(self, arrival: Arrival) -> None:
+        """Write one answer."""
+        file = self._file
+        if file is None or file.closed:
+            return
+        try:
+            file.write(_line(arrival))
+        except (OSError, ValueError) as error:  # ValueError: closed by another thread meanwhile
+            logger.warning("The trace ends here: %s", error)
+            self.close()
+
+    def close(self) -> None:
+        """End recording."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+
+def _line(arrival: Arrival) -> str:
+    return json.dumps(asdict(arrival)) + "\n"
 
 
 def _parse(document: object) -> Arrival:

@@ -8,6 +8,7 @@ from dynamic_lora_server.modes.trace import (
     TRACES,
     Arrival,
     Shape,
+    TraceRecorder,
     read_trace,
     synthetic,
     write_trace,
@@ -111,3 +112,50 @@ def test_a_shape_without_requests_is_refused(fields: dict[str, int]) -> None:
 def test_a_shape_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="mean lengths"):
         Shape(rate=1, mean_prompt_tokens=0)
+
+
+ARRIVAL = Arrival(arrival_s=0.5, adapter="a", num_prompt_tokens=3, num_output_tokens=4)
+
+
+def test_a_recording_is_read_back_while_it_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    recorder = TraceRecorder(path)
+    before = recorder.now()
+    recorder.record(ARRIVAL)
+    assert read_trace(path) == [ARRIVAL]
+    assert recorder.now() > before >= 0
+    recorder.close()
+    recorder.record(ARRIVAL)
+    assert read_trace(path) == [ARRIVAL]
+
+
+def test_no_trace_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("precious")
+    with pytest.raises(FileExistsError):
+        TraceRecorder(path)
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_ends_the_recording_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(Path, "open", lambda *_, **__: full)
+        recorder = TraceRecorder(Path("trace.jsonl"))
+        recorder.record(ARRIVAL)
+        recorder.record(ARRIVAL)
+    assert [record.message for record in caplog.records] == [
+        "The trace ends here: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_recording_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_trace(path, [ARRIVAL, ARRIVAL])
+    path.write_text(path.read_text()[:-20])
+    assert read_trace(path) == [ARRIVAL]
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match="trace.jsonl, line 2"):
+        read_trace(path)
