@@ -141,6 +141,12 @@ class AdapterPool:
         places = [adapter.slab.terms(index, adapter.slot) for index in range(len(self._groups))]
         adapter.uploaded = self._upload.write(slot_copies(places, staged))
 
+    def share(self, adapter: ResidentAdapter) -> None:
+        """One more lease of an adapter that is leased."""
+        with self._lock:
+            assert adapter.num_leases > 0, "an adapter without leases may be gone"
+            adapter.num_leases += 1
+
     def release(self, adapter: ResidentAdapter) -> None:
         """Give one lease back; a doomed adapter leaves with its last lease."""
         with self._lock:

@@ -83,6 +83,19 @@ class Residency:
                 self._pool.release(resident)
                 await self._announce_release()
 
+    def share(self, adapter: ResidentAdapter) -> Callable[[], None]:
+        """A lease of its own for a sequence, of an adapter that is held; call it to end the lease.
+
+        A request may be gone while a step still reads the slot for it: the engine ends this one.
+        """
+        self._pool.share(adapter)
+
+        def end() -> None:
+            self._pool.release(adapter)
+            self._announce_soon()
+
+        return end
+
     def forget(self, digest: str) -> None:
         """Free the device memory of a deleted version, at once or after its last request."""
         with self._parts_lock:

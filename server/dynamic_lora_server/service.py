@@ -234,7 +234,7 @@ class GenerationService:
         inbox: asyncio.Queue[EngineEvent] = asyncio.Queue()
         for sequence_id, continuation in continuations.items():
             self._inboxes[sequence_id] = inbox
-            self._worker.send(Submit(continuation.sequence))
+            self._submit(continuation.sequence)
         try:
             yield inbox
         finally:
@@ -242,6 +242,12 @@ class GenerationService:
                 self._inboxes.pop(sequence_id, None)
                 if not continuation.done:
                     self._worker.send(Cancel(continuation.sequence))
+
+    def _submit(self, sequence: Sequence) -> None:
+        if sequence.adapter is None:
+            self._worker.send(Submit(sequence))
+        else:
+            self._worker.send(Submit(sequence, self._residency.share(sequence.adapter)))
 
     async def _events(
         self, inbox: "asyncio.Queue[EngineEvent]", continuations: dict[int, _Continuation]

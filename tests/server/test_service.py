@@ -1,10 +1,12 @@
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
+from dynamic_lora_server.engine.engine import EngineEvent
 from dynamic_lora_server.errors import (
     ContextOverflow,
     EngineFailed,
@@ -222,3 +224,31 @@ async def test_a_recorded_trace_says_who_asked_and_when_and_nothing_else(tmp_pat
     ]
     assert arrivals[0].arrival_s == arrivals[1].arrival_s < arrivals[2].arrival_s
     assert "king" not in path.read_text()
+
+
+async def test_a_slot_is_kept_while_a_step_reads_it_for_a_request_that_has_gone(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = runtime.built.engine
+    step, stepping, go_on = engine.step, threading.Event(), threading.Event()
+
+    def slowly() -> list[EngineEvent]:
+        stepping.set()
+        assert go_on.wait(10)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slowly)
+    request = asyncio.create_task(collect(runtime, spec(adapter="ner", max_new_tokens=100)))
+    assert await asyncio.to_thread(stepping.wait, 10)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert runtime.service.num_open == 0
+    assert runtime.stats().adapters.num_leased == 1
+    go_on.set()
+    await quiet(runtime)
+    for _ in range(300):
+        if not runtime.stats().adapters.num_leased:
+            break
+        await asyncio.sleep(0.01)
+    assert runtime.stats().adapters.num_leased == 0

@@ -14,11 +14,16 @@ from dynamic_lora_server.engine.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Queue this sequence."""
+    """Queue this sequence; `left` is called once, on the engine thread, when no step reads it."""
 
     sequence: Sequence
+    left: Callable[[], object] = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class Worker:
         self._engine = engine
         self._sink = sink
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._live: dict[int, Sequence] = {}
+        self._live: dict[int, Submit] = {}
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -87,9 +92,9 @@ class Worker:
             for event in events:
                 if isinstance(event, FailedEvent):
                     logger.error("sequence %d failed: %s", event.sequence_id, event.message)
-                    self._live.pop(event.sequence_id, None)
+                    self._let_go(event.sequence_id)
                 elif event.reason is not None:
-                    self._live.pop(event.sequence_id, None)
+                    self._let_go(event.sequence_id)
             if events:
                 self._sink(events)
         self._fail_the_rest()
@@ -103,23 +108,31 @@ class Worker:
                 return True
             match message:
                 case Submit(sequence):
-                    self._live[sequence.id] = sequence
+                    self._live[sequence.id] = message
                     self._engine.add(sequence)
                 case Cancel(sequence):
-                    self._live.pop(sequence.id, None)
                     self._engine.cancel(sequence)
+                    self._let_go(sequence.id)
                 case MakeRoom(doomed_only, done):
                     if self._engine.modes.make_room(doomed_only=doomed_only):
                         done()
                 case Stop():
                     return False
 
+    def _let_go(self, sequence_id: int) -> None:
+        if (submitted := self._live.pop(sequence_id, None)) is not None:
+            submitted.left()
+
     def _fail_the_rest(self) -> None:
-        for sequence in self._live.values():
-            self._engine.cancel(sequence)
-        events: list[EngineEvent] = [
-            FailedEvent(sequence_id, "the server is shutting down") for sequence_id in self._live
-        ]
-        self._live.clear()
+        while not self._inbox.empty():
+            late = self._inbox.get()
+            if isinstance(late, Submit):
+                self._live[late.sequence.id] = late
+                self._engine.add(late.sequence)
+        events: list[EngineEvent] = []
+        for sequence_id, submitted in list(self._live.items()):
+            self._engine.cancel(submitted.sequence)
+            self._let_go(sequence_id)
+            events.append(FailedEvent(sequence_id, "the server is shutting down"))
         if events:
             self._sink(events)

@@ -1,0 +1,51 @@
+"""The engine thread's mailbox."""
+
+from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
+from tests.support.engines import make_engine, make_sequence
+from tests.support.models import tiny_llama
+
+
+def run(*messages: Submit | Cancel | Stop) -> list[EngineEvent]:
+    """What comes of messages that all lie there when the thread begins; the last ends it."""
+    events: list[EngineEvent] = []
+    worker = Worker(make_engine(tiny_llama()).engine, events.extend)
+    for message in messages:
+        worker.send(message)
+    worker.start()
+    worker.stop()
+    assert not worker.alive
+    return events
+
+
+def test_a_submission_behind_the_stop_fails_by_name_and_is_let_go() -> None:
+    left: list[str] = []
+    sequence = make_sequence([1, 2, 3], max_new_tokens=3)
+    events = run(Stop(), Submit(sequence, lambda: left.append("left")))
+    assert events == [FailedEvent(sequence.id, "the server is shutting down")]
+    assert left == ["left"]
+
+
+def test_a_cancelled_sequence_is_let_go_once_and_says_nothing() -> None:
+    left: list[str] = []
+    sequence = make_sequence([1, 2, 3], max_new_tokens=3)
+    submit = Submit(sequence, lambda: left.append("left"))
+    assert run(submit, Cancel(sequence), Cancel(sequence)) == []
+    assert left == ["left"]
+
+
+def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
+    order: list[str] = []
+
+    def sink(events: list[EngineEvent]) -> None:
+        tokens = [one for one in events if isinstance(one, TokenEvent)]
+        order.extend("end" if one.reason else "token" for one in tokens)
+
+    worker = Worker(make_engine(tiny_llama()).engine, sink)
+    sequence = make_sequence([1, 2, 3], max_new_tokens=3)
+    worker.send(Submit(sequence, lambda: order.append("left")))
+    worker.start()
+    while "end" not in order:
+        assert worker.alive
+    worker.stop()
+    assert order == ["token", "token", "left", "end"]
