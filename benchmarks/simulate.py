@@ -1,6 +1,8 @@
 """Simulates the choice between bypass and merged on traces, beside other ways to choose.
 
     python -m benchmarks.simulate --output docs/figures --page docs/policy.md
+    python -m benchmarks.simulate --trace benchmarks/traces/shipped-tasks.jsonl
+        --output docs/figures --page docs/policy.md
     python -m benchmarks.simulate --trace recorded.jsonl --costs costs.json
 
 Needs no model and no torch; see docs/policy.md for what is simulated and how.
@@ -26,7 +28,7 @@ from dynamic_lora_server.modes.trace import TRACES, Arrival, Shape, read_trace, 
 
 RESULTS = Path(__file__).parent / "results" / "policy-simulation.json"
 MAX_RUNNING = 32
-BEGIN, END = "<!-- simulation begins -->", "<!-- simulation ends -->"
+RECORDED = Path(__file__).parent / "results" / "policy-recorded.json"
 
 COSTS = {
     # Two CPU cores, SmolLM2-135M, adapters of rank 16 on all linear layers: measured, but
@@ -76,8 +78,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    root.add_argument("--output", type=Path, help="folder for one plot per synthetic trace")
-    root.add_argument("--json", type=Path, help=f"results (with --output: results/{RESULTS.name})")
+    root.add_argument("--output", type=Path, help="folder for one plot per trace")
+    kept = f"results (with --output: {RESULTS.name} or {RECORDED.name})"
+    root.add_argument("--json", type=Path, help=kept)
     root.add_argument("--page", type=Path, help="page whose tables are to be replaced")
     root.add_argument("--costs", type=Path, help="JSON of measured step costs, in place of both")
     root.add_argument("--trace", type=Path, help="recorded JSONL, in place of the synthetic ones")
@@ -160,12 +163,13 @@ def _latency(result: Result) -> str:
     return f"{result.mean_latency_s:.1f} / {result.p95_latency_s:.1f} s"
 
 
-def put_tables(page: str, text: str) -> str:
-    """`page` with `text` between its two markers. Raises ValueError without them."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no lines {BEGIN} and {END}")
-    head, rest = page.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{text}{END}{rest.split(END, 1)[1]}"
+def put_tables(page: str, text: str, *, place: str = "simulation") -> str:
+    """`page` with `text` between the two markers of a `place`. Raises ValueError without them."""
+    begin, end = f"<!-- {place} begins -->", f"<!-- {place} ends -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no lines {begin} and {end}")
+    head, rest = page.split(begin, 1)
+    return f"{head}{begin}\n{text}{end}{rest.split(end, 1)[1]}"
 
 
 def draw(trace: str, steps: Sequence[Step], results: Sequence[Result]) -> Figure:
@@ -211,7 +215,7 @@ def _stays(steps: Sequence[Step]) -> Iterator[tuple[float, float, str | None]]:
 
 
 def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
-    groups = [(c, load) for c in COSTS for load in ("closed", "backlog")]
+    groups = list(dict.fromkeys((r.costs, r.load) for r in results if r.load != "light"))
     rates = {(r.costs, r.load, r.strategy): r.tokens_per_s for r in results}
     width = 1 / (len(STRATEGIES) + 1)
     for index, strategy in enumerate(STRATEGIES):
@@ -260,7 +264,7 @@ def run(options: argparse.Namespace) -> list[Result]:
                 shown[where] = outcomes["auto"].steps
                 print(*where, "done", file=sys.stderr)
     if options.output is not None:
-        for trace_name in TRACES:
+        for trace_name in _traces(options):
             figure = draw(trace_name, shown["cpu", "closed", trace_name], results)
             _save(figure, options.output / f"policy-{trace_name}.svg")
     return results
@@ -270,18 +274,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 1, with the reason on standard error, if an input cannot be used."""
     root = parser()
     options = root.parse_args(arguments)
-    if options.output is not None and (options.costs is not None or options.trace is not None):
-        root.error("--output draws the built-in costs and traces; leave out --costs and --trace")
+    if options.output is not None and options.costs is not None:
+        root.error("--output draws the built-in costs; leave out --costs")
+    recorded = options.trace is not None
     try:
         results = run(options)
         text = tables(results)
         if options.page is not None:
             page = options.page.read_text(encoding="utf-8")
-            options.page.write_text(put_tables(page, text), encoding="utf-8")
+            place = "recorded" if recorded else "simulation"
+            options.page.write_text(put_tables(page, text, place=place), encoding="utf-8")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    target = options.json or (RESULTS if options.output is not None else None)
+    target = options.json
+    if target is None and options.output is not None:
+        target = RECORDED if recorded else RESULTS
     if target is not None:
         rows = ",\n".join(json.dumps(asdict(result)) for result in results)
         target.write_text(f"[\n{rows}\n]\n", encoding="utf-8")

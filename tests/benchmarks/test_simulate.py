@@ -6,6 +6,7 @@ import pytest
 from benchmarks.simulate import (
     COSTS,
     LOADS,
+    RECORDED,
     RESULTS,
     STRATEGIES,
     Result,
@@ -21,6 +22,7 @@ from dynamic_lora_server.modes.simulator import Simulator
 from dynamic_lora_server.modes.strategies import PolicyStrategy
 from dynamic_lora_server.modes.trace import TRACES, Arrival, Shape, synthetic, write_trace
 
+TRACE = Path(__file__).parents[2] / "benchmarks" / "traces" / "shipped-tasks.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "policy.md"
 
 
@@ -72,6 +74,10 @@ def test_the_page_shows_the_results_that_are_kept() -> None:
     assert {result.load for result in results} == set(LOADS)
     page = PAGE.read_text()
     assert put_tables(page, tables(results)) == page
+    recorded = [Result(**row) for row in json.loads(RECORDED.read_text())]
+    assert {result.trace for result in recorded} == {TRACE.stem}
+    assert put_tables(page, tables(recorded), place="recorded") == page
+    assert f"figures/policy-{TRACE.stem}.svg" in page
     for trace in TRACES:
         assert f"figures/policy-{trace}.svg" in page
         assert (PAGE.parent / "figures" / f"policy-{trace}.svg").exists()
@@ -113,10 +119,25 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "these are no step costs" in capsys.readouterr().err
 
 
-def test_plots_are_of_the_built_in_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_are_of_the_built_in_costs_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--output", "x", "--trace", "y"])
-    assert "leave out --costs and --trace" in capsys.readouterr().err
+        main(["--output", "x", "--costs", "y"])
+    assert "leave out --costs" in capsys.readouterr().err
+
+
+def test_the_recorded_trace_is_drawn_and_auto_serves_it_as_fast_as_bypass(tmp_path: Path) -> None:
+    page, kept = tmp_path / "page.md", tmp_path / "kept.json"
+    page.write_text("<!-- recorded begins -->\n<!-- recorded ends -->\n")
+    arguments = ["--trace", str(TRACE), "--output", str(tmp_path), "--page", str(page)]
+    assert main([*arguments, "--json", str(kept)]) == 0
+    assert (tmp_path / f"policy-{TRACE.stem}.svg").exists()
+    rates = {
+        (row["costs"], row["load"], row["strategy"]): row["tokens_per_s"]
+        for row in json.loads(kept.read_text())
+    }
+    for costs, load, strategy in rates:
+        if strategy == "auto":
+            assert rates[costs, load, "auto"] >= 0.98 * rates[costs, load, "bypass"]
 
 
 def test_a_page_without_markers_is_refused() -> None:
