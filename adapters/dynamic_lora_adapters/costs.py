@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -71,14 +72,18 @@ class KernelChooser:
     def __init__(self, costs: KernelCosts, kernels: Mapping[str, DeltaKernel] = KERNELS) -> None:
         self._costs = costs
         self._kernels = kernels
+        # Steps repeat, and this is asked before each.
+        self._fastest = lru_cache(maxsize=1024)(self._find)
 
     def choose(self, run: Run) -> DeltaKernel:
         """The kernel with the least measured cost for this run."""
-        mean = run.num_rows / run.num_slots
+        longest = run.num_rows / run.num_slots if run.uniform else run.max_length
+        return self._fastest(run.num_slots, run.num_rows, longest)
 
+    def _find(self, num_adapters: int, num_rows: int, longest: float) -> DeltaKernel:
         def cost(name: str) -> float:
-            padded = name == "sorted_groups" and not run.uniform
-            return self._costs.of(name, run.num_slots, run.max_length if padded else mean)
+            length = longest if name == "sorted_groups" else num_rows / num_adapters
+            return self._costs.of(name, num_adapters, length)
 
         return self._kernels[min(self._kernels, key=cost)]
 

@@ -95,7 +95,6 @@ class LayerStep:
         self.items = items
         self._cells = cells
         self._runs = runs
-        self._given: torch.Tensor | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._qkv: torch.Tensor | None = None
         self._attended: torch.Tensor | None = None
@@ -110,15 +109,12 @@ class LayerStep:
         self.address = ctypes.addressof(self._c)
 
     def rotate_by(self, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
-        """Set the tables [..., rows, dim] by which the next layer rotates.
+        """Set the tables [..., rows, dim] by which layers rotate.
 
         Raises ValueError for tables that rotate a part of a head only.
         """
-        if self._given is cos:
-            return
         if cos.shape[-1] != dim or cos.numel() != self.num_rows * dim:
             raise ValueError(f"rotary tables {tuple(cos.shape)} are not for heads of {dim}")
-        self._given = cos
         self._rotary = cos.float().contiguous(), sin.float().contiguous()
         self._c.cos, self._c.sin = (table.data_ptr() for table in self._rotary)
 
@@ -225,6 +221,7 @@ class LayerStack:
         self._run.argtypes = [_POINTER, _SIZE, *[_POINTER] * 5]
         self._run.restype = None
         self._layers = layers
+        self.num_layers = len(layers)
         self._addresses = (_POINTER * len(layers))(*(layer.address for layer in layers))
 
     def run(self, step: LayerStep, hidden: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,11 @@ from dynamic_lora_server.errors import UnsupportedModel
 
 ATTENTION_NAME = "dynamic_lora"
 
-# Up to this many new tokens of a sequence are attended to one by one in C++; more
-# share their keys and values, which torch's kernel reads once for all of them.
-_FEW_TOKENS = 8
+# New tokens are attended to one by one in C++, each reading its sequence's keys and values. For
+# more than FEW_TOKENS of one sequence that is as fast as torch's kernel, which reads them once for
+# many tokens, as long as a layer's keys and values stay in the processor's cache.
+FEW_TOKENS = 8
+CACHED_BYTES = 2**22
 
 # Arguments that models pass along and that change nothing here.
 _BENIGN = frozenset(
@@ -64,7 +66,9 @@ class AttentionStep:
     """One forward pass: the spans of the batch and, but for the probe, the cache.
 
     Without a cache each sequence attends to its own new tokens only, and the
-    layers' geometry is recorded; the start-up probe uses this.
+    layers' geometry is recorded; the start-up probe uses this. Sequences with more
+    than FEW_TOKENS new ones are left to torch's kernel where a layer has more than
+    `cached_bytes` of keys and values for them.
     """
 
     spans: Sequence[Span]
@@ -72,12 +76,15 @@ class AttentionStep:
     cache: KVCache | None = None
     paged_kernel: PagedKernel | None = None
     native: NativeAttention | None = None
+    cached_bytes: int = field(default_factory=lambda: CACHED_BYTES)
     observed: dict[int, LayerGeometry] = field(default_factory=dict)
     rules: dict[int, Rule] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     _gathers: dict[int, torch.Tensor] = field(default_factory=dict)
     _splits: dict[int | None, tuple[list[DecodeGroup], list[Span]]] = field(default_factory=dict)
-    _items: dict[int | None, tuple[torch.Tensor, list[Span]]] = field(default_factory=dict)
+    _items: dict[tuple[int | None, int], tuple[torch.Tensor, list[Span]]] = field(
+        default_factory=dict
+    )
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule
@@ -117,7 +124,7 @@ class AttentionStep:
         assert self.cells is not None
         native.write(keys, self.cells, k)
         native.write(values, self.cells, v)
-        items, others = self.native_items(rule.window)
+        items, others = self.native_items(rule.window, keys, values)
         out = q.new_empty(q.shape[1], q.shape[0], values.shape[2])
         native.attend(
             q,
@@ -132,11 +139,18 @@ class AttentionStep:
         self._attend_singly(out, others, q, keys, values, rule)
         return out
 
-    def native_items(self, window: int | None) -> tuple[torch.Tensor, list[Span]]:
-        """What is attended to token by token in C++, and the spans that are left."""
-        if window not in self._items:
-            self._items[window] = _native_items(self.spans, window)
-        return self._items[window]
+    def native_items(
+        self, window: int | None, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Span]]:
+        """What is attended to token by token in C++, and the spans that are left.
+
+        `keys` and `values` [cells, kv_heads, dim] are the cache of a layer with this window.
+        """
+        cell_bytes = keys[0].nbytes + values[0].nbytes
+        if (window, cell_bytes) not in self._items:
+            longest = self.cached_bytes // cell_bytes
+            self._items[window, cell_bytes] = _native_items(self.spans, window, longest)
+        return self._items[window, cell_bytes]
 
     def attend_others(self, layer: int, q: torch.Tensor, out: torch.Tensor, rule: Rule) -> None:
         """Fill in the rows of `out` that `native_items` left, once a layer has written the cache.
@@ -144,8 +158,9 @@ class AttentionStep:
         Shapes: q [heads, num_tokens, dim], out [num_tokens, heads, value_dim].
         """
         assert self.cache is not None
-        _, others = self.native_items(rule.window)
-        self._attend_singly(out, others, q, self.cache.keys[layer], self.cache.values[layer], rule)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        _, others = self.native_items(rule.window, keys, values)
+        self._attend_singly(out, others, q, keys, values, rule)
 
     def _attend_cached(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule
@@ -225,12 +240,15 @@ class AttentionStep:
         return self._masks[key]
 
 
-def _native_items(spans: Sequence[Span], window: int | None) -> tuple[torch.Tensor, list[Span]]:
+def _native_items(
+    spans: Sequence[Span], window: int | None, longest: int
+) -> tuple[torch.Tensor, list[Span]]:
     """What `NativeAttention.attend` does for single tokens, and the spans that are left."""
     items: list[tuple[int, int, int]] = []
     others: list[Span] = []
     for span in spans:
-        if span.num_new > _FEW_TOKENS or len(span.starts) > 1:
+        many = span.num_new > FEW_TOKENS and span.num_total > longest
+        if many or len(span.starts) > 1:
             others.append(span)
             continue
         for number in range(span.num_new):

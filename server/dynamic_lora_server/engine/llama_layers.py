@@ -1,6 +1,7 @@
 """What a Llama layer is made of, read from a model and checked against its sizes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,7 @@ from dynamic_lora_adapters.native.norm import NativeRmsNorm
 from dynamic_lora_adapters.native.product import PackedWeight
 from dynamic_lora_server.engine.attention import Rule
 
+_FRAME_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -21,6 +23,30 @@ _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 class Unsuited(Exception):
     """The model's layers are not of the one kind that is taken over; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaFrame:
+    """What is around the decoder layers: modules, called as transformers calls them."""
+
+    embed: nn.Module
+    rotary: nn.Module
+    norm: nn.Module
+    head: nn.Module
+
+
+def llama_frame(model: PreTrainedModel) -> LlamaFrame:
+    """What is around the model's layers. Raises Unsuited if these are not Llama's parts."""
+    backbone, head = model.base_model, model.get_output_embeddings()
+    parts = _children(backbone)
+    if parts != _FRAME_PARTS or head is None:
+        raise Unsuited(f"the model is made of {', '.join(sorted(parts))}")
+    return LlamaFrame(
+        embed=backbone.get_submodule("embed_tokens"),
+        rotary=backbone.get_submodule("rotary_emb"),
+        norm=backbone.get_submodule("norm"),
+        head=head,
+    )
 
 
 def has_llama_layers(model: PreTrainedModel) -> bool:

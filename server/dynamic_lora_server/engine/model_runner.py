@@ -11,7 +11,7 @@ from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.segments import slot_order
-from dynamic_lora_server.engine.attention import AttentionStep, attending
+from dynamic_lora_server.engine.attention import AttentionStep
 from dynamic_lora_server.engine.batch import Batch
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.kv_cache import KVCache
@@ -21,7 +21,6 @@ from dynamic_lora_server.engine.paged_attention import (
     PagedTables,
     paged_kernel_available,
 )
-from dynamic_lora_server.engine.probe import forward
 from dynamic_lora_server.engine.scheduler import Piece
 
 
@@ -73,8 +72,9 @@ class ModelRunner:
             batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.decoder.attention
         )
         try:
-            with attending(step), self.decoder.serving(step):
-                logits = forward(self.model, batch.input_ids, batch.position_ids, batch.logit_rows)
+            logits = self.decoder.logits(
+                step, batch.input_ids, batch.position_ids, batch.logit_rows
+            )
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()

@@ -1,20 +1,18 @@
 """Decoder layers in C++ in the place of transformers', where both give the same logits.
 
-transformers' code stays the definition: a layer is taken over only if it has the
-parts and sizes of a Llama layer, and if the whole model's logits are the same with
-and without, over a KV cache, in several pieces, at the first positions and at the
-last. Steps that hold more than low-rank terms run through transformers' own layers.
-Hooks on modules within a layer that is taken over are not called.
+transformers' code stays the definition: a model is taken over only if it and its
+layers have the parts and sizes of Llama's, and if its logits are the same with and
+without, over a KV cache, in several pieces, at the first positions and at the last.
+Steps that hold more than low-rank terms run through transformers' own model. Of the
+model's modules only embedding, rotary embedding, last norm and head are called by C++'s
+steps: hooks on others do not act.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection
@@ -29,16 +27,23 @@ from dynamic_lora_adapters.native.layer import (
 )
 from dynamic_lora_adapters.native.product import Int8Product
 from dynamic_lora_adapters.segments import DeltaPlan
-from dynamic_lora_server.engine.attention import AttentionStep, Rule, attending
+from dynamic_lora_server.engine.attention import (
+    CACHED_BYTES,
+    AttentionStep,
+    Rule,
+    attending,
+)
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.llama_layers import (
+    LlamaFrame,
     Unsuited,
     has_llama_layers,
     layer_parts,
     layer_paths,
+    llama_frame,
 )
-from dynamic_lora_server.engine.probe import forward, packed_spans, run_packed
+from dynamic_lora_server.engine.probe import forward, packed_spans
 
 logger = logging.getLogger(__name__)
 
@@ -47,95 +52,125 @@ _TOLERANCE = 1e-4
 # Where inputs are rounded to sixteen bits, a difference in float32's last place may become one
 # of 2^-15 of the largest input, in every layer; over SmolLM2's thirty that makes 4e-4.
 _ROUNDED_TOLERANCE = 2e-3
-# The probe's sequences: a long one whose prompt comes in two pieces, and a short one.
+# The probe's sequences: a long one whose prompt comes in two pieces, the first of more than
+# attention.FEW_TOKENS, and a short one.
 _PROBE_PIECES = ((20, 3), (1, 4))
 
 
 @dataclass(frozen=True, slots=True)
+class _Layer:
+    native: NativeLayer
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
 class _Running:
+    """A step whose layers run in C++: what all of them share, and what those of one kind do."""
+
     attention: AttentionStep
     runs: DeltaRuns
-    steps: dict[int | None, LayerStep] = field(default_factory=dict)
+    cos: torch.Tensor
+    sin: torch.Tensor
+    steps: dict[tuple[int | None, int], tuple[LayerStep, bool]] = field(default_factory=dict)
 
-    def layers(self, window: int | None) -> LayerStep:
-        """What the layers with this attention window share."""
-        if window not in self.steps:
-            cells = self.attention.cells
-            assert cells is not None
-            items, _ = self.attention.native_items(window)
-            self.steps[window] = LayerStep(cells, items, self.runs)
-        return self.steps[window]
+    def layer_step(self, number: int, layer: _Layer) -> tuple[LayerStep, bool]:
+        """What the layer reads, and whether all tokens are among its items."""
+        window, dim = layer.rule.window, layer.native.parts.dim
+        if (window, dim) not in self.steps:
+            cells, cache = self.attention.cells, self.attention.cache
+            assert cells is not None and cache is not None
+            tables = cache.keys[number], cache.values[number]
+            items, others = self.attention.native_items(window, *tables)
+            step = LayerStep(cells, items, self.runs)
+            step.rotate_by(self.cos, self.sin, dim)
+            self.steps[window, dim] = step, not others
+        return self.steps[window, dim]
 
 
 class NativeDecoder:
-    """The layers of one model that run in C++ while a step is `serving`.
+    """Computes a model's logits, with its decoder layers in C++ where a step allows it.
 
     `attention` is there wherever C++ is, whether or not there are such layers.
     """
 
-    def __init__(self, site: DeltaSite, attention: NativeAttention | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, site: DeltaSite, attention: NativeAttention | None = None
+    ) -> None:
         self.attention = attention
+        self._model = model
         self._site = site
-        self._running: _Running | None = None
-        self._originals: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._frame: LlamaFrame | None = None
+        self._layers: list[_Layer] = []
         self._stacks: dict[int, LayerStack] = {}
 
     @property
     def num_layers(self) -> int:
         """How many layers were taken over: all of the model's, or none."""
-        return len(self._originals)
+        return len(self._layers)
 
-    @contextmanager
-    def serving(self, step: AttentionStep) -> Iterator[None]:
-        """Run the layers in C++ for a step whose terms allow it, else as transformers does."""
-        self._running = self._prepare(step) if self._originals else None
-        try:
-            yield
-        finally:
-            self._running = None
+    def logits(
+        self,
+        step: AttentionStep,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logit_rows: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] in float32 of one packed row of tokens [1, num_tokens].
 
-    def _prepare(self, step: AttentionStep) -> _Running | None:
+        `logit_rows` are the tokens that are wanted; 0 is all of them.
+        """
+        runs = self._delta_runs(step)
+        if runs is None or self._frame is None:
+            with attending(step):
+                return forward(self._model, input_ids, position_ids, logit_rows)
+        hidden: torch.Tensor = self._frame.embed(input_ids)
+        cos, sin = self._frame.rotary(hidden, position_ids)
+        hidden = self._through_layers(_Running(step, runs, cos, sin), hidden)
+        if isinstance(logit_rows, torch.Tensor):
+            hidden = hidden[:, logit_rows]
+        logits: torch.Tensor = self._frame.head(self._frame.norm(hidden))
+        return logits[0].float()
+
+    def _delta_runs(self, step: AttentionStep) -> DeltaRuns | None:
+        """The step's terms for C++; None if that has no code for all of them."""
         site = self._site
         if step.cells is None or any(s.terms.overrides for s in site.segments):
             return None
-        runs = delta_runs(DeltaPlan(()) if site.plan is None else site.plan)
-        return None if runs is None else _Running(step, runs)
+        return delta_runs(DeltaPlan(()) if site.plan is None else site.plan)
 
-    def take_over(self, module: nn.Module, native: NativeLayer, number: int, rule: Rule) -> None:
-        """Let `native` answer for a decoder layer, the model's layer `number`."""
-        own: Callable[..., torch.Tensor] = module.forward
+    def _through_layers(self, running: _Running, hidden: torch.Tensor) -> torch.Tensor:
+        number = 0
+        while number < len(self._layers):
+            layer = self._layers[number]
+            step, complete = running.layer_step(number, layer)
+            if complete:
+                stack = self._stacks[number]
+                hidden = stack.run(step, hidden)
+                number += stack.num_layers
+                continue
+            q, attended = layer.native.attend(step, hidden)
+            running.attention.attend_others(number, q, attended, layer.rule)
+            hidden = layer.native.finish(step, hidden, attended)
+            number += 1
+        return hidden
 
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            running = self._running
-            if running is None:
-                return own(hidden_states, *args, **kwargs)
-            step = running.layers(rule.window)
-            cos, sin = kwargs["position_embeddings"]
-            step.rotate_by(cos, sin, native.parts.dim)
-            _, others = running.attention.native_items(rule.window)
-            if not others:
-                # The first layer of a stack answers for all of it.
-                stack = self._stacks.get(number)
-                return hidden_states if stack is None else stack.run(step, hidden_states)
-            q, attended = native.attend(step, hidden_states)
-            running.attention.attend_others(number, q, attended, rule)
-            return native.finish(step, hidden_states, attended)
+    def take_over(self, frame: LlamaFrame, layers: Sequence[tuple[NativeLayer, Rule]]) -> None:
+        """Let these answer for the model's layers.
 
-        self._originals.append((module, own))
-        module.forward = forward
-
-    def stack(self, layers: Sequence[NativeLayer], windows: Sequence[int | None]) -> None:
-        """Run neighbouring layers of one window and of equal widths in one call."""
-        kinds = [(layer.widths, window) for layer, window in zip(layers, windows, strict=True)]
+        Neighbours of one window and of equal widths run in one call.
+        """
+        self._frame = frame
+        self._layers = [_Layer(*layer) for layer in layers]
+        kinds = [(layer.native.widths, layer.rule.window) for layer in self._layers]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
-        for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
-            self._stacks[start] = LayerStack(layers[start:stop])
+        for start, stop in zip(starts, [*starts[1:], len(kinds)], strict=True):
+            natives = [layer.native for layer in self._layers[start:stop]]
+            self._stacks[start] = LayerStack(natives)
 
     def give_back(self) -> None:
         """Let transformers' layers run again."""
-        for module, own in self._originals:
-            module.forward = own
-        self._originals.clear()
+        self._frame = None
+        self._layers.clear()
         self._stacks.clear()
 
 
@@ -154,13 +189,13 @@ def adopt_native_layers(
     `inject` returned. Writes to the cache, which must not be in use yet.
     """
     if not wanted:
-        return NativeDecoder(site)
+        return NativeDecoder(model, site)
     try:
         attention = NativeAttention()
     except NativeUnavailable as reason:
         logger.info("Attention is torch's: %s", reason)
-        return NativeDecoder(site)
-    decoder = NativeDecoder(site, attention)
+        return NativeDecoder(model, site)
+    decoder = NativeDecoder(model, site, attention)
     try:
         _take_over(model, decoder, projections, cache)
     except (NativeUnavailable, Unsuited) as reason:
@@ -186,23 +221,24 @@ def _take_over(
         raise Unsuited(
             f"attention is not in C++ for {keys.dtype} on {keys.device}, heads of {keys.shape[2]}"
         )
+    frame = llama_frame(model)
     probe = _Probe(model, cache)
     expected = probe.run(decoder)
-    layers: list[NativeLayer] = []
+    layers: list[tuple[NativeLayer, Rule]] = []
     for number, path in enumerate(layer_paths(model)):
         rule = probe.rules[number]
         keys, values = cache.keys[number], cache.values[number]
         if keys.shape != values.shape:
             raise Unsuited("keys and values differ in size")
         parts = layer_parts(model, path, projections, rule, keys)
-        native = NativeLayer(parts, keys, values)
-        decoder.take_over(model.get_submodule(path), native, number, rule)
-        layers.append(native)
-    decoder.stack(layers, [probe.rules[number].window for number in range(len(layers))])
-    error = float((probe.run(decoder) - expected).abs().max() / expected.abs().max())
+        layers.append((NativeLayer(parts, keys, values), rule))
+    decoder.take_over(frame, layers)
     rounded = any(isinstance(p.base, Int8Product) for p in projections)
-    if not error <= (_ROUNDED_TOLERANCE if rounded else _TOLERANCE):
-        raise Unsuited(f"their logits differ by {error:.1e}")
+    for cached_bytes in (CACHED_BYTES, 0):  # all in one call, and layer by layer
+        error = probe.run(decoder, cached_bytes) - expected
+        relative = float(error.abs().max() / expected.abs().max())
+        if not relative <= (_ROUNDED_TOLERANCE if rounded else _TOLERANCE):
+            raise Unsuited(f"their logits differ by {relative:.1e}")
 
 
 def decode_trial(
@@ -214,12 +250,11 @@ def decode_trial(
     """
 
     def run(num_rows: int) -> torch.Tensor:
-        ids = [torch.zeros(1, dtype=torch.long, device=model.device)] * num_rows
+        ids = torch.zeros(1, num_rows, dtype=torch.long, device=model.device)
         step = AttentionStep(packed_spans((1,) * num_rows))
         if decoder.num_layers and num_rows <= len(cache.keys[0]):
             step.cells, step.cache, step.native = torch.arange(num_rows), cache, decoder.attention
-        with attending(step), decoder.serving(step):
-            return run_packed(model, ids)
+        return decoder.logits(step, ids, torch.zeros_like(ids), 0)
 
     return run
 
@@ -228,7 +263,6 @@ class _Probe:
     """Two random sequences, fed to the model in pieces, as a server would."""
 
     def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
-        self._model = model
         self._cache = cache
         self.rules: dict[int, Rule] = {}
         # Whatever depends on the position beside the rotary tables shows at the window's end.
@@ -242,8 +276,11 @@ class _Probe:
             raise Unsuited("the KV cache is too small for a probe")
         self._ids = [torch.randint(len(embedding), (n,), generator=generator) for n in lengths]
 
-    def run(self, decoder: NativeDecoder) -> torch.Tensor:
-        """The logits of all tokens, [num_tokens, vocab]; `rules` then holds how layers attend."""
+    def run(self, decoder: NativeDecoder, cached_bytes: int = CACHED_BYTES) -> torch.Tensor:
+        """The logits of all tokens, [num_tokens, vocab]; `rules` then holds how layers attend.
+
+        With no `cached_bytes` the long piece is left to torch's attention.
+        """
         begun = [0] * len(self._ids)
         logits = []
         for lengths in zip(*_PROBE_PIECES, strict=True):
@@ -251,19 +288,22 @@ class _Probe:
             for ids, cached, new in zip(self._ids, begun, lengths, strict=True):
                 spans.append(Span(row, new, cached, (start,), len(ids)))
                 row, start = row + new, start + len(ids)
-            logits.append(self._step(spans, decoder))
+            logits.append(self._step(spans, decoder, cached_bytes))
             begun = [cached + new for cached, new in zip(begun, lengths, strict=True)]
         return torch.cat(logits)
 
-    def _step(self, spans: Sequence[Span], decoder: NativeDecoder) -> torch.Tensor:
+    def _step(
+        self, spans: Sequence[Span], decoder: NativeDecoder, cached_bytes: int
+    ) -> torch.Tensor:
         cached = torch.cat([torch.arange(s.num_cached, s.num_total) for s in spans])
         offsets = torch.cat(
             [torch.full((s.num_new,), o) for o, s in zip(self._offsets, spans, strict=True)]
         )
         starts = torch.cat([torch.full((s.num_new,), s.starts[0]) for s in spans])
         tokens = [ids[s.num_cached : s.num_total] for ids, s in zip(self._ids, spans, strict=True)]
-        step = AttentionStep(spans, cached + starts, self._cache, None, decoder.attention)
-        with attending(step), decoder.serving(step):
-            logits = forward(self._model, torch.cat(tokens)[None], (cached + offsets)[None], 0)
+        step = AttentionStep(
+            spans, cached + starts, self._cache, None, decoder.attention, cached_bytes
+        )
+        logits = decoder.logits(step, torch.cat(tokens)[None], (cached + offsets)[None], 0)
         self.rules = self.rules or step.rules
         return logits

@@ -21,6 +21,7 @@ from dynamic_lora_adapters.native.layer import (
 from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_server.engine import attention
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import NativeDecoder
@@ -183,6 +184,16 @@ def test_a_layer_that_only_looks_like_one_is_left_alone(caplog: pytest.LogCaptur
     assert "their logits differ by" in caplog.text
 
 
+def test_a_model_with_more_around_its_layers_is_left_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = tiny_llama()
+    model.base_model.add_module("extra_norm", nn.Identity())
+    assert not decoder_of(native_engine(model)).num_layers
+    assert "the model is made of embed_tokens, extra_norm, layers, norm, rotary_emb" in caplog.text
+
+
 def test_products_of_another_kind_leave_the_layers_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     built = make_engine(tiny_llama(), base_product=ProductKind.PLAIN)
@@ -211,6 +222,7 @@ def test_widths_that_are_no_multiple_of_a_vector(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
+    cached_bytes=st.sampled_from([0, 2**13, attention.CACHED_BYTES]),
     tasks=st.lists(st.sampled_from([*ADAPTER_KINDS, None]), min_size=1, max_size=6),
     lengths=st.lists(st.integers(1, 70), min_size=6, max_size=6),
 )
@@ -218,10 +230,23 @@ def test_any_batch_gives_the_tokens_of_peft(
     built: BuiltEngine,
     oracle: PeftModel,
     folders: dict[str, Path],
+    cached_bytes: int,
     tasks: list[str | None],
     lengths: list[int],
 ) -> None:
     """Prompts in one piece and in several, short enough for the C++ and too long for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "CACHED_BYTES", cached_bytes)
+        tokens = run_mixed(built, folders, tasks, lengths)
+    prompts = [random_prompt(n, seed=n) for n in lengths]
+    for task, prompt, actual in zip(tasks, prompts, tokens, strict=False):
+        assert actual == expected_tokens(oracle, task, prompt)[:4]
+
+
+def run_mixed(
+    built: BuiltEngine, folders: dict[str, Path], tasks: list[str | None], lengths: list[int]
+) -> list[list[int]]:
+    """Four tokens for a prompt of each task."""
     prompts = [random_prompt(n, seed=n) for n in lengths[: len(tasks)]]
     adapters = [None if task is None else admit(built, folders[task]) for task in tasks]
     sequences = [
@@ -232,8 +257,7 @@ def test_any_batch_gives_the_tokens_of_peft(
     for adapter in adapters:
         if adapter is not None:
             built.pool.release(adapter)
-    for task, prompt, actual in zip(tasks, prompts, tokens, strict=True):
-        assert actual == expected_tokens(oracle, task, prompt)[:4]
+    return tokens
 
 
 def test_terms_of_other_kinds_go_through_the_models_own_layers(
@@ -241,12 +265,12 @@ def test_terms_of_other_kinds_go_through_the_models_own_layers(
 ) -> None:
     """Only as long as a row needs them: after it the steps are in C++."""
     served: list[bool] = []
-    prepare = NativeDecoder._prepare
+    delta_runs_of = NativeDecoder._delta_runs
 
     def watching(self: NativeDecoder, step: Any) -> Any:
-        running = prepare(self, step)
-        served.append(running is not None)
-        return running
+        runs = delta_runs_of(self, step)
+        served.append(runs is not None)
+        return runs
 
     def run(built: BuiltEngine) -> list[list[int]]:
         scale = LinearTerms(scale=torch.full((64,), 0.5))
@@ -262,7 +286,7 @@ def test_terms_of_other_kinds_go_through_the_models_own_layers(
     decoder_of(own).give_back()
     expected = run(own)
     built = native_engine(tiny_llama(), mode=Mode.BYPASS)
-    monkeypatch.setattr(NativeDecoder, "_prepare", watching)
+    monkeypatch.setattr(NativeDecoder, "_delta_runs", watching)
     assert run(built) == expected
     assert expected[0] == expected_tokens(oracle, "all", prompt)
     assert expected[1] != expected[0][:3]
