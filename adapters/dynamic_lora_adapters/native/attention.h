@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "vectors.h"
@@ -22,27 +21,6 @@ constexpr int kValueVecs = 4;    // vectors of the value's width that are summed
 constexpr int kTokensAhead = 8;  // how far ahead keys and values are asked for
 constexpr int kLine = 16;        // floats of a cache line
 constexpr int64_t kManyItems = 8;  // from so many tokens on there is work enough for all threads
-
-// e^x for x <= 0, by splitting off powers of two and a polynomial of degree 6
-// on [-ln2/2, ln2/2]; the relative error is below 3e-7. Below -87 it is 0.
-inline Vec exp_negative(Vec x) {
-  const Vec low = all(-87.0f);
-  const Vec clipped = x < low ? low : x;
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec power = (clipped * 1.44269504f + magic) - magic;
-  const Vec rest = (clipped - power * 0.693359375f) + power * 2.12194440e-4f;
-  Vec p = all(1.0f / 720);
-  p = p * rest + 1.0f / 120;
-  p = p * rest + 1.0f / 24;
-  p = p * rest + 1.0f / 6;
-  p = p * rest + 0.5f;
-  p = p * rest + 1.0f;
-  p = p * rest + 1.0f;
-  const IntVec exponent = (__builtin_convertvector(power, IntVec) + 127) << 23;
-  Vec scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return x < low ? Vec{} : p * scale;
-}
 
 struct Attention {
   const float* q;       // [heads, tokens, dim]

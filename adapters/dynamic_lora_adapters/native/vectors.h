@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -64,6 +65,27 @@ inline void sum_each(const Vec (&v)[4], float factor, float* out) {
   UNROLL
   for (int i = 0; i < 4; i++) out[i] = sum(v[i]) * factor;
 #endif
+}
+
+// e^x for x <= 0, by splitting off powers of two and a polynomial of degree 6
+// on [-ln2/2, ln2/2]; the relative error is below 3e-7. Below -87 it is 0.
+inline Vec exp_negative(Vec x) {
+  const Vec low = all(-87.0f);
+  const Vec clipped = x < low ? low : x;
+  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec power = (clipped * 1.44269504f + magic) - magic;
+  const Vec rest = (clipped - power * 0.693359375f) + power * 2.12194440e-4f;
+  Vec p = all(1.0f / 720);
+  p = p * rest + 1.0f / 120;
+  p = p * rest + 1.0f / 24;
+  p = p * rest + 1.0f / 6;
+  p = p * rest + 0.5f;
+  p = p * rest + 1.0f;
+  p = p * rest + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(power, IntVec) + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  return x < low ? Vec{} : p * scale;
 }
 
 }  // namespace dynamic_lora

@@ -15,6 +15,7 @@ from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.native.norm import adopt_native_norms
+from dynamic_lora_adapters.native.peaks import native_peaks
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
 from dynamic_lora_adapters.row_hooks import RowHooks
@@ -149,7 +150,7 @@ def build_engine(
     runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
     modes = ModeController(costs.steps, options.mode, merger, pool)
     return BuiltEngine(
-        engine=Engine(_scheduler(kv, options), runner, modes),
+        engine=Engine(_scheduler(kv, options), runner, modes, native_peaks(wanted=options.native)),
         modes=modes,
         pool=pool,
         groups=groups,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.native.peaks import NativePeaks
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sampler import Sampled, sample
@@ -33,13 +34,23 @@ EngineEvent = TokenEvent | FailedEvent
 
 
 class Engine:
-    """Runs sequences to their ends. Not thread-safe: one thread owns it."""
+    """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, modes: ModeController) -> None:
+    `peaks` is how logits are searched, where not by torch.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        modes: ModeController,
+        peaks: NativePeaks | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.modes = modes
         self.runner = runner
         self.num_steps = 0
+        self._peaks = peaks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -69,7 +80,7 @@ class Engine:
         sequences = [piece.sequence for piece in sampled]
         if not sequences:
             return {}
-        tokens = sample(logits, sequences)
+        tokens = sample(logits, sequences, self._peaks)
         return {s.id: token for s, token in zip(sequences, tokens, strict=True)}
 
     def _commit(self, pieces: list[Piece], tokens: dict[int, Sampled | None]) -> list[EngineEvent]:

@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import torch
 
+from dynamic_lora_adapters.native.peaks import NativePeaks, Peaks
 from dynamic_lora_server.engine.sequence import Sequence
 
 
@@ -20,26 +21,32 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
+def sample(
+    logits: torch.Tensor, sequences: Seq[Sequence], peaks: NativePeaks | None = None
+) -> list[Sampled | None]:
     """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
     else in the batch. Log-probabilities are those of the untouched logits. None
-    for a row whose logits are no finite numbers.
+    for a row whose logits are no finite numbers. `peaks` is used where it can be.
     """
     scores = _penalise(logits, sequences)
-    chosen = scores.argmax(dim=-1)
+    found = peaks(scores) if peaks is not None and peaks.serves(scores) else None
+    chosen = scores.argmax(dim=-1) if found is None else found.positions
     drawn = [row for row, s in enumerate(sequences) if not s.sampling.greedy]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         chosen[rows] = _draw(scores[rows], [sequences[row] for row in drawn])
-    # The largest of numbers among which one is NaN is NaN, so the chosen score tells.
-    sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite().tolist()
-    token_ids = chosen.tolist()
-    reports = _logprobs(logits, sequences, chosen)
+    # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells.
+    sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite()
+    if found is not None:
+        sound &= found.log_masses.isfinite()
+    reports = _logprobs(logits, sequences, chosen, found if scores is logits else None)
     return [
-        (reports.get(row) or Sampled(token_id=token_id)) if sound[row] else None
-        for row, token_id in enumerate(token_ids)
+        (reports.get(row) or Sampled(token_id=token_id)) if is_sound else None
+        for row, (token_id, is_sound) in enumerate(
+            zip(chosen.tolist(), sound.tolist(), strict=True)
+        )
     ]
 
 
@@ -127,25 +134,36 @@ def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, sequences: Seq[Sequence], chosen: torch.Tensor
+    logits: torch.Tensor, sequences: Seq[Sequence], chosen: torch.Tensor, peaks: Peaks | None
 ) -> dict[int, Sampled]:
+    """What the rows that ask for log-probabilities get; `peaks` of the logits if they are known."""
     wanted = [
         row for row, s in enumerate(sequences) if s.sampling.logprobs or s.sampling.top_logprobs
     ]
     if not wanted:
         return {}
-    rows = torch.tensor(wanted, device=logits.device)
-    logprobs = torch.log_softmax(logits[rows], dim=-1)
-    picked = logprobs.gather(1, chosen[rows, None]).squeeze(1).tolist()
+    if len(wanted) < len(sequences):
+        rows = torch.tensor(wanted, device=logits.device)
+        logits, chosen = logits[rows], chosen[rows]
+        peaks = None if peaks is None else Peaks(*(found[rows] for found in peaks))
+    heights, log_masses = _divisors(logits) if peaks is None else peaks[1:]
+    picked = logits.gather(1, chosen[:, None]).squeeze(1) - heights - log_masses
     most = max(sequences[row].sampling.top_logprobs for row in wanted)
-    top = logprobs.topk(most, dim=-1) if most else None
-    reports = {}
-    for i, row in enumerate(wanted):
-        count = sequences[row].sampling.top_logprobs
-        pairs: tuple[tuple[int, float], ...] = ()
-        if top is not None and count:
-            pairs = tuple(
-                zip(top.indices[i, :count].tolist(), top.values[i, :count].tolist(), strict=True)
-            )
-        reports[row] = Sampled(int(chosen[row]), picked[i], pairs)
-    return reports
+    best = logits.topk(most, dim=-1)
+    best_logprobs = best.values - heights[:, None] - log_masses[:, None]
+    tops = [
+        tuple(zip(ids, values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best_logprobs.tolist(), strict=True)
+    ]
+    return {
+        row: Sampled(token_id, logprob, top[: sequences[row].sampling.top_logprobs])
+        for row, token_id, logprob, top in zip(
+            wanted, chosen.tolist(), picked.tolist(), tops, strict=True
+        )
+    }
+
+
+def _divisors(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The heights and the log masses of `Peaks`."""
+    heights = logits.amax(dim=-1)
+    return heights, (logits - heights[:, None]).exp().sum(dim=-1).log()

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
@@ -15,11 +16,27 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dynamic_lora_server.engine.sampler import _filter, gumbel, sample
+from dynamic_lora_adapters.native.peaks import NativePeaks, native_peaks
+from dynamic_lora_server.engine import sampler
+from dynamic_lora_server.engine.sampler import Sampled, _filter, gumbel
 from dynamic_lora_server.engine.sequence import Sequence
 from tests.support.engines import make_sequence
 
 VOCAB = 50
+NATIVE = native_peaks()
+PEAKS: list[NativePeaks | None] = [None]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", "native"])
+def _peaks(request: pytest.FixtureRequest) -> None:
+    """Everything here holds whether torch searches the logits or C++ does."""
+    if request.param == "native" and NATIVE is None:
+        pytest.skip("there is no C++ compiler")
+    PEAKS[:] = [NATIVE if request.param == "native" else None]
+
+
+def sample(scores: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
+    return sampler.sample(scores, sequences, PEAKS[0])
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
@@ -152,7 +169,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert second.logprob == pytest.approx(float(expected[1, second.token_id]), rel=1e-5)
     best = expected[1].topk(3)
     assert [token for token, _ in second.top] == best.indices.tolist()
-    assert [value for _, value in second.top] == pytest.approx(best.values.tolist())
+    assert [value for _, value in second.top] == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

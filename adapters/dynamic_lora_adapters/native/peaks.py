@@ -1,0 +1,58 @@
+"""The highest logit of each row, and what its probability is divided by, in C++."""
+
+import ctypes
+import logging
+from typing import NamedTuple
+
+import torch
+
+from dynamic_lora_adapters.native.library import NativeUnavailable, load_library
+
+logger = logging.getLogger(__name__)
+
+
+class Peaks(NamedTuple):
+    """Where each row is highest, [rows] int64, how high, [rows], and the rest's weight, [rows].
+
+    A token's log-probability is its logit less `heights` less `log_masses`, the
+    logarithm of the sum of e^(logit - height). That is NaN for a row that holds a
+    NaN or +inf, or nothing but -inf.
+    """
+
+    positions: torch.Tensor
+    heights: torch.Tensor
+    log_masses: torch.Tensor
+
+
+class NativePeaks:
+    """Finds `Peaks` (CPU, float32). Raises NativeUnavailable where it cannot be compiled."""
+
+    def __init__(self) -> None:
+        self._peaks = load_library("peaks").dynamic_lora_peaks
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._peaks.argtypes = [pointer, size, size, pointer, pointer, pointer]
+        self._peaks.restype = None
+
+    @staticmethod
+    def serves(logits: torch.Tensor) -> bool:
+        """Whether it can read logits [rows, vocab] of this kind."""
+        return logits.device.type == "cpu" and logits.dtype == torch.float32
+
+    def __call__(self, logits: torch.Tensor) -> Peaks:
+        """The peaks of logits [rows, vocab]; the first of equal ones is the highest."""
+        logits = logits.contiguous()
+        rows, width = logits.shape
+        peaks = Peaks(torch.empty(rows, dtype=torch.long), torch.empty(rows), torch.empty(rows))
+        self._peaks(logits.data_ptr(), rows, width, *(found.data_ptr() for found in peaks))
+        return peaks
+
+
+def native_peaks(*, wanted: bool = True) -> NativePeaks | None:
+    """`NativePeaks`, or None where it is not wanted or cannot be had; the log says why not."""
+    if not wanted:
+        return None
+    try:
+        return NativePeaks()
+    except NativeUnavailable as reason:
+        logger.info("Sampling is torch's: %s", reason)
+        return None
