@@ -9,7 +9,6 @@ has ended well, so that a run that was broken off does not upload again.
 """
 
 import argparse
-import asyncio
 import json
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import httpx
+import uvloop
 from platformdirs import user_cache_path
 
 from benchmarks.errors import BenchmarkError
@@ -183,7 +183,7 @@ def run_cell(
     with serving(base, homes.path(num_adapters), homes.log, flags(options)) as (url, process):
         start_s = time.perf_counter() - began
         idle_bytes = process.resident_bytes()
-        summary = asyncio.run(_measure(url, wire, workload, prompts))
+        summary = uvloop.run(_measure(url, wire, workload, prompts))
         return Cell(
             num_adapters=num_adapters,
             round=number,
