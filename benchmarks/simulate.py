@@ -31,9 +31,21 @@ MAX_RUNNING = 32
 RECORDED = Path(__file__).parent / "results" / "policy-recorded.json"
 
 COSTS = {
-    # Two CPU cores, SmolLM2-135M, adapters of rank 16 on all linear layers: measured, but
-    # for the point of 8 adapters at 512 rows, which is assumed.
+    # Two CPU cores, SmolLM2-135M, adapters of rank 16 on all linear layers, as measured at a
+    # start: what the kernels take alone, somewhat more than within whole layers in C++.
     "cpu": StepCosts(
+        base=((1, 0.029), (8, 0.038), (32, 0.071), (128, 0.255)),
+        deltas=(
+            (1, ((1, 0.0024), (4, 0.0025), (16, 0.0064))),
+            (2, ((2, 0.0036), (8, 0.0037), (32, 0.0098))),
+            (4, ((4, 0.0056), (16, 0.0071), (64, 0.0173))),
+            (8, ((8, 0.0096), (32, 0.0119), (128, 0.0321))),
+        ),
+        switch_s=0.207,
+    ),
+    # The same with torch's operators in place of the C++, where deltas cost by the row: measured,
+    # but for the point of 8 adapters at 512 rows, which is assumed.
+    "cpu-torch": StepCosts(
         base=((1, 0.050), (8, 0.090), (32, 0.180), (512, 1.100)),
         deltas=(
             (1, ((1, 0.006), (8, 0.008), (32, 0.010), (512, 0.060))),

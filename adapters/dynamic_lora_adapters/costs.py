@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
+from dynamic_lora_adapters.groups import PROBE_RANK, GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
 from dynamic_lora_adapters.segments import DeltaPlan, Run
 from dynamic_lora_adapters.slab import Slab, spread_width
@@ -25,7 +25,6 @@ NUM_ADAPTERS_GRID = (1, 2, 4, 8, 16, 32)
 LENGTH_GRID = (1, 2, 4, 8, 32, 128)
 MAX_ROWS = 256
 MAX_SECONDS = 5.0  # what is not timed by then is taken from the nearest point that was
-PROBE_RANK = 16
 _SAMPLES = 5
 _COLD_BYTES = 2**27  # more than a processor's last cache holds
 _HOPELESS = 4.0  # a kernel this many times slower than the best is not timed further

@@ -17,6 +17,8 @@ import torch
 from dynamic_lora_adapters.terms import LinearTerms
 
 RANK_MULTIPLE = 8
+# Costs are measured with adapters of this rank on every layer but the output head.
+PROBE_RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,11 @@ def group_shape(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> Gro
     )
 
 
+def probe_shape(group: ProjectionGroup) -> GroupShape:
+    """What an adapter of PROBE_RANK on every layer but the output head has on this group."""
+    return GroupShape(0 if group.is_head else _padded(PROBE_RANK * len(group.paths)))
+
+
 def reversible(terms: Mapping[str, LinearTerms]) -> bool:
     """Whether rows' base outputs can be had back from folded weights without loss."""
     return all(
@@ -134,7 +141,10 @@ def _members(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> list[L
 
 
 def _padded_rank(members: Sequence[LinearTerms]) -> int:
-    rank = sum(m.a.shape[0] for m in members if m.a is not None)
+    return _padded(sum(m.a.shape[0] for m in members if m.a is not None))
+
+
+def _padded(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 

@@ -109,7 +109,8 @@ class ResidentAdapter:
     `rows` is what it does besides terms on linear layers, `invocation_ids` the
     tokens from which on it acts. It is `mergeable` if it acts on every token and
     can be undone for other rows. `exact` holds its terms in float32 where the
-    slot's are rounded to a shorter dtype. The slot may be read once `uploaded`,
+    slot's are rounded to a shorter dtype. `size` is what its slot takes, as a multiple of
+    an adapter of `groups.PROBE_RANK` on every layer. The slot may be read once `uploaded`,
     if there is such an event, has come to pass.
     """
 
@@ -119,6 +120,7 @@ class ResidentAdapter:
     rows: RowTerms | None = None
     invocation_ids: tuple[int, ...] = ()
     mergeable: bool = True
+    size: float = 1.0
     exact: list[GroupTerms] | None = None
     uploaded: torch.cuda.Event | None = None
     num_leases: int = 0

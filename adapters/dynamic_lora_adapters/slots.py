@@ -23,6 +23,7 @@ from dynamic_lora_adapters.groups import (
     ProjectionGroup,
     group_shape,
     join_terms,
+    probe_shape,
     reversible,
 )
 from dynamic_lora_adapters.rows import RowTerms
@@ -81,6 +82,7 @@ class AdapterPool:
         self._resident: dict[str, ResidentAdapter] = {}
         self._slabs: list[Slab] = []
         self._counters = _Counters()
+        self._probe_bytes = self._slot_bytes(tuple(map(probe_shape, self._groups)))
 
     def lease(self, digest: str) -> ResidentAdapter | None:
         """Pin the adapter if it is resident, else return None."""
@@ -116,6 +118,7 @@ class AdapterPool:
             slab, slot = place
             adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids)
             adapter.mergeable = mergeable
+            adapter.size = slot_bytes / max(self._probe_bytes, 1)
             slab.tenants[slot] = adapter
         try:
             self._fill(adapter, terms)

@@ -12,6 +12,7 @@ from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_adapters.upload import Copies, HostUpload
+from tests.support.slabs import hold_writes
 
 GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]
 SLOT_BYTES = 8 * (16 + 24) * 4  # an adapter of rank 8 on q alone, in float32
@@ -59,6 +60,20 @@ def test_admitted_factors_lie_in_the_slot() -> None:
         torch.cat([expected.b @ expected.a, torch.zeros(8, 16)]),
     )
     assert adapter.slab.a[1] is None
+
+
+def test_the_size_of_an_adapter_is_told_in_adapters_of_rank_16_on_every_layer() -> None:
+    pool = make_pool(100)
+    everything = {path: factors(16, path=path).linears[path] for path in ("q", "k", "o")}
+    whole = pool.admit("whole", AdapterTerms(linears=everything))
+    twice = pool.admit(
+        "twice",
+        AdapterTerms(linears={path: factors(32, path=path).linears[path] for path in everything}),
+    )
+    assert whole is not None and twice is not None
+    assert (whole.size, twice.size) == (1.0, 2.0)
+    # 8 of the 32 ranks of the first group, and nothing of the second.
+    assert admit(pool, "small").size == 8 * 40 / (32 * 40 + 16 * 32)
 
 
 def test_least_recently_used_idle_adapter_is_evicted() -> None:
@@ -203,15 +218,7 @@ def test_spread_rows_hold_the_same_and_their_gaps_are_counted() -> None:
 def test_a_slot_that_is_being_written_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(2)
     first = admit(pool, "first")
-    writing, go_on = threading.Event(), threading.Event()
-    write = HostUpload.write
-
-    def slowly(self: HostUpload, copies: Copies) -> None:
-        writing.set()
-        assert go_on.wait(10)
-        write(self, copies)
-
-    monkeypatch.setattr(HostUpload, "write", slowly)
+    writing, go_on = hold_writes(monkeypatch)
     thread = threading.Thread(target=admit, args=(pool, "second"))
     thread.start()
     assert writing.wait(10)

@@ -41,8 +41,8 @@ def test_auto_is_never_far_below_bypass(kind: str, closed: bool, costs_name: str
     assert auto >= 0.97 * throughput(costs, trace, Mode.BYPASS, closed=closed)
 
 
-def test_on_zipf_auto_is_above_bypass_and_drain_and_merge() -> None:
-    costs = COSTS["cpu"]
+def test_on_zipf_auto_is_above_bypass_and_drain_and_merge_where_deltas_cost_by_the_row() -> None:
+    costs = COSTS["cpu-torch"]
     trace = synthetic("zipf-1.5", Shape(rate=1.0, num_requests=600, seed=3))
     outcomes = simulate(trace, costs, closed=True)
     rates = {name: outcome.tokens_per_s for name, outcome in outcomes.items()}

@@ -1,5 +1,4 @@
 import asyncio
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
+from tests.support.slabs import hold_writes
 
 
 def names(count: int) -> list[str]:
@@ -192,15 +192,7 @@ async def test_who_waits_for_the_room_of_a_cancelled_load_gets_it(
     room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
     async with serving(tmp_path, adapter_memory=room_for_one) as runtime:
         publish(runtime, "a", folder)
-        writing, go_on = threading.Event(), threading.Event()
-        write = HostUpload.write
-
-        def slowly(self: HostUpload, copies: Copies) -> None:
-            writing.set()
-            assert go_on.wait(10)
-            write(self, copies)
-
-        monkeypatch.setattr(HostUpload, "write", slowly)
+        writing, go_on = hold_writes(monkeypatch)
         first = asyncio.create_task(collect(runtime, spec(adapter="a")))
         assert await asyncio.to_thread(writing.wait, 10)
         first.cancel()

@@ -1,9 +1,13 @@
-"""Slabs with random tables, without a pool around them."""
+"""Slabs with random tables, without a pool around them, and writes to slots that wait."""
 
+import threading
+
+import pytest
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape
 from dynamic_lora_adapters.slab import ResidentAdapter, Slab
+from dynamic_lora_adapters.upload import Copies, HostUpload
 
 
 def make_slab(
@@ -34,3 +38,17 @@ def resident(slab: Slab, slot: int) -> ResidentAdapter:
     adapter = ResidentAdapter(f"{slab.number}/{slot}", slab, slot)
     slab.tenants[slot] = adapter
     return adapter
+
+
+def hold_writes(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let every slot's writing wait: when one has begun, and for it to go on."""
+    writing, go_on = threading.Event(), threading.Event()
+    write = HostUpload.write
+
+    def slowly(self: HostUpload, copies: Copies) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        write(self, copies)
+
+    monkeypatch.setattr(HostUpload, "write", slowly)
+    return writing, go_on

@@ -66,7 +66,10 @@ class ModeController:
             merged = None
         rows = self._survey(pieces)
         now = None if merged is None else merged.digest
-        load = Load(merged=now, rows=rows, requests=requests)
+        sizes = {digest: adapter.size for digest, adapter in self._present.items()}
+        if merged is not None:
+            sizes[merged.digest] = merged.size
+        load = Load(merged=now, rows=rows, requests=requests, sizes=sizes)
         chosen = self._policy.decide(load, time.monotonic())
         if chosen != now:
             self._switch(None if chosen is None else self._present[chosen])

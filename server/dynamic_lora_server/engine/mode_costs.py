@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from dynamic_lora_adapters.costs import KernelCosts
-from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.groups import PROBE_RANK, ProjectionGroup
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
@@ -15,7 +15,6 @@ from dynamic_lora_server.modes.costs import Points, StepCosts, rising
 _ROWS = (1, 8, 32, 128)
 _ADAPTERS = (1, 2, 4, 8, 16, 32)
 _SAMPLES = 2
-_PROBE_RANK = 16
 
 
 def measure_mode_costs(
@@ -63,7 +62,7 @@ def _switch_s(
     layers = [group for group in groups if not group.is_head]
     linears = {
         path: LinearTerms(
-            a=torch.zeros(_PROBE_RANK, group.in_features), b=torch.zeros(width, _PROBE_RANK)
+            a=torch.zeros(PROBE_RANK, group.in_features), b=torch.zeros(width, PROBE_RANK)
         )
         for group in layers
         for path, width in zip(group.paths, group.widths, strict=True)

@@ -71,20 +71,21 @@ class _Running:
     runs: DeltaRuns
     cos: torch.Tensor
     sin: torch.Tensor
-    steps: dict[tuple[int | None, int], tuple[LayerStep, bool]] = field(default_factory=dict)
+    steps: dict[tuple[int | None, int, int], tuple[LayerStep, bool]] = field(default_factory=dict)
 
     def layer_step(self, number: int, layer: _Layer) -> tuple[LayerStep, bool]:
         """What the layer reads, and whether all tokens are among its items."""
-        window, dim = layer.rule.window, layer.native.parts.dim
-        if (window, dim) not in self.steps:
+        window, parts = layer.rule.window, layer.native.parts
+        kind = window, parts.dim, parts.kv_heads
+        if kind not in self.steps:
             cells, cache = self.attention.cells, self.attention.cache
             assert cells is not None and cache is not None
             tables = cache.keys[number], cache.values[number]
             items, others = self.attention.native_items(window, *tables)
             step = LayerStep(cells, items, self.runs)
-            step.rotate_by(self.cos, self.sin, dim)
-            self.steps[window, dim] = step, not others
-        return self.steps[window, dim]
+            step.rotate_by(self.cos, self.sin, parts.dim)
+            self.steps[kind] = step, not others
+        return self.steps[kind]
 
 
 class NativeDecoder:

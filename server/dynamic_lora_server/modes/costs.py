@@ -12,11 +12,23 @@ Points = tuple[tuple[int, float], ...]
 
 
 class Mix(NamedTuple):
-    """Who is in a step: all token rows, those of the base model, and how many adapters."""
+    """Who is in a step: all token rows, those that take a delta, and the adapters.
+
+    Sizes are multiples of the adapters that costs were measured with. `delta_rows`
+    counts a row as often as its adapter is large, for the arithmetic follows both;
+    `size` adds the adapters up, whose tables are read once, whatever their rows.
+    """
 
     num_rows: int
-    num_base_rows: int
-    num_adapters: int
+    delta_rows: float
+    size: float
+
+
+class Own(NamedTuple):
+    """The merged adapter in a step: its rows, and its size."""
+
+    rows: int
+    size: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +36,8 @@ class StepCosts:
     """Seconds of a step, as straight lines between measured points.
 
     `base` is the step of the base model. `deltas` holds, by ascending number of
-    adapters and beginning with one, what the deltas of that many adapters add; more
-    adapters than were measured count as the most that were. `switch_s` is how long a
+    adapters and beginning with one, what the deltas of that many adapters of one size
+    add; more adapters than were measured count as the most that were. `switch_s` is how long a
     merge, an unmerge or a swap holds up the step loop; infinity says that these weights
     cannot be merged. Past the last rows the last slope goes on. Seconds never fall with
     the rows; see `rising`. Raises ValueError for anything else.
@@ -54,31 +66,38 @@ class StepCosts:
         """Seconds of a step of `num_rows` token rows without any delta."""
         return _at(self.base, num_rows) if num_rows > 0 else 0.0
 
-    def delta_s(self, num_rows: int, num_adapters: int) -> float:
-        """Seconds that the deltas of `num_adapters`, spread over `num_rows`, add to a step."""
-        if num_rows <= 0 or num_adapters <= 0:
-            return 0.0
-        curve = tuple((count, _at(points, num_rows)) for count, points in self.deltas)
-        return _at(curve, min(num_adapters, curve[-1][0]))
+    def delta_s(self, num_rows: float, size: float) -> float:
+        """Seconds that adapters of this size in all, spread over `num_rows`, add to a step.
 
-    def overhead_s(self, mix: Mix, own: int | None) -> float:
+        Rows are counted as in `Mix`. Below the size of one adapter they go down to nothing.
+        """
+        if num_rows <= 0 or size <= 0:
+            return 0.0
+        curve = ((0, 0.0), *((count, _at(points, num_rows)) for count, points in self.deltas))
+        return _at(curve, min(size, curve[-1][0]))
+
+    def overhead_s(self, mix: Mix, own: Own | None) -> float:
         """Seconds that all deltas of a step add.
 
-        `own` is None with nothing merged; otherwise it counts the rows of the merged
-        adapter, which cost nothing. Every other
+        `own` is None with nothing merged; otherwise its rows cost nothing. Every other
         row takes the merged delta away again and adds its own, if it has one.
         """
         if own is None:
-            return self.delta_s(mix.num_rows - mix.num_base_rows, mix.num_adapters)
-        foreign = mix.num_rows - own
-        others = mix.num_adapters - (own > 0)
-        return self.delta_s(foreign - mix.num_base_rows, others) + self.delta_s(foreign, 1)
+            return self.delta_s(mix.delta_rows, mix.size)
+        foreign = mix.num_rows - own.rows
+        others = mix.size - own.size if own.rows else mix.size
+        left = self.delta_s(mix.delta_rows - own.rows * own.size, others)
+        return left + self.delta_s(foreign * own.size, own.size)
 
     def batch_s(self, rows: Mapping[str | None, int], merged: str | None) -> float:
-        """Seconds of a whole step with these token rows per adapter (None: the base model)."""
+        """Seconds of a whole step with these token rows per adapter (None: the base model).
+
+        All adapters are of the size that costs were measured with.
+        """
         num_adapters = sum(1 for key, number in rows.items() if number and key is not None)
-        mix = Mix(sum(rows.values()), rows.get(None, 0), num_adapters)
-        own = None if merged is None else rows.get(merged, 0)
+        num_rows = sum(rows.values())
+        mix = Mix(num_rows, num_rows - rows.get(None, 0), num_adapters)
+        own = None if merged is None else Own(rows.get(merged, 0))
         return self.step_s(mix.num_rows) + self.overhead_s(mix, own)
 
     def to_json(self) -> str:
@@ -123,7 +142,7 @@ def _check_points(name: str, points: Points) -> None:
         raise ValueError(f"{name}: seconds must not fall with the rows, got {seconds}")
 
 
-def _at(points: Points, x: int) -> float:
+def _at(points: Points, x: float) -> float:
     """The line through `points` at `x`: level before the first, the last slope after the last."""
     if x <= points[0][0] or len(points) == 1:
         return points[0][1]

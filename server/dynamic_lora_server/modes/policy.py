@@ -7,12 +7,13 @@ rent is what each step costs beyond the same step with another adapter merged,
 the price is the time of a switch, and nothing is assumed about the future.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 
-from dynamic_lora_server.modes.costs import Mix, StepCosts
+from dynamic_lora_server.modes.costs import Mix, Own, StepCosts
 
 MAX_TRACKED = 4
 MAX_CAUTION = 64.0
@@ -37,11 +38,18 @@ class Load:
     `merged` is what the weights hold now. `rows` counts the token rows of the next
     step, by adapter; rows that take no delta count as the base model's. `requests`
     counts requests, running and waiting, by adapter; each adapter of `rows` has some.
+    `sizes` says how large adapters are, as multiples of what costs were measured with;
+    1 where it says nothing.
     """
 
     merged: str | None
     rows: Mapping[str | None, int]
     requests: Mapping[str | None, int]
+    sizes: Mapping[str, float] = field(default_factory=dict)
+
+    def own(self, adapter: str) -> Own:
+        """The adapter's part in the step."""
+        return Own(self.rows.get(adapter, 0), self.sizes.get(adapter, 1.0))
 
 
 class ModePolicy:
@@ -114,14 +122,14 @@ class ModePolicy:
     def _weigh(self, load: Load) -> str | None:
         """Bring the balances up to date with the next step; what is worth switching to."""
         rows, merged, balances = load.rows, load.merged, self._balances
-        mix, top = self._survey(rows, merged)
+        mix, top = self._survey(load)
         bypass_s = current_s = self._overhead_s(mix, None)
         if merged is not None:
-            current_s = self._overhead_s(mix, rows.get(merged, 0))
+            current_s = self._overhead_s(mix, load.own(merged))
             self._saved_s += bypass_s - current_s
         best, most = merged, 0.0
         for other in self._alternatives(merged, top):
-            other_s = bypass_s if other is None else self._overhead_s(mix, rows.get(other, 0))
+            other_s = bypass_s if other is None else self._overhead_s(mix, load.own(other))
             gain = current_s - other_s
             if other is not None:
                 gain -= MIN_GAIN * self._step_s(mix.num_rows)
@@ -135,24 +143,28 @@ class ModePolicy:
                 best, most = other, balance
         return best
 
-    def _survey(self, rows: Mapping[str | None, int], merged: str | None) -> tuple[Mix, str | None]:
-        """The mix of a step, and the adapter with most rows beside the merged one."""
-        top, most = None, 0
-        num_rows = num_adapters = 0
-        for adapter, number in rows.items():
-            num_rows += number
+    def _survey(self, load: Load) -> tuple[Mix, str | None]:
+        """The mix of a step, and who could save most beside the merged adapter."""
+        num_rows = sum(load.rows.values())
+        delta_rows = size = 0.0
+        top, most = None, -math.inf
+        for adapter, number in load.rows.items():
             if adapter is None or not number:
                 continue
-            num_adapters += 1
-            if number > most and adapter != merged and self._can_merge(adapter):
-                top, most = adapter, number
-        return Mix(num_rows, rows.get(None, 0), num_adapters), top
+            own = load.sizes.get(adapter, 1.0)
+            delta_rows += number * own
+            size += own
+            # Merged, it spares its own rows, and burdens all the others.
+            spared = own * (2 * number - num_rows)
+            if spared > most and adapter != load.merged and self._can_merge(adapter):
+                top, most = adapter, spared
+        return Mix(num_rows, delta_rows, size), top
 
     def _alternatives(self, merged: str | None, top: str | None) -> list[str | None]:
         """Unmerging, those with a balance, and `top`.
 
-        No other can save more in this step than the adapter with most rows: what a
-        merge saves depends on the rows alone. So the others need not be looked at.
+        What a merge saves follows the rows that it spares and burdens, times the
+        adapter's size, and `top` has most of that: the others need not be looked at.
         """
         balances = self._balances
         while len(balances) > MAX_TRACKED:

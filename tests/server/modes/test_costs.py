@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_lora_server.modes.costs import Mix, StepCosts, rising
+from dynamic_lora_server.modes.costs import Mix, Own, StepCosts, rising
 
 COSTS = StepCosts(
     base=((1, 0.05), (8, 0.09), (32, 0.18)),
@@ -71,8 +71,21 @@ def test_more_rows_of_the_merged_adapter_never_cost_more(
 ) -> None:
     own = min(own, rows - 1)
     adapters = min(adapters, rows)
-    mix = Mix(rows, 0, adapters)
-    assert COSTS.overhead_s(mix, own + 1) <= COSTS.overhead_s(mix, own) + 1e-12
+    mix = Mix(rows, rows, adapters)
+    assert COSTS.overhead_s(mix, Own(own + 1)) <= COSTS.overhead_s(mix, Own(own)) + 1e-12
+
+
+def test_an_adapter_of_four_times_the_size_costs_as_much_as_four() -> None:
+    assert COSTS.overhead_s(Mix(8, 32, 4), None) == COSTS.delta_s(32, 4)
+    assert COSTS.overhead_s(Mix(8, 32, 4), Own(8, 4.0)) == 0
+    assert COSTS.overhead_s(Mix(8, 16, 4), Own(4, 4.0)) == COSTS.delta_s(16, 4)
+
+
+def test_an_adapter_of_no_size_costs_nothing() -> None:
+    assert COSTS.delta_s(32 * 0.01, 0.01) == pytest.approx(0.01 * 0.006)
+    mix = Mix(num_rows=32, delta_rows=31.01, size=1.01)
+    assert COSTS.overhead_s(mix, None) == pytest.approx(COSTS.delta_s(31, 1), rel=0.01)
+    assert COSTS.overhead_s(mix, Own(1, 0.01)) == pytest.approx(COSTS.delta_s(31, 1), rel=0.01)
 
 
 @given(seconds=st.lists(st.floats(0, 10), min_size=1, max_size=6), switch_s=st.floats(0, 100))

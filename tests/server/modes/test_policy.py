@@ -45,11 +45,17 @@ class Engine:
         self.num_switches = 0
         self.now = 0.0
 
-    def step(self, rows: Rows, requests: Rows | None = None, seconds: float = 0.2) -> str | None:
+    def step(
+        self,
+        rows: Rows,
+        requests: Rows | None = None,
+        seconds: float = 0.2,
+        sizes: dict[str, float] | None = None,
+    ) -> str | None:
         """One step of these rows; what was merged in it."""
         self.now += seconds
         requests = dict.fromkeys(rows, 1) if requests is None else requests
-        load = Load(merged=self.merged, rows=rows, requests=requests)
+        load = Load(merged=self.merged, rows=rows, requests=requests, sizes=sizes or {})
         chosen = self.policy.decide(load, self.now)
         self.num_switches += chosen != self.merged
         self.merged = chosen
@@ -69,6 +75,27 @@ def test_the_only_adapter_is_merged_once_bypass_has_cost_a_switch() -> None:
     assert engine.until("a", {"a": 32}) == 24
     for _ in range(500):
         assert engine.step({"a": 32}) == "a"
+
+
+def test_a_larger_adapter_is_merged_sooner_and_a_small_one_never() -> None:
+    def first_merge(size: float) -> int | None:
+        engine = Engine(ModePolicy(CPU))
+        steps = (number for number in range(300) if engine.step({"a": 32}, sizes={"a": size}))
+        return next(steps, None)
+
+    assert first_merge(1.0) == 23
+    assert (first_merge(4.0) or 99) < 5
+    assert first_merge(0.2) is None
+
+
+def test_of_two_the_one_that_spares_more_is_merged() -> None:
+    engine = Engine(ModePolicy(CPU))
+    for _ in range(100):
+        engine.step({"a": 17, "b": 15}, sizes={"a": 0.05, "b": 8.0})
+    assert engine.merged is None  # "b" would burden as many rows as it spares
+    for _ in range(100):
+        engine.step({"a": 7, "b": 25}, sizes={"a": 0.05, "b": 8.0})
+    assert engine.merged == "b"
 
 
 def test_an_even_mix_is_left_alone() -> None:
