@@ -124,7 +124,7 @@ class AttentionStep:
         assert self.cells is not None
         native.write(keys, self.cells, k)
         native.write(values, self.cells, v)
-        items, others = self.native_items(rule.window, keys, values)
+        items, others = self.native_items(rule, keys, values)
         out = q.new_empty(q.shape[1], q.shape[0], values.shape[2])
         native.attend(
             q,
@@ -140,17 +140,18 @@ class AttentionStep:
         return out
 
     def native_items(
-        self, window: int | None, keys: torch.Tensor, values: torch.Tensor
+        self, rule: Rule, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, list[Span]]:
         """What is attended to token by token in C++, and the spans that are left.
 
-        `keys` and `values` [cells, kv_heads, dim] are the cache of a layer with this window.
+        `keys` and `values` [cells, kv_heads, dim] are the cache of a layer with this rule.
         """
-        cell_bytes = keys[0].nbytes + values[0].nbytes
-        if (window, cell_bytes) not in self._items:
-            longest = self.cached_bytes // cell_bytes
-            self._items[window, cell_bytes] = _native_items(self.spans, window, longest)
-        return self._items[window, cell_bytes]
+        # Soft caps take a tanh for every score, which C++ computes one by one.
+        cached_bytes = self.cached_bytes if rule.softcap is None else 0
+        longest = cached_bytes // (keys[0].nbytes + values[0].nbytes)
+        if (rule.window, longest) not in self._items:
+            self._items[rule.window, longest] = _native_items(self.spans, rule.window, longest)
+        return self._items[rule.window, longest]
 
     def attend_others(self, layer: int, q: torch.Tensor, out: torch.Tensor, rule: Rule) -> None:
         """Fill in the rows of `out` that `native_items` left, once a layer has written the cache.
@@ -159,7 +160,7 @@ class AttentionStep:
         """
         assert self.cache is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        _, others = self.native_items(rule.window, keys, values)
+        _, others = self.native_items(rule, keys, values)
         self._attend_singly(out, others, q, keys, values, rule)
 
     def _attend_cached(

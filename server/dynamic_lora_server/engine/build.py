@@ -15,7 +15,7 @@ from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.native.norm import adopt_native_norms
-from dynamic_lora_adapters.native.peaks import native_peaks
+from dynamic_lora_adapters.native.peaks import NativePeaks, native_peaks
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
 from dynamic_lora_adapters.row_hooks import RowHooks
@@ -150,7 +150,7 @@ def build_engine(
     runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
     modes = ModeController(costs.steps, options.mode, merger, pool)
     return BuiltEngine(
-        engine=Engine(_scheduler(kv, options), runner, modes, native_peaks(wanted=options.native)),
+        engine=Engine(_scheduler(kv, options), runner, modes, _peaks(model, options)),
         modes=modes,
         pool=pool,
         groups=groups,
@@ -201,6 +201,10 @@ def _decode_graphs(
         vocab_size=int(model.config.vocab_size) if head is None else head.out_features,
     )
     return static_decoding(model, runner.site, runner.cache, groups, shape, on_step=on_step)
+
+
+def _peaks(model: PreTrainedModel, options: EngineOptions) -> NativePeaks | None:
+    return native_peaks(wanted=options.native and model.device.type == "cpu")
 
 
 def _scheduler(kv: KVLayout, options: EngineOptions) -> Scheduler:

@@ -62,6 +62,11 @@ class _Layer:
     native: NativeLayer
     rule: Rule
 
+    @property
+    def kind(self) -> tuple[int | None, int, int]:
+        """What layers that share a `LayerStep` have in common: window, head width, KV heads."""
+        return self.rule.window, self.native.parts.dim, self.native.parts.kv_heads
+
 
 @dataclass(frozen=True, slots=True)
 class _Running:
@@ -75,15 +80,14 @@ class _Running:
 
     def layer_step(self, number: int, layer: _Layer) -> tuple[LayerStep, bool]:
         """What the layer reads, and whether all tokens are among its items."""
-        window, parts = layer.rule.window, layer.native.parts
-        kind = window, parts.dim, parts.kv_heads
+        kind = layer.kind
         if kind not in self.steps:
             cells, cache = self.attention.cells, self.attention.cache
             assert cells is not None and cache is not None
             tables = cache.keys[number], cache.values[number]
-            items, others = self.attention.native_items(window, *tables)
+            items, others = self.attention.native_items(layer.rule, *tables)
             step = LayerStep(cells, items, self.runs)
-            step.rotate_by(self.cos, self.sin, parts.dim)
+            step.rotate_by(self.cos, self.sin, layer.native.parts.dim)
             self.steps[kind] = step, not others
         return self.steps[kind]
 
@@ -120,16 +124,17 @@ class NativeDecoder:
 
         `logit_rows` are the tokens that are wanted; 0 is all of them.
         """
-        runs = self._delta_runs(step)
-        if runs is None or self._frame is None:
+        frame = self._frame
+        runs = None if frame is None else self._delta_runs(step)
+        if frame is None or runs is None:
             with attending(step):
                 return forward(self._model, input_ids, position_ids, logit_rows)
-        hidden: torch.Tensor = self._frame.embed(input_ids)
-        cos, sin = self._frame.rotary(hidden, position_ids)
+        hidden: torch.Tensor = frame.embed(input_ids)
+        cos, sin = frame.rotary(hidden, position_ids)
         hidden = self._through_layers(_Running(step, runs, cos, sin), hidden)
         if isinstance(logit_rows, torch.Tensor):
             hidden = hidden[:, logit_rows]
-        logits: torch.Tensor = self._frame.head(self._frame.norm(hidden))
+        logits: torch.Tensor = frame.head(frame.norm(hidden))
         return logits[0].float()
 
     def _delta_runs(self, step: AttentionStep) -> DeltaRuns | None:
@@ -162,7 +167,7 @@ class NativeDecoder:
         """
         self._frame = frame
         self._layers = [_Layer(*layer) for layer in layers]
-        kinds = [(layer.native.widths, layer.rule.window) for layer in self._layers]
+        kinds = [(layer.native.widths, layer.kind) for layer in self._layers]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
         for start, stop in zip(starts, [*starts[1:], len(kinds)], strict=True):
             natives = [layer.native for layer in self._layers[start:stop]]
@@ -250,6 +255,7 @@ def decode_trial(
     Where layers run in C++ it writes to the cache, which must not be in use.
     """
 
+    @torch.inference_mode()
     def run(num_rows: int) -> torch.Tensor:
         ids = torch.zeros(1, num_rows, dtype=torch.long, device=model.device)
         step = AttentionStep(packed_spans((1,) * num_rows))

@@ -69,11 +69,18 @@ class StepCosts:
     def delta_s(self, num_rows: float, size: float) -> float:
         """Seconds that adapters of this size in all, spread over `num_rows`, add to a step.
 
-        Rows are counted as in `Mix`. Below the size of one adapter they go down to nothing.
+        Rows are counted as in `Mix`. Below the size of one adapter, what a single row of
+        one costs goes down to nothing: its tables. What more rows add does not, for they
+        are counted by size already.
         """
         if num_rows <= 0 or size <= 0:
             return 0.0
-        curve = ((0, 0.0), *((count, _at(points, num_rows)) for count, points in self.deltas))
+        one = self.deltas[0][1]
+        arithmetic = _at(one, num_rows) - one[0][1]
+        curve = (
+            (0, arithmetic),
+            *((count, _at(points, num_rows)) for count, points in self.deltas),
+        )
         return _at(curve, min(size, curve[-1][0]))
 
     def overhead_s(self, mix: Mix, own: Own | None) -> float:

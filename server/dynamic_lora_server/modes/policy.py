@@ -7,8 +7,7 @@ rent is what each step costs beyond the same step with another adapter merged,
 the price is the time of a switch, and nothing is assumed about the future.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -122,13 +121,13 @@ class ModePolicy:
     def _weigh(self, load: Load) -> str | None:
         """Bring the balances up to date with the next step; what is worth switching to."""
         rows, merged, balances = load.rows, load.merged, self._balances
-        mix, top = self._survey(load)
+        mix, tops = self._survey(load)
         bypass_s = current_s = self._overhead_s(mix, None)
         if merged is not None:
             current_s = self._overhead_s(mix, load.own(merged))
             self._saved_s += bypass_s - current_s
         best, most = merged, 0.0
-        for other in self._alternatives(merged, top):
+        for other in self._alternatives(merged, tops):
             other_s = bypass_s if other is None else self._overhead_s(mix, load.own(other))
             gain = current_s - other_s
             if other is not None:
@@ -143,28 +142,31 @@ class ModePolicy:
                 best, most = other, balance
         return best
 
-    def _survey(self, load: Load) -> tuple[Mix, str | None]:
-        """The mix of a step, and who could save most beside the merged adapter."""
-        num_rows = sum(load.rows.values())
+    def _survey(self, load: Load) -> tuple[Mix, set[str]]:
+        """The mix of a step, and who has most rows or most weight beside the merged adapter."""
         delta_rows = size = 0.0
-        top, most = None, -math.inf
+        common = heavy = None
+        most = heaviest = 0.0
         for adapter, number in load.rows.items():
             if adapter is None or not number:
                 continue
             own = load.sizes.get(adapter, 1.0)
-            delta_rows += number * own
+            weight = number * own
+            delta_rows += weight
             size += own
-            # Merged, it spares its own rows, and burdens all the others.
-            spared = own * (2 * number - num_rows)
-            if spared > most and adapter != load.merged and self._can_merge(adapter):
-                top, most = adapter, spared
-        return Mix(num_rows, delta_rows, size), top
+            if (number <= most and weight <= heaviest) or adapter == load.merged:
+                continue
+            if self._can_merge(adapter):
+                common, most = (adapter, number) if number > most else (common, most)
+                heavy, heaviest = (adapter, weight) if weight > heaviest else (heavy, heaviest)
+        tops = {adapter for adapter in (common, heavy) if adapter is not None}
+        return Mix(sum(load.rows.values()), delta_rows, size), tops
 
-    def _alternatives(self, merged: str | None, top: str | None) -> list[str | None]:
-        """Unmerging, those with a balance, and `top`.
+    def _alternatives(self, merged: str | None, tops: Collection[str]) -> list[str | None]:
+        """Unmerging, those with a balance, and `tops`.
 
-        What a merge saves follows the rows that it spares and burdens, times the
-        adapter's size, and `top` has most of that: the others need not be looked at.
+        What a merge saves grows with the adapter's rows and with its size; one that has
+        most of neither hardly ever saves most, and is not looked at.
         """
         balances = self._balances
         while len(balances) > MAX_TRACKED:
@@ -172,8 +174,7 @@ class ModePolicy:
         found = list(balances)
         if merged is not None and None not in balances:
             found.append(None)
-        if top is not None and top not in balances:
-            found.append(top)
+        found.extend(sorted(set(tops).difference(balances.keys())))
         return found
 
     def _price_s(self, other: str | None) -> float:

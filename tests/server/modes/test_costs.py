@@ -81,8 +81,18 @@ def test_an_adapter_of_four_times_the_size_costs_as_much_as_four() -> None:
     assert COSTS.overhead_s(Mix(8, 16, 4), Own(4, 4.0)) == COSTS.delta_s(16, 4)
 
 
+@given(rows=st.integers(1, 600), size=st.floats(0.01, 1))
+def test_two_adapters_of_half_the_size_cost_at_most_their_tables_more(
+    rows: int, size: float
+) -> None:
+    """The arithmetic is the same: rows are counted by size once, not twice."""
+    whole, halves = COSTS.delta_s(rows * size, size), 2 * COSTS.delta_s(rows * size / 2, size / 2)
+    assert abs(halves - whole) <= 2 * COSTS.delta_s(1, 1)
+
+
 def test_an_adapter_of_no_size_costs_nothing() -> None:
     assert COSTS.delta_s(32 * 0.01, 0.01) == pytest.approx(0.01 * 0.006)
+    assert COSTS.delta_s(1e-15, 1e-17) == pytest.approx(0)
     mix = Mix(num_rows=32, delta_rows=31.01, size=1.01)
     assert COSTS.overhead_s(mix, None) == pytest.approx(COSTS.delta_s(31, 1), rel=0.01)
     assert COSTS.overhead_s(mix, Own(1, 0.01)) == pytest.approx(COSTS.delta_s(31, 1), rel=0.01)
