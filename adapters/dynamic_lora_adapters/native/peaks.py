@@ -12,11 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 class Peaks(NamedTuple):
-    """Where each row is highest, [rows] int64, how high, [rows], and the rest's weight, [rows].
+    """Where each row is highest, [rows] int64, how high, [rows], and its log mass, [rows].
 
-    A token's log-probability is its logit less `heights` less `log_masses`, the
-    logarithm of the sum of e^(logit - height). That is NaN for a row that holds a
-    NaN or +inf, or nothing but -inf.
+    The log mass is the logarithm of the sum of e^(logit - height) over the whole row;
+    NaN if that holds a NaN or +inf, or nothing but -inf. A token's log-probability is
+    its logit less the height less the log mass.
     """
 
     positions: torch.Tensor
