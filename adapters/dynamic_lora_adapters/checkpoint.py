@@ -7,20 +7,18 @@ parameter of the base model with a new value, which PEFT may name after the
 module inside its wrapper (`<path>.base_layer.weight`).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from dynamic_lora_adapters.errors import AdapterError, IncompatibleAdapter, InvalidAdapter
 from dynamic_lora_adapters.safetensors_file import (
     READ_DTYPES,
+    MappedTensors,
     TensorEntry,
-    broken_file,
-    read_header,
 )
 
 if TYPE_CHECKING:
@@ -66,36 +64,16 @@ Key = tuple[str, Part]
 
 
 class Checkpoint:
-    """An open `adapter_model.safetensors`; use it as a context manager.
+    """An `adapter_model.safetensors` and what has been taken from it.
 
     `parameters` are the names of the base model's parameters. Raises
-    `InvalidAdapter` on opening if the file is broken or a tensor is none that
-    PEFT writes.
+    `InvalidAdapter` if the file is broken or a tensor is none that PEFT writes.
     """
 
     def __init__(self, path: Path, parameters: Iterable[str]) -> None:
-        self._path = path
-        self._names = _by_key(read_header(path), frozenset(parameters))
+        self._file = MappedTensors(path)
+        self._names = _by_key(self._file.entries, frozenset(parameters))
         self._taken: set[Key] = set()
-        self._stack = ExitStack()
-        self._file: Any = None
-
-    def __enter__(self) -> Self:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._file = self._stack.enter_context(safe_open(self._path, framework="pt"))
-        except SafetensorError as error:
-            raise broken_file(self._path.name, str(error)) from None
-        return self
-
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _value: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def has(self, path: str, part: Part = Part.PARAMETER) -> bool:
         """Whether the file has this tensor."""
@@ -139,9 +117,10 @@ class Checkpoint:
         import torch
 
         name = self.name(path, part)
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise _misshapen(name, path, tuple(tensor.shape), shape, rank_axis)
+        found = self._file.entries[name].shape
+        if found != shape:
+            raise _misshapen(name, path, found, shape, rank_axis)
+        tensor = self._file.tensor(name)
         self._taken.add((path, part))
         tensor = tensor.to(torch.float32)
         tensor = tensor * factor if factor != 1.0 else tensor
@@ -157,12 +136,14 @@ class Checkpoint:
 
 def check_finite(name: str, tensor: "torch.Tensor") -> None:
     """Raise `InvalidAdapter` for NaN and infinities."""
-    if not bool(tensor.isfinite().all()):
-        raise InvalidAdapter(
-            f"The tensor {name!r} holds NaN or infinite values.",
-            field=name,
-            fix="The training diverged: train again with a lower learning rate.",
-        )
+    # A sum is a pass without a copy. It may overflow where no value does: then all are looked at.
+    if math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all()):
+        return
+    raise InvalidAdapter(
+        f"The tensor {name!r} holds NaN or infinite values.",
+        field=name,
+        fix="The training diverged: train again with a lower learning rate.",
+    )
 
 
 def _by_key(entries: Mapping[str, TensorEntry], parameters: frozenset[str]) -> dict[Key, str]:

@@ -9,7 +9,7 @@ Which layers form a group is observed in a trial run, not guessed from names.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -72,6 +72,22 @@ class GroupTerms:
     dense: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
+    def joined(self) -> "GroupTerms":
+        """Themselves: what has been joined stays so."""
+        return self
+
+    def write(self, place: "GroupTerms") -> None:
+        """Copy the terms to where they are to lie, in the dtype of the place."""
+        for part, target in self.parts(place):
+            target.copy_(part)
+
+    def parts(self, place: "GroupTerms") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The parts that there are, each with its like in `place`."""
+        for field in fields(self):
+            part, target = getattr(self, field.name), getattr(place, field.name)
+            if part is not None:
+                yield part, target
+
     @property
     def foldable(self) -> bool:
         """Whether there is anything that a weight can hold."""
@@ -104,16 +120,65 @@ class GroupTerms:
         return plain if self.scale is None else plain / (1 + exact(self.scale))[:, None]
 
 
-def group_shape(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> GroupShape:
-    """What `join_terms` would give, unjoined: the signature entry of a slab that can hold it."""
-    members = _members(group, terms)
-    rank = _padded_rank(members)
-    return GroupShape(
-        rank,
-        scale=any(m.scale is not None for m in members),
-        dense=any(m.dense is not None for m in members),
-        bias=any(m.bias is not None for m in members),
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class MemberTerms:
+    """An adapter's terms on one group, its members still apart."""
+
+    group: ProjectionGroup
+    members: tuple[LinearTerms, ...]
+
+    @property
+    def shape(self) -> GroupShape:
+        """Which terms there are: the signature entry of a slab that can hold them."""
+        members = self.members
+        return GroupShape(
+            _padded(sum(m.a.shape[0] for m in members if m.a is not None)),
+            scale=any(m.scale is not None for m in members),
+            dense=any(m.dense is not None for m in members),
+            bias=any(m.bias is not None for m in members),
+        )
+
+    def joined(self) -> GroupTerms:
+        """The terms side by side, in float32."""
+        shape, group = self.shape, self.group
+        rank, width = shape.rank, group.out_features
+        joined = GroupTerms(
+            a=torch.empty(rank, group.in_features) if rank else None,
+            b=torch.empty(rank, width) if rank else None,
+            columns=torch.empty(rank, 2, dtype=torch.long) if rank else None,
+            scale=torch.empty(width) if shape.scale else None,
+            dense=torch.empty(width, group.in_features) if shape.dense else None,
+            bias=torch.empty(width) if shape.bias else None,
+        )
+        self.write(joined)
+        return joined
+
+    def write(self, place: GroupTerms) -> None:
+        """Join the terms where they are to lie, in the dtype of the place."""
+        widths, members = self.group.widths, self.members
+        self._write_factors(place)
+        _put_side_by_side(place.scale, [m.scale for m in members], widths)
+        _put_side_by_side(place.dense, [m.dense for m in members], widths)
+        _put_side_by_side(place.bias, [m.bias for m in members], widths)
+
+    def _write_factors(self, place: GroupTerms) -> None:
+        a, b, columns = place.a, place.b, place.columns
+        if a is None or b is None:
+            return
+        b.zero_()
+        reach = torch.zeros(a.shape[0], 2, dtype=torch.long)
+        row = column = 0
+        for member, width in zip(self.members, self.group.widths, strict=True):
+            if member.a is not None and member.b is not None:
+                stop = row + member.a.shape[0]
+                a[row:stop] = member.a
+                b[row:stop, column : column + width] = member.b.T
+                reach[row:stop] = torch.tensor([column, column + width])
+                row = stop
+            column += width
+        a[row:].zero_()
+        if columns is not None:
+            columns.copy_(reach)
 
 
 def probe_shape(group: ProjectionGroup) -> GroupShape:
@@ -129,65 +194,30 @@ def reversible(terms: Mapping[str, LinearTerms]) -> bool:
     )
 
 
-def join_terms(
+def split_terms(
     groups: Sequence[ProjectionGroup], terms: Mapping[str, LinearTerms]
-) -> Iterator[GroupTerms]:
-    """An adapter's terms group by group, joined as they are asked for; empty where it has none."""
-    return (_join(group, _members(group, terms)) for group in groups)
-
-
-def _members(group: ProjectionGroup, terms: Mapping[str, LinearTerms]) -> list[LinearTerms]:
-    return [terms.get(path, _NOTHING) for path in group.paths]
-
-
-def _padded_rank(members: Sequence[LinearTerms]) -> int:
-    return _padded(sum(m.a.shape[0] for m in members if m.a is not None))
+) -> list[MemberTerms]:
+    """An adapter's terms by groups, not yet joined."""
+    return [
+        MemberTerms(group, tuple(terms.get(path, _NOTHING) for path in group.paths))
+        for group in groups
+    ]
 
 
 def _padded(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def _join(group: ProjectionGroup, members: Sequence[LinearTerms]) -> GroupTerms:
-    a, b, columns = _join_factors(group, members)
-    return GroupTerms(
-        a=a,
-        b=b,
-        columns=columns,
-        scale=_stack(group, [m.scale for m in members], (group.out_features,)),
-        dense=_stack(group, [m.dense for m in members], (group.out_features, group.in_features)),
-        bias=_stack(group, [m.bias for m in members], (group.out_features,)),
-    )
-
-
-def _join_factors(
-    group: ProjectionGroup, members: Sequence[LinearTerms]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[None, None, None]:
-    padded = _padded_rank(members)
-    if not padded:
-        return None, None, None
-    a = torch.zeros(padded, group.in_features)
-    b = torch.zeros(padded, group.out_features)
-    columns = torch.zeros(padded, 2, dtype=torch.long)
-    row = column = 0
-    for member, width in zip(members, group.widths, strict=True):
-        if member.a is not None and member.b is not None:
-            stop = row + member.a.shape[0]
-            a[row:stop] = member.a
-            b[row:stop, column : column + width] = member.b.T
-            columns[row:stop] = torch.tensor([column, column + width])
-            row = stop
-        column += width
-    return a, b, columns
-
-
-def _stack(
-    group: ProjectionGroup, parts: Sequence[torch.Tensor | None], shape: tuple[int, ...]
-) -> torch.Tensor | None:
-    if all(part is None for part in parts):
-        return None
-    stacked = torch.zeros(shape)
-    for part, rows in zip(parts, stacked.split(list(group.widths)), strict=True):
-        if part is not None:
+def _put_side_by_side(
+    place: torch.Tensor | None,
+    parts: Sequence[torch.Tensor | None],
+    widths: Sequence[int],
+) -> None:
+    """Write the members' parts below each other; zero where one is missing."""
+    if place is None:
+        return
+    for part, rows in zip(parts, place.split(list(widths)), strict=True):
+        if part is None:
+            rows.zero_()
+        else:
             rows.copy_(part)
-    return stacked

@@ -1,20 +1,32 @@
-"""The header of a safetensors file, read without trusting it."""
+"""A safetensors file, read without trusting it."""
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dynamic_lora_adapters.errors import InvalidAdapter
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 READ_DTYPES = ("F32", "F16", "BF16")
 
 _MAX_HEADER_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
+# What torch calls the types that are read, and their sizes in bytes.
+_TYPES = {
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,43 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     comes twice would mean one tensor here and another to the next reader.
     Raises `InvalidAdapter`.
     """
+    return _read_layout(path)[0]
+
+
+class MappedTensors:
+    """The tensors of a file, mapped into memory: a page is read when it is first touched.
+
+    Tensors stay valid when the file is removed; it must not be written to. Raises
+    `InvalidAdapter` for a broken file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        self.entries, self._data_start = _read_layout(path)
+        try:
+            self._bytes = torch.from_file(
+                str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8
+            )
+        except (OSError, RuntimeError) as error:
+            raise broken_file(path.name, str(error)) from None
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """A tensor by its name, in the file's dtype (32 or 16 bits, or integers); no copy."""
+        import torch
+
+        entry = self.entries[name]
+        torch_name, num_bytes = _TYPES[entry.dtype]
+        start = self._data_start + entry.start
+        data = self._bytes[start : self._data_start + entry.stop]
+        if start % num_bytes:
+            data = data.clone()
+        dtype: torch.dtype = getattr(torch, torch_name)
+        return data.view(dtype).view(entry.shape)
+
+
+def _read_layout(path: Path) -> tuple[dict[str, TensorEntry], int]:
+    """The entries, and where the data begins."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -59,7 +108,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise broken_file(
             path.name, f"its header promises {data_start + position} bytes, the file has {size}"
         )
-    return entries
+    for name, entry in entries.items():
+        if not _fits(entry):
+            raise broken_file(path.name, f"the data of tensor {name!r} is not what its shape needs")
+    return entries, data_start
 
 
 def hash_tensors(path: Path, digest: Any) -> None:
@@ -110,6 +162,14 @@ def _read_header_json(stream: BinaryIO, size: int, name: str) -> tuple[dict[str,
     if not isinstance(header, dict):
         raise broken_file(name, "its header is no JSON object")
     return header, 8 + length
+
+
+def _fits(entry: TensorEntry) -> bool:
+    """Whether shape and bytes agree, as far as the type is known here."""
+    if entry.dtype not in _TYPES:
+        return True
+    _, num_bytes = _TYPES[entry.dtype]
+    return math.prod(entry.shape) * num_bytes == entry.stop - entry.start
 
 
 def _entry(value: Mapping[str, Any]) -> TensorEntry:

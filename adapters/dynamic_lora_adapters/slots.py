@@ -11,7 +11,7 @@ when its last leaves.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -19,18 +19,17 @@ import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import (
-    GroupTerms,
+    MemberTerms,
     ProjectionGroup,
-    group_shape,
-    join_terms,
     probe_shape,
     reversible,
+    split_terms,
 )
 from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab, spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
-from dynamic_lora_adapters.upload import slot_copies, upload_for
+from dynamic_lora_adapters.upload import Source, upload_for
 
 SLAB_SLOTS = 8
 
@@ -99,7 +98,8 @@ class AdapterPool:
         not fit into an empty pool.
         """
         rows = RowTerms.of(terms, device=self._device, dtype=self._dtype)
-        signature = tuple(group_shape(group, terms.linears) for group in self._groups)
+        members = split_terms(self._groups, terms.linears)
+        signature = tuple(one.shape for one in members)
         slot_bytes = self._slot_bytes(signature)
         row_bytes = 0 if rows is None else rows.num_bytes
         if slot_bytes + row_bytes > self._budget_bytes:
@@ -121,7 +121,7 @@ class AdapterPool:
             adapter.size = slot_bytes / max(self._probe_bytes, 1)
             slab.tenants[slot] = adapter
         try:
-            self._fill(adapter, terms)
+            self._fill(adapter, members)
         except BaseException:
             with self._lock:
                 self._vacate(adapter)
@@ -135,14 +135,13 @@ class AdapterPool:
             self._counters.loads += 1
             return self._pin(adapter)
 
-    def _fill(self, adapter: ResidentAdapter, terms: AdapterTerms) -> None:
+    def _fill(self, adapter: ResidentAdapter, members: Sequence[MemberTerms]) -> None:
         """Write a slot that nobody else knows of: others need not wait for it."""
-        joined: Iterable[GroupTerms] = join_terms(self._groups, terms.linears)
+        sources: Sequence[Source] = members
         if self._dtype != torch.float32:
-            joined = adapter.exact = list(joined)
-        staged = self._upload.stage(joined, self._dtype)
+            sources = adapter.exact = [one.joined() for one in members]
         places = [adapter.slab.terms(index, adapter.slot) for index in range(len(self._groups))]
-        adapter.uploaded = self._upload.write(slot_copies(places, staged))
+        adapter.uploaded = self._upload.write(sources, places)
 
     def share(self, adapter: ResidentAdapter) -> None:
         """One more lease of an adapter that is leased."""

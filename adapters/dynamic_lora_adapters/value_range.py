@@ -5,6 +5,8 @@ infinity in one slot is not harmless to others either: where a kernel masks by
 multiplying with zero, it makes a NaN.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -46,11 +48,26 @@ def find_too_large(terms: AdapterTerms, dtype: "torch.dtype") -> tuple[str, floa
     import torch
 
     largest = min(LARGEST, torch.finfo(dtype).max / _ROOM)
+    doubtful = {p: one for p, one in terms.linears.items() if not _surely_small(one, largest)}
+    terms = dataclasses.replace(terms, linears=doubtful)
     for sizes, limit in ((_values(terms), largest), (_products(terms), LARGEST)):
         for place, size in sizes:
             if not size <= limit:  # NaN too
                 return place, size
     return None
+
+
+def _surely_small(term: LinearTerms, largest: float) -> bool:
+    """Whether factors alone, by their norms, are far within both limits: most are."""
+    import torch
+
+    if term.a is None or term.b is None or not term.a.numel():
+        return False
+    if any(part is not None for part in (term.scale, term.dense, term.bias)):
+        return False
+    a, b = (float(torch.linalg.vector_norm(factor)) for factor in (term.a, term.b))
+    # By Cauchy and Schwarz; half, for the norms are rounded.
+    return max(a, b) <= largest / 2 and b * a * math.sqrt(term.a.shape[1]) <= LARGEST / 2
 
 
 def _values(terms: AdapterTerms) -> _Sizes:

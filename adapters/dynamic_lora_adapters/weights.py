@@ -62,17 +62,17 @@ def read_with_notes(
         f"{key} lists {name!r}, which the base does not have."
         for key, name in unmatched_names(spec, targets, geometry)
     ]
-    with Checkpoint(folder / WEIGHTS_FILE, geometry.parameters) as checkpoint:
-        values = _replaced_values(spec, checkpoint, geometry, targets)
-        copies = _embedding_copies(checkpoint, geometry)
-        for target in find_parameters(spec, geometry):
-            values[target.name] = merged_parameter(target, checkpoint, geometry, base)
-        changes = find_changes(copies | values, geometry, base)
-        reader = LoraReader(
-            spec=spec, geometry=geometry, base=base, checkpoint=checkpoint, changes=changes
-        )
-        terms = _read_terms(reader, targets)
-        checkpoint.finish()
+    checkpoint = Checkpoint(folder / WEIGHTS_FILE, geometry.parameters)
+    values = _replaced_values(spec, checkpoint, geometry, targets)
+    copies = _embedding_copies(checkpoint, geometry)
+    for target in find_parameters(spec, geometry):
+        values[target.name] = merged_parameter(target, checkpoint, geometry, base)
+    changes = find_changes(copies | values, geometry, base)
+    reader = LoraReader(
+        spec=spec, geometry=geometry, base=base, checkpoint=checkpoint, changes=changes
+    )
+    terms = _read_terms(reader, targets)
+    checkpoint.finish()
     notes += [_copy_note(name, name.rpartition(".")[0] in changes) for name in copies]
     return terms, notes
 

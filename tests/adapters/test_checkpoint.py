@@ -34,12 +34,12 @@ def checkpoint(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_spelling_is_understood(name: str, tmp_path: Path) -> None:
     path, part = NAMES[name]
-    with checkpoint(tmp_path, {name: torch.arange(6.0).reshape(2, 3).half()}) as opened:
-        assert opened.has(path, part)
-        assert not opened.has("other", part)
-        assert opened.name(path, part) == f"base_model.model.{name}"
-        value = opened.take(path, part, (2, 3), factor=2.0)
-        opened.finish()
+    opened = checkpoint(tmp_path, {name: torch.arange(6.0).reshape(2, 3).half()})
+    assert opened.has(path, part)
+    assert not opened.has("other", part)
+    assert opened.name(path, part) == f"base_model.model.{name}"
+    value = opened.take(path, part, (2, 3), factor=2.0)
+    opened.finish()
     assert value.dtype == torch.float32
     assert value.tolist() == [[0, 2, 4], [6, 8, 10]]
 
@@ -70,7 +70,7 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
 )
 def test_what_nobody_took_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:
     opened = checkpoint(tmp_path, {name: torch.ones(1)})
-    with opened, pytest.raises(InvalidAdapter, match=message) as caught:
+    with pytest.raises(InvalidAdapter, match=message) as caught:
         opened.finish()
     assert caught.value.field == f"base_model.model.{name}"
 
@@ -78,33 +78,33 @@ def test_what_nobody_took_is_refused_by_name(name: str, message: str, tmp_path: 
 def test_parameters_left_are_those_that_nobody_took(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.ones(1), "layer.bias": torch.ones(1)}
     tensors["layer.lora_A.weight"] = torch.ones(1)
-    with checkpoint(tmp_path, tensors) as opened:
-        assert opened.parameters_left() == ["layer.bias", "norm.weight"]
-        opened.take("norm.weight", Part.PARAMETER, (1,))
-        assert opened.parameters_left() == ["layer.bias"]
+    opened = checkpoint(tmp_path, tensors)
+    assert opened.parameters_left() == ["layer.bias", "norm.weight"]
+    opened.take("norm.weight", Part.PARAMETER, (1,))
+    assert opened.parameters_left() == ["layer.bias"]
 
 
 def test_shapes_tell_another_rank_from_another_base(tmp_path: Path) -> None:
-    with checkpoint(tmp_path, {"layer.lora_A.weight": torch.ones(4, 8)}) as opened:
-        with pytest.raises(InvalidAdapter, match="the config gives this module rank 2"):
-            opened.take("layer", Part.A, (2, 8), rank_axis=0)
-        with pytest.raises(IncompatibleAdapter, match="the base model's 'layer' has another shape"):
-            opened.take("layer", Part.A, (4, 9), rank_axis=0)
-        with pytest.raises(IncompatibleAdapter, match="has another shape"):
-            opened.take("layer", Part.A, (2, 8))
+    opened = checkpoint(tmp_path, {"layer.lora_A.weight": torch.ones(4, 8)})
+    with pytest.raises(InvalidAdapter, match="the config gives this module rank 2"):
+        opened.take("layer", Part.A, (2, 8), rank_axis=0)
+    with pytest.raises(IncompatibleAdapter, match="the base model's 'layer' has another shape"):
+        opened.take("layer", Part.A, (4, 9), rank_axis=0)
+    with pytest.raises(IncompatibleAdapter, match="has another shape"):
+        opened.take("layer", Part.A, (2, 8))
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    with checkpoint(tmp_path, {"norm.weight": torch.ones(1)}) as opened:
-        with pytest.raises(InvalidAdapter, match=r"'base_model.model.layer.lora_B.bias' is miss"):
-            opened.take("layer", Part.B_BIAS, (1,))
-        with pytest.raises(InvalidAdapter, match=r"'base_model.model.layer.weight' is missing"):
-            opened.take("layer.weight", Part.PARAMETER, (1,))
+    opened = checkpoint(tmp_path, {"norm.weight": torch.ones(1)})
+    with pytest.raises(InvalidAdapter, match=r"'base_model.model.layer.lora_B.bias' is miss"):
+        opened.take("layer", Part.B_BIAS, (1,))
+    with pytest.raises(InvalidAdapter, match=r"'base_model.model.layer.weight' is missing"):
+        opened.take("layer.weight", Part.PARAMETER, (1,))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     opened = checkpoint(tmp_path, {"norm.weight": torch.tensor([value])})
     message = "norm.weight' holds NaN or infinite values"
-    with opened, pytest.raises(InvalidAdapter, match=message):
+    with pytest.raises(InvalidAdapter, match=message):
         opened.take("norm.weight", Part.PARAMETER, (1,), factor=2.0)

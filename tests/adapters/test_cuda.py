@@ -6,7 +6,7 @@ import torch
 from dynamic_lora_adapters.groups import GroupTerms
 from dynamic_lora_adapters.kernels import REFERENCE, SlotFactors, kernels_for
 from dynamic_lora_adapters.segments import Run
-from dynamic_lora_adapters.upload import slot_copies, upload_for
+from dynamic_lora_adapters.upload import upload_for
 from tests.support.slabs import make_slab
 
 pytestmark = [
@@ -43,7 +43,7 @@ def test_an_upload_arrives_before_its_event() -> None:
     upload = upload_for(CUDA)
     place = GroupTerms(a=torch.zeros(64, 4096, device=CUDA, dtype=torch.bfloat16))
     terms = GroupTerms(a=torch.full((64, 4096), 3.0))
-    event = upload.write(slot_copies([place], upload.stage([terms], torch.bfloat16)))
+    event = upload.write([terms], [place])
     assert event is not None
     event.wait()
     assert place.a is not None

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from dynamic_lora_adapters import InvalidAdapter
 from dynamic_lora_adapters.safetensors_file import (
     WEIGHTS_FILE,
+    MappedTensors,
     TensorEntry,
     canonical_json,
     hash_tensors,
@@ -24,6 +25,29 @@ def test_a_sound_header_is_read(tmp_path: Path) -> None:
         "a": TensorEntry("F32", (2, 3), 0, 24),
         "b": TensorEntry("F16", (4,), 24, 32),
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+def test_mapped_tensors_are_what_was_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    saved = {"a": torch.arange(6).reshape(2, 3).to(dtype), "none": torch.zeros(0, 4, dtype=dtype)}
+    save_file(saved, tmp_path / WEIGHTS_FILE)
+    mapped = MappedTensors(tmp_path / WEIGHTS_FILE)
+    (tmp_path / WEIGHTS_FILE).unlink()  # as when the adapter is deleted meanwhile
+    assert all(torch.equal(mapped.tensor(name), saved[name]) for name in saved)
+    assert all(mapped.tensor(name).dtype == dtype for name in saved)
+
+
+def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4)}, tmp_path / WEIGHTS_FILE)
+    MappedTensors(tmp_path / WEIGHTS_FILE).tensor("a").zero_()
+    assert MappedTensors(tmp_path / WEIGHTS_FILE).tensor("a").tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_tensors_that_lie_at_odd_places_are_read(padding: int, tmp_path: Path) -> None:
+    header = json.dumps({"a": entry(0, 8, shape=(2,))}).encode() + b" " * padding
+    write_file(tmp_path, header, struct.pack("<2f", 1.5, -2.0))
+    assert MappedTensors(tmp_path / WEIGHTS_FILE).tensor("a").tolist() == [1.5, -2.0]
 
 
 def test_the_hash_is_of_names_shapes_and_bytes(tmp_path: Path) -> None:
@@ -76,6 +100,9 @@ def entry(start: Any, stop: Any, shape: Any = (1,), dtype: str = "F32") -> dict[
         ({"a": entry(1, 4)}, "the data of tensor 'a' overlaps or leaves a gap"),
         ({"a": entry(0, 4), "b": entry(0, 4)}, "the data of tensor 'b' overlaps"),
         ({}, "the file has"),
+        ({"a": entry(0, 4, shape=(2,))}, "the data of tensor 'a' is not what its shape needs"),
+        ({"a": entry(0, 4, dtype="I64")}, "the data of tensor 'a' is not what its shape needs"),
+        ({"a": entry(0, 4, shape=(1 << 70,))}, "the data of tensor 'a' is not what its shape"),
     ],
 )
 def test_lying_headers_are_refused(header: Any, message: str, tmp_path: Path) -> None:

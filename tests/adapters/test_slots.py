@@ -11,7 +11,7 @@ from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
-from dynamic_lora_adapters.upload import Copies, HostUpload
+from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from tests.support.slabs import hold_writes
 
 GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]
@@ -236,9 +236,9 @@ def test_two_who_bring_the_same_adapter_share_it(monkeypatch: pytest.MonkeyPatch
     both = threading.Barrier(2)
     write = HostUpload.write
 
-    def together(self: HostUpload, copies: Copies) -> None:
+    def together(self: HostUpload, sources: Sources, places: Places) -> None:
         both.wait(10)
-        write(self, copies)
+        write(self, sources, places)
 
     monkeypatch.setattr(HostUpload, "write", together)
     got: list[ResidentAdapter] = []
@@ -258,7 +258,7 @@ def test_two_who_bring_the_same_adapter_share_it(monkeypatch: pytest.MonkeyPatch
 def test_a_write_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(1)
 
-    def fail(_upload: HostUpload, _copies: Copies) -> None:
+    def fail(_upload: HostUpload, _sources: Sources, _places: Places) -> None:
         raise MemoryError("no room on the host")
 
     with monkeypatch.context() as patched:

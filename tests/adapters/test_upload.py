@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from dynamic_lora_adapters.groups import GroupTerms
-from dynamic_lora_adapters.upload import CudaUpload, HostUpload, slot_copies, upload_for
+from dynamic_lora_adapters.groups import GroupShape, GroupTerms, ProjectionGroup, split_terms
+from dynamic_lora_adapters.terms import LinearTerms
+from dynamic_lora_adapters.upload import CudaUpload, HostUpload, upload_for
 
 
 def terms(value: float) -> GroupTerms:
@@ -16,16 +17,40 @@ def terms(value: float) -> GroupTerms:
 def test_every_part_goes_to_its_place() -> None:
     place, nothing = terms(0.0), GroupTerms()
     upload = upload_for(torch.device("cpu"))
-    staged = upload.stage([terms(2.0), nothing], torch.float32)
-    assert upload.write(slot_copies([place, nothing], staged)) is None
+    assert upload.write([terms(2.0), nothing], [place, nothing]) is None
     assert place.a is not None and place.b is not None
     assert bool((place.a == 2).all()) and bool((place.b == 2).all())
 
 
 def test_copies_convert_to_the_dtype_of_the_place() -> None:
     place = torch.zeros(3, dtype=torch.bfloat16)
-    HostUpload().write([(place, torch.full((3,), 1.00390625))])
+    source = GroupTerms(bias=torch.full((3,), 1.00390625))
+    HostUpload().write([source], [GroupTerms(bias=place)])
     assert place.tolist() == [1.0] * 3
+
+
+def test_members_are_joined_where_they_are_to_lie() -> None:
+    group = ProjectionGroup(paths=("q", "k", "v"), in_features=4, widths=(6, 2, 3))
+    both = LinearTerms(a=torch.ones(2, 4), b=torch.full((6, 2), 2.0), bias=torch.ones(6))
+    last = LinearTerms(a=torch.full((3, 4), 3.0), b=torch.full((3, 3), 4.0))
+    (members,) = split_terms([group], {"q": both, "v": last})
+    assert members.shape == GroupShape(8, bias=True)
+    place = GroupTerms(
+        a=torch.full((8, 4), torch.nan),
+        b=torch.full((8, 16), torch.nan)[:, :11],
+        columns=torch.full((8, 2), -1),
+        bias=torch.full((11,), torch.nan),
+    )
+    members.write(place)
+    joined = members.joined()
+    assert place.a is not None and place.b is not None
+    assert place.columns is not None and place.bias is not None
+    assert place.a[:, 0].tolist() == [1, 1, 3, 3, 3, 0, 0, 0]
+    delta = place.b.T @ place.a
+    assert delta[:, 0].tolist() == [4] * 6 + [0] * 2 + [36] * 3
+    assert place.columns.tolist() == [[0, 6]] * 2 + [[8, 11]] * 3 + [[0, 0]] * 3
+    assert place.bias.tolist() == [1] * 6 + [0] * 5
+    assert all(torch.equal(part, other) for part, other in joined.parts(place))
 
 
 class FakeCuda:
@@ -64,8 +89,7 @@ def test_cuda_copies_wait_for_what_runs_and_leave_an_event(monkeypatch: pytest.M
     columns = torch.zeros(2, 2, dtype=torch.long)
     place = GroupTerms(a=torch.zeros(2, 2, dtype=torch.bfloat16), columns=columns)
     terms = GroupTerms(a=torch.ones(2, 2), columns=torch.ones(2, 2, dtype=torch.long))
-    staged = upload.stage([terms], torch.bfloat16)
-    event: Any = upload.write(slot_copies([place], staged))
+    event: Any = upload.write([terms], [place])
     assert event is fake
     assert bool((columns == 1).all())
     assert fake.calls == ["pinned torch.bfloat16", "waited", "on the stream", "held", "recorded"]

@@ -7,7 +7,7 @@ from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
 from dynamic_lora_adapters.slab import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
-from dynamic_lora_adapters.upload import Copies, HostUpload
+from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from dynamic_lora_server.generation import Started
 from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
@@ -173,8 +173,8 @@ async def test_a_deletion_while_it_is_copied_frees_the_memory_after_the_request(
             publish(runtime, name, folder)
         write = HostUpload.write
 
-        def delete_meanwhile(self: HostUpload, copies: Copies) -> None:
-            write(self, copies)
+        def delete_meanwhile(self: HostUpload, sources: Sources, places: Places) -> None:
+            write(self, sources, places)
             monkeypatch.undo()
             digest = runtime.registry.resolve("a").digest
             runtime.registry.delete("a")

@@ -7,7 +7,7 @@ import torch
 
 from dynamic_lora_adapters.groups import GroupShape
 from dynamic_lora_adapters.slab import ResidentAdapter, Slab
-from dynamic_lora_adapters.upload import Copies, HostUpload
+from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 
 
 def make_slab(
@@ -45,10 +45,10 @@ def hold_writes(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threa
     writing, go_on = threading.Event(), threading.Event()
     write = HostUpload.write
 
-    def slowly(self: HostUpload, copies: Copies) -> None:
+    def slowly(self: HostUpload, sources: Sources, places: Places) -> None:
         writing.set()
         assert go_on.wait(10)
-        write(self, copies)
+        write(self, sources, places)
 
     monkeypatch.setattr(HostUpload, "write", slowly)
     return writing, go_on

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamic_lora_adapters.checkpoint import check_finite
 from dynamic_lora_adapters.errors import InvalidAdapter
-from dynamic_lora_adapters.weights import WEIGHTS_FILE, read_header
+from dynamic_lora_adapters.safetensors_file import WEIGHTS_FILE, MappedTensors, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +60,8 @@ def read_tensors(
     Those named in `integers` hold positions and keep their type. Raises
     `InvalidAdapter` naming the tensor at fault.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / WEIGHTS_FILE
-    header = read_header(path)
+    stored = MappedTensors(folder / WEIGHTS_FILE)
+    header = stored.entries
     check_shapes({name: entry.shape for name, entry in header.items()}, expected)
     for name in sorted(expected):
         allowed = _INTEGERS if name in integers else _FLOATS
@@ -72,30 +71,12 @@ def read_tensors(
                 "read.",
                 field=name,
             )
-    try:
-        with safe_open(path, framework="pt") as stream:
-            return {name: _checked(name, stream.get_tensor(name)) for name in sorted(expected)}
-    except SafetensorError as error:
-        raise InvalidAdapter(
-            f"{path.name} is not a whole safetensors file: {error}.", field=path.name
-        ) from None
+    return {name: _checked(name, stored.tensor(name)) for name in sorted(expected)}
 
 
 def num_values(shapes: Shapes) -> int:
     """How many numbers tensors of these shapes hold."""
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def check_finite(name: str, tensor: "torch.Tensor") -> None:
-    """Raise `InvalidAdapter` if the tensor holds NaN or infinite values."""
-    import torch
-
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidAdapter(
-            f"The tensor {name!r} holds NaN or infinite values.",
-            field=name,
-            fix="The training diverged: train again with a lower learning rate.",
-        )
 
 
 def _checked(name: str, tensor: "torch.Tensor") -> "torch.Tensor":
