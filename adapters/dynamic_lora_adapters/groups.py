@@ -81,6 +81,11 @@ class GroupTerms:
         for part, target in self.parts(place):
             target.copy_(part)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The parts that there are."""
+        every = (getattr(self, field.name) for field in fields(self))
+        return [part for part in every if part is not None]
+
     def parts(self, place: "GroupTerms") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The parts that there are, each with its like in `place`."""
         for field in fields(self):
@@ -92,6 +97,11 @@ class GroupTerms:
     def foldable(self) -> bool:
         """Whether there is anything that a weight can hold."""
         return self.a is not None or self.scale is not None or self.dense is not None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether factors are all that a weight could hold."""
+        return self.scale is None and self.dense is None
 
     def fold(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] with every term but `bias` in it, in float32, on its device."""

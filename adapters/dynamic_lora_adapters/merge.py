@@ -13,6 +13,7 @@ import torch
 
 from dynamic_lora_adapters.groups import GroupTerms
 from dynamic_lora_adapters.layers import GroupedProjection
+from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.pristine import Pristine
 from dynamic_lora_adapters.slab import ResidentAdapter
 
@@ -73,9 +74,13 @@ class Merger:
         if old is None and new is None:
             return
         weight = self._pristine.weight(index, projection, old)
-        if new is not None:
-            weight = new.fold(weight).to(projection.weight.dtype)
-        projection.base.replace(weight)
+        if new is None:
+            projection.base.replace(weight)
+        elif isinstance(projection.base, NativeProduct) and new.a is not None and new.low_rank:
+            assert new.b is not None
+            projection.base.replace_folded(weight, new.a, new.b)
+        else:
+            projection.base.replace(new.fold(weight).to(projection.weight.dtype))
 
 
 def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -60,6 +62,7 @@ class MappedTensors:
     def __init__(self, path: Path) -> None:
         import torch
 
+        _ask_for(path)
         self.entries, self._data_start = _read_layout(path)
         try:
             self._bytes = torch.from_file(
@@ -80,6 +83,14 @@ class MappedTensors:
             data = data.clone()
         dtype: torch.dtype = getattr(torch, torch_name)
         return data.view(dtype).view(entry.shape)
+
+
+def _ask_for(path: Path) -> None:
+    """Have the whole file read at once, not in the pieces that page faults would ask for."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError), path.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _read_layout(path: Path) -> tuple[dict[str, TensorEntry], int]:

@@ -29,7 +29,8 @@ class Slab:
 
     `columns` [num_slots, rank, 2] is where rows of b are not zero.
     `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
-    entries for the groups whose signature says so.
+    entries for the groups whose signature says so. The memory of the first `num_prepared`
+    slots is committed, or is about to be.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Slab:
     scale: dict[int, torch.Tensor] = field(default_factory=dict)
     dense: dict[int, torch.Tensor] = field(default_factory=dict)
     bias: dict[int, torch.Tensor] = field(default_factory=dict)
+    num_prepared: int = 0
     _factors: dict[tuple[int, int, int], SlotFactors | None] = field(default_factory=dict)
     _addresses: torch.Tensor | None = None
 

@@ -19,12 +19,14 @@ import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.groups import (
+    GroupTerms,
     MemberTerms,
     ProjectionGroup,
     probe_shape,
     reversible,
     split_terms,
 )
+from dynamic_lora_adapters.populate import populate_soon
 from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab, spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
@@ -140,8 +142,21 @@ class AdapterPool:
         sources: Sequence[Source] = members
         if self._dtype != torch.float32:
             sources = adapter.exact = [one.joined() for one in members]
-        places = [adapter.slab.terms(index, adapter.slot) for index in range(len(self._groups))]
-        adapter.uploaded = self._upload.write(sources, places)
+        adapter.uploaded = self._upload.write(sources, self._places(adapter.slab, adapter.slot))
+        self._prepare_next(adapter.slab)
+
+    def _places(self, slab: Slab, slot: int) -> list[GroupTerms]:
+        return [slab.terms(index, slot) for index in range(len(self._groups))]
+
+    def _prepare_next(self, slab: Slab) -> None:
+        """Have the memory of the slot that the next adapter of this shape gets committed."""
+        with self._lock:
+            following = slab.free_slot()
+            if self._device.type != "cpu" or following is None or following < slab.num_prepared:
+                return
+            slab.num_prepared = following + 1
+        places = self._places(slab, following)
+        populate_soon([tensor for place in places for tensor in place.tensors()])
 
     def share(self, adapter: ResidentAdapter) -> None:
         """One more lease of an adapter that is leased."""

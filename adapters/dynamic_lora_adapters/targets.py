@@ -137,6 +137,12 @@ def _is_end(name: str, paths: Iterable[str]) -> bool:
     return any(_ends_with(path, [name]) for path in paths)
 
 
+def import_peft() -> None:
+    """Import what matching modules takes: half a second that no request need wait for."""
+    import peft.tuners.tuners_utils
+    import peft.utils.other  # noqa: F401
+
+
 def _ends_with(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 

@@ -1,6 +1,7 @@
 """Everything that serves: model, tokenizer, registry, engine and service, put together."""
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,7 @@ from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
+from dynamic_lora_adapters.targets import import_peft
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype
@@ -138,6 +140,8 @@ class Runtime:
     def start(self) -> None:
         """Start the engine thread; call it on the event loop that will serve."""
         self.service.start()
+        if self.registry.list():
+            threading.Thread(target=import_peft, name="import-peft", daemon=True).start()
 
     def close(self) -> None:
         """Fail what runs, end the engine thread and let the store go."""

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.products import (
     EXACT_KINDS,
     ProductKind,
@@ -51,6 +52,32 @@ def test_a_replaced_weight_is_multiplied_by(kind: ProductKind) -> None:
     product.replace(weight)
     x = torch.randn(3, 6)
     torch.testing.assert_close(product(x), x @ weight.T)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.NATIVE, WEIGHT) is not None, reason="no C++ compiler")
+@given(
+    out_features=st.integers(1, 70),
+    in_features=st.integers(1, 210),
+    rank=st.integers(1, 20),
+    seed=st.integers(0, 1000),
+)
+@torch.inference_mode()
+def test_a_low_rank_delta_is_added_while_the_weight_is_packed(
+    out_features: int, in_features: int, rank: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    a = torch.randn(rank, in_features, generator=generator)
+    # As in a slot: rows further apart than they are long, and zero outside a member's outputs.
+    b = torch.randn(rank, out_features + 3, generator=generator)[:, :out_features]
+    b[: rank // 2, out_features // 2 :] = 0
+    product = NativeProduct(torch.zeros_like(weight), None)
+    product.replace_folded(weight, a, b)
+    exact = (weight.double() + b.double().T @ a.double()).T
+    # Each column of the weight by itself: what is multiplied by one alone is not rounded again.
+    torch.testing.assert_close(product(torch.eye(in_features)), exact.float())
+    product.replace(weight)
+    assert torch.equal(product(torch.eye(in_features)), weight.T)
 
 
 @pytest.mark.parametrize("kind", KINDS)

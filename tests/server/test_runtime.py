@@ -1,4 +1,5 @@
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ async def test_adapters_survive_a_restart(tmp_path: Path) -> None:
         assert runtime.tier(digest) is Tier.DISK
         assert await collect(runtime, spec(adapter="a")) == before
         assert runtime.tier(digest) is Tier.DEVICE
+
+
+async def test_what_reading_an_adapter_takes_is_imported_before_the_first_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = threading.Event()
+    monkeypatch.setattr("dynamic_lora_server.runtime.import_peft", imported.set)
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", make_adapter(tmp_path / "a", tiny_llama()))
+        assert not imported.wait(0.1)
+    async with serving(tmp_path):
+        assert imported.wait(10)
 
 
 def test_shipped_adapters_of_another_base_are_skipped(tmp_path: Path) -> None:

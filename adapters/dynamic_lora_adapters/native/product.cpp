@@ -6,18 +6,139 @@ using namespace dynamic_lora;
 
 namespace {
 
-template <typename Weight, typename Place>
-void pack(const Weight* weight, int64_t ldw, Weight* packed, int64_t n, int64_t k, int64_t depth,
-          Place place) {
-  const int64_t panels = (n + kWidth - 1) / kWidth;
-#pragma omp parallel for schedule(guided, 1)
-  for (int64_t j = 0; j < panels; j++)
-    for (int64_t i = 0; i < depth; i++)
-      for (int64_t c = 0; c < kWidth; c++) {
-        const int64_t column = j * kWidth + c;
-        packed[j * depth * kWidth + place(i, c)] =
-            column < n && i < k ? weight[column * ldw + i] : Weight(0);
-      }
+#if defined(__AVX2__)
+// to [8, kWidth] = from [8, 8] transposed.
+inline void transpose(const float* from, int64_t ld, float* to) {
+  __m256 rows[8], pairs[8], fours[8];
+  UNROLL
+  for (int c = 0; c < 8; c++) rows[c] = _mm256_loadu_ps(from + c * ld);
+  UNROLL
+  for (int c = 0; c < 8; c += 2) {
+    pairs[c] = _mm256_unpacklo_ps(rows[c], rows[c + 1]);
+    pairs[c + 1] = _mm256_unpackhi_ps(rows[c], rows[c + 1]);
+  }
+  UNROLL
+  for (int c = 0; c < 8; c += 4) {
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+      fours[c + 2 * h] = _mm256_shuffle_ps(pairs[c + h], pairs[c + h + 2], 0x44);
+      fours[c + 2 * h + 1] = _mm256_shuffle_ps(pairs[c + h], pairs[c + h + 2], 0xee);
+    }
+  }
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to + i * kWidth, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * kWidth, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+  }
+}
+#endif
+
+// weight [width, count] to a panel's [count, kWidth].
+void pack_block(const float* weight, int64_t ldw, int64_t width, int64_t count, float* panel) {
+  int64_t whole = 0;
+#if defined(__AVX2__)
+  if (width == kWidth)
+    for (; whole + 8 <= count; whole += 8)
+      for (int64_t c = 0; c < kWidth; c += 8)
+        transpose(weight + c * ldw + whole, ldw, panel + whole * kWidth + c);
+#endif
+  for (int64_t i = whole; i < count; i++)
+    for (int64_t c = 0; c < kWidth; c++)
+      panel[i * kWidth + c] = c < width ? weight[c * ldw + i] : 0.0f;
+}
+
+// Copies to a cache line's beginning. What is not read again soon need not be read before it is
+// written, nor push other things out.
+void write_past_caches(const float* from, int64_t count, float* to) {
+#if defined(__AVX2__)
+  for (int64_t i = 0; i < count; i += 8) _mm256_stream_ps(to + i, _mm256_load_ps(from + i));
+#else
+  std::memcpy(to, from, count * sizeof(float));
+#endif
+}
+
+// Has what went past the caches arrive before another thread is told of it.
+void wait_for_writes() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+constexpr int64_t kBlock = 96;     // inputs of a panel that are packed and added to at a time
+constexpr int kFoldInputs = 6;     // of them in registers
+
+// b^T a of a low-rank delta: a [rank, k], b [rank, n], with rows lda and ldb apart.
+struct Factors {
+  const float *a, *b;
+  int64_t lda, ldb, rank;
+};
+
+// The rows of b [rank][kWidth] on a panel that are not all zero, and those of a that go with them.
+struct PanelFactors {
+  std::vector<float> b;
+  std::vector<const float*> a;
+
+  void take(const Factors& factors, int64_t column, int64_t width) {
+    b.clear();
+    a.clear();
+    for (int64_t r = 0; r < factors.rank; r++) {
+      const float* row = factors.b + r * factors.ldb + column;
+      if (std::all_of(row, row + width, [](float value) { return value == 0; })) continue;
+      a.push_back(factors.a + r * factors.lda);
+      b.insert(b.end(), row, row + width);
+      b.resize(a.size() * kWidth);
+    }
+  }
+};
+
+// Inputs [kFoldInputs, kWidth] of a panel += b^T a. The delta is summed before it is added, as
+// one who computes it apart does.
+void add_to_some(const PanelFactors& factors, int64_t first, float* panel) {
+  const int64_t rank = factors.a.size();
+  const float* b = factors.b.data();
+  Vec sums[kFoldInputs][kPanelVecs] = {};
+  for (int64_t r = 0; r < rank; r++, b += kWidth) {
+    const float* a = factors.a[r] + first;
+    Vec outputs[kPanelVecs];
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++) outputs[v] = held(load(b + v * kLanes));
+    UNROLL
+    for (int t = 0; t < kFoldInputs; t++) {
+      const Vec value = held(all(a[t]));
+      UNROLL
+      for (int v = 0; v < kPanelVecs; v++) sums[t][v] += value * outputs[v];
+    }
+  }
+  UNROLL
+  for (int t = 0; t < kFoldInputs; t++) {
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++) {
+      float* place = panel + t * kWidth + v * kLanes;
+      store(place, load(place) + sums[t][v]);
+    }
+  }
+}
+
+// The same for what is left of the inputs, one by one.
+void add_to_one(const PanelFactors& factors, int64_t input, float* panel) {
+  Vec sums[kPanelVecs] = {};
+  for (size_t r = 0; r < factors.a.size(); r++) {
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++)
+      sums[v] += factors.a[r][input] * load(factors.b.data() + r * kWidth + v * kLanes);
+  }
+  UNROLL
+  for (int v = 0; v < kPanelVecs; v++)
+    store(panel + v * kLanes, load(panel + v * kLanes) + sums[v]);
+}
+
+// The same for inputs first to first + count.
+void add_factors(const PanelFactors& factors, int64_t first, int64_t count, float* panel) {
+  if (factors.a.empty()) return;
+  int64_t i = 0;
+  for (; i + kFoldInputs <= count; i += kFoldInputs)
+    add_to_some(factors, first + i, panel + i * kWidth);
+  for (; i < count; i++) add_to_one(factors, first + i, panel + i * kWidth);
 }
 
 }  // namespace
@@ -26,16 +147,43 @@ extern "C" {
 
 int64_t dynamic_lora_panel_width() { return kWidth; }
 
-// weight [n, k] with rows ldw apart; packed has room for n rounded up to whole panels and, in
-// eight bits, k to an even number.
-void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k) {
-  pack(weight, ldw, packed, n, k, k, [](int64_t i, int64_t c) { return i * kWidth + c; });
+// weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
+// rounded up to whole panels. With a rank of 0, the weight alone.
+void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,
+                       const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rank) {
+  const Factors factors{a, b, lda, ldb, rank};
+  const int64_t panels = (n + kWidth - 1) / kWidth;
+#pragma omp parallel
+  {
+    PanelFactors on_panel;
+#pragma omp for schedule(guided, 1)
+    for (int64_t j = 0; j < panels; j++) {
+      const int64_t column = j * kWidth, width = std::min<int64_t>(kWidth, n - column);
+      on_panel.take(factors, column, width);
+      for (int64_t first = 0; first < k; first += kBlock) {
+        alignas(64) float block[kBlock * kWidth];
+        const int64_t count = std::min(kBlock, k - first);
+        pack_block(weight + column * ldw + first, ldw, width, count, block);
+        add_factors(on_panel, first, count, block);
+        write_past_caches(block, count * kWidth, packed + (j * k + first) * kWidth);
+      }
+    }
+    wait_for_writes();
+  }
 }
 
+// The same in eight bits, with room for k rounded up to an even number.
 void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
                             int64_t k) {
-  pack(weight, ldw, packed, n, k, even(k),
-       [](int64_t i, int64_t c) { return i / 2 * 2 * kWidth + c * 2 + i % 2; });
+  const int64_t panels = (n + kWidth - 1) / kWidth, depth = even(k);
+#pragma omp parallel for schedule(guided, 1)
+  for (int64_t j = 0; j < panels; j++)
+    for (int64_t i = 0; i < depth; i++)
+      for (int64_t c = 0; c < kWidth; c++) {
+        const int64_t column = j * kWidth + c;
+        packed[j * depth * kWidth + i / 2 * 2 * kWidth + c * 2 + i % 2] =
+            column < n && i < k ? weight[column * ldw + i] : int8_t(0);
+      }
 }
 
 // x [m, k], y [m, n], both dense.

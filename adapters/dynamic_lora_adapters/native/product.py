@@ -74,6 +74,10 @@ class NativeProduct(PackedWeight):
         """Pack another weight into the same memory."""
         _pack(weight.float(), self._packed)
 
+    def replace_folded(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """The same for `weight + b.T @ a`, in one pass; a [rank, in] and b [rank, out], float32."""
+        _pack(weight.float(), self._packed, a, b)
+
 
 class Int8Product(PackedWeight):
     """`(x @ Q.T) * scale + bias`: each output's weights in eight bits, with a scale of its own.
@@ -104,12 +108,27 @@ def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torc
     return _ARENA.empty(-(-shape[0] // width) * width * depth, dtype=dtype)
 
 
-def _pack(weight: torch.Tensor, packed: torch.Tensor) -> None:
+def _pack(
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+) -> None:
     library = load_library("product")
-    whole = packed.dtype == torch.float32
-    pack = library.dynamic_lora_pack if whole else library.dynamic_lora_pack_int8
-    pack.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
-    pack.restype = None
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    pack(weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)
+    sizes = (weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)
+    if packed.dtype != torch.float32:
+        library.dynamic_lora_pack_int8.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
+        library.dynamic_lora_pack_int8.restype = None
+        library.dynamic_lora_pack_int8(*sizes)
+        return
+    pack = library.dynamic_lora_pack
+    factors = (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE)
+    pack.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, *factors]
+    pack.restype = None
+    if a is None or b is None:
+        pack(*sizes, None, 0, None, 0, 0)
+        return
+    assert a.stride(1) == 1 and b.stride(1) == 1, "rows of the factors must be dense"
+    pack(*sizes, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))

@@ -52,6 +52,11 @@ class Engine:
         self.num_steps = 0
         self._peaks = peaks
 
+    @property
+    def on_host(self) -> bool:
+        """Whether steps are computed by the processor."""
+        return self.runner.model.device.type == "cpu"
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.scheduler.add(sequence)

@@ -1,5 +1,11 @@
 """The engine thread's mailbox."""
 
+import os
+import sys
+import threading
+
+import pytest
+
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from tests.support.engines import make_engine, make_sequence
@@ -49,3 +55,19 @@ def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
         assert worker.alive
     worker.stop()
     assert order == ["token", "token", "left", "end"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priorities here")
+def test_the_engine_gives_way_to_what_is_short_and_waited_for() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    mine, found = niceness(), []
+    worker = Worker(make_engine(tiny_llama()).engine, lambda _: found.append(niceness()))
+    worker.send(Submit(make_sequence([1, 2, 3], max_new_tokens=1)))
+    worker.start()
+    while not found:
+        assert worker.alive
+    worker.stop()
+    assert found == [5]
+    assert niceness() == mine

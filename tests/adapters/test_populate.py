@@ -1,0 +1,49 @@
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynamic_lora_adapters.populate import populate, populate_soon
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="memory is populated on Linux alone"
+)
+SIZE = 64 * 2**20
+
+
+def resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def untouched() -> torch.Tensor:
+    memory = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def test_memory_is_committed_before_anything_is_written() -> None:
+    table = untouched()
+    before = resident_bytes()
+    if not populate([table[:0], table]):
+        pytest.skip("this kernel cannot populate memory")
+    assert resident_bytes() - before > 0.9 * SIZE
+    assert not table.any()
+
+
+def test_only_what_a_tensor_covers_is_committed() -> None:
+    table = untouched().view(64, -1)
+    before = resident_bytes()
+    if not populate([table[:8, 100:]]):
+        pytest.skip("this kernel cannot populate memory")
+    assert SIZE / 9 < resident_bytes() - before < SIZE / 4
+
+
+def test_what_is_there_stays_while_it_is_populated() -> None:
+    table = torch.arange(100_000.0)
+    timer = populate_soon([table[1:50_000], table[7::3]], delay_s=0.01)
+    timer.join(10)
+    assert timer.finished.is_set()
+    assert torch.equal(table, torch.arange(100_000.0))
