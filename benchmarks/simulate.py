@@ -34,14 +34,14 @@ COSTS = {
     # Two CPU cores, SmolLM2-135M, adapters of rank 16 on all linear layers, as measured at a
     # start: what the kernels take alone, somewhat more than within whole layers in C++.
     "cpu": StepCosts(
-        base=((1, 0.029), (8, 0.038), (32, 0.071), (128, 0.255)),
+        base=((1, 0.0236), (8, 0.0286), (32, 0.0674), (128, 0.243)),
         deltas=(
-            (1, ((1, 0.0024), (4, 0.0025), (16, 0.0064))),
-            (2, ((2, 0.0036), (8, 0.0037), (32, 0.0098))),
-            (4, ((4, 0.0056), (16, 0.0071), (64, 0.0173))),
-            (8, ((8, 0.0096), (32, 0.0119), (128, 0.0321))),
+            (1, ((1, 0.0033), (4, 0.0034), (32, 0.0074))),
+            (2, ((2, 0.0047), (8, 0.0048), (64, 0.0120))),
+            (4, ((4, 0.0064), (16, 0.0066), (128, 0.0196))),
+            (8, ((8, 0.0105), (32, 0.0105), (256, 0.0366))),
         ),
-        switch_s=0.207,
+        switch_s=0.069,
     ),
     # The same with torch's operators in place of the C++, where deltas cost by the row: measured,
     # but for the point of 8 adapters at 512 rows, which is assumed.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from dynamic_lora_adapters.costs import KernelCosts
+from dynamic_lora_adapters.costs import NUM_ADAPTERS_GRID, KernelCosts
 from dynamic_lora_adapters.groups import PROBE_RANK, ProjectionGroup
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.slots import AdapterPool
@@ -13,7 +13,9 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.modes.costs import Points, StepCosts, rising
 
 _ROWS = (1, 8, 32, 128)
-_ADAPTERS = (1, 2, 4, 8, 16, 32)
+# Rows of each adapter, of those that kernels were measured with (`costs.LENGTH_GRID`): between
+# two of them the nearer one counts, with all that it costs to read the adapter's tables.
+_LENGTHS = (1, 4, 32)
 _SAMPLES = 2
 
 
@@ -29,7 +31,7 @@ def measure_mode_costs(
     """Time steps of the base model and a switch, and add up what the kernels cost.
 
     `trial` runs a step of so many rows, one new token for each sequence. The
-    switch is one to a random adapter of rank 16 on every layer. Takes a few
+    switch is one to an adapter of rank 16 on every layer. Takes a few
     steps' time: one to two seconds for a small model on a CPU. Layers that run
     whole in C++ add their deltas for somewhat less than the kernels alone take.
     """
@@ -40,13 +42,13 @@ def measure_mode_costs(
 
     return StepCosts(
         base=rising(tuple((rows, step(rows)) for rows in _ROWS)),
-        deltas=tuple((count, _delta_points(kernels, count)) for count in _ADAPTERS),
+        deltas=tuple((count, _delta_points(kernels, count)) for count in NUM_ADAPTERS_GRID),
         switch_s=_switch_s(groups, merger, device, dtype),
     )
 
 
 def _delta_points(kernels: KernelCosts, num_adapters: int) -> Points:
-    rows = [num_adapters * each for each in (1, 4, 16)]
+    rows = [num_adapters * each for each in _LENGTHS]
     names: Mapping[str, object] = kernels.seconds
     return rising(
         tuple(
@@ -60,9 +62,10 @@ def _switch_s(
     groups: Sequence[ProjectionGroup], merger: Merger, device: torch.device, dtype: torch.dtype
 ) -> float:
     layers = [group for group in groups if not group.is_head]
+    # They come to nothing, and yet no row of b is one of zeros, which would be left out.
     linears = {
         path: LinearTerms(
-            a=torch.zeros(PROBE_RANK, group.in_features), b=torch.zeros(width, PROBE_RANK)
+            a=torch.zeros(PROBE_RANK, group.in_features), b=torch.ones(width, PROBE_RANK)
         )
         for group in layers
         for path, width in zip(group.paths, group.widths, strict=True)
