@@ -10,7 +10,8 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -24,7 +25,7 @@ def populate(tensors: Sequence[torch.Tensor]) -> int:
     """
     if not sys.platform.startswith("linux"):
         return 0
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     total = 0
     for tensor in tensors:
@@ -35,12 +36,15 @@ def populate(tensors: Sequence[torch.Tensor]) -> int:
     return total
 
 
-def populate_soon(tensors: Sequence[torch.Tensor], *, delay_s: float = 0.3) -> threading.Timer:
-    """The same in the background, when what led to it has had its time of the processor."""
-    timer = threading.Timer(delay_s, populate, [tensors])
+def populate_soon(find: Callable[[], Sequence[torch.Tensor]], *, delay_s: float = 0.3) -> None:
+    """The same in the background, when what led to it has had its time of the processor.
+
+    What is wanted then is asked for then: nothing, where it has gone meanwhile.
+    """
+    timer = threading.Timer(delay_s, lambda: populate(find()))
     timer.daemon = True
-    timer.start()
-    return timer
+    with suppress(RuntimeError):  # no more threads, or the process ends
+        timer.start()
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import mmap
 import os
 import struct
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,6 +22,7 @@ READ_DTYPES = ("F32", "F16", "BF16")
 
 _MAX_HEADER_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 128 << 10
 # What torch calls the types that are read, and their sizes in bytes.
 _TYPES = {
     "F32": ("float32", 4),
@@ -49,27 +51,25 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     comes twice would mean one tensor here and another to the next reader.
     Raises `InvalidAdapter`.
     """
-    return _read_layout(path)[0]
+    with _opened(path) as (stream, size):
+        return _read_layout(stream, size, path.name)[0]
 
 
 class MappedTensors:
     """The tensors of a file, mapped into memory: a page is read when it is first touched.
 
     Tensors stay valid when the file is removed; it must not be written to. Raises
-    `InvalidAdapter` for a broken file.
+    `InvalidAdapter` for a broken file, OSError where it cannot be mapped.
     """
 
     def __init__(self, path: Path) -> None:
         import torch
 
-        _ask_for(path)
-        self.entries, self._data_start = _read_layout(path)
-        try:
-            self._bytes = torch.from_file(
-                str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8
-            )
-        except (OSError, RuntimeError) as error:
-            raise broken_file(path.name, str(error)) from None
+        with _opened(path) as (stream, size):
+            _ask_for(stream, size)
+            self.entries, self._data_start = _read_layout(stream, size, path.name)
+            mapping = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY)
+        self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by its name, in the file's dtype (32 or 16 bits, or integers); no copy."""
@@ -85,43 +85,51 @@ class MappedTensors:
         return data.view(dtype).view(entry.shape)
 
 
-def _ask_for(path: Path) -> None:
-    """Have the whole file read at once, not in the pieces that page faults would ask for."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with suppress(OSError), path.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def _read_layout(path: Path) -> tuple[dict[str, TensorEntry], int]:
-    """The entries, and where the data begins."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size in bytes; raises `InvalidAdapter` if there is none."""
     try:
-        size = path.stat().st_size
+        stream = path.open("rb")
     except FileNotFoundError:
         raise InvalidAdapter(
             f"{path.name} is missing.",
             field=path.name,
             fix="Save the adapter with save_pretrained(path, safe_serialization=True).",
         ) from None
-    with path.open("rb") as stream:
-        header, data_start = _read_header_json(stream, size, path.name)
+    with stream:
+        yield stream, os.fstat(stream.fileno()).st_size
+
+
+def _ask_for(stream: BinaryIO, size: int) -> None:
+    """Have the file read ahead as a whole, not in the pieces that page faults would ask for."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        # The system cuts longer wishes short without a word.
+        for start in range(0, size, _READ_AHEAD_BYTES):
+            os.posix_fadvise(stream.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def _read_layout(stream: BinaryIO, size: int, name: str) -> tuple[dict[str, TensorEntry], int]:
+    """The entries, and where the data begins."""
+    header, data_start = _read_header_json(stream, size, name)
     header.pop("__metadata__", None)
     try:
-        entries = {name: _entry(value) for name, value in header.items()}
+        entries = {key: _entry(value) for key, value in header.items()}
     except (KeyError, TypeError, ValueError):
-        raise broken_file(path.name, "its header describes a tensor that cannot be") from None
+        raise broken_file(name, "its header describes a tensor that cannot be") from None
     position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position or entry.stop < entry.start:
-            raise broken_file(path.name, f"the data of tensor {name!r} overlaps or leaves a gap")
+            raise broken_file(name, f"the data of tensor {key!r} overlaps or leaves a gap")
         position = entry.stop
     if data_start + position != size:
         raise broken_file(
-            path.name, f"its header promises {data_start + position} bytes, the file has {size}"
+            name, f"its header promises {data_start + position} bytes, the file has {size}"
         )
-    for name, entry in entries.items():
+    for key, entry in entries.items():
         if not _fits(entry):
-            raise broken_file(path.name, f"the data of tensor {name!r} is not what its shape needs")
+            raise broken_file(name, f"the data of tensor {key!r} is not what its shape needs")
     return entries, data_start
 
 

@@ -30,7 +30,7 @@ class Slab:
     `columns` [num_slots, rank, 2] is where rows of b are not zero.
     `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
     entries for the groups whose signature says so. The memory of the first `num_prepared`
-    slots is committed, or is about to be.
+    slots was asked to be committed.
     """
 
     number: int

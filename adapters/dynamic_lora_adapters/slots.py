@@ -61,7 +61,8 @@ class AdapterPool:
 
     A lease pins an adapter; only adapters without leases are evicted, the
     least recently used first. `spread` keeps the rows of b an odd number of cache
-    lines apart, for a processor's kernels that walk down its columns.
+    lines apart, for a processor's kernels that walk down its columns. A new slab has
+    `slab_slots` places, where the budget allows.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class AdapterPool:
         device: torch.device,
         dtype: torch.dtype,
         spread: bool = False,
+        slab_slots: int = SLAB_SLOTS,
     ) -> None:
         self._groups = list(groups)
         self._spread = spread
+        self._slab_slots = slab_slots
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
@@ -135,7 +138,9 @@ class AdapterPool:
             if not adapter.doomed:
                 self._resident[digest] = adapter
             self._counters.loads += 1
-            return self._pin(adapter)
+            self._pin(adapter)
+        self._prepare_next(adapter.slab)
+        return adapter
 
     def _fill(self, adapter: ResidentAdapter, members: Sequence[MemberTerms]) -> None:
         """Write a slot that nobody else knows of: others need not wait for it."""
@@ -143,20 +148,27 @@ class AdapterPool:
         if self._dtype != torch.float32:
             sources = adapter.exact = [one.joined() for one in members]
         adapter.uploaded = self._upload.write(sources, self._places(adapter.slab, adapter.slot))
-        self._prepare_next(adapter.slab)
 
     def _places(self, slab: Slab, slot: int) -> list[GroupTerms]:
         return [slab.terms(index, slot) for index in range(len(self._groups))]
 
     def _prepare_next(self, slab: Slab) -> None:
         """Have the memory of the slot that the next adapter of this shape gets committed."""
+        if self._device.type != "cpu":
+            return
         with self._lock:
-            following = slab.free_slot()
-            if self._device.type != "cpu" or following is None or following < slab.num_prepared:
+            slot = slab.free_slot()
+            if slot is None or slot < slab.num_prepared:
                 return
-            slab.num_prepared = following + 1
-        places = self._places(slab, following)
-        populate_soon([tensor for place in places for tensor in place.tensors()])
+            slab.num_prepared = slot + 1
+
+        def tables() -> list[torch.Tensor]:
+            with self._lock:
+                if slab not in self._slabs or slab.tenants[slot] is not None:
+                    return []
+            return [one for place in self._places(slab, slot) for one in place.tensors()]
+
+        populate_soon(tables)
 
     def share(self, adapter: ResidentAdapter) -> None:
         """One more lease of an adapter that is leased."""
@@ -265,7 +277,7 @@ class AdapterPool:
             room = free // max(slot_bytes, 1)
             if room >= 1:
                 # A dense term is as large as the layer: no room is taken in advance.
-                wanted = 1 if any(shape.dense for shape in signature) else SLAB_SLOTS
+                wanted = 1 if any(shape.dense for shape in signature) else self._slab_slots
                 slab = self._new_slab(signature, slot_bytes, min(room, wanted))
                 return slab, 0
             if not self._evict_one():

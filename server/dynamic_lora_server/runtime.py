@@ -1,7 +1,6 @@
 """Everything that serves: model, tokenizer, registry, engine and service, put together."""
 
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -116,6 +115,8 @@ class Runtime:
         )
         published = registry.import_shipped(shipped or shipped_adapters())
         logger.info("published %d shipped adapters", len(published))
+        if registry.list():
+            import_peft()
         saved = SavedCompositions(registry, registry.index)
         residencies = Residency(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)
@@ -140,8 +141,6 @@ class Runtime:
     def start(self) -> None:
         """Start the engine thread; call it on the event loop that will serve."""
         self.service.start()
-        if self.registry.list():
-            threading.Thread(target=import_peft, name="import-peft", daemon=True).start()
 
     def close(self) -> None:
         """Fail what runs, end the engine thread and let the store go."""

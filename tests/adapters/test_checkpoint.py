@@ -108,3 +108,15 @@ def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) ->
     message = "norm.weight' holds NaN or infinite values"
     with pytest.raises(InvalidAdapter, match=message):
         opened.take("norm.weight", Part.PARAMETER, (1,), factor=2.0)
+
+
+def test_finite_values_whose_sum_is_not_are_taken(tmp_path: Path) -> None:
+    value = torch.tensor([3e38, 3e38, -1.0])
+    opened = checkpoint(tmp_path, {"norm.weight": value})
+    assert torch.equal(opened.take("norm.weight", Part.PARAMETER, (3,)), value)
+
+
+def test_infinities_that_cancel_are_refused(tmp_path: Path) -> None:
+    opened = checkpoint(tmp_path, {"norm.weight": torch.tensor([torch.inf, -torch.inf])})
+    with pytest.raises(InvalidAdapter, match="holds NaN or infinite values"):
+        opened.take("norm.weight", Part.PARAMETER, (2,))

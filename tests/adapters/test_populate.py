@@ -1,6 +1,7 @@
 import mmap
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,21 @@ def test_only_what_a_tensor_covers_is_committed() -> None:
 
 def test_what_is_there_stays_while_it_is_populated() -> None:
     table = torch.arange(100_000.0)
-    timer = populate_soon([table[1:50_000], table[7::3]], delay_s=0.01)
-    timer.join(10)
-    assert timer.finished.is_set()
+    asked = threading.Event()
+
+    def find() -> list[torch.Tensor]:
+        asked.set()
+        return [table[1:50_000], table[7::3]]
+
+    populate_soon(find, delay_s=0.01)
+    assert asked.wait(10)
+    populate(find())
     assert torch.equal(table, torch.arange(100_000.0))
+
+
+def test_a_process_that_has_no_more_threads_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    populate_soon(list)

@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import pytest
@@ -268,3 +269,29 @@ def test_a_write_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch
     assert pool.stats().used_bytes == 0
     pool.check_integrity()
     admit(pool, "a")
+
+
+def test_the_next_slots_memory_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
+    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+    pool = make_pool(3)
+    slab = admit(pool, "a").slab
+    assert len(asked) == 1
+    (a, b, columns) = asked[0]()
+    assert slab.a[0] is not None and slab.b[0] is not None and slab.columns[0] is not None
+    assert a.data_ptr() == slab.a[0][1].data_ptr() and a.shape == slab.a[0][1].shape
+    assert b.data_ptr() == slab.b[0][1].data_ptr()
+    assert columns.data_ptr() == slab.columns[0][1].data_ptr()
+    admit(pool, "b")
+    assert asked[0]() == [], "its slot has been taken"
+    admit(pool, "c")
+    assert len(asked) == 2, "there is no slot behind the last"
+
+
+def test_no_memory_of_a_slab_that_has_gone_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
+    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+    pool = make_pool(3)
+    pool.release(admit(pool, "a"))
+    pool.drop("a")
+    assert asked[0]() == []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters import AdapterTerms, InvalidAdapter, LinearTerms
@@ -99,3 +99,24 @@ def test_what_passes_reaches_no_other_adapters_rows(value: float, dtype: torch.d
         Run(make_slab(2, 1, 2, 3), 0, 0, [2, 0]),
     )
     assert out.tolist() == [[2.0] * 3] * 2
+
+
+@given(
+    st.floats(width=32),
+    st.floats(width=32),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+@example(4093.0, 1.0, torch.float16)
+@example(8188.5, 1.0, torch.float16)
+@example(1.0, math.nan, torch.float32)
+@example(1e4, 2.4e3, torch.float32)
+@example(1e4, 2.6e3, torch.float32)
+def test_the_look_at_norms_decides_nothing_that_the_values_do_not(
+    in_a: float, in_b: float, dtype: torch.dtype
+) -> None:
+    a, b = torch.zeros(2, 4), torch.zeros(3, 2)
+    a[0], b[2, 0] = in_a, in_b
+    found = find_too_large(AdapterTerms(linears={"layer": LinearTerms(a=a, b=b)}), dtype)
+    largest = min(1e8, torch.finfo(dtype).max / 8)
+    sound = all(abs(value) <= largest for value in (in_a, in_b)) and abs(4 * in_a * in_b) <= 1e8
+    assert (found is None) == sound

@@ -76,6 +76,8 @@ class NativeProduct(PackedWeight):
 
     def replace_folded(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """The same for `weight + b.T @ a`, in one pass; a [rank, in] and b [rank, out], float32."""
+        assert a.dtype == b.dtype == torch.float32 and len(a) == len(b)
+        assert (b.shape[1], a.shape[1]) == tuple(weight.shape)
         _pack(weight.float(), self._packed, a, b)
 
 

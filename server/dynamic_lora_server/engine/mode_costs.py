@@ -13,8 +13,8 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.modes.costs import Points, StepCosts, rising
 
 _ROWS = (1, 8, 32, 128)
-# Rows of each adapter, of those that kernels were measured with (`costs.LENGTH_GRID`): between
-# two of them the nearer one counts, with all that it costs to read the adapter's tables.
+# Rows of each adapter, of those in `costs.LENGTH_GRID`: between two of them the nearer one counts,
+# with all that it costs to read the adapter's tables.
 _LENGTHS = (1, 4, 32)
 _SAMPLES = 2
 
@@ -70,7 +70,7 @@ def _switch_s(
         for group in layers
         for path, width in zip(group.paths, group.widths, strict=True)
     }
-    pool = AdapterPool(groups, budget_bytes=2**62, device=device, dtype=dtype)
+    pool = AdapterPool(groups, budget_bytes=2**62, device=device, dtype=dtype, slab_slots=1)
     adapter = pool.admit("probe", AdapterTerms(linears=linears))
     assert adapter is not None
     seconds = []
