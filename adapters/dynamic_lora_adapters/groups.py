@@ -176,19 +176,19 @@ class MemberTerms:
         if a is None or b is None:
             return
         b.zero_()
-        reach = torch.zeros(a.shape[0], 2, dtype=torch.long)
-        row = column = 0
+        reach: list[tuple[int, int]] = []
+        column = 0
         for member, width in zip(self.members, self.group.widths, strict=True):
             if member.a is not None and member.b is not None:
-                stop = row + member.a.shape[0]
+                row, stop = len(reach), len(reach) + len(member.a)
                 a[row:stop] = member.a
                 b[row:stop, column : column + width] = member.b.T
-                reach[row:stop] = torch.tensor([column, column + width])
-                row = stop
+                reach += [(column, column + width)] * len(member.a)
             column += width
-        a[row:].zero_()
+        a[len(reach) :].zero_()
         if columns is not None:
-            columns.copy_(reach)
+            reach += [(0, 0)] * (len(a) - len(reach))
+            columns.copy_(torch.tensor(reach))
 
 
 def probe_shape(group: ProjectionGroup) -> GroupShape:
