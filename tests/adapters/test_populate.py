@@ -57,8 +57,12 @@ def test_what_is_there_stays_while_it_is_populated() -> None:
 
 
 def test_a_process_that_has_no_more_threads_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Timer) -> None:
+    refused: list[threading.Timer] = []
+
+    def refuse(timer: threading.Timer) -> None:
+        refused.append(timer)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Timer, "start", refuse)
     populate_soon(list)
+    assert len(refused) == 1
