@@ -36,17 +36,20 @@ WARM_UP_STEPS = 3
 class Cell:
     """What the rows of a batch ask for, in turn; 0 adapters is the base model.
 
-    `resident` is how many adapters are on the device meanwhile.
+    With `resident` all adapters are on the device meanwhile; without `overlap` a
+    step is read before the next one is started.
     """
 
     name: str
     num_adapters: int
     resident: bool = True
     mode: Mode = Mode.BYPASS
+    overlap: bool = True
 
 
 CELLS = (
     Cell(name="base", num_adapters=0, resident=False),
+    Cell(name="base, one by one", num_adapters=0, resident=False, overlap=False),
     Cell(name="idle", num_adapters=0),
     Cell(name="merged", num_adapters=1, mode=Mode.MERGED),
     Cell(name="bypass 1", num_adapters=1),
@@ -159,7 +162,7 @@ class StepBench:
         built = self.built
         runner, pool = built.engine.runner, built.pool
         modes = ModeController(StepCosts.never_merging(), cell.mode, runner.merger, pool)
-        engine = Engine(built.engine.scheduler, runner, modes)
+        engine = Engine(built.engine.scheduler, runner, modes, overlap=cell.overlap)
         rows = [self._row(cell, number) for number in range(num_rows)]
         for row in rows:
             engine.add(row)
@@ -168,6 +171,8 @@ class StepBench:
         seconds = [_step(engine) for _ in range(WARM_UP_STEPS + self._plan.num_steps)]
         for row in rows:
             engine.cancel(row)
+        while engine.has_work:
+            _step(engine)
         if (runner.merger.merged is None) != (cell.mode is not Mode.MERGED):
             raise BenchmarkError(f"{cell.name} was not served as it should be")
         return statistics.median(seconds[WARM_UP_STEPS:])

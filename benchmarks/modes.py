@@ -173,7 +173,7 @@ class Bench:
         waiting = deque(self._row(cell, rng) for _ in range(self.arguments.requests))
         num_tokens = len(waiting) * self.arguments.output_tokens
         begin = time.perf_counter()
-        while waiting or engine.scheduler.has_work:
+        while waiting or engine.has_work:
             while waiting and engine.scheduler.num_running < self.arguments.clients:
                 engine.add(waiting.popleft())
                 if engine.scheduler.num_waiting >= self.arguments.clients:

@@ -11,6 +11,7 @@ from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.products import BaseProduct
 from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
+from dynamic_lora_adapters.uncompiled import uncompiled
 
 
 class StaticDeltas(Protocol):
@@ -148,6 +149,7 @@ class LoraLinear(nn.Linear):
         self._projection = projection
         self._number = number
 
+    @uncompiled
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Base output plus the terms of the running step, [..., out_features]."""
         return self._projection.member(self._number, input)
@@ -164,6 +166,7 @@ class LoraConv1D(Conv1D):
         self.bias = base.bias
         self._projection = projection
 
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Base output plus the terms of the running step, [..., nf]."""
         return self._projection.member(0, x)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynamic_lora_adapters.tiles import tiles_of
+from dynamic_lora_adapters.transfer import to_device
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.kernels.base import DeltaKernel
@@ -107,27 +108,29 @@ class Run:
             inside = column < lengths[:, None]
             gather = (starts[:, None] + torch.where(inside, column, 0)).reshape(-1)
             scatter = inside.reshape(-1).nonzero().squeeze(1)
-            self._pad = gather.to(device), scatter.to(device)
+            self._pad = to_device(gather, device), to_device(scatter, device)
         return self._pad
 
     def owner(self, device: torch.device) -> torch.Tensor:
         """Segment number of every row, shape [num_rows]."""
         if self._owner is None:
             lengths = torch.tensor(self.lengths)
-            self._owner = torch.repeat_interleave(torch.arange(self.num_slots), lengths).to(device)
+            owner = torch.repeat_interleave(torch.arange(self.num_slots), lengths)
+            self._owner = to_device(owner, device)
         return self._owner
 
     def ends(self, device: torch.device) -> torch.Tensor:
         """The row after each segment's last, shape [num_slots], int32."""
         if self._ends is None:
-            self._ends = torch.tensor(self.lengths).cumsum(0, dtype=torch.int32).to(device)
+            ends = torch.tensor(self.lengths).cumsum(0, dtype=torch.int32)
+            self._ends = to_device(ends, device)
         return self._ends
 
     def tiles(self, num_rows: int, device: torch.device) -> torch.Tensor:
         """The segments in tiles of up to `num_rows` rows, int32; laid out as `tiles_of` says."""
         if self._tiles is None:
             tiles = tiles_of(enumerate(self.lengths), num_rows)
-            self._tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
+            self._tiles = to_device(tiles, device, torch.int32)
         return self._tiles
 
 

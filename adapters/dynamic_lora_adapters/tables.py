@@ -14,6 +14,7 @@ import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter, Slab
+from dynamic_lora_adapters.transfer import to_device
 
 # Ranks of one layer that a captured step makes room for; larger ones run uncaptured.
 MAX_RANK = 64
@@ -83,12 +84,12 @@ class AddressTables:
     def _write(self, entry: int, slab: Slab, slot: int) -> None:
         def addresses(tables: Sequence[torch.Tensor | None]) -> torch.Tensor:
             known = [0 if table is None else table[slot].data_ptr() for table in tables]
-            return torch.tensor(known, device=self.a.device)
+            return to_device(known, self.a.device)
 
         self.a[:, entry] = addresses(slab.a)
         self.b[:, entry] = addresses(slab.b)
         ranks = [shape.rank for shape in slab.signature]
-        self.ranks[:, entry] = torch.tensor(ranks, dtype=torch.int32, device=self.a.device)
+        self.ranks[:, entry] = to_device(ranks, self.a.device, torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

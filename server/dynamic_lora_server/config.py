@@ -62,7 +62,9 @@ class ServerConfig:
     prompts, 0 for none.
     `database_url` replaces the SQLite index in `home`. `base_product` says what
     multiplies by the base's weights, "auto" what measures fastest;
-    without `native` nothing runs in the project's own C++. `quantize` "int8" rounds
+    without `native` nothing runs in the project's own C++. With `compile` torch compiles the
+    decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
+    answers. `quantize` "int8" rounds
     the base's weights to eight bits; adapters are then never merged. `mode` says whether adapters
     are merged into the weights, `restore` how the base comes back afterwards.
     `record_trace` names a new file for who asked for what and when, without any text.
@@ -89,6 +91,8 @@ class ServerConfig:
     threads: int | None = None
     base_product: str = "auto"
     native: bool = True
+    compile: bool = False
+    overlap: bool = True
     quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import groupby
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -135,12 +136,16 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One value of the engine's at the moment of a scrape; `total` marks a counter."""
+    """One value of the engine's at the moment of a scrape; `total` marks a counter.
+
+    `label` is the name and the value of a label; readings of one name follow each other.
+    """
 
     name: str
     text: str
     value: float
     total: bool = False
+    label: tuple[str, str] | None = None
 
 
 class EngineCollector(Collector):
@@ -160,9 +165,8 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called by prometheus_client."""
-        for reading in self._readings():
-            family = CounterMetricFamily if reading.total else GaugeMetricFamily
-            yield family(f"dynamic_lora_{reading.name}", reading.text, value=reading.value)
+        for name, same in groupby(self._readings(), key=lambda reading: reading.name):
+            yield _family(f"dynamic_lora_{name}", list(same))
         resident = GaugeMetricFamily(
             "dynamic_lora_adapter_resident",
             "1 while the adapter's weights are on the device.",
@@ -171,3 +175,12 @@ class EngineCollector(Collector):
         for name, on_device in self._residency().items():
             resident.add_metric([name], float(on_device))
         yield resident
+
+
+def _family(name: str, readings: Sequence[Reading]) -> Metric:
+    first = readings[0]
+    family = CounterMetricFamily if first.total else GaugeMetricFamily
+    metric = family(name, first.text, labels=[first.label[0]] if first.label else [])
+    for reading in readings:
+        metric.add_metric([reading.label[1]] if reading.label else [], reading.value)
+    return metric

@@ -30,6 +30,7 @@ from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.decode_graphs import GraphStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.modes import Mode
@@ -50,11 +51,13 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """The engine at one moment."""
+    """The engine at one moment; `graphs` is None where steps are not replayed."""
 
     num_running: int
     num_waiting: int
     num_steps: int
+    num_overlapped: int
+    graphs: GraphStats | None
     kv_used_tokens: int
     kv_total_tokens: int
     prefixes: PrefixStats
@@ -153,17 +156,20 @@ class Runtime:
 
     def stats(self) -> EngineStats:
         """Counts and sizes at this moment."""
-        scheduler, space = self.built.engine.scheduler, self.built.space
+        engine, space = self.built.engine, self.built.space
+        scheduler, graphs = engine.scheduler, engine.runner.graphs
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            num_steps=self.built.engine.num_steps,
+            num_steps=engine.num_steps,
+            num_overlapped=engine.num_overlapped,
+            graphs=None if graphs is None else graphs.stats(),
             kv_used_tokens=scheduler.num_used_cells,
             kv_total_tokens=space.num_cells,
             prefixes=scheduler.prefix_stats(),
             adapters=self.built.pool.stats(),
             modes=self.built.modes.stats(),
-            drift=self.built.engine.runner.merger.drift,
+            drift=engine.runner.merger.drift,
         )
 
 
@@ -203,6 +209,8 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
         restore=Restore(config.restore),
         checkpoint=base.path,
         costs_file=_costs_file(config, base),
+        compile_layers=config.compile,
+        overlap=None if config.overlap else False,
     )
 
 

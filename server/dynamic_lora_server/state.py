@@ -12,6 +12,7 @@ from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
 
 if TYPE_CHECKING:
+    from dynamic_lora_server.engine.decode_graphs import GraphStats
     from dynamic_lora_server.runtime import Runtime
 
 Load = Callable[[], "Runtime"]
@@ -88,6 +89,13 @@ class ServerState:
                 "prefix_evicted_blocks", "Blocks given up.", prefixes.num_evictions, total=True
             ),
             Reading("engine_steps", "Steps that the engine ran.", stats.num_steps, total=True),
+            Reading(
+                "overlapped_steps",
+                "Steps that were started before the one before was read.",
+                stats.num_overlapped,
+                total=True,
+            ),
+            *_graph_readings(stats.graphs),
             Reading("adapters_resident", "Adapters on the device.", pool.num_resident),
             Reading("adapters_in_use", "Adapters that running requests use.", pool.num_leased),
             Reading("adapter_used_bytes", "Device memory adapters take.", pool.used_bytes),
@@ -107,6 +115,21 @@ class ServerState:
             return {}
         passports = self._runtime.registry.list()
         return {p.name: self._runtime.tier(p.version) == "device" for p in passports}
+
+
+def _graph_readings(graphs: "GraphStats | None") -> list[Reading]:
+    """What became of steps where they can be replayed as CUDA graphs."""
+    if graphs is None:
+        return []
+    replayed = Reading(
+        "graph_steps", "Steps replayed as CUDA graphs.", graphs.num_replayed, total=True
+    )
+    text = "Steps that ran without a CUDA graph, by what they hold that graphs do not."
+    declined = [
+        Reading("graph_declined_steps", text, number, total=True, label=("reason", reason))
+        for reason, number in sorted(graphs.num_declined.items())
+    ]
+    return [replayed, *declined]
 
 
 async def _on_daemon_thread(load: Load) -> "Runtime":

@@ -91,6 +91,10 @@ def test_the_engine_is_asked_when_prometheus_asks() -> None:
         lambda: [
             Reading("running_sequences", "Running.", running[0]),
             Reading("engine_steps", "Steps.", 7, total=True),
+            Reading(
+                "graph_declined_steps", "Declined.", 2, total=True, label=("reason", "prompts")
+            ),
+            Reading("graph_declined_steps", "Declined.", 5, total=True, label=("reason", "rows")),
         ],
         lambda: {"ner": True, "describe": False},
     )
@@ -98,6 +102,8 @@ def test_the_engine_is_asked_when_prometheus_asks() -> None:
     running[0] = 3
     assert value(metrics, "running_sequences") == 3
     assert value(metrics, "engine_steps_total") == 7
+    assert value(metrics, "graph_declined_steps_total", reason="prompts") == 2
+    assert value(metrics, "graph_declined_steps_total", reason="rows") == 5
     assert value(metrics, "adapter_resident", adapter="ner") == 1
     assert value(metrics, "adapter_resident", adapter="describe") == 0
     assert b"dynamic_lora_running_sequences 3.0" in metrics.render()

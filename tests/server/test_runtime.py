@@ -50,6 +50,11 @@ def test_a_model_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> Non
         load_runtime(tmp_path, model=str(tmp_path / "falcon"))
 
 
+def test_compiled_layers_without_a_gpu_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match="and there are none: there is no CUDA device"):
+        load_runtime(tmp_path, compile=True)
+
+
 def test_a_kv_cache_too_small_for_a_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameter, match="kv_memory of 100 bytes holds 0 tokens of 512"):
         load_runtime(tmp_path, kv_memory=100)

@@ -7,6 +7,7 @@ import pytest
 
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
 from dynamic_lora_server.engine.engine import EngineEvent
+from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.errors import (
     ContextOverflow,
     EngineFailed,
@@ -33,7 +34,7 @@ async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
 async def quiet(runtime: Runtime) -> None:
     """Wait until the engine has no sequence left."""
     for _ in range(500):
-        if not runtime.built.engine.scheduler.has_work:
+        if not runtime.built.engine.has_work:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the engine did not come to rest")
@@ -172,7 +173,7 @@ async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
         raise RuntimeError("the device is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(runtime.built.engine), "_run", broken)
+        patch.setattr(ModelRunner, "run", broken)
         with pytest.raises(EngineFailed, match="the device is on fire"):
             await collect(runtime, spec(adapter="ner"))
     assert finishes(await collect(runtime, spec(adapter="ner")))

@@ -17,7 +17,8 @@ from dynamic_lora_adapters.weights import read_adapter
 from dynamic_lora_server.engine import sequence
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
-from dynamic_lora_server.generation import SamplingParams
+from dynamic_lora_server.engine.scheduler import Piece, Scheduler
+from dynamic_lora_server.generation import FinishReason, SamplingParams
 from tests.support.adapters import ALL_TARGETS
 
 NUM_TOKENS = 10
@@ -70,11 +71,17 @@ def make_sequence(
     )
 
 
+def advance(scheduler: Scheduler, piece: Piece, token_id: int | None) -> FinishReason | None:
+    """A piece is started and has run at once, with this token if it samples."""
+    scheduler.begin(piece)
+    return scheduler.settle(piece, token_id)
+
+
 def run_all(built: BuiltEngine, sequences: Sequence[sequence.Sequence]) -> list[list[int]]:
     """Run the sequences together to their ends; their output ids."""
     for one in sequences:
         built.engine.add(one)
-    while built.engine.scheduler.has_work:
+    while built.engine.has_work:
         for event in built.engine.step():
             assert not isinstance(event, FailedEvent), event
     built.engine.scheduler.check_integrity()

@@ -93,6 +93,21 @@ _Native = Annotated[
         help="Use C++ that is compiled on this machine, where there is a compiler (CPU).",
     ),
 ]
+_Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Have torch compile the decoder layers for decoding (GPU); the first start takes a "
+        "minute longer.",
+    ),
+]
+_Overlap = Annotated[
+    bool,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="Start a step before the answers of the one before have been read (GPU).",
+    ),
+]
 _Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
 _Restore = Annotated[
     str,
@@ -127,6 +142,8 @@ def serve(
     threads: _Threads = None,
     base_product: _BaseProduct = _DEFAULT.base_product,
     native: _Native = _DEFAULT.native,
+    compile: _Compile = _DEFAULT.compile,
+    overlap: _Overlap = _DEFAULT.overlap,
     quantize: _Quantize = _DEFAULT.quantize,
     mode: _Mode = _DEFAULT.mode,
     restore: _Restore = _DEFAULT.restore,
@@ -155,6 +172,8 @@ def serve(
             threads=threads,
             base_product=base_product,
             native=native,
+            compile=compile,
+            overlap=overlap,
             quantize=quantize,
             mode=mode,
             restore=restore,

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from dynamic_lora_adapters.native.attention import NativeAttention
+from dynamic_lora_adapters.transfer import to_device
+from dynamic_lora_adapters.uncompiled import uncompiled
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.decode_groups import DecodeGroup, group_decodes
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
@@ -202,7 +204,8 @@ class AttentionStep:
         if span.row not in self._gathers:
             positions = torch.arange(span.num_total)
             starts = torch.tensor(span.starts)[positions // span.chunk_size]
-            self._gathers[span.row] = (starts + positions % span.chunk_size).to(table.device)
+            cells = starts + positions % span.chunk_size
+            self._gathers[span.row] = to_device(cells, table.device)
         return table.index_select(0, self._gathers[span.row]).transpose(0, 1)
 
     def _attend_one(
@@ -307,7 +310,8 @@ def attending(step: AttentionStep) -> Iterator[AttentionStep]:
         _STEP.reset(token)
 
 
-def _attention(
+@uncompiled
+def attention_function(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -341,4 +345,4 @@ def _refuse_unknown(
         raise UnsupportedModel(f"{kind} passes {', '.join(unknown)} to attention; not served.")
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, attention_function)

@@ -8,7 +8,9 @@ import torch
 from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, slot_order
 from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.scheduler import Piece
+from dynamic_lora_server.engine.unread import UnreadTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,16 @@ class Batch:
 
     @classmethod
     def build(
-        cls, pieces: Seq[Piece], device: torch.device, merged: ResidentAdapter | None = None
+        cls,
+        pieces: Seq[Piece],
+        device: torch.device,
+        merged: ResidentAdapter | None = None,
+        unread: UnreadTokens | None = None,
     ) -> "Batch":
         """Sort the pieces by adapter and lay their tokens out in one row.
 
-        `merged` is the adapter that the weights hold.
+        `merged` is the adapter that the weights hold, `unread` has the tokens of
+        sequences whose last one is not read yet.
         """
         ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter, merged))
         owners = [owner for piece in ordered for owner in _owners(piece)]
@@ -68,6 +75,7 @@ class Batch:
         cells: list[int] = []
         spans: list[Span] = []
         logit_rows: list[int] = []
+        unread_rows: list[tuple[int, int]] = []
         for piece in ordered:
             sequence, start = piece.sequence, piece.sequence.num_computed
             stop = start + piece.num_tokens
@@ -76,19 +84,27 @@ class Batch:
             spans.append(
                 Span(len(tokens), piece.num_tokens, start, allocation.starts, allocation.chunk_size)
             )
-            tokens += sequence.tokens(start, stop)
+            if sequence.num_unread:
+                unread_rows.append((len(tokens), sequence.id))
+                tokens.append(0)
+            else:
+                tokens += sequence.tokens(start, stop)
             positions += range(start, stop)
             cells += allocation.cells(start, stop)
             if piece.samples:
                 logit_rows.append(len(tokens) - 1)
+        input_ids = to_device(tokens, device)
+        if unread_rows:
+            assert unread is not None, "a token that nobody has"
+            unread.put(input_ids, unread_rows)
         return cls(
             pieces=ordered,
             sampled=sampled,
             spans=spans,
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            cells=torch.tensor(cells, device=device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
+            input_ids=input_ids[None],
+            position_ids=to_device([positions], device),
+            cells=to_device(cells, device),
+            logit_rows=to_device(logit_rows, device, torch.long),
             plan=DeltaPlan.of(owners, merged),
             head_plan=DeltaPlan.of([(_owners(piece)[-1][0], 1) for piece in sampled], merged),
             segments=_segments(ordered, spans),

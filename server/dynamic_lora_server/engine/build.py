@@ -15,16 +15,12 @@ from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.native.norm import adopt_native_norms
-from dynamic_lora_adapters.native.peaks import NativePeaks, native_peaks
+from dynamic_lora_adapters.native.peaks import native_peaks
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
-from dynamic_lora_server.engine.decode_graphs import (
-    DecodeGraphs,
-    graphs_obstacle,
-    static_decoding,
-)
+from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
 from dynamic_lora_server.engine.kv_layout import KVLayout, contiguous_layout, paged_layout
@@ -32,17 +28,14 @@ from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
 from dynamic_lora_server.engine.llama_layers import has_llama_layers
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.native_decoder import (
-    adopt_native_layers,
-    decode_trial,
-)
+from dynamic_lora_server.engine.native_decoder import adopt_native_layers, decode_trial
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
 from dynamic_lora_server.engine.probe import adopt_attention, trial_run
 from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.startup_costs import startup_costs
-from dynamic_lora_server.engine.static_step import StaticShape
+from dynamic_lora_server.engine.static_decoding import StaticWish, static_decoding
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.modes import Mode
 
@@ -60,8 +53,11 @@ class EngineOptions:
     `prefix_cache_memory` is the part of `kv_memory` that may hold prompt prefixes
     for later prompts, 0 for none. `paged` None means: paged on CUDA, contiguous
     on a CPU. `decode_graphs` None means: where they can be captured; True runs
-    the same steps uncaptured elsewhere. `base_product` None takes the fastest that
-    there is memory for; without `native` nothing runs in the project's own C++.
+    the same steps uncaptured elsewhere. With `compile_layers`, those steps run decoder
+    layers that torch has compiled. `overlap` starts a step before the one before is
+    read; None means: on CUDA, for elsewhere the host does the step's work itself.
+    `base_product` None takes the fastest that there is memory for; without `native`
+    nothing runs in the project's own C++.
     `costs_file` keeps what is measured at start for the next one. `mode` says
     whether adapters are merged, `restore` how the base comes back; to subtract
     needs `checkpoint`, the folder the model was loaded from.
@@ -74,6 +70,8 @@ class EngineOptions:
     prefix_cache_memory: int | None = None
     paged: bool | None = None
     decode_graphs: bool | None = None
+    compile_layers: bool = False
+    overlap: bool | None = None
     base_product: ProductKind | None = None
     native: bool = True
     costs_file: Path | None = None
@@ -150,7 +148,7 @@ def build_engine(
     runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
     modes = ModeController(costs.steps, options.mode, merger, pool)
     return BuiltEngine(
-        engine=Engine(_scheduler(kv, options), runner, modes, _peaks(model, options)),
+        engine=_engine(kv, runner, modes, options),
         modes=modes,
         pool=pool,
         groups=groups,
@@ -184,36 +182,29 @@ def _decode_graphs(
     options: EngineOptions,
     on_step: Callable[[str], object],
 ) -> DecodeGraphs | None:
-    model = runner.model
-    obstacle = graphs_obstacle(model.device, model.dtype)
-    obstacle = obstacle if runner.paged else "the KV cache has no pages"
-    if options.decode_graphs is False or (obstacle and not options.decode_graphs):
-        logger.info("No CUDA graphs: %s", obstacle or "they are switched off")
-        return None
-    assert runner.paged, "static steps read pages"
-    head = next((group for group in groups if group.is_head), None)
-    window = min(context_window(model.config), kv.space.num_cells)
-    shape = StaticShape(
+    wish = StaticWish(
+        graphs=options.decode_graphs,
+        compiled=options.compile_layers,
         max_rows=options.max_running,
-        max_pages=-(-window // PAGE_SIZE),
-        page_size=PAGE_SIZE,
-        scratch_cell=kv.num_cells,
-        vocab_size=int(model.config.vocab_size) if head is None else head.out_features,
+        num_cells=kv.num_cells,
+        window=min(context_window(runner.model.config), kv.space.num_cells),
     )
-    return static_decoding(model, runner.site, runner.cache, groups, shape, on_step=on_step)
+    return static_decoding(runner, groups, wish, on_step)
 
 
-def _peaks(model: PreTrainedModel, options: EngineOptions) -> NativePeaks | None:
-    return native_peaks(wanted=options.native and model.device.type == "cpu")
-
-
-def _scheduler(kv: KVLayout, options: EngineOptions) -> Scheduler:
-    return Scheduler(
+def _engine(
+    kv: KVLayout, runner: ModelRunner, modes: ModeController, options: EngineOptions
+) -> Engine:
+    scheduler = Scheduler(
         kv.space,
         max_running=options.max_running,
         max_step_tokens=options.prefill_chunk,
         prefixes=kv.prefixes,
     )
+    on_cuda = runner.model.device.type == "cuda"
+    peaks = native_peaks(wanted=options.native and not on_cuda)
+    overlap = on_cuda if options.overlap is None else options.overlap
+    return Engine(scheduler, runner, modes, peaks, overlap=overlap)
 
 
 def context_window(config: PreTrainedConfig) -> int:

@@ -14,19 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.kernels import has_triton
-from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_adapters.tables import AddressTables
-from dynamic_lora_server.engine.kv_cache import KVCache
-from dynamic_lora_server.engine.paged_attention import paged_kernel_available
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.sequence import Phase
-from dynamic_lora_server.engine.static_step import Row, StaticBuffers, StaticShape, StaticStep
-from dynamic_lora_server.errors import UnsupportedModel
+from dynamic_lora_server.engine.static_step import Row, StaticStep
+from dynamic_lora_server.engine.unread import UnreadTokens
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +71,12 @@ class DecodeGraphs:
             graphs[kind] = self._captured(*kind, pool)
         self._graphs = graphs
 
-    def run(self, pieces: Sequence[Piece], merged: ResidentAdapter | None) -> torch.Tensor | None:
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        merged: ResidentAdapter | None,
+        unread: UnreadTokens | None = None,
+    ) -> torch.Tensor | None:
         """Logits [num_pieces, vocab] in float32, in the order of `pieces`; None if declined.
 
         The pieces are sorted by slot. The logits are overwritten by the next step.
@@ -93,13 +91,26 @@ class DecodeGraphs:
             self._decline(reason)
             return None
         self._num_replayed += 1
-        entries = dict(zip(adapters, self._step.tables.entries(adapters), strict=True))
-        self._step.buffers.fill(
-            rows, [None if row.adapter is None else entries[row.adapter] for row in rows]
-        )
+        self._fill(pieces, rows, adapters, unread)
         size = next(size for size in self._sizes if size >= len(rows))
         self._replay(size, bool(adapters))
         return self._step.buffers.logits[: len(rows)]
+
+    def _fill(
+        self,
+        pieces: Sequence[Piece],
+        rows: Sequence[Row],
+        adapters: Sequence[ResidentAdapter],
+        unread: UnreadTokens | None,
+    ) -> None:
+        buffers = self._step.buffers
+        entries = dict(zip(adapters, self._step.tables.entries(adapters), strict=True))
+        buffers.fill(rows, [None if row.adapter is None else entries[row.adapter] for row in rows])
+        sequences = enumerate(piece.sequence for piece in pieces)
+        wanted = [(row, sequence.id) for row, sequence in sequences if sequence.num_unread]
+        if wanted:
+            assert unread is not None, "a token that nobody has"
+            unread.put(buffers.token_ids, wanted)
 
     def stats(self) -> GraphStats:
         """Counts since the start."""
@@ -153,46 +164,6 @@ def _row(piece: Piece, merged: ResidentAdapter | None) -> Row:
     allocation = sequence.allocation
     assert allocation is not None, "a scheduled sequence has cells"
     adapter = None if position < sequence.active_from else sequence.adapter
-    (token_id,) = sequence.tokens(position, position + 1)
+    # One that is not read yet is put there by the device.
+    (token_id,) = sequence.tokens(position, position + 1) or (0,)
     return Row(token_id, position, allocation, None if adapter is merged else adapter)
-
-
-def static_decoding(
-    model: PreTrainedModel,
-    site: DeltaSite,
-    cache: KVCache,
-    groups: Sequence[ProjectionGroup],
-    shape: StaticShape,
-    *,
-    on_step: Callable[[str], object],
-) -> DecodeGraphs | None:
-    """Graphs for a model, captured where it is on CUDA; None, with a warning, where that fails."""
-    on_cuda = model.device.type == "cuda"
-    step = StaticStep(
-        model,
-        site,
-        cache,
-        StaticBuffers(shape, model.device),
-        AddressTables(groups, shape.max_rows, model.device),
-        paged_kernel=on_cuda,
-    )
-    graphs = DecodeGraphs(step, deltas=has_triton(model.device))
-    if not on_cuda:
-        return graphs
-    try:
-        graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
-    except (RuntimeError, UnsupportedModel) as error:
-        logger.warning("Decoding runs without CUDA graphs: %s", error)
-        return None
-    return graphs
-
-
-def graphs_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why decoding cannot be captured on a device, or None if it can be tried."""
-    if device.type != "cuda":
-        return "there is no CUDA device"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"torch's paged attention does not take {dtype}"
-    if not paged_kernel_available(device):
-        return "this torch has no paged attention"
-    return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.batch import Span
 
 # Beyond this many cached tokens the gather costs more than the calls it saves
@@ -95,7 +96,7 @@ def _build(spans: Sequence[Span], window: int | None, like: torch.Tensor) -> Dec
     cells = starts.gather(1, positions // sizes) + positions % sizes
     mask = torch.zeros(inside.shape, dtype=like.dtype).masked_fill(~inside, float("-inf"))
     return DecodeGroup(
-        rows=torch.tensor([span.row for span in spans], device=like.device),
-        cells=cells.flatten().to(like.device),
-        mask=mask[:, None, None].to(like.device),
+        rows=to_device([span.row for span in spans], like.device),
+        cells=to_device(cells.flatten(), like.device),
+        mask=to_device(mask[:, None, None], like.device),
     )

@@ -1,15 +1,27 @@
-"""One step at a time: schedule, run, sample, emit."""
+"""One step at a time: schedule, run, choose tokens, emit.
 
+On a GPU steps overlap: the next one is scheduled and queued while the device still
+runs the one before, whose tokens it reads on the device, and the host reads them
+after that. The device then never waits for Python. A sequence that turns out to have
+ended has a row too many in the step that is already on its way; nobody reads it.
+(The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dynamic_lora_adapters.native.peaks import NativePeaks
+from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.transfer import milestone
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.sampler import Sampled, sample
+from dynamic_lora_server.engine.sampler import Choice, Sampled, choose
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
-from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.sequence import Phase
+from dynamic_lora_server.engine.sequence import Sequence as Continuation
+from dynamic_lora_server.engine.unread import UnreadTokens
 from dynamic_lora_server.generation import FinishReason
 
 
@@ -33,10 +45,36 @@ class FailedEvent:
 EngineEvent = TokenEvent | FailedEvent
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Started:
+    """A step that was given to the device.
+
+    `choice` is for the sequences of `places`, by id; `merged` was in the weights.
+    """
+
+    pieces: Sequence[Piece]
+    choice: Choice | None
+    places: dict[int, int]
+    merged: ResidentAdapter | None
+    wait: Callable[[], None]
+
+    @property
+    def unread(self) -> UnreadTokens | None:
+        """The tokens it chooses."""
+        return None if self.choice is None else UnreadTokens(self.choice.token_ids, self.places)
+
+    def read(self) -> dict[int, Sampled | None]:
+        """Wait for the step, and the tokens of those that sample, by sequence id."""
+        self.wait()
+        tokens = [] if self.choice is None else self.choice.read()
+        return {sequence_id: tokens[place] for sequence_id, place in self.places.items()}
+
+
 class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
-    `peaks` is how logits are searched, where not by torch.
+    `peaks` is how logits are searched, where not by torch. With `overlap` a step is
+    started before the one before is read.
     """
 
     def __init__(
@@ -45,64 +83,114 @@ class Engine:
         runner: ModelRunner,
         modes: ModeController,
         peaks: NativePeaks | None = None,
+        *,
+        overlap: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.modes = modes
         self.runner = runner
+        self.overlap = overlap
         self.num_steps = 0
+        self.num_overlapped = 0
         self._peaks = peaks
+        self._started: _Started | None = None
 
     @property
     def on_host(self) -> bool:
         """Whether steps are computed by the processor."""
         return self.runner.model.device.type == "cpu"
 
-    def add(self, sequence: Sequence) -> None:
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work or self._started is not None
+
+    def add(self, sequence: Continuation) -> None:
         """Queue a sequence."""
         self.scheduler.add(sequence)
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: Continuation) -> None:
         """End a sequence at once, wherever it is; nothing if it has ended already."""
         self.scheduler.end(sequence)
 
     def step(self) -> list[EngineEvent]:
-        """Run one step and return what happened to whom."""
+        """Run one step and return what happened to whom.
+
+        With `overlap`, start one step and return what came of the one before.
+        """
+        events = [] if self._can_be_followed() else self._finish()
         pieces = self.scheduler.schedule()
-        if not pieces:
-            return []
-        self.num_steps += 1
-        try:
-            self.modes.before_step(pieces, self.scheduler.num_by_adapter)
-            tokens = self._run(pieces)
-        except Exception as error:  # whatever broke, the sequences of this step must end
-            return self._fail(pieces, error)
-        return self._commit(pieces, tokens)
+        started, error = None, None
+        if pieces:
+            self.num_steps += 1
+            self.num_overlapped += self._started is not None
+            try:
+                started = self._start(pieces)
+            except Exception as caught:  # whatever broke, the sequences of this step must end
+                error = caught
+        events += self._finish()
+        self._started = started
+        if error is not None:
+            events += self._fail(pieces, error)
+        return events if self.overlap else events + self._finish()
+
+    def _can_be_followed(self) -> bool:
+        """Whether the next step can do without reading the tokens of the one under way."""
+        if self._started is None:
+            return True
+        return not any(
+            piece.sequence.sampling.penalised and piece.sequence.phase is not Phase.ENDED
+            for piece in self._started.pieces
+        )
 
     @torch.inference_mode()
-    def _run(self, pieces: list[Piece]) -> dict[int, Sampled | None]:
+    def _start(self, pieces: list[Piece]) -> _Started:
+        unread = None if self._started is None else self._started.unread
+        self.modes.before_step(pieces, self.scheduler.num_by_adapter)
         self.runner.cache.copy(self.scheduler.take_copies())
-        sampled, logits = self.runner.run(pieces)
+        sampled, logits = self.runner.run(pieces, unread)
         sequences = [piece.sequence for piece in sampled]
-        if not sequences:
-            return {}
-        tokens = sample(logits, sequences, self._peaks)
-        return {s.id: token for s, token in zip(sequences, tokens, strict=True)}
-
-    def _commit(self, pieces: list[Piece], tokens: dict[int, Sampled | None]) -> list[EngineEvent]:
-        events: list[EngineEvent] = []
+        choice = choose(logits, sequences, self._peaks) if sequences else None
+        wait = milestone(self.runner.model.device)
         for piece in pieces:
-            sampled = tokens.get(piece.sequence.id)
-            if sampled is None and piece.sequence.id in tokens:
-                events += self._fail([piece], ArithmeticError("its logits are no finite numbers"))
-                continue
-            reason = self.scheduler.advance(piece, None if sampled is None else sampled.token_id)
-            if sampled is not None:
-                events.append(TokenEvent(piece.sequence.id, sampled, reason))
+            self.scheduler.begin(piece)
+        return _Started(
+            pieces=pieces,
+            choice=choice,
+            places={sequence.id: place for place, sequence in enumerate(sequences)},
+            merged=self.runner.merger.merged,
+            wait=wait,
+        )
+
+    def _finish(self) -> list[EngineEvent]:
+        """Read what the step under way, if there is one, has chosen, and record it."""
+        started, self._started = self._started, None
+        if started is None:
+            return []
+        try:
+            tokens = started.read()
+        except Exception as error:
+            return self._fail(started.pieces, error)
+        events: list[EngineEvent] = []
+        for piece in started.pieces:
+            if piece.sequence.phase is not Phase.ENDED:
+                events += self._settle(piece, tokens, started.merged)
         return events
 
-    def _fail(self, pieces: list[Piece], error: Exception) -> list[EngineEvent]:
+    def _settle(
+        self, piece: Piece, tokens: dict[int, Sampled | None], merged: ResidentAdapter | None
+    ) -> list[EngineEvent]:
+        sequence = piece.sequence
+        sampled = tokens.get(sequence.id)
+        if sampled is None and sequence.id in tokens:
+            return self._fail([piece], ArithmeticError("its logits are no finite numbers"))
+        if merged is not None and sequence.adapter is merged:
+            sequence.num_merged += piece.num_tokens
+        reason = self.scheduler.settle(piece, None if sampled is None else sampled.token_id)
+        return [] if sampled is None else [TokenEvent(sequence.id, sampled, reason)]
+
+    def _fail(self, pieces: Sequence[Piece], error: Exception) -> list[EngineEvent]:
         message = f"{type(error).__name__}: {error}"
-        for piece in pieces:
-            self.scheduler.end(piece.sequence)
+        ended = [piece.sequence for piece in pieces if self.scheduler.end(piece.sequence)]
         self.scheduler.forget_prefixes()
-        return [FailedEvent(piece.sequence.id, message) for piece in pieces]
+        return [FailedEvent(sequence.id, message) for sequence in ended]

@@ -73,7 +73,7 @@ class ModeController:
         chosen = self._policy.decide(load, time.monotonic())
         if chosen != now:
             self._switch(None if chosen is None else self._present[chosen])
-        self._count(rows, pieces)
+        self._count(rows)
 
     def _survey(self, pieces: Sequence[Piece]) -> Counter[str | None]:
         """Token rows of the next step by adapter."""
@@ -141,7 +141,7 @@ class ModeController:
         if adapter is not None:
             self._counts.switches[adapter.digest] += 1
 
-    def _count(self, rows: Mapping[str | None, int], pieces: Sequence[Piece]) -> None:
+    def _count(self, rows: Mapping[str | None, int]) -> None:
         # What is merged, not what was chosen: a switch may not have come about.
         merged = self._merger.merged
         for digest, number in rows.items():
@@ -150,6 +150,3 @@ class ModeController:
             else:
                 held = merged is not None and digest == merged.digest
                 self._counts.rows["merged" if held else "bypass"] += number
-        for piece in pieces:
-            if merged is not None and piece.sequence.adapter is merged:
-                piece.sequence.num_merged += piece.num_tokens

@@ -11,6 +11,7 @@ from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.segments import slot_order
+from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.attention import AttentionStep
 from dynamic_lora_server.engine.batch import Batch
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
@@ -22,6 +23,7 @@ from dynamic_lora_server.engine.paged_attention import (
     paged_kernel_available,
 )
 from dynamic_lora_server.engine.scheduler import Piece
+from dynamic_lora_server.engine.unread import UnreadTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,14 @@ class ModelRunner:
     graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def run(self, pieces: Sequence[Piece]) -> tuple[Sequence[Piece], torch.Tensor]:
-        """Run the pieces.
+    def run(
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None = None
+    ) -> tuple[Sequence[Piece], torch.Tensor]:
+        """Run the pieces; on CUDA, start to.
 
-        Returns those that sample and their logits [num_sampled, vocab] in float32,
-        which the next step may overwrite.
+        `unread` has the tokens of sequences whose last one is not read yet. Returns the
+        pieces that sample and their logits [num_sampled, vocab] in float32, which the
+        next step may overwrite.
         """
         for piece in pieces:
             if piece.sequence.adapter is not None:
@@ -56,13 +61,15 @@ class ModelRunner:
         if self.graphs is not None:
             merged = self.merger.merged
             ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter, merged))
-            logits = self.graphs.run(ordered, merged)
+            logits = self.graphs.run(ordered, merged, unread)
             if logits is not None:
                 return ordered, logits
-        return self._run_packed(pieces)
+        return self._run_packed(pieces, unread)
 
-    def _run_packed(self, pieces: Sequence[Piece]) -> tuple[Sequence[Piece], torch.Tensor]:
-        batch = Batch.build(pieces, self.model.device, self.merger.merged)
+    def _run_packed(
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None
+    ) -> tuple[Sequence[Piece], torch.Tensor]:
+        batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
         self._write_given(pieces)
         self.site.plan = self.chooser.assign(batch.plan)
         self.site.head_plan = self.chooser.assign(batch.head_plan)
@@ -88,9 +95,7 @@ class ModelRunner:
             if prompt is None or not prompt.keys or sequence.num_computed != prompt.num_tokens:
                 continue
             assert sequence.allocation is not None
-            cells = torch.tensor(
-                sequence.allocation.cells(0, prompt.num_tokens), device=self.model.device
-            )
+            cells = to_device(sequence.allocation.cells(0, prompt.num_tokens), self.model.device)
             for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
                 self.cache.write(layer, cells, keys, values)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.batch import Span
 
 # The flash kernel behind varlen_attn reads pages in blocks of this many cells.
@@ -54,7 +55,7 @@ class PagedTables:
             cumulative.append(cumulative[-1] + span.num_new)
 
         def tensor(values: object) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+            return to_device(values, device, torch.int32)
 
         return cls(
             cumulative=tensor(cumulative),

@@ -14,7 +14,7 @@ from dynamic_lora_server.errors import UnsupportedModel
 
 _LENGTHS = (7, 12)
 # Largest logit difference allowed, relative to the largest logit.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def adopt_attention(model: PreTrainedModel) -> list[LayerGeometry]:
@@ -40,7 +40,7 @@ def adopt_attention(model: PreTrainedModel) -> list[LayerGeometry]:
             "AttentionInterface; such a model cannot be served."
         )
     error = (packed - expected).abs().max() / expected.abs().max()
-    if not error <= _TOLERANCE[model.dtype]:
+    if not error <= TOLERANCE[model.dtype]:
         raise UnsupportedModel(
             f"{name} gives other logits in a packed batch (relative difference {error:.1e}); "
             "it cannot be served exactly."
@@ -88,14 +88,16 @@ def trial_run(model: PreTrainedModel) -> Callable[[], object]:
     return run
 
 
-def _random_sequences(model: PreTrainedModel) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def random_tokens(model: PreTrainedModel, number: int, *, seed: int = 0) -> torch.Tensor:
+    """Token ids [number] of the model's vocabulary, on its device; the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    vocab = weight.shape[0]
-    return [
-        torch.randint(vocab, (length,), generator=generator).to(model.device) for length in _LENGTHS
-    ]
+    return torch.randint(weight.shape[0], (number,), generator=generator).to(model.device)
+
+
+def _random_sequences(model: PreTrainedModel) -> list[torch.Tensor]:
+    return list(random_tokens(model, sum(_LENGTHS)).split(_LENGTHS))
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from hashlib import blake2b
 import torch
 
 from dynamic_lora_adapters.native.peaks import NativePeaks, Peaks
+from dynamic_lora_adapters.transfer import to_device, to_host
 from dynamic_lora_server.engine.sequence import Sequence
 
 
@@ -21,33 +22,75 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(
+@dataclass(frozen=True, slots=True)
+class _Reports:
+    """Log-probabilities of the rows that ask for them, in the host's memory.
+
+    Shapes: picked [num_asking], of the chosen tokens; ids, logprobs [num_asking, most],
+    the likeliest tokens, of which a row wants `num_top`.
+    """
+
+    rows: tuple[int, ...]
+    num_top: tuple[int, ...]
+    picked: torch.Tensor
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+
+    def by_row(self) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        """What each row that asks gets: its token's log-probability, and the likeliest tokens."""
+        reports = {}
+        columns = self.picked.tolist(), self.ids.tolist(), self.logprobs.tolist()
+        for row, num_top, picked, ids, logprobs in zip(
+            self.rows, self.num_top, *columns, strict=True
+        ):
+            reports[row] = picked, tuple(zip(ids, logprobs, strict=True))[:num_top]
+        return reports
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The next token of every row of a batch: `token_ids` [num_rows], int64, on its device.
+
+    The host's copies may be read when the device has come so far.
+    """
+
+    token_ids: torch.Tensor
+    _verdicts: torch.Tensor  # [2, num_rows], int64: the tokens, and whether they are sound
+    _reports: _Reports | None
+
+    def read(self) -> list[Sampled | None]:
+        """The tokens; None for a row whose logits are no finite numbers."""
+        reports = {} if self._reports is None else self._reports.by_row()
+        tokens = zip(*self._verdicts.tolist(), strict=True)
+        return [
+            Sampled(token_id, *reports.get(row, ())) if is_sound else None
+            for row, (token_id, is_sound) in enumerate(tokens)
+        ]
+
+
+def choose(
     logits: torch.Tensor, sequences: Seq[Sequence], peaks: NativePeaks | None = None
-) -> list[Sampled | None]:
+) -> Choice:
     """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
-    else in the batch. Log-probabilities are those of the untouched logits. None
-    for a row whose logits are no finite numbers. `peaks` is used where it can be.
+    else in the batch. Log-probabilities are those of the untouched logits. `peaks`
+    is used where it can be. Penalties need every token of their sequence to be read;
+    on CUDA nothing else here waits for the device.
     """
     scores = _penalise(logits, sequences)
     found = peaks(scores) if peaks is not None and peaks.serves(scores) else None
     chosen = scores.argmax(dim=-1) if found is None else found.positions
     drawn = [row for row, s in enumerate(sequences) if not s.sampling.greedy]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = to_device(drawn, logits.device)
         chosen[rows] = _draw(scores[rows], [sequences[row] for row in drawn])
     # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells.
     sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite()
     if found is not None:
         sound &= found.log_masses.isfinite()
-    reports = _logprobs(logits, sequences, chosen, found if scores is logits else None)
-    return [
-        (reports.get(row) or Sampled(token_id=token_id)) if is_sound else None
-        for row, (token_id, is_sound) in enumerate(
-            zip(chosen.tolist(), sound.tolist(), strict=True)
-        )
-    ]
+    reports = _reports(logits, sequences, chosen, found if scores is logits else None)
+    return Choice(chosen, to_host(torch.stack((chosen, sound.long()))), reports)
 
 
 def gumbel(seed: int, index: int, size: int) -> torch.Tensor:
@@ -94,15 +137,15 @@ def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     """
 
     def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, device=scores.device, dtype=dtype)[:, None]
+        return to_device(values, scores.device, dtype)[:, None]
 
     scaled = scores / column([s.sampling.temperature for s in sequences], scores.dtype)
     filtered = [row for row, s in enumerate(sequences) if _filters(s)]
     if filtered:
-        rows = torch.tensor(filtered, device=scores.device)
+        rows = to_device(filtered, scores.device)
         scaled[rows] = _filter(scaled[rows], [sequences[row] for row in filtered])
-    noise = [gumbel(s.seed, len(s.output_ids), scores.shape[-1]) for s in sequences]
-    return (scaled + torch.stack(noise).to(scores.device)).argmax(dim=-1)
+    noise = [gumbel(s.seed, s.num_output, scores.shape[-1]) for s in sequences]
+    return (scaled + to_device(torch.stack(noise), scores.device)).argmax(dim=-1)
 
 
 def _filters(sequence: Sequence) -> bool:
@@ -114,7 +157,7 @@ def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     """Top-k, then top-p (Holtzman et al. 2019), then min-p (Nguyen et al. 2024)."""
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=scores.device, dtype=scores.dtype)[:, None]
+        return to_device(values, scores.device, scores.dtype)[:, None]
 
     vocab = scores.shape[-1]
     ranked, order = scores.sort(dim=-1, descending=True)
@@ -133,34 +176,30 @@ def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     return torch.empty_like(scores).scatter_(-1, order, ranked)
 
 
-def _logprobs(
+def _reports(
     logits: torch.Tensor, sequences: Seq[Sequence], chosen: torch.Tensor, peaks: Peaks | None
-) -> dict[int, Sampled]:
+) -> _Reports | None:
     """What the rows that ask for log-probabilities get; `peaks` of the logits if they are known."""
     wanted = [
         row for row, s in enumerate(sequences) if s.sampling.logprobs or s.sampling.top_logprobs
     ]
     if not wanted:
-        return {}
+        return None
     if len(wanted) < len(sequences):
-        rows = torch.tensor(wanted, device=logits.device)
+        rows = to_device(wanted, logits.device)
         logits, chosen = logits[rows], chosen[rows]
         peaks = None if peaks is None else Peaks(*(found[rows] for found in peaks))
     heights, log_masses = _divisors(logits) if peaks is None else peaks[1:]
     picked = logits.gather(1, chosen[:, None]).squeeze(1) - heights - log_masses
-    most = max(sequences[row].sampling.top_logprobs for row in wanted)
-    best = logits.topk(most, dim=-1)
-    best_logprobs = best.values - heights[:, None] - log_masses[:, None]
-    tops = [
-        tuple(zip(ids, values, strict=True))
-        for ids, values in zip(best.indices.tolist(), best_logprobs.tolist(), strict=True)
-    ]
-    return {
-        row: Sampled(token_id, logprob, top[: sequences[row].sampling.top_logprobs])
-        for row, token_id, logprob, top in zip(
-            wanted, chosen.tolist(), picked.tolist(), tops, strict=True
-        )
-    }
+    num_top = tuple(sequences[row].sampling.top_logprobs for row in wanted)
+    best = logits.topk(max(num_top), dim=-1)
+    return _Reports(
+        rows=tuple(wanted),
+        num_top=num_top,
+        picked=to_host(picked),
+        ids=to_host(best.indices),
+        logprobs=to_host(best.values - heights[:, None] - log_masses[:, None]),
+    )
 
 
 def _divisors(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,10 @@ class Scheduler:
     end, so nobody is preempted and the head of the queue is never overtaken.
     With `prefixes`, the beginning of a prompt that is in the KV cache already
     is not computed again.
+
+    A step's pieces `begin` when it is started and are `settle`d when its tokens are
+    known. The next step may be scheduled in between: sequences are then taken to go on,
+    but for those that end with their longest length.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Scheduler:
         """
         self._admit()
         budget = self._max_step_tokens
-        decoding = [s for s in self._running.values() if s.phase is Phase.DECODE]
+        decoding = [s for s in self._running.values() if _may_go_on(s)]
         pieces = [Piece(sequence, 1) for sequence in decoding]
         budget -= len(pieces)
         self._prefixes.begin_step()
@@ -115,18 +119,26 @@ class Scheduler:
         """Counts of the prefix cache."""
         return self._prefixes.cache.stats()
 
-    def advance(self, piece: Piece, token_id: int | None) -> FinishReason | None:
-        """Record that a piece has run; with the sampled token if it samples.
+    def begin(self, piece: Piece) -> None:
+        """Record that a piece is on its way: later steps find its KV entries."""
+        sequence, samples = piece.sequence, piece.samples
+        sequence.num_computed += piece.num_tokens
+        if sequence.phase is Phase.PREFILL:
+            self._prefixes.keep(sequence)
+        if samples:
+            sequence.phase = Phase.DECODE
+            sequence.num_unread += 1
+
+    def settle(self, piece: Piece, token_id: int | None) -> FinishReason | None:
+        """Record that a piece of a sequence that has not ended has run; and its token, if any.
 
         Ends the sequence, and says why, if this token is its last.
         """
         sequence = piece.sequence
-        sequence.num_computed += piece.num_tokens
-        if sequence.phase is Phase.PREFILL:
-            self._prefixes.keep(sequence)
+        sequence.num_run += piece.num_tokens
         if token_id is None:
             return None
-        sequence.phase = Phase.DECODE
+        sequence.num_unread -= 1
         sequence.output_ids.append(token_id)
         reason = sequence.finish_reason()
         if reason is not None:
@@ -175,3 +187,9 @@ class Scheduler:
             sequence.phase = Phase.PREFILL
             sequence.num_computed = sequence.num_given
             self._running[sequence.id] = sequence
+
+
+def _may_go_on(sequence: Sequence) -> bool:
+    """Whether a sequence decodes and has not all the tokens it may have, read or not."""
+    is_full = sequence.num_output >= sequence.sampling.max_new_tokens
+    return sequence.phase is Phase.DECODE and not is_full

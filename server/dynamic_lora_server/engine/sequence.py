@@ -25,15 +25,18 @@ class Phase(Enum):
 class Sequence:
     """Tokens and progress of one continuation.
 
-    `num_computed` counts the tokens whose KV entries are in the cache. `seed`
-    fixes every random draw: draw i depends on the seed and i alone. The first
-    `num_virtual` ids of `prompt_ids` stand for an adapter's virtual tokens. The
-    KV entries of the first `num_reused` tokens were in the prefix cache.
+    `num_computed` counts the tokens whose KV entries are in the cache, or will be when the
+    steps that were started have run; `num_unread` the tokens at the end that such a step
+    chooses and that are not in `output_ids` yet. `seed` fixes every random draw: draw i
+    depends on the seed and i alone. The first `num_virtual` ids of `prompt_ids` stand for
+    an adapter's virtual tokens. The KV entries of the first `num_reused` tokens were in
+    the prefix cache.
 
     The adapter acts on tokens from position `active_from` on: from the start,
     or, if it has invocation tokens, from their last occurrence in the prompt,
     as PEFT does it (aLoRA, Greenewald et al. 2025); without one, never.
-    `num_merged` counts tokens that ran while the weights held the adapter.
+    `num_run` counts tokens that were run through the model for the answer, `num_merged`
+    those of them that ran while the weights held the adapter.
     """
 
     id: int
@@ -44,9 +47,11 @@ class Sequence:
     adapter: "ResidentAdapter | None" = None
     num_virtual: int = field(default=0, init=False)
     active_from: int = field(default=0, init=False)
-    num_merged: int = 0
     output_ids: list[int] = field(default_factory=list)
+    num_unread: int = 0
     num_computed: int = 0
+    num_run: int = 0
+    num_merged: int = 0
     num_reused: int = 0
     block_keys: tuple[bytes, ...] = ()  # of the prompt, where prefixes are kept
     num_kept: int = 0  # blocks that were offered to the prefix cache
@@ -87,11 +92,6 @@ class Sequence:
         """Tokens of the prompt, without virtual ones, that were found in the prefix cache."""
         return max(self.num_reused - self.num_virtual, 0)
 
-    @property
-    def num_run(self) -> int:
-        """Tokens that have been run through the model for this sequence."""
-        return self.num_computed - max(self.num_given, self.num_reused)
-
     def _find_invocation(self) -> int:
         invocation = () if self.adapter is None else self.adapter.invocation_ids
         if not invocation:
@@ -103,9 +103,14 @@ class Sequence:
         return self.max_tokens
 
     @property
+    def num_output(self) -> int:
+        """Tokens of the output, with those that are not read yet."""
+        return len(self.output_ids) + self.num_unread
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output together."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + self.num_output
 
     @property
     def max_tokens(self) -> int:
@@ -118,7 +123,7 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Token ids at positions `start:stop`."""
+        """Token ids at positions `start:stop`, but for those that are not read yet."""
         num_prompt = len(self.prompt_ids)
         head = self.prompt_ids[start:stop]
         tail = self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]

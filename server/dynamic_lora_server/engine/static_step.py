@@ -6,6 +6,7 @@ a step like any other.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -16,7 +17,9 @@ from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.tables import AddressTables, TableDeltas
 from dynamic_lora_adapters.tiles import SHORT, tiles_of
+from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.attention import attending
+from dynamic_lora_server.engine.compiled_layers import CompiledLayers
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.kv_space import Allocation
 from dynamic_lora_server.engine.paged_attention import PagedKernel, PagedTables
@@ -45,59 +48,48 @@ class StaticShape:
     vocab_size: int
 
 
-class _Mirrored:
-    """An integer tensor on the device and its image on the host, pinned where that is CUDA.
-
-    The image may be filled again once the step it was sent for has answered.
-    """
-
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-        self.device = torch.zeros(shape, dtype=dtype, device=device)
-
-    def send(self) -> None:
-        """Copy host to device on the current stream."""
-        self.device.copy_(self.host, non_blocking=True)
-
-
 class StaticBuffers:
-    """Everything a step reads, and the logits it writes."""
+    """Everything a step reads, and the logits it writes; all of it on the device.
+
+    A step may be filled in while the one before is still on its way: the copies are
+    queued behind it.
+    """
 
     def __init__(self, shape: StaticShape, device: torch.device) -> None:
         rows = shape.max_rows
         self.shape = shape
         # Token ids, positions and cells.
-        self.tokens = _Mirrored(3, rows, dtype=torch.int64, device=device)
-        self.used = _Mirrored(rows, dtype=torch.int32, device=device)
-        self.pages = _Mirrored(rows, shape.max_pages, dtype=torch.int32, device=device)
-        self.tiles = _Mirrored(1 + 3 * rows, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self.used = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.tiles = torch.zeros(1 + 3 * rows, dtype=torch.int32, device=device)
         self.cumulative = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.logits = torch.zeros(rows, shape.vocab_size, device=device)
         self._allocations: list[Allocation | None] = [None] * rows
-        self.pages.host.fill_(shape.scratch_cell // shape.page_size)
-        self.pages.send()
+        scratch_page = shape.scratch_cell // shape.page_size
+        self._pages = torch.full((rows, shape.max_pages), scratch_page, dtype=torch.int32)
+        self.pages = self._pages.to(device, copy=True)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """The token of each row, [max_rows], int64."""
+        return self.tokens[0]
 
     def fill(self, rows: Sequence[Row], entries: Sequence[int | None]) -> None:
         """Write the rows and the table entry of each one's adapter; the rest is padding."""
         idle = self.shape.max_rows - len(rows)
         padded = [*rows, *[None] * idle]
         scratch = self.shape.scratch_cell
-        self.tokens.host.copy_(
-            torch.tensor(
-                [
-                    [0 if row is None else row.token_id for row in padded],
-                    [0 if row is None else row.position for row in padded],
-                    [scratch if r is None else r.allocation.cell(r.position) for r in padded],
-                ]
-            )
-        )
+        tokens = [
+            [0 if row is None else row.token_id for row in padded],
+            [0 if row is None else row.position for row in padded],
+            [scratch if row is None else row.allocation.cell(row.position) for row in padded],
+        ]
         used = [1 if row is None else row.position + 1 for row in padded]
-        self.used.host.copy_(torch.tensor(used))
         segments = ((entry, len(list(same))) for entry, same in groupby(entries))
         tiles = tiles_of(segments, SHORT)
-        self.tiles.host[: len(tiles)] = torch.tensor(tiles)
-        for mirrored in (self.tokens, self.used, self.tiles):
-            mirrored.send()
+        _send(tokens, self.tokens)
+        _send(used, self.used)
+        _send(tiles, self.tiles[: len(tiles)])
         self._fill_pages([None if row is None else row.allocation for row in padded])
 
     def _fill_pages(self, allocations: Sequence[Allocation | None]) -> None:
@@ -109,13 +101,20 @@ class StaticBuffers:
                 self._allocations[number] = allocation
                 starts = (self.shape.scratch_cell,) if allocation is None else allocation.starts
                 pages = torch.tensor([start // page_size for start in starts])
-                self.pages.host[number, : len(starts)] = pages
+                self._pages[number, : len(starts)] = pages
         if changed:
-            self.pages.send()
+            _send(self._pages, self.pages)
+
+
+def _send(values: object, target: torch.Tensor) -> None:
+    target.copy_(to_device(values, target.device, target.dtype))
 
 
 class StaticStep:
-    """Runs the model on the first `num_rows` rows of the buffers, with or without deltas."""
+    """Runs the model on the first `num_rows` rows of the buffers, with or without deltas.
+
+    `layers`, if there are any, run in the place of the model's own.
+    """
 
     def __init__(
         self,
@@ -127,6 +126,7 @@ class StaticStep:
         *,
         paged_kernel: bool,
     ) -> None:
+        self.layers: CompiledLayers | None = None
         self.buffers = buffers
         self.tables = tables
         self.device = model.device
@@ -141,11 +141,11 @@ class StaticStep:
     def run(self, num_rows: int, *, deltas: bool) -> None:
         """Compute `buffers.logits[:num_rows]`."""
         buffers = self.buffers
-        ids, positions, cells = buffers.tokens.device[:, :num_rows]
+        ids, positions, cells = buffers.tokens[:, :num_rows]
         tables = PagedTables(
             cumulative=buffers.cumulative[: num_rows + 1],
-            used=buffers.used.device[:num_rows],
-            block_table=buffers.pages.device[:num_rows],
+            used=buffers.used[:num_rows],
+            block_table=buffers.pages[:num_rows],
             max_new=1,
             max_total=buffers.shape.max_pages * buffers.shape.page_size,
             page_size=buffers.shape.page_size,
@@ -154,9 +154,9 @@ class StaticStep:
             spans=(), cells=cells, cache=self._cache, kernel=self._kernel(tables)
         )
         if deltas:
-            self._site.static = TableDeltas(self.tables, buffers.tiles.device, num_rows)
+            self._site.static = TableDeltas(self.tables, buffers.tiles, num_rows)
         try:
-            with attending(step):
+            with attending(step), self.layers.in_place() if self.layers else nullcontext():
                 logits = forward(self._model, ids[None], positions[None], 0)
         finally:
             self._site.static = None

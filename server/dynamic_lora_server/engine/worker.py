@@ -28,7 +28,11 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Queue this sequence; `left` is called once, on the engine thread, when no step reads it."""
+    """Queue this sequence; `left` is called once, on the engine thread, when it has ended.
+
+    No step is started with it from then on. One that is on its way on a GPU may still
+    read its adapter's slot, and `CudaUpload` writes to none before such a step is done.
+    """
 
     sequence: Sequence
     left: Callable[[], object] = _nothing
@@ -115,7 +119,7 @@ class Worker:
         """Handle all messages, waiting for one if there is nothing to run; False on Stop."""
         while True:
             try:
-                message = self._inbox.get(block=not self._engine.scheduler.has_work)
+                message = self._inbox.get(block=not self._engine.has_work)
             except queue.Empty:
                 return True
             match message:

@@ -3,7 +3,7 @@ import torch
 from dynamic_lora_server.engine.batch import Batch
 from dynamic_lora_server.engine.kv_space import ContiguousSpace, PagedSpace
 from dynamic_lora_server.engine.scheduler import Scheduler
-from tests.support.engines import make_sequence
+from tests.support.engines import advance, make_sequence
 from tests.support.slabs import make_slab, resident
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ def test_rows_are_sorted_by_slot_base_rows_first() -> None:
     for sequence in decoding:
         scheduler.add(sequence)
     for piece in scheduler.schedule():
-        scheduler.advance(piece, 7)
+        advance(scheduler, piece, 7)
     prompt = make_sequence([11, 12, 13], adapter=first)
     scheduler.add(prompt)
     batch = Batch.build(scheduler.schedule(), CPU)
@@ -39,7 +39,7 @@ def test_pieces_of_a_prompt_name_their_cells_and_what_is_cached() -> None:
     first = Batch.build([piece], CPU)
     assert first.sampled == []
     assert first.logit_rows.tolist() == []
-    scheduler.advance(piece, None)
+    advance(scheduler, piece, None)
     second = Batch.build(scheduler.schedule(), CPU)
     assert second.input_ids.tolist() == [[15, 16]]
     assert second.position_ids.tolist() == [[5, 6]]

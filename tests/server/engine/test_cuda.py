@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE, PagedKernel, PagedTables
+from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.static_attention import GatheredPages
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import make_adapter
-from tests.support.engines import admit, make_engine, make_sequence, random_prompt
+from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import tiny_llama
 
 pytestmark = [
@@ -24,7 +27,9 @@ def decode_logits(folders: list[Path], *, graphs: bool | None) -> torch.Tensor:
     # Heads of 64, in 16 bits: flash attention takes no others as small.
     model = tiny_llama(hidden_size=256)
     torch.nn.Module.to(model, CUDA, torch.bfloat16)
-    built = make_engine(model, kv_memory=2**26, decode_graphs=graphs, mode=Mode.BYPASS)
+    built = make_engine(
+        model, kv_memory=2**26, decode_graphs=graphs, overlap=False, mode=Mode.BYPASS
+    )
     adapters = [None, *(admit(built, folder) for folder in folders)]
     rows = [make_sequence(random_prompt(9, seed=1), adapter=one) for one in adapters]
     for row in rows:
@@ -49,6 +54,48 @@ def test_graphs_give_the_logits_of_other_steps(tmp_path: Path) -> None:
     error = (replayed - plain).abs().max() / plain.abs().max()
     assert float(error) < 0.05
     assert (replayed[0] - replayed[1:]).abs().amax(1).min() / plain.abs().max() > 0.05
+
+
+def overlapping(folders: list[Path], *, overlap: bool) -> tuple[BuiltEngine, list[Sequence]]:
+    """An engine in 16 bits with its rows, the base's and each adapter's, added."""
+    model = tiny_llama(hidden_size=256)
+    torch.nn.Module.to(model, CUDA, torch.bfloat16)
+    built = make_engine(model, kv_memory=2**26, overlap=overlap, mode=Mode.BYPASS)
+    adapters = [None, *(admit(built, folder) for folder in folders)]
+    rows = [
+        make_sequence(random_prompt(9, seed=1), adapter=one, max_new_tokens=40, **params)
+        for one in adapters
+        for params in ({}, {"temperature": 1.0, "top_k": 5, "logprobs": True})
+    ]
+    for row in rows:
+        built.engine.add(row)
+    return built, rows
+
+
+def test_overlapping_steps_give_the_tokens_of_steps_one_by_one(tmp_path: Path) -> None:
+    folders = [make_adapter(tmp_path / str(n), tiny_llama(hidden_size=256)) for n in range(2)]
+    found = []
+    for overlap in (False, True):
+        built, rows = overlapping(folders, overlap=overlap)
+        run_all(built, [])
+        found.append([row.output_ids for row in rows])
+        assert (built.engine.num_overlapped > 0) is overlap
+    assert found[0] == found[1]
+
+
+def test_starting_a_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    folders = [make_adapter(tmp_path / "a", tiny_llama(hidden_size=256))]
+    built, rows = overlapping(folders, overlap=True)
+    for _ in range(5):
+        built.engine.step()
+    before = [len(row.output_ids) for row in rows]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        events = [event for _ in range(5) for event in built.engine.step()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not any(isinstance(event, FailedEvent) for event in events), events
+    assert [len(row.output_ids) for row in rows] == [number + 5 for number in before]
 
 
 @pytest.mark.parametrize("window", [None, 100])

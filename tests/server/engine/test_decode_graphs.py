@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 from dynamic_lora_server.engine.build import BuiltEngine
-from dynamic_lora_server.engine.decode_graphs import DecodeGraphs, graph_sizes, graphs_obstacle
+from dynamic_lora_server.engine.decode_graphs import DecodeGraphs, graph_sizes
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.static_decoding import graphs_obstacle
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import make_adapter
 from tests.support.engines import (

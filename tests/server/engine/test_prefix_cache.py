@@ -12,7 +12,7 @@ from dynamic_lora_server.engine.kv_space import PagedSpace
 from dynamic_lora_server.engine.prefix_cache import CellCopy, Found, PrefixCache, block_keys
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.sequence import Phase, Sequence
-from tests.support.engines import make_sequence
+from tests.support.engines import advance, make_sequence
 
 Token = tuple[tuple[int, ...], tuple[str | None, ...]]
 
@@ -101,7 +101,7 @@ class Machine:
         for piece in pieces:
             self.check(piece.sequence, piece.sequence.num_computed + piece.num_tokens)
         for piece in pieces:
-            self.scheduler.advance(piece, 0 if piece.samples else None)
+            advance(self.scheduler, piece, 0 if piece.samples else None)
         self.scheduler.check_integrity()
 
     def write(self, sequence: Sequence, start: int, stop: int) -> None:

@@ -77,7 +77,7 @@ def run_with_logprobs(
     tokens: dict[int, list[tuple[int, float]]] = {one.id: [] for one in wave}
     for one in wave:
         built.engine.add(one)
-    while built.engine.scheduler.has_work:
+    while built.engine.has_work:
         for event in built.engine.step():
             assert isinstance(event, TokenEvent), event
             assert event.sampled.logprob is not None
@@ -165,7 +165,7 @@ def test_a_broken_step_forgets_what_it_may_not_have_copied(
 ) -> None:
     prompt = random_prompt(40, seed=6)
     built.engine.add(make_sequence(prompt, max_new_tokens=1))
-    while built.engine.scheduler.has_work:
+    while built.engine.has_work:
         built.engine.step()
     assert built.engine.scheduler.prefix_stats().num_blocks == 2
 

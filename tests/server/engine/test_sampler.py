@@ -36,7 +36,7 @@ def _peaks(request: pytest.FixtureRequest) -> None:
 
 
 def sample(scores: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
-    return sampler.sample(scores, sequences, PEAKS[0])
+    return sampler.choose(scores, sequences, PEAKS[0]).read()
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:

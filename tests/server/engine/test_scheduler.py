@@ -7,7 +7,7 @@ from dynamic_lora_server.engine.kv_space import ContiguousSpace
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.generation import FinishReason
-from tests.support.engines import make_sequence
+from tests.support.engines import advance, make_sequence
 
 TOKEN = 7
 
@@ -21,7 +21,7 @@ def step(scheduler: Scheduler, token: int = TOKEN) -> list[tuple[int, int]]:
     pieces = scheduler.schedule()
     summary = [(piece.sequence.id, piece.num_tokens) for piece in pieces]
     for piece in pieces:
-        scheduler.advance(piece, token if piece.samples else None)
+        advance(scheduler, piece, token if piece.samples else None)
     return summary
 
 
@@ -67,10 +67,10 @@ def test_sequences_end_by_length_stop_and_eos() -> None:
         sequence = make_sequence([1, 2], **params)
         scheduler.add(sequence)
         (piece,) = scheduler.schedule()
-        assert scheduler.advance(piece, TOKEN) is reason
+        assert advance(scheduler, piece, TOKEN) is reason
         assert (sequence.phase is Phase.ENDED) is (reason is not None)
     (piece,) = scheduler.schedule()
-    assert scheduler.advance(piece, 1) is FinishReason.EOS
+    assert advance(scheduler, piece, 1) is FinishReason.EOS
 
 
 def test_ending_twice_is_harmless_wherever_the_sequence_is() -> None:

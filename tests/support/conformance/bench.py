@@ -104,7 +104,7 @@ class Bench:
         for sequence in sequences:
             self.built.engine.add(sequence)
         failures = []
-        while self.built.engine.scheduler.has_work:
+        while self.built.engine.has_work:
             failures += [e for e in self.built.engine.step() if isinstance(e, FailedEvent)]
         self.built.engine.scheduler.check_integrity()
         if failures:

@@ -1,0 +1,159 @@
+"""Setting up decoding in steps of fixed shape: whether it can be had, checked and captured."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.kernels import has_triton
+from dynamic_lora_adapters.tables import AddressTables
+from dynamic_lora_server.engine.compiled_layers import CompiledLayers
+from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
+from dynamic_lora_server.engine.kv_space import Allocation
+from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.paged_attention import PAGE_SIZE, paged_kernel_available
+from dynamic_lora_server.engine.probe import TOLERANCE, random_tokens
+from dynamic_lora_server.engine.static_step import Row, StaticBuffers, StaticShape, StaticStep
+from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
+
+logger = logging.getLogger(__name__)
+
+# Rows that compiled layers are checked on.
+_TRIAL_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticWish:
+    """What is asked for.
+
+    `graphs` None means where they can be captured; True runs the same steps uncaptured
+    elsewhere. With `compiled`, torch compiles the decoder layers, and where it cannot
+    there is no engine. `max_rows` decode together, over `num_cells` cells of the KV
+    cache, each seeing up to `window` tokens.
+    """
+
+    graphs: bool | None
+    compiled: bool
+    max_rows: int
+    num_cells: int
+    window: int
+
+
+def static_decoding(
+    runner: ModelRunner,
+    groups: Sequence[ProjectionGroup],
+    wish: StaticWish,
+    on_step: Callable[[str], object],
+) -> DecodeGraphs | None:
+    """Steps of fixed shape for the runner's model, captured where it is on CUDA.
+
+    None where they cannot be had; the log says why. Raises InvalidParameter if compiled
+    layers are asked for there, UnsupportedModel if the model's cannot be compiled or
+    give other logits.
+    """
+    model = runner.model
+    obstacle = _obstacle(runner, wish)
+    if obstacle is not None:
+        if wish.compiled:
+            raise InvalidParameter(
+                f"compile is for decoding in CUDA graphs, and there are none: {obstacle}.",
+                field="compile",
+                fix="Leave the option out.",
+            )
+        logger.info("No CUDA graphs: %s", obstacle)
+        return None
+    step = _static_step(runner, groups, wish)
+    if wish.compiled:
+        on_step("Compiling the decoder layers")
+        _compile(step, model)
+    graphs = DecodeGraphs(step, deltas=has_triton(model.device))
+    if model.device.type != "cuda":
+        return graphs
+    try:
+        graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
+    except (RuntimeError, UnsupportedModel) as error:
+        if wish.compiled:
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be captured in CUDA graphs, which compile is for: "
+                f"{error}"
+            ) from error
+        logger.warning("Decoding runs without CUDA graphs: %s", error)
+        return None
+    return graphs
+
+
+def graphs_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why decoding cannot be captured on a device, or None if it can be tried."""
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"torch's paged attention does not take {dtype}"
+    if not paged_kernel_available(device):
+        return "this torch has no paged attention"
+    return None
+
+
+def _obstacle(runner: ModelRunner, wish: StaticWish) -> str | None:
+    if wish.graphs is False:
+        return "they are switched off"
+    obstacle = None
+    if wish.graphs is None:
+        obstacle = graphs_obstacle(runner.model.device, runner.model.dtype)
+    return obstacle or (None if runner.paged else "the KV cache has no pages")
+
+
+def _static_step(
+    runner: ModelRunner, groups: Sequence[ProjectionGroup], wish: StaticWish
+) -> StaticStep:
+    model = runner.model
+    head = next((group for group in groups if group.is_head), None)
+    shape = StaticShape(
+        max_rows=wish.max_rows,
+        max_pages=-(-wish.window // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        scratch_cell=wish.num_cells,
+        vocab_size=int(model.config.vocab_size) if head is None else head.out_features,
+    )
+    return StaticStep(
+        model,
+        runner.site,
+        runner.cache,
+        StaticBuffers(shape, model.device),
+        AddressTables(groups, shape.max_rows, model.device),
+        paged_kernel=model.device.type == "cuda",
+    )
+
+
+def _compile(step: StaticStep, model: PreTrainedModel) -> None:
+    """Have the step run compiled layers, once they have given the logits of the model's own.
+
+    The trial is one sequence of as many tokens as it has rows, on the page of the padding.
+    """
+    name, shape = type(model).__name__, step.buffers.shape
+    num_rows = min(_TRIAL_ROWS, shape.max_rows, shape.page_size)
+    scratch = Allocation((shape.scratch_cell,), shape.page_size, shape.page_size)
+    tokens = random_tokens(model, num_rows).tolist()
+    rows = [Row(token, position, scratch, None) for position, token in enumerate(tokens)]
+    step.buffers.fill(rows, [None] * num_rows)
+    step.run(num_rows, deltas=False)
+    expected = step.buffers.logits[:num_rows].clone()
+    step.layers = CompiledLayers(model)
+    try:
+        step.run(num_rows, deltas=False)
+    except Exception as error:  # torch has as many ways to fail as it has passes
+        # The pass, and what it said; behind that, pages of code.
+        reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        raise UnsupportedModel(
+            f"torch cannot compile the decoder layers of {name}: {reason}",
+            fix="Start without --compile.",
+        ) from error
+    difference = (step.buffers.logits[:num_rows] - expected).abs().max() / expected.abs().max()
+    if not difference <= TOLERANCE[model.dtype]:
+        raise UnsupportedModel(
+            f"{name} gives other logits with compiled layers (relative difference "
+            f"{difference:.1e}).",
+            fix="Start without --compile.",
+        )

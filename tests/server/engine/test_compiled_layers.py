@@ -1,0 +1,135 @@
+"""Decoder layers that torch compiles: the same tokens, or no engine."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
+from dynamic_lora_server.modes import Mode
+from tests.support.engines import (
+    admit,
+    expected_tokens,
+    make_engine,
+    make_sequence,
+    random_prompt,
+    run_all,
+)
+from tests.support.models import TINY_MODELS, tiny_llama
+from tests.support.triton import interpreted
+
+pytestmark = [
+    pytest.mark.skipif(
+        not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler"
+    ),
+    # torch's own compiler warns of what torch uses.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """Nothing is compiled yet, and nothing counted."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def compiled(model: Any, **options: Any) -> BuiltEngine:
+    """As on a GPU with --compile, but for the capture."""
+    return make_engine(
+        model, paged=True, decode_graphs=True, compile_layers=True, native=False, **options
+    )
+
+
+def test_rows_with_adapters_get_the_tokens_of_peft(
+    oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    with interpreted():
+        built = compiled(tiny_llama(), mode=Mode.BYPASS)
+        tasks = ["all", None, "down"]
+        prompts = [random_prompt(3 + 9 * i, seed=i) for i in range(len(tasks))]
+        sequences = [
+            make_sequence(
+                prompt,
+                adapter=None if task is None else admit(built, folders[task]),
+                max_new_tokens=3,
+            )
+            for task, prompt in zip(tasks, prompts, strict=True)
+        ]
+        tokens = run_all(built, sequences)
+    for task, prompt, actual in zip(tasks, prompts, tokens, strict=True):
+        assert actual == expected_tokens(oracle, task, prompt)[:3], task
+
+
+def test_any_number_of_layers_and_of_rows_share_two_codes() -> None:
+    """One for a single row and one for all other numbers: no start compiles for each size."""
+    built = compiled(tiny_llama(num_hidden_layers=2))
+    plain = make_engine(tiny_llama(num_hidden_layers=2), paged=True, native=False)
+    for num_rows in (1, 2, 5, 16):
+        waves = [
+            [make_sequence(random_prompt(5, seed=n), max_new_tokens=3) for n in range(num_rows)]
+            for _ in range(2)
+        ]
+        assert run_all(built, waves[0]) == run_all(plain, waves[1])
+    few = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    counters.clear()
+    deep = compiled(tiny_llama(num_hidden_layers=6))
+    run_all(deep, [make_sequence(random_prompt(5, seed=0), max_new_tokens=3)])
+    run_all(deep, [make_sequence(random_prompt(5, seed=n), max_new_tokens=3) for n in range(3)])
+    assert 0 < counters["stats"]["unique_graphs"] <= few
+
+
+def test_prompts_run_through_the_models_own_layers() -> None:
+    built = compiled(tiny_llama())
+    before = counters["frames"]["total"]
+    built.engine.add(make_sequence(random_prompt(20, seed=0)))
+    built.engine.step()
+    assert counters["frames"]["total"] == before > 0
+    layer = built.engine.runner.model.get_submodule("model.layers.0")
+    assert "forward" not in vars(layer)
+
+
+def test_without_steps_of_fixed_shape_it_is_refused() -> None:
+    message = "compile is for decoding in CUDA graphs, and there are none: "
+    for options, obstacle in [
+        ({}, "there is no CUDA device"),
+        ({"decode_graphs": False}, "they are switched off"),
+        ({"decode_graphs": True, "paged": False}, "the KV cache has no pages"),
+    ]:
+        with pytest.raises(InvalidParameter, match=message + obstacle) as caught:
+            make_engine(tiny_llama(), compile_layers=True, **options)
+        assert caught.value.field == "compile"
+
+
+def test_layers_that_compute_something_else_are_refused() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if torch.compiler.is_compiling() else x
+
+    model = tiny_llama()
+    model.get_submodule("model.layers.1.mlp").act_fn = Wrong()
+    with pytest.raises(UnsupportedModel, match="gives other logits with compiled layers") as caught:
+        compiled(model)
+    assert caught.value.fix == "Start without --compile."
+
+
+def test_layers_that_cannot_be_compiled_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no room for the code\nin many lines")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
+    message = "torch cannot compile the decoder layers of LlamaForCausalLM: .*no room for the code"
+    with pytest.raises(UnsupportedModel, match=message):
+        compiled(tiny_llama())
+
+
+def test_a_model_that_has_no_static_step_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="soft-capped logits and attention sinks have no"):
+        compiled(TINY_MODELS["gemma2"]())
