@@ -1,6 +1,7 @@
 """Captured steps and paged attention, which need CUDA."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,10 +63,11 @@ def overlapping(folders: list[Path], *, overlap: bool) -> tuple[BuiltEngine, lis
     torch.nn.Module.to(model, CUDA, torch.bfloat16)
     built = make_engine(model, kv_memory=2**26, overlap=overlap, mode=Mode.BYPASS)
     adapters = [None, *(admit(built, folder) for folder in folders)]
+    ways: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": 5, "logprobs": True}]
     rows = [
         make_sequence(random_prompt(9, seed=1), adapter=one, max_new_tokens=40, **params)
         for one in adapters
-        for params in ({}, {"temperature": 1.0, "top_k": 5, "logprobs": True})
+        for params in ways
     ]
     for row in rows:
         built.engine.add(row)
