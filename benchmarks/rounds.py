@@ -1,9 +1,10 @@
 """A comparison in rounds: the peers take turns on each workload, one awake at a time."""
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from benchmarks.bar import OURS
@@ -14,7 +15,7 @@ from benchmarks.peers import PEERS, DynamicLora, Peer, Session, Setup
 from benchmarks.report import Report
 from benchmarks.workload import PromptMaker, Workload
 
-# After the first round a peer has seen the workload: its caches only need to be touched.
+# After the first round a peer has seen the shapes of the workload, and is warm.
 _LATER_WARM_UP = 8
 
 
@@ -141,7 +142,7 @@ class Rounds:
         before = None if self.clock is None else self.clock.read()
         with sessions[name].awake():
             cell = measure_cell(
-                name, sessions[name], workload, self.prompts, num_warm_up=num_warm_up
+                name, sessions[name], workload, self.prompts, number=number, num_warm_up=num_warm_up
             )
         after = None if self.clock is None else self.clock.read()
         clocks = None if before is None or after is None else (before, after)
@@ -190,14 +191,25 @@ def measure_cell(
     workload: Workload,
     prompts: PromptMaker,
     *,
+    number: int = 0,
     num_warm_up: int | None = None,
 ) -> Cell:
-    """One cell; one that fails says why."""
+    """One cell of round `number`; one that fails says why."""
     try:
-        summary = session.measure(workload, prompts, num_warm_up=num_warm_up)
+        own = _with_own_texts(workload, number)
+        summary = session.measure(own, prompts, num_warm_up=num_warm_up)
     except BenchmarkError as error:
         return Cell(peer=name, workload=workload, summary=None, error=str(error))
     return Cell(peer=name, workload=workload, summary=summary)
+
+
+def _with_own_texts(workload: Workload, number: int) -> Workload:
+    """The workload with prompts that no other cell has; for every peer the same.
+
+    A peer that keeps beginnings of prompts would find those of an earlier cell.
+    """
+    own = f"{workload.seed}, {number}, {workload.num_clients}, {workload.popularity}"
+    return replace(workload, seed=random.Random(own).getrandbits(48))
 
 
 def outcome(cell: Cell) -> str:

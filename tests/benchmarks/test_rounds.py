@@ -164,6 +164,29 @@ def test_peers_take_turns_and_turn_round() -> None:
     assert run.num_saved == 10
 
 
+def test_no_two_cells_have_the_same_prompts_and_all_peers_have_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that keeps beginnings of prompts would find in one cell what another computed."""
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    measure = _Session.measure
+
+    def recording(
+        self: _Session, workload: Workload, prompts: PromptMaker, *, num_warm_up: int | None = None
+    ) -> Summary:
+        seen[self.name].append(workload.seed)
+        return measure(self, workload, prompts, num_warm_up=num_warm_up)
+
+    monkeypatch.setattr(_Session, "measure", recording)
+    run = _Run(_report())
+    cells = [_workload(n, kind) for n in (1, 8) for kind in ("base", "uniform")]
+    choices = [Choice(peer=_Peer(name, run.log)) for name in ("a", "b")]
+    _run(cells, choices, run, num_rounds=2)
+    assert len(seen["a"]) == len(set(seen["a"])) == 8
+    assert seen["a"] == seen["b"]
+    assert {cell.workload.seed for cell in run.report.cells} == {0}
+
+
 def test_a_cell_that_fails_does_not_end_the_run() -> None:
     run = _Run(_report())
     _run([_workload(2), _workload(1)], [Choice(peer=_Peer("a", run.log))], run)
