@@ -6,6 +6,7 @@ round by round; figures are medians over rounds, ratios are taken within a
 round. Ends within `--minutes`: what finds no time is left out by name.
 
     python -m benchmarks.gpu --output benchmarks/results/gpu.json
+    python -m benchmarks.gpu --compile --output benchmarks/results/gpu-compiled.json
 
 `--device cpu --tiny` runs the same code on a model of toy size.
 """
@@ -31,6 +32,7 @@ from benchmarks.gpu_engine import Plan, StepBench, table
 from benchmarks.gpu_peers import measure_peers
 from benchmarks.gpu_shapes import LLAMA_1B, LLAMA_8B, TINY, ModelShape
 from benchmarks.machine import describe_machine
+from dynamic_lora_server.errors import ServerError
 
 GPU_PLAN = Plan(
     rows=(1, 8, 32, 64, 128, 256),
@@ -71,6 +73,7 @@ def measure_shape(
     bandwidth: float,
     seconds: float,
     num_peer_tokens: int,
+    compiled: bool,
 ) -> dict[str, Any]:
     """All figures of one shape, within `seconds` or a round more."""
     begin = time.monotonic()
@@ -79,7 +82,7 @@ def measure_shape(
         return lambda: time.monotonic() - begin > share * seconds
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = StepBench(shape, plan, device, dtype, Path(folder))
+        bench = StepBench(shape, plan, device, dtype, Path(folder), compiled=compiled)
         rounds = []
         for found in bench.rounds():
             rounds.append(found)
@@ -128,6 +131,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": asdict(describe_machine()),
         "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "dtype": str(dtype),
+        "compiled": arguments.compile,
         "copy_bandwidth_bytes_per_s": round(bandwidth),
         "shapes": [
             measure_shape(
@@ -138,6 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 bandwidth=bandwidth,
                 seconds=arguments.minutes * 60 * weight / sum(weights),
                 num_peer_tokens=4 if arguments.tiny else 32,
+                compiled=arguments.compile,
             )
             for shape, weight in zip(shapes, weights, strict=True)
         ],
@@ -175,12 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the code")
+    parser.add_argument("--compile", action="store_true", help="as `serve --compile`")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     try:
         document = measure(arguments)
-    except BenchmarkError as error:
+    except (BenchmarkError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_tables(document)

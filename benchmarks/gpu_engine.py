@@ -71,10 +71,20 @@ class Plan:
 
 
 class StepBench:
-    """An engine around a model of random weights."""
+    """An engine around a model of random weights, with `compiled` layers if asked for.
+
+    Raises InvalidParameter or UnsupportedModel where the engine cannot be had.
+    """
 
     def __init__(
-        self, shape: ModelShape, plan: Plan, device: torch.device, dtype: torch.dtype, folder: Path
+        self,
+        shape: ModelShape,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._plan = plan
         self._costs_file = folder / f"{shape.name}.json"
@@ -90,6 +100,7 @@ class StepBench:
                 prefix_cache_memory=0,
                 costs_file=self._costs_file,
                 mode=Mode.BYPASS,
+                compile_layers=compiled,
             ),
         )
         self._terms: AdapterTerms = random_terms(self.built.geometry)

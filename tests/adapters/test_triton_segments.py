@@ -13,7 +13,7 @@ from dynamic_lora_adapters.segments import Effect, Run
 from dynamic_lora_adapters.tables import AddressTables, TableDeltas
 from dynamic_lora_adapters.tiles import SHORT, tiles_of
 from tests.support.slabs import make_slab, resident
-from tests.support.triton import interpreted
+from tests.support.triton import compile_for_a_gpu, interpreted
 
 POPULARITY = {
     "one": [8],
@@ -27,8 +27,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    with interpreted() as module:
-        yield module
+    with interpreted():
+        from dynamic_lora_adapters.kernels import triton_segments
+
+        yield triton_segments
 
 
 CASES = [(name, rank, torch.float32) for name in POPULARITY for rank in (8, 72)]
@@ -91,9 +93,7 @@ def test_kernels_compile_for_a_gpu(
 ) -> None:
     """Needs no GPU: Triton brings its own compiler and assembler."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
+    pytest.importorskip("triton", reason="Triton is not installed")
     from dynamic_lora_adapters.kernels import triton_segments
 
     shapes = {"ADDRESSES": True, "ROWS": SHORT, "RANKS": 32, "UPCAST": False}
@@ -103,21 +103,7 @@ def test_kernels_compile_for_a_gpu(
         (triton_segments.shrink_kernel, {"STEP": 32}),
         (triton_segments.expand_kernel, {"SPLITS": 8, "COLUMNS": 128}),
     ):
-        kernel = triton.JITFunction(function)
-        constants = shapes | own
-        signature = {
-            name: "constexpr"
-            if name in constants
-            else f"*{pointers[name]}"
-            if name in pointers
-            else "fp32"
-            if name == "sign"
-            else "i32"
-            for name in kernel.arg_names
-        }
-        source = triton.compiler.ASTSource(kernel, signature, constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
-        assert compiled.asm["ptx"]
+        assert compile_for_a_gpu(function, pointers, shapes | own)
 
 
 def test_kernels_that_do_not_run_are_left_out_by_name(

@@ -41,6 +41,12 @@ def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no CUDA device; --device cpu --tiny" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_layers_are_compiled_for_cuda_graphs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--tiny", "--compile"]) == 1
+    assert "error: compile is for decoding in CUDA graphs" in capsys.readouterr().err
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     rounds = [
         {("base", 1): 1.0, ("merged", 1): 2.0},

@@ -1,21 +1,55 @@
 """Triton's kernels in Triton's interpreter, which needs no GPU."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-MODULE = "dynamic_lora_adapters.kernels.triton_segments"
+MODULES = (
+    "dynamic_lora_adapters.kernels.triton_segments",
+    "dynamic_lora_server.engine.triton_attention",
+)
 
 
 @contextmanager
-def interpreted() -> Iterator[ModuleType]:
-    """The kernels' module, interpreted while the block lasts; skips where there is no Triton."""
+def interpreted() -> Iterator[None]:
+    """The kernels are interpreted while the block lasts; skips where there is no Triton."""
     pytest.importorskip("triton", reason="Triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.reload(importlib.import_module(MODULE))
+        _reload()
+        yield
     # Whether a kernel is interpreted is settled when it is defined.
-    importlib.reload(importlib.import_module(MODULE))
+    _reload()
+
+
+def _reload() -> None:
+    for name in MODULES:
+        importlib.reload(importlib.import_module(name))
+
+
+def compile_for_a_gpu(
+    function: Callable[..., None], pointers: Mapping[str, str], constants: Mapping[str, Any]
+) -> str:
+    """The PTX of a kernel for compute capability 8.0. Triton brings its own assembler.
+
+    `pointers` are the types of what arguments point to; `sign` and `scaling` are float32,
+    all others int32.
+    """
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+
+    kernel = triton.JITFunction(function)
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+        else:
+            signature[name] = "fp32" if name in ("sign", "scaling") else "i32"
+    source = triton.compiler.ASTSource(kernel, signature, dict(constants))
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    return str(compiled.asm["ptx"])

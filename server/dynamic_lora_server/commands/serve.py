@@ -97,8 +97,8 @@ _Compile = Annotated[
     bool,
     typer.Option(
         "--compile/--no-compile",
-        help="Have torch compile the decoder layers for decoding (GPU); the first start takes a "
-        "minute longer.",
+        help="Have torch compile the decoder layers for decoding (GPU); starts take longer, the "
+        "first by about a minute.",
     ),
 ]
 _Overlap = Annotated[

@@ -3,12 +3,15 @@
 `torch.compile` fuses what lies between projections and attention, norms, rotary
 embedding, activations and residual sums, from dozens of small launches into a few. The
 projections with their deltas and the attention over pages stay as they are. All layers
-share one compiled code for any number of rows, and a second one for a single row.
+share one code for a single row and one for more rows, once they have been run with one
+row, with some, and with another number.
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dynamic_lora_server.errors import UnsupportedModel
+
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledLayers:
@@ -33,11 +38,10 @@ class CompiledLayers:
         ]
         if not self._layers:
             raise UnsupportedModel(f"{type(model).__name__} has no decoder layers to compile.")
-        # Where whatever else is kept between starts is kept too.
-        cache = user_cache_path("dynamic-lora") / "torch"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        _keep_results()
+        # Of all sizes, torch takes that for dynamic which it sees change: the rows.
         self._forwards: list[Callable[..., Any]] = [
-            torch.compile(layer.forward, dynamic=True) for layer in self._layers
+            torch.compile(layer.forward) for layer in self._layers
         ]
 
     @contextmanager
@@ -56,3 +60,15 @@ class CompiledLayers:
             finally:
                 for layer in self._layers:
                     del layer.forward
+
+
+def _keep_results() -> None:
+    """Have torch keep compiled code where whatever else outlives a start is kept.
+
+    Its own default is a folder for temporary files; it puts that into the environment when
+    it is imported. What somebody else has put there stays.
+    """
+    given = os.environ.get(_CACHE_VARIABLE)
+    by_default = Path(tempfile.gettempdir()) / "torchinductor_"
+    if given is None or given.startswith(str(by_default)):
+        os.environ[_CACHE_VARIABLE] = str(user_cache_path("dynamic-lora") / "torch")

@@ -2,8 +2,9 @@
 
 On a GPU steps overlap: the next one is scheduled and queued while the device still
 runs the one before, whose tokens it reads on the device, and the host reads them
-after that. The device then never waits for Python. A sequence that turns out to have
-ended has a row too many in the step that is already on its way; nobody reads it.
+after that. The device then has its next step when it is done with one. A sequence that
+turns out to have ended has a row too many in the step that is already on its way; nobody
+reads it.
 (The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
 """
 
@@ -118,30 +119,21 @@ class Engine:
 
         With `overlap`, start one step and return what came of the one before.
         """
-        events = [] if self._can_be_followed() else self._finish()
         pieces = self.scheduler.schedule()
         started, error = None, None
         if pieces:
-            self.num_steps += 1
-            self.num_overlapped += self._started is not None
             try:
                 started = self._start(pieces)
             except Exception as caught:  # whatever broke, the sequences of this step must end
                 error = caught
-        events += self._finish()
+            else:
+                self.num_steps += 1
+                self.num_overlapped += self._started is not None
+        events = self.finish()
         self._started = started
         if error is not None:
             events += self._fail(pieces, error)
-        return events if self.overlap else events + self._finish()
-
-    def _can_be_followed(self) -> bool:
-        """Whether the next step can do without reading the tokens of the one under way."""
-        if self._started is None:
-            return True
-        return not any(
-            piece.sequence.sampling.penalised and piece.sequence.phase is not Phase.ENDED
-            for piece in self._started.pieces
-        )
+        return events if self.overlap else events + self.finish()
 
     @torch.inference_mode()
     def _start(self, pieces: list[Piece]) -> _Started:
@@ -150,7 +142,7 @@ class Engine:
         self.runner.cache.copy(self.scheduler.take_copies())
         sampled, logits = self.runner.run(pieces, unread)
         sequences = [piece.sequence for piece in sampled]
-        choice = choose(logits, sequences, self._peaks) if sequences else None
+        choice = choose(logits, sequences, self._peaks, unread) if sequences else None
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece)
@@ -162,8 +154,8 @@ class Engine:
             wait=wait,
         )
 
-    def _finish(self) -> list[EngineEvent]:
-        """Read what the step under way, if there is one, has chosen, and record it."""
+    def finish(self) -> list[EngineEvent]:
+        """Wait for the step under way, if there is one, and return what came of it."""
         started, self._started = self._started, None
         if started is None:
             return []

@@ -1,16 +1,16 @@
 """From logits to the next token of every row, vectorised over rows."""
 
 import math
-import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import torch
 
 from dynamic_lora_adapters.native.peaks import NativePeaks, Peaks
 from dynamic_lora_adapters.transfer import to_device, to_host
+from dynamic_lora_server.engine.noise import draw_key, gumbel
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.unread import UnreadTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +69,19 @@ class Choice:
 
 
 def choose(
-    logits: torch.Tensor, sequences: Seq[Sequence], peaks: NativePeaks | None = None
+    logits: torch.Tensor,
+    sequences: Seq[Sequence],
+    peaks: NativePeaks | None = None,
+    unread: UnreadTokens | None = None,
 ) -> Choice:
     """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
     else in the batch. Log-probabilities are those of the untouched logits. `peaks`
-    is used where it can be. Penalties need every token of their sequence to be read;
-    on CUDA nothing else here waits for the device.
+    is used where it can be; `unread` has the tokens of sequences whose last one is not
+    read yet. Nothing here waits for a GPU.
     """
-    scores = _penalise(logits, sequences)
+    scores = _penalise(logits, sequences, unread)
     found = peaks(scores) if peaks is not None and peaks.serves(scores) else None
     chosen = scores.argmax(dim=-1) if found is None else found.positions
     drawn = [row for row, s in enumerate(sequences) if not s.sampling.greedy]
@@ -93,38 +96,37 @@ def choose(
     return Choice(chosen, to_host(torch.stack((chosen, sound.long()))), reports)
 
 
-def gumbel(seed: int, index: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise [size], float32 on the CPU, that depends on its arguments only.
-
-    The generator's seed is BLAKE2b of `seed` and `index`.
-    """
-    digest = blake2b(struct.pack("<QQ", seed, index), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(size).exponential_(generator=generator).log_().neg_()
-
-
-def _penalise(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+def _penalise(
+    logits: torch.Tensor, sequences: Seq[Sequence], unread: UnreadTokens | None
+) -> torch.Tensor:
     rows = [(row, s) for row, s in enumerate(sequences) if s.sampling.penalised]
     if not rows:
         return logits
     scores = logits.clone()
     for row, sequence in rows:
-        _penalise_row(scores[row], sequence)
+        _penalise_row(scores[row], sequence, unread)
     return scores
 
 
-def _penalise_row(scores: torch.Tensor, sequence: Sequence) -> None:
-    """Repetition penalty as in CTRL (Keskar et al. 2019), the other two as in OpenAI's API."""
+def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens | None) -> None:
+    """Repetition penalty as in CTRL (Keskar et al. 2019), the other two as in OpenAI's API.
+
+    A token that was seen twice is written twice, with the same value.
+    """
     sampling = sequence.sampling
+    seen = to_device(sequence.tokens(0, sequence.num_tokens), scores.device, torch.long)
+    if sequence.num_unread:
+        assert unread is not None, "a token that nobody has"
+        seen = torch.cat((seen, unread.of(sequence.id)))
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sequence.tokens(0, sequence.num_tokens), device=scores.device).unique()
         values = scores[seen]
         penalty = sampling.repetition_penalty
         scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if sequence.output_ids and (sampling.presence_penalty or sampling.frequency_penalty):
-        output = torch.tensor(sequence.output_ids, device=scores.device)
-        seen, counts = output.unique(return_counts=True)
-        scores[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    output = seen[len(sequence.prompt_ids) :]
+    if len(output) and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = torch.zeros_like(scores).index_add_(0, output, torch.ones_like(scores[output]))
+        less = sampling.presence_penalty + sampling.frequency_penalty * counts[output]
+        scores[output] = scores[output] - less
 
 
 def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
@@ -144,8 +146,8 @@ def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     if filtered:
         rows = to_device(filtered, scores.device)
         scaled[rows] = _filter(scaled[rows], [sequences[row] for row in filtered])
-    noise = [gumbel(s.seed, s.num_output, scores.shape[-1]) for s in sequences]
-    return (scaled + to_device(torch.stack(noise), scores.device)).argmax(dim=-1)
+    keys = [draw_key(s.seed, s.num_output) for s in sequences]
+    return gumbel(keys, scores.shape[-1], scores.device).add_(scaled).argmax(dim=-1)
 
 
 def _filters(sequence: Sequence) -> bool:

@@ -36,7 +36,8 @@ class Scheduler:
 
     A step's pieces `begin` when it is started and are `settle`d when its tokens are
     known. The next step may be scheduled in between: sequences are then taken to go on,
-    but for those that end with their longest length.
+    but for those that end with their longest length. Those keep their place until they
+    are settled.
     """
 
     def __init__(

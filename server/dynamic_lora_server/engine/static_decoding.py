@@ -14,15 +14,22 @@ from dynamic_lora_server.engine.compiled_layers import CompiledLayers
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.kv_space import Allocation
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.paged_attention import PAGE_SIZE, paged_kernel_available
+from dynamic_lora_server.engine.paged_attention import (
+    PAGE_SIZE,
+    PagedKernel,
+    PagedTables,
+    paged_kernel_available,
+)
 from dynamic_lora_server.engine.probe import TOLERANCE, random_tokens
+from dynamic_lora_server.engine.static_attention import GatheredPages, StaticKernel
 from dynamic_lora_server.engine.static_step import Row, StaticBuffers, StaticShape, StaticStep
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-# Rows that compiled layers are checked on.
-_TRIAL_ROWS = 8
+# Rows that compiled layers are tried with, besides one and the most. As many as nothing else of
+# a model is, as heads or layers: torch takes equal sizes for one and the same.
+_SOME_ROWS = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +73,18 @@ def static_decoding(
         logger.info("No CUDA graphs: %s", obstacle)
         return None
     step = _static_step(runner, groups, wish)
-    if wish.compiled:
-        on_step("Compiling the decoder layers")
-        _compile(step, model)
     graphs = DecodeGraphs(step, deltas=has_triton(model.device))
-    if model.device.type != "cuda":
-        return graphs
     try:
-        graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
-    except (RuntimeError, UnsupportedModel) as error:
         if wish.compiled:
-            raise UnsupportedModel(
-                f"{type(model).__name__} cannot be captured in CUDA graphs, which compile is for: "
-                f"{error}"
-            ) from error
+            on_step("Compiling the decoder layers")
+            _compile(step, model)
+        if model.device.type == "cuda":
+            graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
+    except Exception as error:  # torch's compiler has as many ways to fail as it has passes
+        if wish.compiled:
+            raise _refusal(model, error) from error
+        if not isinstance(error, RuntimeError | UnsupportedModel):
+            raise
         logger.warning("Decoding runs without CUDA graphs: %s", error)
         return None
     return graphs
@@ -89,11 +94,25 @@ def graphs_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why decoding cannot be captured on a device, or None if it can be tried."""
     if device.type != "cuda":
         return "there is no CUDA device"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"torch's paged attention does not take {dtype}"
-    if not paged_kernel_available(device):
-        return "this torch has no paged attention"
+    if static_kernel(device, dtype) is GatheredPages:
+        return f"neither torch's paged attention nor Triton attends to pages of {dtype} here"
     return None
+
+
+def static_kernel(
+    device: torch.device, dtype: torch.dtype
+) -> Callable[[PagedTables], StaticKernel]:
+    """What attends to pages in steps of fixed shape: torch's kernel, ours in Triton, or neither.
+
+    Torch's takes 16 bits alone, and not every release has one.
+    """
+    if dtype in (torch.float16, torch.bfloat16) and paged_kernel_available(device):
+        return PagedKernel
+    if device.type == "cuda" and has_triton(device):
+        from dynamic_lora_server.engine.triton_attention import TritonPages
+
+        return TritonPages
+    return GatheredPages
 
 
 def _obstacle(runner: ModelRunner, wish: StaticWish) -> str | None:
@@ -123,37 +142,43 @@ def _static_step(
         runner.cache,
         StaticBuffers(shape, model.device),
         AddressTables(groups, shape.max_rows, model.device),
-        paged_kernel=model.device.type == "cuda",
+        static_kernel(model.device, model.dtype),
+    )
+
+
+def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
+    """An error that says what stands in the way of compiled layers."""
+    # The pass, and what it said; behind that, pages of code.
+    reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+    return UnsupportedModel(
+        f"{type(model).__name__} cannot decode with compiled layers: {reason}",
+        fix="Start without --compile.",
     )
 
 
 def _compile(step: StaticStep, model: PreTrainedModel) -> None:
     """Have the step run compiled layers, once they have given the logits of the model's own.
 
-    The trial is one sequence of as many tokens as it has rows, on the page of the padding.
+    Tried with one row, with some, and with as many as can be: nothing is compiled later.
     """
-    name, shape = type(model).__name__, step.buffers.shape
-    num_rows = min(_TRIAL_ROWS, shape.max_rows, shape.page_size)
+    most = min(step.buffers.shape.max_rows, step.buffers.shape.page_size)
+    sizes = sorted({1, min(_SOME_ROWS, most), most})
+    expected = [_trial(step, model, size) for size in sizes]
+    step.layers = CompiledLayers(model)
+    for size, logits in zip(sizes, expected, strict=True):
+        difference = (_trial(step, model, size) - logits).abs().max() / logits.abs().max()
+        if not difference <= TOLERANCE[model.dtype]:
+            raise UnsupportedModel(
+                f"the logits of {size} rows are others (relative difference {difference:.1e})"
+            )
+
+
+def _trial(step: StaticStep, model: PreTrainedModel, num_rows: int) -> torch.Tensor:
+    """Logits [num_rows, vocab] of one sequence of so many tokens, on the page of the padding."""
+    shape = step.buffers.shape
     scratch = Allocation((shape.scratch_cell,), shape.page_size, shape.page_size)
     tokens = random_tokens(model, num_rows).tolist()
     rows = [Row(token, position, scratch, None) for position, token in enumerate(tokens)]
     step.buffers.fill(rows, [None] * num_rows)
     step.run(num_rows, deltas=False)
-    expected = step.buffers.logits[:num_rows].clone()
-    step.layers = CompiledLayers(model)
-    try:
-        step.run(num_rows, deltas=False)
-    except Exception as error:  # torch has as many ways to fail as it has passes
-        # The pass, and what it said; behind that, pages of code.
-        reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
-        raise UnsupportedModel(
-            f"torch cannot compile the decoder layers of {name}: {reason}",
-            fix="Start without --compile.",
-        ) from error
-    difference = (step.buffers.logits[:num_rows] - expected).abs().max() / expected.abs().max()
-    if not difference <= TOLERANCE[model.dtype]:
-        raise UnsupportedModel(
-            f"{name} gives other logits with compiled layers (relative difference "
-            f"{difference:.1e}).",
-            fix="Start without --compile.",
-        )
+    return step.buffers.logits[:num_rows].clone()

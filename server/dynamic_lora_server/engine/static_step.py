@@ -22,9 +22,9 @@ from dynamic_lora_server.engine.attention import attending
 from dynamic_lora_server.engine.compiled_layers import CompiledLayers
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.kv_space import Allocation
-from dynamic_lora_server.engine.paged_attention import PagedKernel, PagedTables
+from dynamic_lora_server.engine.paged_attention import PagedTables
 from dynamic_lora_server.engine.probe import forward
-from dynamic_lora_server.engine.static_attention import GatheredPages, StaticAttention, StaticKernel
+from dynamic_lora_server.engine.static_attention import StaticAttention, StaticKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,8 @@ def _send(values: object, target: torch.Tensor) -> None:
 class StaticStep:
     """Runs the model on the first `num_rows` rows of the buffers, with or without deltas.
 
-    `layers`, if there are any, run in the place of the model's own.
+    `kernel` attends to the pages that tables name. `layers`, if there are any, run in the
+    place of the model's own.
     """
 
     def __init__(
@@ -123,8 +124,7 @@ class StaticStep:
         cache: KVCache,
         buffers: StaticBuffers,
         tables: AddressTables,
-        *,
-        paged_kernel: bool,
+        kernel: Callable[[PagedTables], StaticKernel],
     ) -> None:
         self.layers: CompiledLayers | None = None
         self.buffers = buffers
@@ -133,9 +133,7 @@ class StaticStep:
         self._model = model
         self._site = site
         self._cache = cache
-        self._kernel: Callable[[PagedTables], StaticKernel] = (
-            PagedKernel if paged_kernel else GatheredPages
-        )
+        self._kernel = kernel
 
     @torch.inference_mode()
     def run(self, num_rows: int, *, deltas: bool) -> None:

@@ -15,6 +15,11 @@ class UnreadTokens:
     token_ids: torch.Tensor
     places: Mapping[int, int]
 
+    def of(self, sequence_id: int) -> torch.Tensor:
+        """The token [1] of a sequence."""
+        place = self.places[sequence_id]
+        return self.token_ids[place : place + 1]
+
     def put(self, ids: torch.Tensor, rows: Sequence[tuple[int, int]]) -> None:
         """Write into ids [num_tokens] what is wanted there: pairs of a row and a sequence id."""
         targets = to_device([row for row, _ in rows], ids.device, torch.long)

@@ -104,16 +104,19 @@ class Worker:
         if self._engine.on_host:
             _give_way()
         while self._read_mail():
-            events = self._engine.step()
-            for event in events:
-                if isinstance(event, FailedEvent):
-                    logger.error("sequence %d failed: %s", event.sequence_id, event.message)
-                    self._let_go(event.sequence_id)
-                elif event.reason is not None:
-                    self._let_go(event.sequence_id)
-            if events:
-                self._sink(events)
+            self._deliver(self._engine.step())
+        self._deliver(self._engine.finish())
         self._fail_the_rest()
+
+    def _deliver(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, FailedEvent):
+                logger.error("sequence %d failed: %s", event.sequence_id, event.message)
+                self._let_go(event.sequence_id)
+            elif event.reason is not None:
+                self._let_go(event.sequence_id)
+        if events:
+            self._sink(events)
 
     def _read_mail(self) -> bool:
         """Handle all messages, waiting for one if there is nothing to run; False on Stop."""

@@ -23,13 +23,20 @@ pytestmark = [
 CUDA = torch.device("cuda")
 
 
-def decode_logits(folders: list[Path], *, graphs: bool | None) -> torch.Tensor:
+def decode_logits(
+    folders: list[Path], *, graphs: bool | None, compiled: bool = False
+) -> torch.Tensor:
     """Logits of the first decoding step of a base row and a row of each adapter."""
     # Heads of 64, in 16 bits: flash attention takes no others as small.
     model = tiny_llama(hidden_size=256)
     torch.nn.Module.to(model, CUDA, torch.bfloat16)
     built = make_engine(
-        model, kv_memory=2**26, decode_graphs=graphs, overlap=False, mode=Mode.BYPASS
+        model,
+        kv_memory=2**26,
+        decode_graphs=graphs,
+        compile_layers=compiled,
+        overlap=False,
+        mode=Mode.BYPASS,
     )
     adapters = [None, *(admit(built, folder) for folder in folders)]
     rows = [make_sequence(random_prompt(9, seed=1), adapter=one) for one in adapters]
@@ -47,10 +54,12 @@ def decode_logits(folders: list[Path], *, graphs: bool | None) -> torch.Tensor:
     return logits[order].clone()
 
 
-def test_graphs_give_the_logits_of_other_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_graphs_give_the_logits_of_other_steps(tmp_path: Path, compiled: bool) -> None:
     base = tiny_llama(hidden_size=256)
     folders = [make_adapter(tmp_path / str(n), base, rank=4 + 8 * n, seed=n) for n in range(3)]
-    replayed = decode_logits(folders, graphs=None)
+    replayed = decode_logits(folders, graphs=None, compiled=compiled)
     plain = decode_logits(folders, graphs=False)
     error = (replayed - plain).abs().max() / plain.abs().max()
     assert float(error) < 0.05
@@ -63,7 +72,11 @@ def overlapping(folders: list[Path], *, overlap: bool) -> tuple[BuiltEngine, lis
     torch.nn.Module.to(model, CUDA, torch.bfloat16)
     built = make_engine(model, kv_memory=2**26, overlap=overlap, mode=Mode.BYPASS)
     adapters = [None, *(admit(built, folder) for folder in folders)]
-    ways: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": 5, "logprobs": True}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "top_k": 5, "logprobs": True, "top_logprobs": 2},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.2},
+    ]
     rows = [
         make_sequence(random_prompt(9, seed=1), adapter=one, max_new_tokens=40, **params)
         for one in adapters
@@ -91,6 +104,10 @@ def test_starting_a_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
     for _ in range(5):
         built.engine.step()
     before = [len(row.output_ids) for row in rows]
+    # Prompts run outside of graphs, beside the decoding rows.
+    late = [make_sequence(random_prompt(40, seed=2), adapter=row.adapter) for row in rows[::3]]
+    for row in late:
+        built.engine.add(row)
     torch.cuda.set_sync_debug_mode("error")
     try:
         events = [event for _ in range(5) for event in built.engine.step()]

@@ -15,7 +15,7 @@ from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sequence import Phase, Sequence
-from dynamic_lora_server.engine.worker import Cancel, Submit, Worker
+from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from dynamic_lora_server.generation import FinishReason
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
@@ -128,6 +128,19 @@ def test_a_step_is_started_before_the_one_before_is_read() -> None:
     assert sequence.output_ids == [first.sampled.token_id]
 
 
+def test_penalties_take_the_token_that_is_not_read_yet() -> None:
+    built = make_engine(tiny_llama(), overlap=True)
+    params: dict[str, Any] = {
+        "repetition_penalty": 1.8,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.4,
+    }
+    prompt = random_prompt(5, seed=0)
+    expected = run_all(make_engine(tiny_llama()), [make_sequence(prompt, **params)])
+    assert run_all(built, [make_sequence(prompt, **params)]) == expected
+    assert built.engine.num_overlapped == built.engine.num_steps - 1
+
+
 def test_nothing_is_started_for_a_sequence_at_its_longest() -> None:
     built = make_engine(tiny_llama(), overlap=True)
     run_all(built, [make_sequence(random_prompt(5, seed=0), max_new_tokens=3)])
@@ -229,6 +242,26 @@ def test_a_step_that_cannot_be_started_ends_its_own_after_what_came_before(
     assert (short.output_ids, len(long.output_ids)) == (expected, 3)
     assert not built.engine.has_work
     assert len(run_all(built, [make_sequence([1, 2, 3])])[0]) == 10
+
+
+def test_what_is_on_its_way_at_the_stop_is_delivered() -> None:
+    events: list[EngineEvent] = []
+    worker = Worker(make_engine(tiny_llama(), overlap=True).engine, events.extend)
+    last = make_sequence(random_prompt(5, seed=0), max_new_tokens=1)
+    step = worker._engine.step
+
+    def stopping() -> list[EngineEvent]:
+        worker.send(Stop())
+        return step()
+
+    worker._engine.step = stopping  # type: ignore[method-assign]
+    worker.send(Submit(last))
+    worker.start()
+    worker.stop()
+    (event,) = events
+    assert isinstance(event, TokenEvent)
+    assert event.reason is FinishReason.LENGTH
+    assert not worker._engine.has_work
 
 
 def test_the_worker_lets_everybody_go(folders: dict[str, Path]) -> None:
