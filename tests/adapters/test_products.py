@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_lora_adapters.native.product import NativeProduct
+from dynamic_lora_adapters.native.product import (
+    Bfloat16Product,
+    NativeProduct,
+    rounds_inputs,
+    whole_inputs,
+)
 from dynamic_lora_adapters.products import (
     EXACT_KINDS,
     ProductKind,
@@ -16,6 +21,14 @@ from dynamic_lora_adapters.products import (
 
 WEIGHT = torch.ones(8, 8)
 KINDS = [kind for kind in EXACT_KINDS if obstacle(kind, WEIGHT) is None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """So that no test's time has the compiler's in it."""
+    if obstacle(ProductKind.NATIVE, WEIGHT) is None:
+        with whole_inputs():
+            pass
 
 
 @pytest.mark.parametrize("kind", EXACT_KINDS)
@@ -93,7 +106,7 @@ def test_the_fastest_kind_is_measured() -> None:
     assert fastest_kind(torch.randn(64, 64), KINDS) in KINDS
 
 
-@pytest.mark.parametrize("kind", [ProductKind.PACKED, ProductKind.NATIVE, ProductKind.INT8])
+@pytest.mark.parametrize("kind", [kind for kind in ProductKind if kind is not ProductKind.PLAIN])
 def test_a_weight_that_is_not_on_the_cpu_is_not_packed(kind: ProductKind) -> None:
     reason = obstacle(kind, torch.empty(8, 8, device="meta"))
     assert reason == "weights on meta are not packed"
@@ -104,6 +117,65 @@ def test_a_dtype_that_a_kind_does_not_know_is_named() -> None:
     assert "torch.float64 on this processor" in (obstacle(ProductKind.PACKED, weight) or "")
     assert "weights are torch.float64" in (obstacle(ProductKind.NATIVE, weight) or "")
     assert obstacle(ProductKind.PLAIN, weight) is None
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("rounded", [True, False])
+@given(
+    rows=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
+    biased=st.booleans(),
+)
+@torch.inference_mode()
+def test_bf16_multiplies_by_the_rounded_weight(
+    rounded: bool, rows: int, out_features: int, in_features: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    x = torch.randn(rows, in_features, generator=generator)
+    product = Bfloat16Product(weight, bias)
+    if rounded:
+        out = product(x)
+        x = x.bfloat16().float() if rounds_inputs() else x
+    else:
+        with whole_inputs():
+            out = product(x)
+    expected = torch.nn.functional.linear(x, weight.bfloat16().float(), bias)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@given(out_features=st.integers(1, 70), in_features=st.integers(1, 210), rank=st.integers(1, 20))
+@torch.inference_mode()
+def test_what_is_merged_into_bf16_is_rounded_once(
+    out_features: int, in_features: int, rank: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    a = torch.randn(rank, in_features, generator=generator)
+    b = torch.randn(rank, out_features, generator=generator)
+    product = Bfloat16Product(torch.zeros_like(weight), None)
+    product.replace(weight)
+    assert torch.equal(product(torch.eye(in_features)), weight.bfloat16().float().T)
+    product.replace_folded(weight, a, b)
+    # Half a step of bfloat16, and what float32's own sums make.
+    torch.testing.assert_close(
+        product(torch.eye(in_features)), (weight + b.T @ a).T, rtol=2**-8 + 1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@torch.inference_mode()
+def test_bf16_keeps_what_is_no_number_to_its_row(wrong: float) -> None:
+    x = torch.ones(9, 259)
+    x[4, 255] = wrong
+    out = make_product(ProductKind.BF16, torch.ones(20, 259), None)(x)
+    assert not out[4].isfinite().any()
+    others = torch.cat([out[:4], out[5:]])
+    torch.testing.assert_close(others, torch.full((8, 20), 259.0))
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")

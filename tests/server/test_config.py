@@ -40,6 +40,13 @@ def test_the_defaults_are_valid() -> None:
         ({"prefix_cache_memory": -1}, "prefix_cache_memory must be 0 or more"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16"),
+        ({"quantize": "q4"}, "quantize must be one of none, bf16, int8"),
+        (
+            {"base_product": "plain", "quantize": "bf16"},
+            "base_product must be auto with quantize",
+        ),
+        ({"dtype": "bfloat16", "quantize": "int8"}, "dtype must be float32 with quantize"),
+        ({"mode": "merged", "quantize": "int8"}, "mode must not be merged with quantize int8"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"log_level": "loud"}, "log_level must be one of"),
         (

@@ -93,7 +93,7 @@ def test_dtype_by_name_and_by_measurement() -> None:
 
 
 @pytest.mark.parametrize(
-    ("short", "expected"), [(0.9, torch.float32), (0.7, torch.float32), (0.5, torch.bfloat16)]
+    ("short", "expected"), [(0.9, torch.float32), (0.5, torch.float32), (0.3, torch.bfloat16)]
 )
 def test_bfloat16_must_be_clearly_faster_on_a_cpu(
     short: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch

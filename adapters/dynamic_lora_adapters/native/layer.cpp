@@ -232,7 +232,7 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   room(scratch.activated, step.rows * layer.down.base.k);
   for (const Site* site : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-    if (site->base.scale) scratch.rounding.make_room(step.rows, site->base.k);
+    if (site->base.rounds()) scratch.rounding.make_room(step.rows, site->base.k);
   find_segments(layer.qkv, step, scratch, 0);
   find_segments(layer.o, step, scratch, 1);
   find_segments(layer.gate_up, step, scratch, 2);
@@ -248,6 +248,12 @@ Scratch& prepare(const Layer& layer, const Step& step) {
 }  // namespace
 
 extern "C" {
+
+// Whether inputs are rounded to bfloat16, where the processor multiplies that; says whether they are.
+int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
+  brain_inputs = wanted && kBrainInputs;
+  return brain_inputs;
+}
 
 // Layers one after the other, for a step whose tokens all are among its items.
 // hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are

@@ -49,11 +49,14 @@ void pack_block(const float* weight, int64_t ldw, int64_t width, int64_t count, 
 
 // Copies to a cache line's beginning. What is not read again soon need not be read before it is
 // written, nor push other things out.
-void write_past_caches(const float* from, int64_t count, float* to) {
+void write_past_caches(const void* from, int64_t bytes, void* to) {
 #if defined(__AVX2__)
-  for (int64_t i = 0; i < count; i += 8) _mm256_stream_ps(to + i, _mm256_load_ps(from + i));
+  for (int64_t i = 0; i < bytes; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(
+                            static_cast<const char*>(from) + i)));
 #else
-  std::memcpy(to, from, count * sizeof(float));
+  std::memcpy(to, from, bytes);
 #endif
 }
 
@@ -141,17 +144,26 @@ void add_factors(const PanelFactors& factors, int64_t first, int64_t count, floa
   for (; i < count; i++) add_to_one(factors, first + i, panel + i * kWidth);
 }
 
-}  // namespace
+// Inputs [count, kWidth] of a panel where they belong in it: as they are, or rounded, in pairs.
+void put_block(const float* block, int64_t count, float* to) {
+  write_past_caches(block, count * kWidth * sizeof(float), to);
+}
 
-extern "C" {
+void put_block(const float* block, int64_t count, Brain* to) {
+  alignas(64) Brain rounded[kBlock * kWidth];
+  for (int64_t i = 0; i < even(count); i += 2)
+    for (int64_t c = 0; c < kWidth; c++) {
+      const float* first = block + i * kWidth + c;
+      rounded[i * kWidth + c * 2] = to_brain(*first);
+      rounded[i * kWidth + c * 2 + 1] = i + 1 < count ? to_brain(first[kWidth]) : Brain{};
+    }
+  write_past_caches(rounded, even(count) * kWidth * sizeof(Brain), to);
+}
 
-int64_t dynamic_lora_panel_width() { return kWidth; }
-
-// weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
-// rounded up to whole panels. With a rank of 0, the weight alone.
-void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,
-                       const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rank) {
-  const Factors factors{a, b, lda, ldb, rank};
+// weight [n, k] + b^T a, with rows ldw apart; a panel of `packed` has `depth` inputs.
+template <typename Weight>
+void pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_t k, int64_t depth,
+          const Factors& factors) {
   const int64_t panels = (n + kWidth - 1) / kWidth;
 #pragma omp parallel
   {
@@ -165,14 +177,40 @@ void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t 
         const int64_t count = std::min(kBlock, k - first);
         pack_block(weight + column * ldw + first, ldw, width, count, block);
         add_factors(on_panel, first, count, block);
-        write_past_caches(block, count * kWidth, packed + (j * k + first) * kWidth);
+        put_block(block, count, packed + (j * depth + first) * kWidth);
       }
     }
     wait_for_writes();
   }
 }
 
-// The same in eight bits, with room for k rounded up to an even number.
+}  // namespace
+
+extern "C" {
+
+int64_t dynamic_lora_panel_width() { return kWidth; }
+
+// Whether inputs are rounded to bfloat16, where the processor multiplies that; says whether they are.
+int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
+  brain_inputs = wanted && kBrainInputs;
+  return brain_inputs;
+}
+
+// weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
+// rounded up to whole panels. With a rank of 0, the weight alone.
+void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,
+                       const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rank) {
+  pack(weight, ldw, packed, n, k, k, Factors{a, b, lda, ldb, rank});
+}
+
+// The same, rounded to bfloat16, with room for k rounded up to an even number.
+void dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, Brain* packed, int64_t n,
+                                int64_t k, const float* a, int64_t lda, const float* b,
+                                int64_t ldb, int64_t rank) {
+  pack(weight, ldw, packed, n, k, even(k), Factors{a, b, lda, ldb, rank});
+}
+
+// A weight in eight bits, with room for k rounded up to an even number.
 void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
                             int64_t k) {
   const int64_t panels = (n + kWidth - 1) / kWidth, depth = even(k);
@@ -190,7 +228,7 @@ void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, i
 void dynamic_lora_product(const Projection* projection, const float* x, float* y, int64_t m) {
   static thread_local Rounding own;
   Rounding& rounding = own;  // of this thread, for the whole team
-  if (projection->scale) rounding.make_room(m, projection->k);
+  if (projection->rounds()) rounding.make_room(m, projection->k);
 #pragma omp parallel
   share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, rounding);
 }

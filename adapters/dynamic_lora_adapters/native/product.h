@@ -1,5 +1,5 @@
-// y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32 or,
-// for a W in eight bits, in integers (`rounded.h`).
+// y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32, for a W in
+// bfloat16 (`brain.h`), or, for one in eight bits, in integers (`rounded.h`).
 //
 // W [n, k] is packed in panels of kWidth outputs (see `Projection`), so that a
 // panel is read once, in order, for all rows. Up to kTileRows rows are summed in
@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "brain.h"
 #include "rounded.h"
 #include "vectors.h"
 
@@ -29,13 +30,19 @@ constexpr int64_t kAhead = 32;    // lines asked for in advance when a panel is 
 // Beyond so many rows a panel in eight bits is widened once for all of them.
 constexpr int64_t kNarrowRows = 6 * kTileRows;
 
-// The weight of a linear layer, in panels: float32, or eight bits with a scale for each output,
-// [ceil(k / 2)][kWidth][2] each.
+// What the panels of a weight hold: [k][kWidth] of floats, or [ceil(k / 2)][kWidth][2] of the others.
+enum Format : int64_t { kFloats, kBytes, kBrains };
+
+// The weight of a linear layer, in panels.
 struct Projection {
   const void* packed;
-  const float* scale;  // [n]; null says that the panels are float32
+  const float* scale;  // [n], of bytes; else null
   const float* bias;   // [n] or null
   int64_t n, k;
+  int64_t format;
+
+  // Whether products round their inputs first, to pairs.
+  bool rounds() const { return format == kBytes || (format == kBrains && brain_inputs); }
 };
 
 struct Ahead {
@@ -106,6 +113,40 @@ struct RoundedInputs {
     pair_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows,
                                 scales + row * groups + i / kGroup, groups, slice, depth, sums,
                                 kWidth, ahead.line, 2 * ahead.step);
+  }
+};
+
+// x [m, k] as it is, for panels in bfloat16.
+struct WholeBrainInputs {
+  using Weight = Brain;
+  static constexpr int64_t kSlice = 2048;
+  const float* x;
+  int64_t k;
+
+  int64_t depth() const { return even(k); }
+
+  template <int Rows>
+  void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
+           Ahead ahead) const {
+    widening_tile<Rows, kPanelVecs>(x + row * k + i, k, slice, std::min(depth, k - i), sums, kWidth,
+                                    ahead.line, 2 * ahead.step);
+  }
+};
+
+// x [m, k] in bfloat16 too, where the processor multiplies that.
+struct BrainInputs {
+  using Weight = Brain;
+  static constexpr int64_t kSlice = 2048;
+  const int16_t* values;
+  int64_t k;
+
+  int64_t depth() const { return even(k); }
+
+  template <int Rows>
+  void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
+           Ahead ahead) const {
+    brain_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows, slice, depth, sums, kWidth,
+                                 ahead.line, 2 * ahead.step);
   }
 };
 
@@ -263,24 +304,31 @@ struct Product {
 };
 
 // y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
-// is asked for. `rounding` has room for x where the weight is in eight bits. Called by a whole
-// team of threads.
+// is asked for. `rounding` has room for x where the product rounds it. Called by a whole team of
+// threads.
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
                    const Extra& extra, const Hints& hints, Rounding& rounding) {
   if (m == 0) return;
-  if (p.scale) {
-    share_rounding(x, RowBlocks(m, kTileRows), p.k, rounding);
-    const RoundedInputs inputs{rounding.values.data(), rounding.scales.data(), p.k};
-    Product<RoundedInputs, Extra>{inputs,   static_cast<const int8_t*>(p.packed), p.scale, p.bias,
-                                  residual, y, m, p.n, extra, hints}
+  const auto multiply = [&](const auto& inputs) {
+    using Inputs = std::decay_t<decltype(inputs)>;
+    const auto* packed = static_cast<const typename Inputs::Weight*>(p.packed);
+    Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra, hints}
         .share();
-  } else {
-    const WholeInputs inputs{x, p.k};
-    Product<WholeInputs, Extra>{inputs,   static_cast<const float*>(p.packed), nullptr, p.bias,
-                                residual, y, m, p.n, extra, hints}
-        .share();
+  };
+  if (p.format == kFloats) return multiply(WholeInputs{x, p.k});
+  const RowBlocks blocks(m, kTileRows);
+  if (p.format == kBytes) {
+    share_rounding(x, blocks, p.k, rounding);
+    return multiply(RoundedInputs{rounding.values.data(), rounding.scales.data(), p.k});
   }
+  if constexpr (kBrainInputs) {
+    if (brain_inputs) {
+      share_brain_rounding(x, blocks, p.k, rounding);
+      return multiply(BrainInputs{rounding.values.data(), p.k});
+    }
+  }
+  multiply(WholeBrainInputs{x, p.k});
 }
 
 }  // namespace dynamic_lora

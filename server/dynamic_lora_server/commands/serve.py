@@ -83,7 +83,7 @@ _Quantize = Annotated[
     str,
     typer.Option(
         help=f"Round the base's weights: {', '.join(QUANTIZATIONS)} (CPU). Answers change "
-        "slightly; adapters are never merged."
+        "slightly; nothing is merged into int8."
     ),
 ]
 _Native = Annotated[

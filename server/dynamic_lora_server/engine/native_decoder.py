@@ -25,7 +25,7 @@ from dynamic_lora_adapters.native.layer import (
     NativeLayer,
     delta_runs,
 )
-from dynamic_lora_adapters.native.product import Int8Product
+from dynamic_lora_adapters.native.product import Int8Product, whole_inputs
 from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_server.engine.attention import (
     CACHED_BYTES,
@@ -203,7 +203,8 @@ def adopt_native_layers(
         return NativeDecoder(model, site)
     decoder = NativeDecoder(model, site, attention)
     try:
-        _take_over(model, decoder, projections, cache)
+        with whole_inputs():
+            _take_over(model, decoder, projections, cache)
     except (NativeUnavailable, Unsuited) as reason:
         logger.info("Decoder layers are transformers' own: %s", reason)
         decoder.give_back()

@@ -1,0 +1,162 @@
+// Products of weights in bfloat16, summed in float32.
+//
+// Where the processor multiplies pairs of bfloat16 (AVX-512-BF16), inputs are rounded to it too,
+// and one instruction multiplies twice as many as one in float32. Elsewhere inputs stay as they
+// are, and the weights are widened in registers: half the memory is read.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "rounded.h"
+#include "vectors.h"
+
+namespace dynamic_lora {
+
+// The upper half of a float's bits.
+struct Brain {
+  uint16_t bits;
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+constexpr bool kBrainInputs = true;
+#else
+constexpr bool kBrainInputs = false;
+#endif
+
+// Whether inputs are rounded at the moment: what compares two ways to compute has it switched off.
+static bool brain_inputs = kBrainInputs;
+
+// Rounded to the nearest, to the even one of two as near.
+inline Brain to_brain(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  // Rounding up could make an infinity of a NaN.
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  return {static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded)};
+}
+
+// A pair of weights in each lane: the first of each, widened, or the second.
+template <bool Second>
+inline Vec widened(const Brain* pairs_of) {
+  typedef int32_t Bits __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+  const IntVec bits = *reinterpret_cast<const Bits*>(pairs_of);
+  const IntVec high = Second ? bits & static_cast<int32_t>(0xffff0000) : bits << 16;
+  return reinterpret_cast<const Vec&>(high);
+}
+
+// Adds x [Rows, depth] times a panel slice [ceil(depth / 2), Vecs * kLanes, 2] to y.
+template <int Rows, int Vecs>
+__attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const Brain* panel,
+                                             int64_t depth, float* y, int64_t ldy,
+                                             const char* ahead, int64_t step) {
+  constexpr int kWide = Vecs * kLanes;
+  Vec sums[Rows][Vecs];
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int v = 0; v < Vecs; v++) sums[r][v] = load(y + r * ldy + v * kLanes);
+  }
+  const auto add = [&](auto second, int64_t i) __attribute__((always_inline)) {
+    constexpr bool kSecond = decltype(second)::value;
+    Vec weights[Vecs];
+    UNROLL
+    for (int v = 0; v < Vecs; v++)
+      weights[v] = widened<kSecond>(panel + i * kWide + v * 2 * kLanes);
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      const float input = x[r * ldx + i + kSecond];
+      UNROLL
+      for (int v = 0; v < Vecs; v++) sums[r][v] += input * weights[v];
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 <= depth; i += 2) {
+    add(std::false_type{}, i);
+    add(std::true_type{}, i);
+    __builtin_prefetch(ahead);
+    ahead += step;
+  }
+  if (i < depth) add(std::false_type{}, i);
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int v = 0; v < Vecs; v++) store(y + r * ldy + v * kLanes, sums[r][v]);
+  }
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+
+// Adds x [ceil(depth / 2)][Rows][2] times a panel slice as above to y, for Rows rows.
+template <int Rows, int Vecs>
+__attribute__((noinline)) void brain_tile(const int16_t* x, const Brain* panel, int64_t depth,
+                                          float* y, int64_t ldy, const char* ahead, int64_t step) {
+  constexpr int kWide = Vecs * kLanes;
+  __m512 sums[Rows][Vecs];
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int v = 0; v < Vecs; v++) sums[r][v] = _mm512_loadu_ps(y + r * ldy + v * kLanes);
+  }
+  for (int64_t i = 0; i < depth; i += 2) {
+    __m512i weights[Vecs];
+    UNROLL
+    for (int v = 0; v < Vecs; v++)
+      weights[v] = _mm512_loadu_si512(panel + i * kWide + v * 2 * kLanes);
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      const PairVec inputs = every(x + i * Rows + r * 2);
+      UNROLL
+      for (int v = 0; v < Vecs; v++)
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)weights[v], (__m512bh)inputs);
+    }
+    __builtin_prefetch(ahead);
+    ahead += step;
+  }
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int v = 0; v < Vecs; v++) _mm512_storeu_ps(y + r * ldy + v * kLanes, sums[r][v]);
+  }
+}
+
+// Rounds x [rows, k] to pairs of bfloat16, laid out as `Rounding` says. Called by a whole team.
+inline void share_brain_rounding(const float* x, const RowBlocks& blocks, int64_t k,
+                                 Rounding& out) {
+  constexpr int64_t kStep = 2 * kLanes;
+  const int64_t parts = Rounding::groups(k);
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < blocks.count * parts; item++) {
+    const int64_t block = item / parts, start = item % parts * kGroup;
+    const int64_t first = blocks.first(block), count = blocks.first(block + 1) - first;
+    const int64_t stop = std::min(start + kGroup, k);
+    for (int64_t r = 0; r < count; r++) {
+      const float* row = x + (first + r) * k;
+      int16_t* pair = out.values.data() + first * even(k) + start * count + r * 2;
+      for (int64_t i = start; i < stop; i += kStep) {
+        alignas(64) int32_t rounded[kLanes];
+        const int64_t width = std::min(kStep, stop - i);
+        const __mmask32 there = width == kStep ? ~0u : (1u << width) - 1;
+        const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), row + i);
+        const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), row + i + 16);
+        _mm512_store_si512(rounded, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        for (int64_t p = 0; p < (width + 1) / 2; p++, pair += count * 2)
+          std::memcpy(pair, rounded + p, sizeof(int32_t));
+      }
+    }
+  }
+}
+
+#else
+
+// Never called.
+template <int Rows, int Vecs>
+void brain_tile(const int16_t*, const Brain*, int64_t, float*, int64_t, const char*, int64_t) {}
+inline void share_brain_rounding(const float*, const RowBlocks&, int64_t, Rounding&) {}
+
+#endif
+
+}  // namespace dynamic_lora
