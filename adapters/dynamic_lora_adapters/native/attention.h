@@ -19,7 +19,7 @@ constexpr int kMaxHeads = 4;     // query heads scored together: their sums stay
 constexpr int kScored = 4;       // cached tokens that are scored together, as far as registers go
 constexpr int kValueVecs = 4;    // vectors of the value's width that are summed together
 constexpr int kTokensAhead = 8;  // how far ahead keys and values are asked for
-constexpr int kLine = 16;        // floats of a cache line
+constexpr int kLine = kLineBytes / sizeof(float);
 constexpr int64_t kManyItems = 8;  // from so many tokens on there is work enough for all threads
 
 struct Attention {

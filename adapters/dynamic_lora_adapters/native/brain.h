@@ -52,7 +52,7 @@ inline Vec widened(const Brain* pairs_of) {
 template <int Rows, int Vecs>
 __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const Brain* panel,
                                              int64_t depth, float* y, int64_t ldy,
-                                             const char* ahead, int64_t step) {
+                                             Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   Vec sums[Rows][Vecs];
   UNROLL
@@ -77,8 +77,7 @@ __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const 
   for (; i + 2 <= depth; i += 2) {
     add(std::false_type{}, i);
     add(std::true_type{}, i);
-    __builtin_prefetch(ahead);
-    ahead += step;
+    ahead.ask();
   }
   if (i < depth) add(std::false_type{}, i);
   UNROLL
@@ -93,7 +92,7 @@ __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const 
 // Adds x [ceil(depth / 2)][Rows][2] times a panel slice as above to y, for Rows rows.
 template <int Rows, int Vecs>
 __attribute__((noinline)) void brain_tile(const int16_t* x, const Brain* panel, int64_t depth,
-                                          float* y, int64_t ldy, const char* ahead, int64_t step) {
+                                          float* y, int64_t ldy, Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   __m512 sums[Rows][Vecs];
   UNROLL
@@ -113,8 +112,7 @@ __attribute__((noinline)) void brain_tile(const int16_t* x, const Brain* panel, 
       for (int v = 0; v < Vecs; v++)
         sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)weights[v], (__m512bh)inputs);
     }
-    __builtin_prefetch(ahead);
-    ahead += step;
+    ahead.ask();
   }
   UNROLL
   for (int r = 0; r < Rows; r++) {
@@ -154,7 +152,7 @@ inline void share_brain_rounding(const float* x, const RowBlocks& blocks, int64_
 
 // Never called.
 template <int Rows, int Vecs>
-void brain_tile(const int16_t*, const Brain*, int64_t, float*, int64_t, const char*, int64_t) {}
+void brain_tile(const int16_t*, const Brain*, int64_t, float*, int64_t, Ahead) {}
 inline void share_brain_rounding(const float*, const RowBlocks&, int64_t, Rounding&) {}
 
 #endif

@@ -45,11 +45,6 @@ struct Projection {
   bool rounds() const { return format == kBytes || (format == kBrains && brain_inputs); }
 };
 
-struct Ahead {
-  const char* line;
-  int64_t step;  // bytes per input
-};
-
 // Adds x [Rows, depth] times a panel slice [depth, kWidth] to y.
 template <int Rows>
 __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* panel, int64_t depth,
@@ -70,8 +65,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* pa
       UNROLL
       for (int v = 0; v < kPanelVecs; v++) sums[r][v] += input * weights[v];
     }
-    __builtin_prefetch(ahead.line);
-    ahead.line += ahead.step;
+    ahead.ask();
   }
   UNROLL
   for (int r = 0; r < Rows; r++) {
@@ -112,7 +106,7 @@ struct RoundedInputs {
     const int64_t groups = Rounding::groups(k);
     pair_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows,
                                 scales + row * groups + i / kGroup, groups, slice, depth, sums,
-                                kWidth, ahead.line, 2 * ahead.step);
+                                kWidth, {ahead.line, 2 * ahead.step});
   }
 };
 
@@ -129,7 +123,7 @@ struct WholeBrainInputs {
   void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     widening_tile<Rows, kPanelVecs>(x + row * k + i, k, slice, std::min(depth, k - i), sums, kWidth,
-                                    ahead.line, 2 * ahead.step);
+                                    {ahead.line, 2 * ahead.step});
   }
 };
 
@@ -146,7 +140,7 @@ struct BrainInputs {
   void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     brain_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows, slice, depth, sums, kWidth,
-                                 ahead.line, 2 * ahead.step);
+                                 {ahead.line, 2 * ahead.step});
   }
 };
 
@@ -171,7 +165,7 @@ struct Hints {
                                         [](int64_t l, const Hint& h) { return l < h.before; }) - 1;
     for (; line < stop; line++) {
       if (line == hint->before + hint->lines) hint++;
-      __builtin_prefetch(hint->start + (line - hint->before) * 64, 0, 2);
+      __builtin_prefetch(hint->start + (line - hint->before) * kLineBytes, 0, 2);
     }
   }
 };
@@ -259,7 +253,8 @@ struct Product {
     const RowBlocks blocks(m, kTileRows);
     const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight);
     const auto* next = reinterpret_cast<const char*>(packed + (number + 1) * depth * kWidth);
-    const int64_t portion = depth * bytes / blocks.count, step = bytes / blocks.count + 1;
+    const int64_t portion = depth * bytes / blocks.count;
+    const int64_t step = (bytes + blocks.count - 1) / blocks.count;
     extra.begin(column, width);
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
@@ -270,7 +265,7 @@ struct Product {
         // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
         const Ahead ahead =
             blocks.count == 1
-                ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * 64, bytes}
+                ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * kLineBytes, bytes}
                 : Ahead{next + portion * b + i * step, step};
         add<kTileRows>(rows, row, i, slice, std::min(Inputs::kSlice, depth - i), sums, ahead);
       }

@@ -100,7 +100,7 @@ inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
 template <int Rows, int Vecs, typename Weight>
 __attribute__((noinline)) void pair_tile(const int16_t* x, const float* scales, int64_t groups,
                                          const Weight* panel, int64_t depth, float* y, int64_t ldy,
-                                         const char* ahead, int64_t step) {
+                                         Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   IntVec sums[Rows][Vecs];
   UNROLL
@@ -118,8 +118,7 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, const float* scales, 
       UNROLL
       for (int v = 0; v < Vecs; v++) sums[r][v] = dot(sums[r][v], weights[v], inputs);
     }
-    __builtin_prefetch(ahead);
-    ahead += step;
+    ahead.ask();
   }
   UNROLL
   for (int r = 0; r < Rows; r++) {

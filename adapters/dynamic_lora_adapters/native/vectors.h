@@ -20,12 +20,28 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #endif
 
+constexpr int64_t kLineBytes = 64;  // of a cache line
+
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec all(float value) { return value - Vec{}; }
+
+// Where a loop has got to in the memory that is read next.
+struct Ahead {
+  const char* line;
+  int64_t step;  // bytes that each iteration goes on by, two lines at most
+
+  // With one of two lines asked for, the processor's own reading ahead loses the thread, and a
+  // stream comes at two thirds of the speed.
+  void ask() {
+    __builtin_prefetch(line);
+    if (step > kLineBytes) __builtin_prefetch(line + kLineBytes);
+    line += step;
+  }
+};
 
 // The value in a register: GCC would rather read it from memory again for each use.
 template <typename Any>
