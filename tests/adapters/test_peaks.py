@@ -5,15 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_lora_adapters.native import peaks as module
-from dynamic_lora_adapters.native.library import NativeUnavailable
-from dynamic_lora_adapters.native.peaks import NativePeaks, native_peaks
+from dynamic_lora_adapters.native.peaks import NativePeaks, Peaks
+from dynamic_lora_adapters.native.sampling import native_sampling
 
-PEAKS = native_peaks()
+SAMPLING = native_sampling()
+PEAKS = None if SAMPLING is None else SAMPLING.peaks
 needs_compiler = pytest.mark.skipif(PEAKS is None, reason="there is no C++ compiler")
 
 
-def find(logits: torch.Tensor) -> module.Peaks:
+def find(logits: torch.Tensor) -> Peaks:
     assert PEAKS is not None
     assert PEAKS.serves(logits)
     return PEAKS(logits)
@@ -72,18 +72,3 @@ def test_minus_infinity_counts_for_nothing() -> None:
 def test_other_tensors_are_not_served() -> None:
     assert not NativePeaks.serves(torch.zeros(1, 4, dtype=torch.bfloat16))
     assert not NativePeaks.serves(torch.zeros(1, 4, device="meta"))
-
-
-def test_without_a_compiler_torch_does_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def missing(name: str) -> None:
-        raise NativeUnavailable(f"no compiler for {name}")
-
-    monkeypatch.setattr(module, "load_library", missing)
-    caplog.set_level("INFO")
-    assert native_peaks() is None
-    assert "Sampling is torch's: no compiler for peaks" in caplog.text
-    caplog.clear()
-    assert native_peaks(wanted=False) is None
-    assert not caplog.text

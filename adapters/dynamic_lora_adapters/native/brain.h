@@ -48,18 +48,15 @@ inline Vec widened(const Brain* pairs_of) {
   return reinterpret_cast<const Vec&>(high);
 }
 
-// Adds x [Rows, depth] times a panel slice [ceil(depth / 2), Vecs * kLanes, 2] to y.
+// Adds x [Rows, depth] times a panel slice [ceil(depth / 2), Vecs * kLanes, 2] to y, or, where
+// that is `fresh`, writes it there.
 template <int Rows, int Vecs>
 __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const Brain* panel,
-                                             int64_t depth, float* y, int64_t ldy,
+                                             int64_t depth, bool fresh, float* y, int64_t ldy,
                                              Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   Vec sums[Rows][Vecs];
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    UNROLL
-    for (int v = 0; v < Vecs; v++) sums[r][v] = load(y + r * ldy + v * kLanes);
-  }
+  begin_sums(fresh, y, ldy, sums);
   const auto add = [&](auto second, int64_t i) __attribute__((always_inline)) {
     constexpr bool kSecond = decltype(second)::value;
     Vec weights[Vecs];
@@ -89,17 +86,14 @@ __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const 
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 
-// Adds x [ceil(depth / 2)][Rows][2] times a panel slice as above to y, for Rows rows.
+// The same for x [Rows, depth] in bfloat16.
 template <int Rows, int Vecs>
-__attribute__((noinline)) void brain_tile(const int16_t* x, const Brain* panel, int64_t depth,
-                                          float* y, int64_t ldy, Ahead ahead) {
+__attribute__((noinline)) void brain_tile(const int16_t* x, int64_t ldx, const Brain* panel,
+                                          int64_t depth, bool fresh, float* y, int64_t ldy,
+                                          Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
-  __m512 sums[Rows][Vecs];
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    UNROLL
-    for (int v = 0; v < Vecs; v++) sums[r][v] = _mm512_loadu_ps(y + r * ldy + v * kLanes);
-  }
+  Vec sums[Rows][Vecs];
+  begin_sums(fresh, y, ldy, sums);
   for (int64_t i = 0; i < depth; i += 2) {
     __m512i weights[Vecs];
     UNROLL
@@ -107,43 +101,37 @@ __attribute__((noinline)) void brain_tile(const int16_t* x, const Brain* panel, 
       weights[v] = _mm512_loadu_si512(panel + i * kWide + v * 2 * kLanes);
     UNROLL
     for (int r = 0; r < Rows; r++) {
-      const PairVec inputs = every(x + i * Rows + r * 2);
+      const PairVec inputs = every(x + r * ldx + i);
       UNROLL
       for (int v = 0; v < Vecs; v++)
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)weights[v], (__m512bh)inputs);
+        sums[r][v] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)weights[v],
+                                           (__m512bh)inputs);
     }
     ahead.ask();
   }
   UNROLL
   for (int r = 0; r < Rows; r++) {
     UNROLL
-    for (int v = 0; v < Vecs; v++) _mm512_storeu_ps(y + r * ldy + v * kLanes, sums[r][v]);
+    for (int v = 0; v < Vecs; v++) store(y + r * ldy + v * kLanes, sums[r][v]);
   }
 }
 
-// Rounds x [rows, k] to pairs of bfloat16, laid out as `Rounding` says. Called by a whole team.
-inline void share_brain_rounding(const float* x, const RowBlocks& blocks, int64_t k,
-                                 Rounding& out) {
+// Rounds x [rows, k] to bfloat16, laid out as `Rounding` says. Called by a whole team.
+inline void share_brain_rounding(const float* x, int64_t rows, int64_t k, Rounding& out) {
   constexpr int64_t kStep = 2 * kLanes;
-  const int64_t parts = Rounding::groups(k);
+  const int64_t stride = row_stride<int16_t>(k), parts = Rounding::groups(k);
 #pragma omp for schedule(static)
-  for (int64_t item = 0; item < blocks.count * parts; item++) {
-    const int64_t block = item / parts, start = item % parts * kGroup;
-    const int64_t first = blocks.first(block), count = blocks.first(block + 1) - first;
+  for (int64_t item = 0; item < rows * parts; item++) {
+    const int64_t row = item / parts, start = item % parts * kGroup;
     const int64_t stop = std::min(start + kGroup, k);
-    for (int64_t r = 0; r < count; r++) {
-      const float* row = x + (first + r) * k;
-      int16_t* pair = out.values.data() + first * even(k) + start * count + r * 2;
-      for (int64_t i = start; i < stop; i += kStep) {
-        alignas(64) int32_t rounded[kLanes];
-        const int64_t width = std::min(kStep, stop - i);
-        const __mmask32 there = width == kStep ? ~0u : (1u << width) - 1;
-        const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), row + i);
-        const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), row + i + 16);
-        _mm512_store_si512(rounded, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        for (int64_t p = 0; p < (width + 1) / 2; p++, pair += count * 2)
-          std::memcpy(pair, rounded + p, sizeof(int32_t));
-      }
+    for (int64_t i = start; i < stop; i += kStep) {
+      const int64_t width = std::min(kStep, stop - i);
+      const __mmask32 there = width == kStep ? ~0u : (1u << width) - 1;
+      const float* from = x + row * k + i;
+      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
+      const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + kLanes);
+      _mm512_storeu_si512(out.values.data() + row * stride + i,
+                          (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
   }
 }
@@ -152,8 +140,8 @@ inline void share_brain_rounding(const float* x, const RowBlocks& blocks, int64_
 
 // Never called.
 template <int Rows, int Vecs>
-void brain_tile(const int16_t*, const Brain*, int64_t, float*, int64_t, Ahead) {}
-inline void share_brain_rounding(const float*, const RowBlocks&, int64_t, Rounding&) {}
+void brain_tile(const int16_t*, int64_t, const Brain*, int64_t, bool, float*, int64_t, Ahead) {}
+inline void share_brain_rounding(const float*, int64_t, int64_t, Rounding&) {}
 
 #endif
 

@@ -72,11 +72,6 @@ struct Scratch {
   Rounding rounding;
 };
 
-float* room(std::vector<float>& memory, int64_t size) {
-  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
-  return memory.data();
-}
-
 void find_segments(const Site& site, const Step& step, Scratch& scratch, int number) {
   std::vector<Segment>& segments = scratch.segments[number];
   segments.clear();
@@ -94,7 +89,7 @@ void find_segments(const Site& site, const Step& step, Scratch& scratch, int num
       needed += factors.rank * run.lengths[j];
     }
   }
-  room(scratch.shrunk, needed);
+  have_room(scratch.shrunk, needed);
 }
 
 void hint_at(const float* start, int64_t floats, std::vector<Hint>& hints) {
@@ -228,11 +223,11 @@ void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const 
 
 Scratch& prepare(const Layer& layer, const Step& step) {
   static thread_local Scratch scratch;
-  room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
-  room(scratch.gate_up, step.rows * layer.gate_up.base.n);
-  room(scratch.activated, step.rows * layer.down.base.k);
+  have_room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
+  have_room(scratch.gate_up, step.rows * layer.gate_up.base.n);
+  have_room(scratch.activated, step.rows * layer.down.base.k);
   for (const Site* site : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-    if (site->base.rounds()) scratch.rounding.make_room(step.rows, site->base.k);
+    site->base.make_room(step.rows, scratch.rounding);
   find_segments(layer.qkv, step, scratch, 0);
   find_segments(layer.o, step, scratch, 1);
   find_segments(layer.gate_up, step, scratch, 2);

@@ -1,14 +1,11 @@
 """The highest logit of each row, and what its probability is divided by, in C++."""
 
 import ctypes
-import logging
 from typing import NamedTuple
 
 import torch
 
-from dynamic_lora_adapters.native.library import NativeUnavailable, load_library
-
-logger = logging.getLogger(__name__)
+from dynamic_lora_adapters.native.library import load_library
 
 
 class Peaks(NamedTuple):
@@ -45,14 +42,3 @@ class NativePeaks:
         peaks = Peaks(torch.empty(rows, dtype=torch.long), torch.empty(rows), torch.empty(rows))
         self._peaks(logits.data_ptr(), rows, width, *(found.data_ptr() for found in peaks))
         return peaks
-
-
-def native_peaks(*, wanted: bool = True) -> NativePeaks | None:
-    """`NativePeaks`, or None where it is not wanted or cannot be had; the log says why not."""
-    if not wanted:
-        return None
-    try:
-        return NativePeaks()
-    except NativeUnavailable as reason:
-        logger.info("Sampling is torch's: %s", reason)
-        return None

@@ -228,7 +228,7 @@ void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, i
 void dynamic_lora_product(const Projection* projection, const float* x, float* y, int64_t m) {
   static thread_local Rounding own;
   Rounding& rounding = own;  // of this thread, for the whole team
-  if (projection->rounds()) rounding.make_room(m, projection->k);
+  projection->make_room(m, rounding);
 #pragma omp parallel
   share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, rounding);
 }

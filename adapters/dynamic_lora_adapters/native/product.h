@@ -26,6 +26,8 @@ constexpr int kPanelVecs = 2;
 constexpr int kWidth = kPanelVecs * kLanes;
 // Sums, two weights and one input fit into 16 (AVX2) or 32 (AVX-512) registers.
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+constexpr int64_t kUncrowdedRows = 4;
+constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-level cache repeat
 constexpr int64_t kAhead = 32;    // lines asked for in advance when a panel is read only once
 // Beyond so many rows a panel in eight bits is widened once for all of them.
 constexpr int64_t kNarrowRows = 6 * kTileRows;
@@ -41,20 +43,31 @@ struct Projection {
   int64_t n, k;
   int64_t format;
 
-  // Whether products round their inputs first, to pairs.
+  // Whether products round their inputs first.
   bool rounds() const { return format == kBytes || (format == kBrains && brain_inputs); }
+
+  // Has room for what products of so many rows make of their inputs first.
+  void make_room(int64_t rows, Rounding& rounding) const {
+    if (rounds())
+      rounding.make_room(rows, k);
+    else if (crowded(rows, k))
+      have_room(rounding.floats, rows * row_stride<float>(k));
+  }
+
+  // Whether rows of floats are so far apart that a column of a tile's falls into one set of the
+  // first-level cache, which it is too many for: they are copied first.
+  static bool crowded(int64_t rows, int64_t k) {
+    return rows > kUncrowdedRows && k * sizeof(float) % kSetStride == 0;
+  }
 };
 
-// Adds x [Rows, depth] times a panel slice [depth, kWidth] to y.
+// Adds x [Rows, depth] times a panel slice [depth, kWidth] to y, or, where that is `fresh`, writes
+// it there.
 template <int Rows>
 __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* panel, int64_t depth,
-                                    float* y, int64_t ldy, Ahead ahead) {
+                                    bool fresh, float* y, int64_t ldy, Ahead ahead) {
   Vec sums[Rows][kPanelVecs];
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    UNROLL
-    for (int v = 0; v < kPanelVecs; v++) sums[r][v] = load(y + r * ldy + v * kLanes);
-  }
+  begin_sums(fresh, y, ldy, sums);
   for (int64_t i = 0; i < depth; i++) {
     Vec weights[kPanelVecs];
     UNROLL
@@ -74,19 +87,19 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* pa
   }
 }
 
-// x [m, k] as it is, for panels in float32.
+// x [m, k] in float32, for panels in float32.
 struct WholeInputs {
   using Weight = float;
   static constexpr int64_t kSlice = 2048;  // inputs summed per pass: a slice of a panel stays in L2
   const float* x;
-  int64_t k;
+  int64_t k, ldx;
 
   int64_t depth() const { return k; }
 
   template <int Rows>
   void add(int64_t row, int64_t i, const float* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    tile<Rows>(x + row * k + i, k, slice, depth, sums, kWidth, ahead);
+    tile<Rows>(x + row * ldx + i, ldx, slice, depth, i == 0, sums, kWidth, ahead);
   }
 };
 
@@ -103,27 +116,27 @@ struct RoundedInputs {
   template <int Rows, typename Wide>
   void add(int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    const int64_t groups = Rounding::groups(k);
-    pair_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows,
-                                scales + row * groups + i / kGroup, groups, slice, depth, sums,
-                                kWidth, {ahead.line, 2 * ahead.step});
+    const int64_t groups = Rounding::groups(k), ldx = row_stride<int16_t>(k);
+    pair_tile<Rows, kPanelVecs>(values + row * ldx + i, ldx, scales + row * groups + i / kGroup,
+                                groups, slice, depth, i == 0, sums, kWidth,
+                                {ahead.line, 2 * ahead.step});
   }
 };
 
-// x [m, k] as it is, for panels in bfloat16.
+// x [m, k] in float32, for panels in bfloat16.
 struct WholeBrainInputs {
   using Weight = Brain;
   static constexpr int64_t kSlice = 2048;
   const float* x;
-  int64_t k;
+  int64_t k, ldx;
 
   int64_t depth() const { return even(k); }
 
   template <int Rows>
   void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    widening_tile<Rows, kPanelVecs>(x + row * k + i, k, slice, std::min(depth, k - i), sums, kWidth,
-                                    {ahead.line, 2 * ahead.step});
+    widening_tile<Rows, kPanelVecs>(x + row * ldx + i, ldx, slice, std::min(depth, k - i), i == 0,
+                                    sums, kWidth, {ahead.line, 2 * ahead.step});
   }
 };
 
@@ -139,7 +152,8 @@ struct BrainInputs {
   template <int Rows>
   void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    brain_tile<Rows, kPanelVecs>(values + row * even(k) + i * Rows, slice, depth, sums, kWidth,
+    const int64_t ldx = row_stride<int16_t>(k);
+    brain_tile<Rows, kPanelVecs>(values + row * ldx + i, ldx, slice, depth, i == 0, sums, kWidth,
                                  {ahead.line, 2 * ahead.step});
   }
 };
@@ -258,7 +272,7 @@ struct Product {
     extra.begin(column, width);
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
-      float sums[kTileRows * kWidth] = {};
+      float sums[kTileRows * kWidth];  // begun by the first slice
       hints.ask(number * blocks.count + b, panels() * blocks.count);
       for (int64_t i = 0; i < depth; i += Inputs::kSlice) {
         const Wide* slice = panel + i * kWidth;
@@ -298,8 +312,16 @@ struct Product {
   }
 };
 
+// Copies x [rows, k] to rows that are `row_stride` apart. Called by a whole team.
+inline void share_spreading(const float* x, int64_t rows, int64_t k, Rounding& out) {
+  const int64_t stride = row_stride<float>(k);
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    std::memcpy(out.floats.data() + row * stride, x + row * k, k * sizeof(float));
+}
+
 // y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
-// is asked for. `rounding` has room for x where the product rounds it. Called by a whole team of
+// is asked for. `rounding` has had room made for x by the projection. Called by a whole team of
 // threads.
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
@@ -311,19 +333,21 @@ void share_product(const float* x, const Projection& p, const float* residual, f
     Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra, hints}
         .share();
   };
-  if (p.format == kFloats) return multiply(WholeInputs{x, p.k});
-  const RowBlocks blocks(m, kTileRows);
   if (p.format == kBytes) {
-    share_rounding(x, blocks, p.k, rounding);
+    share_rounding(x, m, p.k, rounding);
     return multiply(RoundedInputs{rounding.values.data(), rounding.scales.data(), p.k});
   }
-  if constexpr (kBrainInputs) {
-    if (brain_inputs) {
-      share_brain_rounding(x, blocks, p.k, rounding);
-      return multiply(BrainInputs{rounding.values.data(), p.k});
-    }
+  if (p.rounds()) {
+    share_brain_rounding(x, m, p.k, rounding);
+    return multiply(BrainInputs{rounding.values.data(), p.k});
   }
-  multiply(WholeBrainInputs{x, p.k});
+  int64_t ldx = p.k;
+  if (Projection::crowded(m, p.k)) {
+    share_spreading(x, m, p.k, rounding);
+    x = rounding.floats.data(), ldx = row_stride<float>(p.k);
+  }
+  if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});
+  multiply(WholeBrainInputs{x, p.k, ldx});
 }
 
 }  // namespace dynamic_lora

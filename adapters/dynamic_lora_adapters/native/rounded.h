@@ -23,6 +23,7 @@ constexpr float kLargest = 32767.0f;
 constexpr float kNothing = 1e-30f;    // inputs of a group all below count as zeros
 
 typedef int16_t PairVec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef int16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 // Rows cut into blocks of nearly equal size, `most` at most.
 struct RowBlocks {
@@ -37,17 +38,30 @@ struct RowBlocks {
 
 inline int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
 
-// Inputs as tiles of rows read them: [block of rows][pair of inputs][row][2].
+// Elements from one row to the next, for rows of at least k: an odd number of cache lines, or a
+// column of some rows would fall into one set of the first-level cache.
+template <typename Element>
+int64_t row_stride(int64_t k) {
+  constexpr int64_t kLine = kLineBytes / sizeof(Element);
+  return ((k + kLine - 1) / kLine | 1) * kLine;
+}
+
+template <typename Element>
+void have_room(std::vector<Element>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+}
+
+// Inputs in sixteen bits. Where k is odd, a zero makes the last one a pair.
 struct Rounding {
-  std::vector<int16_t> values;
-  std::vector<float> scales;  // [rows, groups]
+  std::vector<int16_t> values;  // [rows, row_stride]
+  std::vector<float> scales;    // [rows, groups]
+  std::vector<float> floats;    // [rows, row_stride], not rounded: see `crowded`
 
   static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
   void make_room(int64_t rows, int64_t k) {
-    const size_t elements = rows * even(k), parts = rows * groups(k);
-    if (values.size() < elements) values.resize(elements);
-    if (scales.size() < parts) scales.resize(parts);
+    have_room(values, rows * row_stride<int16_t>(k));
+    have_room(scales, rows * groups(k));
   }
 };
 
@@ -96,11 +110,12 @@ inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
 #endif
 }
 
-// Adds x [depth] of one group times a panel slice [depth, Vecs * kLanes] to y, for Rows rows.
+// Adds x [Rows, depth] of one group times a panel slice [depth, Vecs * kLanes] to y, or, where
+// that is `fresh`, writes it there.
 template <int Rows, int Vecs, typename Weight>
-__attribute__((noinline)) void pair_tile(const int16_t* x, const float* scales, int64_t groups,
-                                         const Weight* panel, int64_t depth, float* y, int64_t ldy,
-                                         Ahead ahead) {
+__attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const float* scales,
+                                         int64_t groups, const Weight* panel, int64_t depth,
+                                         bool fresh, float* y, int64_t ldy, Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   IntVec sums[Rows][Vecs];
   UNROLL
@@ -114,7 +129,7 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, const float* scales, 
     for (int v = 0; v < Vecs; v++) weights[v] = pairs(panel + i * kWide + v * 2 * kLanes);
     UNROLL
     for (int r = 0; r < Rows; r++) {
-      const PairVec inputs = every(x + i * Rows + r * 2);
+      const PairVec inputs = every(x + r * ldx + i);
       UNROLL
       for (int v = 0; v < Vecs; v++) sums[r][v] = dot(sums[r][v], weights[v], inputs);
     }
@@ -126,14 +141,14 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, const float* scales, 
     UNROLL
     for (int v = 0; v < Vecs; v++) {
       float* out = y + r * ldy + v * kLanes;
-      store(out, load(out) + __builtin_convertvector(sums[r][v], Vec) * scale);
+      const Vec sum = __builtin_convertvector(sums[r][v], Vec) * scale;
+      store(out, fresh ? sum : load(out) + sum);
     }
   }
 }
 
-// Rounds x [count] of one row, to pairs `apart` elements from one another; returns the scale,
-// which is NaN if a value is not finite.
-inline float round_group(const float* x, int64_t count, int16_t* pair, int64_t apart) {
+// Rounds x [count] of one row; returns the scale, which is NaN if a value is not finite.
+inline float round_group(const float* x, int64_t count, int16_t* out) {
   Vec top{}, zero{};
   float last_top = 0, last_zero = 0;
   int64_t i = 0;
@@ -150,7 +165,6 @@ inline float round_group(const float* x, int64_t count, int16_t* pair, int64_t a
   const float largest = last_top > kNothing ? last_top : 0.0f;
   const float inverse = largest > 0 ? kLargest / largest : 0.0f;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  int16_t rounded[kLanes];
   for (int64_t start = 0; start < count; start += kLanes) {
     const int64_t width = std::min<int64_t>(kLanes, count - start);
     Vec value{};
@@ -159,25 +173,20 @@ inline float round_group(const float* x, int64_t count, int16_t* pair, int64_t a
     else
       std::memcpy(&value, x + start, width * sizeof(float));
     const IntVec whole = __builtin_convertvector((value * inverse + magic) - magic, IntVec);
-    UNROLL
-    for (int lane = 0; lane < kLanes; lane++) rounded[lane] = static_cast<int16_t>(whole[lane]);
-    for (int64_t p = 0; p < (width + 1) / 2; p++, pair += apart)
-      std::memcpy(pair, rounded + p * 2, 2 * sizeof(int16_t));
+    const HalfVec rounded = __builtin_convertvector(whole, HalfVec);
+    std::memcpy(out + start, &rounded, sizeof rounded);  // rows have room for whole vectors
   }
   return largest / kLargest + (sum(zero) + last_zero);
 }
 
 // Rounds x [rows, k]. Called by a whole team of threads.
-inline void share_rounding(const float* x, const RowBlocks& blocks, int64_t k, Rounding& out) {
-  const int64_t groups = Rounding::groups(k);
+inline void share_rounding(const float* x, int64_t rows, int64_t k, Rounding& out) {
+  const int64_t groups = Rounding::groups(k), stride = row_stride<int16_t>(k);
 #pragma omp for schedule(static)
-  for (int64_t item = 0; item < blocks.count * groups; item++) {
-    const int64_t block = item / groups, group = item % groups, start = group * kGroup;
-    const int64_t first = blocks.first(block), count = blocks.first(block + 1) - first;
-    for (int64_t r = 0; r < count; r++)
-      out.scales[(first + r) * groups + group] =
-          round_group(x + (first + r) * k + start, std::min(kGroup, k - start),
-                      out.values.data() + first * even(k) + start * count + r * 2, count * 2);
+  for (int64_t item = 0; item < rows * groups; item++) {
+    const int64_t row = item / groups, start = item % groups * kGroup;
+    out.scales[item] = round_group(x + row * k + start, std::min(kGroup, k - start),
+                                   out.values.data() + row * stride + start);
   }
 }
 

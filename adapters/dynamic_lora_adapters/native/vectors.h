@@ -29,6 +29,21 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec all(float value) { return value - Vec{}; }
 
+// Whether a comparison holds in some lane.
+inline bool any(IntVec holds) {
+#if defined(__AVX512F__)
+  const auto lanes = reinterpret_cast<__m512i&>(holds);
+  return _mm512_test_epi32_mask(lanes, lanes) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256&>(holds)) != 0;
+#else
+  bool found = false;
+  UNROLL
+  for (int i = 0; i < kLanes; i++) found |= holds[i] != 0;
+  return found;
+#endif
+}
+
 // Where a loop has got to in the memory that is read next.
 struct Ahead {
   const char* line;
@@ -52,6 +67,24 @@ inline Any held(Any v) {
   return v;
 }
 
+// Sums of a tile that go on from those in y [Rows, ldy], or, where that is `fresh`, from nothing.
+template <int Rows, int Vecs>
+inline void begin_sums(bool fresh, const float* y, int64_t ldy, Vec (&sums)[Rows][Vecs]) {
+  if (fresh) {
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      UNROLL
+      for (int v = 0; v < Vecs; v++) sums[r][v] = Vec{};
+    }
+  } else {
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      UNROLL
+      for (int v = 0; v < Vecs; v++) sums[r][v] = load(y + r * ldy + v * kLanes);
+    }
+  }
+}
+
 // Spelt out for x86, where GCC adds the lanes one by one.
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
@@ -71,7 +104,20 @@ inline float sum(Vec v) {
 
 // The sums of four vectors, times `factor`, to `out`.
 inline void sum_each(const Vec (&v)[4], float factor, float* out) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  // Their quarters are added side by side, then neighbours within the four that are left.
+  const auto part = [&v](int i) { return _mm512_loadu_ps(reinterpret_cast<const float*>(v + i)); };
+  const auto fold = [](__m512 one, __m512 other) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(one, other, 0x88),
+                         _mm512_shuffle_f32x4(one, other, 0xdd));
+  };
+  const __m512 fours = fold(fold(part(0), part(1)), fold(part(2), part(3)));
+  const __m512 twos = _mm512_add_ps(fours, _mm512_permute_ps(fours, 0x4e));
+  const __m512 ones = _mm512_add_ps(twos, _mm512_permute_ps(twos, 0xb1));
+  const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+  const __m128 sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones));
+  _mm_storeu_ps(out, _mm_mul_ps(sums, _mm_set1_ps(factor)));
+#elif defined(__AVX2__)
   const auto part = [&v](int i) { return _mm256_loadu_ps(reinterpret_cast<const float*>(v + i)); };
   const __m256 pairs =
       _mm256_hadd_ps(_mm256_hadd_ps(part(0), part(1)), _mm256_hadd_ps(part(2), part(3)));

@@ -15,7 +15,7 @@ from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.native.norm import adopt_native_norms
-from dynamic_lora_adapters.native.peaks import native_peaks
+from dynamic_lora_adapters.native.sampling import native_sampling
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
 from dynamic_lora_adapters.row_hooks import RowHooks
@@ -202,9 +202,9 @@ def _engine(
         prefixes=kv.prefixes,
     )
     on_cuda = runner.model.device.type == "cuda"
-    peaks = native_peaks(wanted=options.native and not on_cuda)
+    sampling = native_sampling(wanted=options.native and not on_cuda)
     overlap = on_cuda if options.overlap is None else options.overlap
-    return Engine(scheduler, runner, modes, peaks, overlap=overlap)
+    return Engine(scheduler, runner, modes, sampling, overlap=overlap)
 
 
 def context_window(config: PreTrainedConfig) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.peaks import NativePeaks
+from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
 from dynamic_lora_server.engine.mode_controller import ModeController
@@ -74,7 +74,7 @@ class _Started:
 class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
-    `peaks` is how logits are searched, where not by torch. With `overlap` a step is
+    `sampling` is what chooses tokens, where not torch. With `overlap` a step is
     started before the one before is read.
     """
 
@@ -83,7 +83,7 @@ class Engine:
         scheduler: Scheduler,
         runner: ModelRunner,
         modes: ModeController,
-        peaks: NativePeaks | None = None,
+        sampling: NativeSampling | None = None,
         *,
         overlap: bool = False,
     ) -> None:
@@ -93,7 +93,7 @@ class Engine:
         self.overlap = overlap
         self.num_steps = 0
         self.num_overlapped = 0
-        self._peaks = peaks
+        self._sampling = sampling
         self._started: _Started | None = None
 
     @property
@@ -142,7 +142,7 @@ class Engine:
         self.runner.cache.copy(self.scheduler.take_copies())
         sampled, logits = self.runner.run(pieces, unread)
         sequences = [piece.sequence for piece in sampled]
-        choice = choose(logits, sequences, self._peaks, unread) if sequences else None
+        choice = choose(logits, sequences, self._sampling, unread) if sequences else None
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.peaks import NativePeaks, Peaks
+from dynamic_lora_adapters.native.draws import Draw
+from dynamic_lora_adapters.native.peaks import Peaks
+from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.transfer import to_device, to_host
 from dynamic_lora_server.engine.noise import draw_key, gumbel
 from dynamic_lora_server.engine.sequence import Sequence
@@ -71,23 +73,26 @@ class Choice:
 def choose(
     logits: torch.Tensor,
     sequences: Seq[Sequence],
-    peaks: NativePeaks | None = None,
+    native: NativeSampling | None = None,
     unread: UnreadTokens | None = None,
 ) -> Choice:
     """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
-    else in the batch. Log-probabilities are those of the untouched logits. `peaks`
+    else in the batch. Log-probabilities are those of the untouched logits. `native`
     is used where it can be; `unread` has the tokens of sequences whose last one is not
     read yet. Nothing here waits for a GPU.
     """
     scores = _penalise(logits, sequences, unread)
-    found = peaks(scores) if peaks is not None and peaks.serves(scores) else None
+    found = native.peaks(scores) if native is not None and native.peaks.serves(scores) else None
     chosen = scores.argmax(dim=-1) if found is None else found.positions
-    drawn = [row for row, s in enumerate(sequences) if not s.sampling.greedy]
-    if drawn:
-        rows = to_device(drawn, logits.device)
-        chosen[rows] = _draw(scores[rows], [sequences[row] for row in drawn])
+    draws = [_draw_of(row, s) for row, s in enumerate(sequences) if not s.sampling.greedy]
+    if draws:
+        rows = to_device([draw.row for draw in draws], logits.device)
+        if native is not None and native.draws.serves(scores):
+            chosen[rows] = native.draws(scores, draws)
+        else:
+            chosen[rows] = _draw(scores[rows], draws)
     # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells.
     sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite()
     if found is not None:
@@ -129,8 +134,20 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
         scores[output] = scores[output] - less
 
 
-def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
-    """Token ids [num_rows], drawn by the Gumbel-max trick.
+def _draw_of(row: int, sequence: Sequence) -> Draw:
+    sampling = sequence.sampling
+    return Draw(
+        row=row,
+        key=draw_key(sequence.seed, sequence.num_output),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k or 0,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+    )
+
+
+def _draw(scores: torch.Tensor, draws: Seq[Draw]) -> torch.Tensor:
+    """Token ids [num_draws] from rows of scores [num_draws, vocab], by the Gumbel-max trick.
 
     The noise depends on the sequence alone, so that a rounding difference in
     the logits, as another batch brings it, changes the draw only where the two
@@ -141,21 +158,20 @@ def _draw(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return to_device(values, scores.device, dtype)[:, None]
 
-    scaled = scores / column([s.sampling.temperature for s in sequences], scores.dtype)
-    filtered = [row for row, s in enumerate(sequences) if _filters(s)]
+    scaled = scores / column([draw.temperature for draw in draws], scores.dtype)
+    filtered = [row for row, draw in enumerate(draws) if _filters(draw)]
     if filtered:
         rows = to_device(filtered, scores.device)
-        scaled[rows] = _filter(scaled[rows], [sequences[row] for row in filtered])
-    keys = [draw_key(s.seed, s.num_output) for s in sequences]
+        scaled[rows] = _filter(scaled[rows], [draws[row] for row in filtered])
+    keys = [draw.key for draw in draws]
     return gumbel(keys, scores.shape[-1], scores.device).add_(scaled).argmax(dim=-1)
 
 
-def _filters(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
-    return bool(sampling.top_k) or sampling.top_p < 1 or sampling.min_p > 0
+def _filters(draw: Draw) -> bool:
+    return draw.top_k > 0 or draw.top_p < 1 or draw.min_p > 0
 
 
-def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+def _filter(scores: torch.Tensor, draws: Seq[Draw]) -> torch.Tensor:
     """Top-k, then top-p (Holtzman et al. 2019), then min-p (Nguyen et al. 2024)."""
 
     def column(values: list[float]) -> torch.Tensor:
@@ -164,13 +180,13 @@ def _filter(scores: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     vocab = scores.shape[-1]
     ranked, order = scores.sort(dim=-1, descending=True)
     rank = torch.arange(vocab, device=scores.device)
-    top_k = column([s.sampling.top_k or vocab for s in sequences])
+    top_k = column([draw.top_k or vocab for draw in draws])
     ranked = ranked.masked_fill(rank >= top_k, float("-inf"))
     probabilities = torch.softmax(ranked, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     # 1 switches it off: rounded sums reach 1 before the last token.
-    top_p = column([s.sampling.top_p if s.sampling.top_p < 1 else math.inf for s in sequences])
-    min_p = column([s.sampling.min_p for s in sequences])
+    top_p = column([draw.top_p if draw.top_p < 1 else math.inf for draw in draws])
+    min_p = column([draw.min_p for draw in draws])
     # The likeliest token always stays, whatever the rounding of the sums.
     drop = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])
     drop[:, 0] = False

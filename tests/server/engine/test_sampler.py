@@ -16,27 +16,28 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dynamic_lora_adapters.native.peaks import NativePeaks, native_peaks
+from dynamic_lora_adapters.native.draws import Draw
+from dynamic_lora_adapters.native.sampling import NativeSampling, native_sampling
 from dynamic_lora_server.engine import sampler
 from dynamic_lora_server.engine.sampler import Sampled, _filter
 from dynamic_lora_server.engine.sequence import Sequence
 from tests.support.engines import make_sequence
 
 VOCAB = 50
-NATIVE = native_peaks()
-PEAKS: list[NativePeaks | None] = [None]
+NATIVE = native_sampling()
+SAMPLING: list[NativeSampling | None] = [None]
 
 
 @pytest.fixture(scope="module", autouse=True, params=["torch", "native"])
-def _peaks(request: pytest.FixtureRequest) -> None:
-    """Everything here holds whether torch searches the logits or C++ does."""
+def _sampling(request: pytest.FixtureRequest) -> None:
+    """Everything here holds whether torch chooses tokens or C++ does."""
     if request.param == "native" and NATIVE is None:
         pytest.skip("there is no C++ compiler")
-    PEAKS[:] = [NATIVE if request.param == "native" else None]
+    SAMPLING[:] = [NATIVE if request.param == "native" else None]
 
 
 def sample(scores: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
-    return sampler.choose(scores, sequences, PEAKS[0]).read()
+    return sampler.choose(scores, sequences, SAMPLING[0]).read()
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
@@ -107,8 +108,8 @@ def test_filters_keep_the_tokens_that_transformers_keeps(
         warpers.append(TopPLogitsWarper(top_p))
     warpers.append(MinPLogitsWarper(min_p))
     expected = warpers(torch.LongTensor([[1]]), torch.FloatTensor(scores)).isfinite()
-    sequence = make_sequence([1], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    actual = _filter(scores / temperature, [sequence]).isfinite()
+    draw = Draw(row=0, key=0, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    actual = _filter(scores / temperature, [draw]).isfinite()
     # At an exact boundary rounding may keep one token more or less.
     assert (expected ^ actual).sum() <= 1
     assert actual.any()
