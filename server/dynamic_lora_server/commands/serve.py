@@ -1,8 +1,9 @@
 """`dynamic-lora serve`: load a base model and serve it with its adapters over HTTP."""
 
 import logging
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _GRACE_SECONDS = 10
 _START_FAILED = 1
+_INTERRUPTED = 130  # as shells have it for SIGINT
 _DEFAULT = ServerConfig()
 
 
@@ -212,6 +214,7 @@ class _Session:
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
         )
         self._num_steps = 0
+        self._loading = False
         self.failed = False
         app = create_app(
             config, load=self._load, on_ready=self._on_ready, on_failure=self._on_failure
@@ -235,9 +238,18 @@ class _Session:
             self._server.run()
         finally:
             self._steps.stop()
-        self.failed = self.failed or not self._server.started
+            self.failed = self.failed or not self._server.started
+            if self._loading:
+                self._leave()
 
     def _load(self) -> "Runtime":
+        self._loading = True
+        try:
+            return self._load_runtime()
+        finally:
+            self._loading = False
+
+    def _load_runtime(self) -> "Runtime":
         from transformers.utils import logging as transformers_logging
 
         from dynamic_lora_server.runtime import Runtime
@@ -245,6 +257,17 @@ class _Session:
         # One display at a time: its bars would be drawn over ours.
         transformers_logging.disable_progress_bar()
         return Runtime.load(self._config, on_step=self._show)
+
+    def _leave(self) -> NoReturn:
+        """End the process while the model is still loading.
+
+        A load cannot be interrupted, and Python ends the threads that are left by unwinding
+        them, which torch's C++ answers by aborting the process.
+        """
+        if not self.failed:
+            self._console.print("Interrupted before the model was loaded.")
+        logging.shutdown()
+        os._exit(_START_FAILED if self.failed else _INTERRUPTED)
 
     def _show(self, step: str) -> None:
         """A bar that moves until the next step begins; called on the loading thread."""

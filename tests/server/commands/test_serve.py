@@ -2,9 +2,11 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -65,6 +67,42 @@ def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None
         stop.cancel()
         process.kill()
         process.communicate()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_an_interrupt_while_the_model_loads_ends_it_without_a_crash(
+    tmp_path: Path, seconds: float
+) -> None:
+    """Torch's C++ aborts the process if Python ends the loading thread within it."""
+    base, port = save_tiny_base(tmp_path / "base"), _free_port()
+    home = str(tmp_path / "home")
+    process = _start("--model", str(base), "--home", home, "--port", str(port))
+    try:
+        _wait_for_health(f"http://127.0.0.1:{port}/health")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Interrupted before the model was loaded." in errors
+    assert process.returncode == 130, errors
+
+
+def _wait_for_health(url: str) -> None:
+    for _ in range(600):
+        try:
+            assert httpx.get(url).status_code == 200
+            return
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    raise AssertionError(f"nothing answers at {url}")
 
 
 def test_a_base_that_cannot_be_loaded_ends_the_process_with_its_reason(tmp_path: Path) -> None:
