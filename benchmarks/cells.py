@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from benchmarks.limit_rate import Limit
 from benchmarks.stats import Quantiles, Summary
-from benchmarks.workload import Popularity, Workload
+from benchmarks.workload import Popularity, Sampling, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,8 @@ class Cell:
         """What `to_json` gave."""
         workload = dict(document["workload"])
         workload["popularity"] = Popularity.parse(workload["popularity"])
+        # Reports from before there was a choice are of greedy decoding.
+        workload["sampling"] = Sampling(**workload.get("sampling", {}))
         clocks = document["clocks"]
         return cls(
             peer=document["peer"],

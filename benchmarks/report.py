@@ -114,7 +114,8 @@ class Report:
             lines += table(_BAR_HEADER, map(_bar_columns, verdicts))
             lines.append("")
         lines += table(_HEADER, [*map(self._columns, series(self.cells)), *self._limit_rows()])
-        lines += ["", f"Machine: {self.machine.line}", f"Base: {self.base}", *self._clock_lines()]
+        lines += ["", f"Machine: {self.machine.line}", f"Base: {self.base}"]
+        lines += [*self._sampling_lines(), *self._clock_lines()]
         lines += [f"{peer}: {text}" for peer, text in self.versions.items()]
         lines += [f"Left out: {peer}: {reason}" for peer, reason in self.left_out.items()]
         return "\n".join(lines)
@@ -152,6 +153,10 @@ class Report:
                 [name, "", str(num_clients), spread(rates, 1), "", "", f"{step_ms:.1f}", ""]
             )
         return rows
+
+    def _sampling_lines(self) -> list[str]:
+        ways = dict.fromkeys(cell.workload.sampling for cell in self.cells)
+        return [f"Tokens: {way}" for way in ways]
 
     def _clock_lines(self) -> list[str]:
         clocks = [cell.clock for cell in self.cells if cell.clock is not None]

@@ -25,7 +25,7 @@ from benchmarks.peers.process import end_on_sigterm
 from benchmarks.report import Report
 from benchmarks.rounds import Choice, Rounds, measure_cell, outcome
 from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
-from benchmarks.workload import Popularity, PromptMaker, Workload
+from benchmarks.workload import Popularity, PromptMaker, Sampling, Workload
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_PEERS = (
@@ -67,6 +67,9 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seconds", type=float, help="per cell: none is sent later (--compare: 30)")
     group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0, help="0 is off")
 
 
 def _add_server(group: argparse._ArgumentGroup) -> None:
@@ -137,10 +140,15 @@ def workloads(options: argparse.Namespace) -> list[Workload]:
             if options.compare and options.seconds is None
             else options.seconds,
             seed=options.seed,
+            sampling=_sampling(options),
         )
         for popularity in names
         for num_clients in options.clients
     ]
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
 
 
 def _num_requests(options: argparse.Namespace, num_clients: int) -> int | None:
@@ -222,7 +230,8 @@ def run(options: argparse.Namespace) -> Report:
     base = resolve_base(options.base)
     output = options.output
     if options.compare and output is None:
-        output = RESULTS / f"compare-{describe_machine().slug}.json"
+        kind = "compare" if _sampling(options).greedy else "sampled"
+        output = RESULTS / f"{kind}-{describe_machine().slug}.json"
     report = start_report(options, base.name, output)
     prompts = PromptMaker(AutoTokenizer.from_pretrained(base.path), options.prompt_tokens)
     if options.compare:

@@ -18,7 +18,7 @@ class Delta:
 
 
 class Wire(Protocol):
-    """One kind of HTTP interface: greedy decoding, no early end, a server-sent event stream."""
+    """One kind of HTTP interface: no early end, a server-sent event stream."""
 
     @property
     def path(self) -> str:
@@ -50,7 +50,11 @@ class DynamicLoraWire:
         return {
             "inputs": request.prompt,
             "raw": True,
-            "parameters": {"max_new_tokens": request.num_output_tokens, "ignore_eos": True},
+            "parameters": {
+                "max_new_tokens": request.num_output_tokens,
+                "ignore_eos": True,
+                **request.sampling.parameters(),
+            },
         }
 
     def params(self, request: Request) -> dict[str, str]:
@@ -81,7 +85,7 @@ class OpenAIWire:
             "model": self.base if request.adapter is None else self.names[request.adapter],
             "prompt": request.prompt,
             "max_tokens": request.num_output_tokens,
-            "temperature": 0,
+            **request.sampling.parameters(),
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -114,7 +118,8 @@ class LlamaCppWire:
         return {
             "prompt": request.prompt,
             "n_predict": request.num_output_tokens,
-            "temperature": 0,
+            **request.sampling.parameters(),
+            "min_p": 0,  # its default is not 0
             "ignore_eos": True,
             "cache_prompt": False,
             "stream": True,

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from benchmarks.errors import InvalidWorkload
 
@@ -48,6 +48,43 @@ class Popularity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: greedily at temperature 0, else drawn. Raises InvalidWorkload."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise InvalidWorkload("temperature must lie between 0 and 2")
+        if not 0 < self.top_p <= 1:
+            raise InvalidWorkload("top_p must be above 0, and 1 at most")
+        if self.top_k < 0:
+            raise InvalidWorkload("top_k must be at least 0")
+        if self.greedy and (self.top_p < 1 or self.top_k):
+            raise InvalidWorkload("top_p and top_k need a temperature above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0
+
+    def __str__(self) -> str:
+        if self.greedy:
+            return "the likeliest"
+        return (
+            f"drawn at temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k}"
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields of a request's body, by the names that every server has for them."""
+        if self.greedy:
+            return {"temperature": 0}
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """One cell of the measurement: a closed loop of `num_clients` over fixed-length requests.
 
@@ -63,6 +100,7 @@ class Workload:
     num_requests: int | None = None
     seconds: float | None = None
     seed: int = 0
+    sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
         for name in ("num_clients", "num_prompt_tokens", "num_output_tokens"):
@@ -85,6 +123,7 @@ class Request:
     prompt: str
     adapter: int | None
     num_output_tokens: int
+    sampling: Sampling = Sampling()
 
 
 class Tokenizer(Protocol):
@@ -148,7 +187,10 @@ def requests(workload: Workload, prompts: PromptMaker) -> Iterator[Request]:
     while True:
         adapter = rng.choices(range(len(weights)), weights)[0] if weights else None
         yield Request(
-            prompt=prompts.make(rng), adapter=adapter, num_output_tokens=workload.num_output_tokens
+            prompt=prompts.make(rng),
+            adapter=adapter,
+            num_output_tokens=workload.num_output_tokens,
+            sampling=workload.sampling,
         )
 
 
@@ -168,6 +210,7 @@ def warm_up_requests(
             prompt=prompts.make(rng),
             adapter=wanted[index % len(wanted)],
             num_output_tokens=min(workload.num_output_tokens, 8),
+            sampling=workload.sampling,
         )
         for index in range(max(len(wanted), num_requests or workload.num_clients))
     ]

@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from benchmarks.errors import BenchmarkError
 from benchmarks.peers.base import Setup
 from benchmarks.stats import Summary, Timing, summarise
-from benchmarks.workload import PromptMaker, Request, Workload, requests, warm_up_requests
+from benchmarks.workload import (
+    PromptMaker,
+    Request,
+    Sampling,
+    Workload,
+    requests,
+    warm_up_requests,
+)
 
 # PEFT's name, in `adapter_names`, for a row of the base model.
 _BASE_ROW = "__base__"
@@ -58,6 +65,13 @@ class _StepClock(StoppingCriteria):
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _generation(sampling: Sampling) -> dict[str, Any]:
+    """The arguments of `generate`, none of them left to the model's own configuration."""
+    if sampling.greedy:
+        return {"do_sample": False}
+    return {"do_sample": True, **sampling.parameters()}
 
 
 @dataclass(slots=True)
@@ -130,7 +144,7 @@ class PeftSession:
                 **inputs,
                 max_new_tokens=num_tokens,
                 min_new_tokens=num_tokens,
-                do_sample=False,
+                **_generation(batch[0].sampling),
                 pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )

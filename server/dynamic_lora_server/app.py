@@ -59,11 +59,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(bring_up())
-        yield
-        loading.cancel()
-        with suppress(asyncio.CancelledError):
-            await loading
-        await state.go_down()
+        try:
+            yield
+        finally:  # a second interrupt cancels what is here
+            loading.cancel()
+            with suppress(asyncio.CancelledError):
+                await loading
+            await state.go_down()
 
     app = FastAPI(
         title="Dynamic LoRA",

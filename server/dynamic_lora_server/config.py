@@ -65,7 +65,7 @@ class ServerConfig:
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
     answers. `quantize` rounds the base's weights to
-    "bf16" or "int8", into which adapters are never merged. `mode` says whether adapters are
+    "bf16" or "int8"; nothing is merged into eight bits. `mode` says whether adapters are
     merged into the weights, `restore` how the base comes back afterwards.
     `record_trace` names a new file for who asked for what and when, without any text.
 
@@ -127,6 +127,13 @@ class ServerConfig:
         if self.quantize == "int8":
             rule = "must not be merged with quantize int8: nothing is merged into eight bits"
             _check("mode", self.mode != "merged", rule)
+        in_cpp = self.quantize != "none" or self.base_product == "native"
+        _check("native", self.native or not in_cpp, "must stay on: these products are in C++ alone")
+        separate = self.quantize != "none" or self.base_product in ("packed", "native")
+        rule = (
+            "must be copy with packed weights: the base is in the model's own, and no copy is made"
+        )
+        _check("restore", self.restore == "copy" or not separate, rule)
         if self.record_trace is not None:
             path = self.record_trace
             new = not path.exists() or (path.is_file() and not path.stat().st_size)

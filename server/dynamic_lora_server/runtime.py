@@ -103,9 +103,9 @@ class Runtime:
         device = _device(config.device)
         on_step("Loading the base model")
         model, tokenizer = _load_model(base, config, device)
-        view = TokenizerView(tokenizer)
+        view = TokenizerView(tokenizer, num_embeddings=_num_embeddings(model))
         built = build_engine(
-            model, model_id=base.name, options=_options(config, base), on_step=on_step
+            model, model_id=base.name, options=_options(config, base, model.dtype), on_step=on_step
         )
         on_step("Opening the adapter store")
         registry = AdapterRegistry(
@@ -198,7 +198,13 @@ def _load_model(
     return model, tokenizer
 
 
-def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
+def _num_embeddings(model: PreTrainedModel) -> int:
+    """Token ids that the model has a row for, in its embedding and in its head."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(len(next(table.parameters())) for table in tables if table is not None)
+
+
+def _options(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> EngineOptions:
     return EngineOptions(
         max_running=config.max_running,
         prefill_chunk=config.prefill_chunk,
@@ -210,7 +216,7 @@ def _options(config: ServerConfig, base: BaseModel) -> EngineOptions:
         mode=Mode.BYPASS if config.quantize == "int8" else Mode(config.mode),
         restore=Restore(config.restore),
         checkpoint=base.path,
-        costs_file=_costs_file(config, base),
+        costs_file=_costs_file(config, base, dtype),
         compile_layers=config.compile,
         overlap=None if config.overlap else False,
     )
@@ -222,15 +228,17 @@ def _product_kind(config: ServerConfig) -> ProductKind | None:
     return None if config.base_product == "auto" else ProductKind(config.base_product)
 
 
-def _costs_file(config: ServerConfig, base: BaseModel) -> Path:
+def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Path:
     """Where measured kernel costs are kept; the name says what they depend on."""
     conditions = (
         version("dynamic-lora"),
         sources_digest(),
         base.name,
-        config.dtype,
+        str(base.path),
+        str(dtype),
         config.device,
         config.base_product,
+        config.restore,
         config.quantize,
         config.native,
         config.mode == "bypass",

@@ -11,9 +11,14 @@ from dynamic_lora_server.errors import UnsupportedModel
 
 
 class TokenizerView:
-    """What generation needs of a tokenizer. Raises UnsupportedModel for a slow one."""
+    """What generation needs of a tokenizer. Raises UnsupportedModel for a slow one.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    `num_embeddings` are the ids that the model knows, where the tokenizer may know more.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, num_embeddings: int | None = None
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UnsupportedModel(
@@ -23,12 +28,13 @@ class TokenizerView:
         self.backend: Tokenizer = backend
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
-        self._vocab_size = len(tokenizer)
+        known = len(tokenizer)
+        self._vocab_size = known if num_embeddings is None else min(known, num_embeddings)
         self._text_of = lru_cache(maxsize=65536)(self._decode_one)
 
     @property
     def vocab_size(self) -> int:
-        """Number of known token ids, added tokens included."""
+        """Number of token ids that may be sent, added tokens included."""
         return self._vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:

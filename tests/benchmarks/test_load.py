@@ -16,7 +16,7 @@ from benchmarks.errors import BenchmarkError, RequestFailed
 from benchmarks.load import closed_loop, measure, send_streaming
 from benchmarks.stats import Timing
 from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
-from benchmarks.workload import Popularity, PromptMaker, Request, Workload
+from benchmarks.workload import Popularity, PromptMaker, Request, Sampling, Workload
 
 NAMES = ["a", "b"]
 WIRES: list[Wire] = [DynamicLoraWire(NAMES), OpenAIWire("base", NAMES), LlamaCppWire(len(NAMES))]
@@ -104,6 +104,21 @@ async def test_every_wire_names_the_adapter() -> None:
     assert [body["model"] for _, body in rest[:2]] == ["b", "base"]
     scales = [[entry["scale"] for entry in body["lora"]] for _, body in rest[2:]]
     assert scales == [[0.0, 1.0], [0.0, 0.0]]
+
+
+async def test_every_wire_says_how_tokens_are_chosen() -> None:
+    server = _Server()
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=40)
+    drawn = Request(prompt="hello", adapter=0, num_output_tokens=5, sampling=sampling)
+    async with server.client() as http:
+        for wire in WIRES:
+            await send_streaming(http, wire, drawn)
+            await send_streaming(http, wire, _request())
+    bodies = [body.get("parameters", body) for _, body in server.asked]
+    keys = ("temperature", "top_p", "top_k")
+    assert [[body.get(key) for key in keys] for body in bodies[::2]] == [[0.7, 0.9, 40]] * 3
+    assert [[body.get(key) for key in keys] for body in bodies[1::2]] == [[0, None, None]] * 3
+    assert [body.get("min_p") for body in bodies] == [None, None, None, None, 0, 0]
 
 
 @pytest.mark.parametrize("wire", WIRES, ids=lambda wire: type(wire).__name__)

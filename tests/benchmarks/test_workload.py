@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from benchmarks.errors import InvalidWorkload
-from benchmarks.workload import Popularity, PromptMaker, Workload, requests, warm_up_requests
+from benchmarks.workload import (
+    Popularity,
+    PromptMaker,
+    Sampling,
+    Workload,
+    requests,
+    warm_up_requests,
+)
 
 
 class _WordTokenizer:
@@ -48,6 +55,28 @@ def test_popularity_reads_what_it_writes(text: str) -> None:
 def test_popularity_refuses(text: str) -> None:
     with pytest.raises(InvalidWorkload, match=f"popularity '{text}'"):
         Popularity.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"temperature": -1}, "temperature must lie"),
+        ({"temperature": 1, "top_p": 0}, "top_p must be above 0"),
+        ({"temperature": 1, "top_k": -1}, "top_k must be at least 0"),
+        ({"top_p": 0.5}, "need a temperature"),
+        ({"top_k": 5}, "need a temperature"),
+    ],
+)
+def test_sampling_refuses(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidWorkload, match=text):
+        Sampling(**values)
+
+
+def test_every_request_says_how_its_tokens_are_chosen() -> None:
+    sampling = Sampling(temperature=0.7, top_p=0.9)
+    workload = _workload(sampling=sampling)
+    asked = [*islice(requests(workload, _prompts()), 3), *warm_up_requests(workload, _prompts())]
+    assert {request.sampling for request in asked} == {sampling}
 
 
 def test_weights() -> None:

@@ -47,6 +47,10 @@ def test_the_defaults_are_valid() -> None:
         ),
         ({"dtype": "bfloat16", "quantize": "int8"}, "dtype must be float32 with quantize"),
         ({"mode": "merged", "quantize": "int8"}, "mode must not be merged with quantize int8"),
+        ({"native": False, "quantize": "bf16"}, "native must stay on: these products are in C"),
+        ({"native": False, "base_product": "native"}, "native must stay on"),
+        ({"restore": "subtract", "quantize": "bf16"}, "restore must be copy with packed weights"),
+        ({"restore": "subtract", "base_product": "packed"}, "restore must be copy"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"log_level": "loud"}, "log_level must be one of"),
         (

@@ -78,6 +78,12 @@ def test_tokens_are_counted_with_the_one_that_stops() -> None:
     assert detokenizer.num_tokens == 2
 
 
+def test_ids_that_the_model_has_no_row_for_are_not_known() -> None:
+    known = VIEW.vocab_size
+    assert TokenizerView(tiny_tokenizer(), num_embeddings=known + 7).vocab_size == known
+    assert TokenizerView(tiny_tokenizer(), num_embeddings=known - 7).vocab_size == known - 7
+
+
 def test_a_tokenizer_without_a_fast_version_is_refused_by_name() -> None:
     class Slow(PreTrainedTokenizerBase):
         pass

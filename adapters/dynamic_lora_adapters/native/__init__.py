@@ -1,7 +1,7 @@
 """C++ for what decides the speed on a CPU, compiled on the machine that runs it.
 
-Nothing here is needed: every caller has torch's own operators to fall back to,
-and says at start which of the two it uses.
+Nothing here is needed but for weights that are rounded on request: every other caller has
+torch's own operators to fall back to, and the log says at level info why it does.
 """
 
 from dynamic_lora_adapters.native.library import NativeUnavailable, load_library, sources_digest

@@ -83,7 +83,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+    # x86 has the first two, ARM the others.
+    telling = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "".join(sorted({line for line in lines if line.startswith(telling)}))
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:

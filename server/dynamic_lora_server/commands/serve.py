@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -201,6 +203,11 @@ def run_server(config: ServerConfig, console: Console) -> None:
         raise typer.Exit(_START_FAILED)
 
 
+def _in_cpp() -> bool:
+    """Whether a load or a step of the engine is still under way."""
+    return any(thread.name in ("load", "engine") for thread in threading.enumerate())
+
+
 class _Session:
     """One run of the server in the terminal: what it shows, and how it ends."""
 
@@ -214,7 +221,6 @@ class _Session:
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
         )
         self._num_steps = 0
-        self._loading = False
         self.failed = False
         app = create_app(
             config, load=self._load, on_ready=self._on_ready, on_failure=self._on_failure
@@ -239,17 +245,10 @@ class _Session:
         finally:
             self._steps.stop()
             self.failed = self.failed or not self._server.started
-            if self._loading:
+            if _in_cpp():
                 self._leave()
 
     def _load(self) -> "Runtime":
-        self._loading = True
-        try:
-            return self._load_runtime()
-        finally:
-            self._loading = False
-
-    def _load_runtime(self) -> "Runtime":
         from transformers.utils import logging as transformers_logging
 
         from dynamic_lora_server.runtime import Runtime
@@ -259,13 +258,15 @@ class _Session:
         return Runtime.load(self._config, on_step=self._show)
 
     def _leave(self) -> NoReturn:
-        """End the process while the model is still loading.
+        """End the process at once, for a thread that cannot be interrupted.
 
-        A load cannot be interrupted, and Python ends the threads that are left by unwinding
-        them, which torch's C++ answers by aborting the process.
+        Python would end it by unwinding, which torch's C++ answers by aborting the process.
         """
+        if isinstance(sys.exception(), Exception):
+            self.failed = True
+            self._console.print_exception()
         if not self.failed:
-            self._console.print("Interrupted before the model was loaded.")
+            self._console.print("Interrupted while the model was at work.")
         logging.shutdown()
         os._exit(_START_FAILED if self.failed else _INTERRUPTED)
 

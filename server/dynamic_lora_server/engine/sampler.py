@@ -119,7 +119,9 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
     A token that was seen twice is written twice, with the same value.
     """
     sampling = sequence.sampling
-    seen = to_device(sequence.tokens(0, sequence.num_tokens), scores.device, torch.long)
+    # Virtual tokens have no ids: nobody wrote them.
+    tokens = sequence.tokens(sequence.num_virtual, sequence.num_tokens)
+    seen = to_device(tokens, scores.device, torch.long)
     if sequence.num_unread:
         assert unread is not None, "a token that nobody has"
         seen = torch.cat((seen, unread.of(sequence.id)))
@@ -127,7 +129,7 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
         values = scores[seen]
         penalty = sampling.repetition_penalty
         scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output = seen[len(sequence.prompt_ids) :]
+    output = seen[sequence.num_prompt :]
     if len(output) and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = torch.zeros_like(scores).index_add_(0, output, torch.ones_like(scores[output]))
         less = sampling.presence_penalty + sampling.frequency_penalty * counts[output]
@@ -210,7 +212,7 @@ def _reports(
     heights, log_masses = _divisors(logits) if peaks is None else peaks[1:]
     picked = logits.gather(1, chosen[:, None]).squeeze(1) - heights - log_masses
     num_top = tuple(sequences[row].sampling.top_logprobs for row in wanted)
-    best = logits.topk(max(num_top), dim=-1)
+    best = logits.topk(min(max(num_top), logits.shape[-1]), dim=-1)
     return _Reports(
         rows=tuple(wanted),
         num_top=num_top,

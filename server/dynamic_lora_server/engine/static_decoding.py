@@ -80,11 +80,9 @@ def static_decoding(
             _compile(step, model)
         if model.device.type == "cuda":
             graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
-    except Exception as error:  # torch's compiler has as many ways to fail as it has passes
+    except Exception as error:  # compilers fail in as many ways as they have passes
         if wish.compiled:
             raise _refusal(model, error) from error
-        if not isinstance(error, RuntimeError | UnsupportedModel):
-            raise
         logger.warning("Decoding runs without CUDA graphs: %s", error)
         return None
     return graphs

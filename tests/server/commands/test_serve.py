@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -61,12 +62,37 @@ def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None
         assert httpx.get(f"{found[1]}/ready").status_code == 200
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+        assert process.returncode == 130
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{found[1]}/ready")
     finally:
         stop.cancel()
         process.kill()
         process.communicate()
+
+
+def test_two_interrupts_end_it_within_a_request(tmp_path: Path) -> None:
+    """The second does not wait for what runs; the engine is in torch's C++ then."""
+    base = save_tiny_base(tmp_path / "base")
+    process = _start("--model", str(base), "--home", str(tmp_path / "home"), "--kv-memory", "64MiB")
+    stop = threading.Timer(200, process.kill)
+    stop.start()
+    try:
+        found = re.search(r"ready at (http://\S+)", _line_with(process, "ready at"))
+        assert found is not None
+        wish = {"inputs": "a", "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
+        with (
+            httpx.stream("POST", f"{found[1]}/generate_stream", json=wish, timeout=60) as answer,
+            suppress(httpx.RemoteProtocolError),
+        ):
+            for number, _ in enumerate(answer.iter_lines()):
+                if number in (3, 6):
+                    process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+    finally:
+        stop.cancel()
+        process.kill()
 
 
 def _free_port() -> int:
@@ -91,7 +117,7 @@ def test_an_interrupt_while_the_model_loads_ends_it_without_a_crash(
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert "Interrupted before the model was loaded." in errors
+    assert "Interrupted while the model was at work." in errors
     assert process.returncode == 130, errors
 
 

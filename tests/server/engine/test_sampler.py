@@ -145,6 +145,16 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     assert tokens(scores, twice) == [2]
 
 
+def test_penalties_pass_over_virtual_tokens() -> None:
+    scores = torch.tensor([[2.0, 1.9, 0.1, 0.0]])
+    sequence = make_sequence([2], repetition_penalty=2.0, frequency_penalty=1.0)
+    sequence.prompt_ids = (0, 0, 0, *sequence.prompt_ids)
+    sequence.num_virtual = 3
+    assert tokens(scores, sequence) == [0]
+    sequence.output_ids.append(0)
+    assert tokens(scores, sequence) == [1]
+
+
 def test_penalties_leave_the_callers_logits_alone() -> None:
     scores = logits()
     before = scores.clone()
