@@ -1,10 +1,17 @@
-"""What sampling does without a C++ compiler."""
+"""When sampling is in C++: on CPUs, in float32, with a compiler."""
 
 import pytest
+import torch
 
 from dynamic_lora_adapters.native import draws
 from dynamic_lora_adapters.native.library import NativeUnavailable
-from dynamic_lora_adapters.native.sampling import native_sampling
+from dynamic_lora_adapters.native.sampling import NativeSampling, native_sampling
+
+
+def test_other_tensors_are_not_served() -> None:
+    assert NativeSampling.serves(torch.zeros(1, 4))
+    assert not NativeSampling.serves(torch.zeros(1, 4, dtype=torch.bfloat16))
+    assert not NativeSampling.serves(torch.zeros(1, 4, device="meta"))
 
 
 def test_without_a_compiler_torch_does_it(

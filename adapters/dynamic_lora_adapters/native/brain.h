@@ -116,10 +116,10 @@ __attribute__((noinline)) void brain_tile(const int16_t* x, int64_t ldx, const B
   }
 }
 
-// Rounds x [rows, k] to bfloat16, laid out as `Rounding` says. Called by a whole team.
-inline void share_brain_rounding(const float* x, int64_t rows, int64_t k, Rounding& out) {
+// Rounds x [rows, k] to bfloat16, laid out as `InputCopies` says. Called by a whole team.
+inline void share_brain_rounding(const float* x, int64_t rows, int64_t k, InputCopies& out) {
   constexpr int64_t kStep = 2 * kLanes;
-  const int64_t stride = row_stride<int16_t>(k), parts = Rounding::groups(k);
+  const int64_t stride = row_stride<int16_t>(k), parts = InputCopies::groups(k);
 #pragma omp for schedule(static)
   for (int64_t item = 0; item < rows * parts; item++) {
     const int64_t row = item / parts, start = item % parts * kGroup;
@@ -141,7 +141,7 @@ inline void share_brain_rounding(const float* x, int64_t rows, int64_t k, Roundi
 // Never called.
 template <int Rows, int Vecs>
 void brain_tile(const int16_t*, int64_t, const Brain*, int64_t, bool, float*, int64_t, Ahead) {}
-inline void share_brain_rounding(const float*, int64_t, int64_t, Rounding&) {}
+inline void share_brain_rounding(const float*, int64_t, int64_t, InputCopies&) {}
 
 #endif
 

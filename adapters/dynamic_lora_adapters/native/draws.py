@@ -47,11 +47,6 @@ class NativeDraws:
         self._draw.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
         self._draw.restype = None
 
-    @staticmethod
-    def serves(logits: torch.Tensor) -> bool:
-        """Whether it can read logits [rows, vocab] of this kind."""
-        return logits.device.type == "cpu" and logits.dtype == torch.float32
-
     def __call__(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """A token for each draw from rows of logits [rows, vocab], [num_draws] int64.
 

@@ -69,7 +69,7 @@ struct Scratch {
   std::vector<Segment> segments[4];
   std::vector<Part> parts[4];
   std::vector<Hint> hints[4];  // at what is read behind each of the products
-  Rounding rounding;
+  InputCopies copies;
 };
 
 void find_segments(const Site& site, const Step& step, Scratch& scratch, int number) {
@@ -129,14 +129,14 @@ void share_site(const Site& site, Scratch& scratch, int number, const float* x,
   if (rows > kFewRows)
     hints = {scratch.hints[number].data(), static_cast<int64_t>(scratch.hints[number].size())};
   if (segments.empty()) {
-    share_product(x, site.base, residual, out, rows, NoDeltas{}, hints, scratch.rounding);
+    share_product(x, site.base, residual, out, rows, NoDeltas{}, hints, scratch.copies);
     return;
   }
   const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
   share_product(x, site.base, residual, out, rows,
                 PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints,
-                scratch.rounding);
+                scratch.copies);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -227,7 +227,7 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   have_room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   have_room(scratch.activated, step.rows * layer.down.base.k);
   for (const Site* site : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-    site->base.make_room(step.rows, scratch.rounding);
+    site->base.make_room(step.rows, scratch.copies);
   find_segments(layer.qkv, step, scratch, 0);
   find_segments(layer.o, step, scratch, 1);
   find_segments(layer.gate_up, step, scratch, 2);

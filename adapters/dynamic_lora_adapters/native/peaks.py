@@ -30,11 +30,6 @@ class NativePeaks:
         self._peaks.argtypes = [pointer, size, size, pointer, pointer, pointer]
         self._peaks.restype = None
 
-    @staticmethod
-    def serves(logits: torch.Tensor) -> bool:
-        """Whether it can read logits [rows, vocab] of this kind."""
-        return logits.device.type == "cpu" and logits.dtype == torch.float32
-
     def __call__(self, logits: torch.Tensor) -> Peaks:
         """The peaks of logits [rows, vocab]; the first of equal ones is the highest."""
         logits = logits.contiguous()

@@ -226,11 +226,11 @@ void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, i
 
 // x [m, k], y [m, n], both dense.
 void dynamic_lora_product(const Projection* projection, const float* x, float* y, int64_t m) {
-  static thread_local Rounding own;
-  Rounding& rounding = own;  // of this thread, for the whole team
-  projection->make_room(m, rounding);
+  static thread_local InputCopies own;
+  InputCopies& copies = own;  // of this thread, for the whole team
+  projection->make_room(m, copies);
 #pragma omp parallel
-  share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, rounding);
+  share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, copies);
 }
 
 }  // extern "C"

@@ -47,11 +47,11 @@ struct Projection {
   bool rounds() const { return format == kBytes || (format == kBrains && brain_inputs); }
 
   // Has room for what products of so many rows make of their inputs first.
-  void make_room(int64_t rows, Rounding& rounding) const {
+  void make_room(int64_t rows, InputCopies& copies) const {
     if (rounds())
-      rounding.make_room(rows, k);
+      copies.make_room(rows, k);
     else if (crowded(rows, k))
-      have_room(rounding.floats, rows * row_stride<float>(k));
+      have_room(copies.floats, rows * row_stride<float>(k));
   }
 
   // Whether rows of floats are so far apart that a column of a tile's falls into one set of the
@@ -116,7 +116,7 @@ struct RoundedInputs {
   template <int Rows, typename Wide>
   void add(int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    const int64_t groups = Rounding::groups(k), ldx = row_stride<int16_t>(k);
+    const int64_t groups = InputCopies::groups(k), ldx = row_stride<int16_t>(k);
     pair_tile<Rows, kPanelVecs>(values + row * ldx + i, ldx, scales + row * groups + i / kGroup,
                                 groups, slice, depth, i == 0, sums, kWidth,
                                 {ahead.line, 2 * ahead.step});
@@ -313,7 +313,7 @@ struct Product {
 };
 
 // Copies x [rows, k] to rows that are `row_stride` apart. Called by a whole team.
-inline void share_spreading(const float* x, int64_t rows, int64_t k, Rounding& out) {
+inline void share_spreading(const float* x, int64_t rows, int64_t k, InputCopies& out) {
   const int64_t stride = row_stride<float>(k);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < rows; row++)
@@ -321,11 +321,11 @@ inline void share_spreading(const float* x, int64_t rows, int64_t k, Rounding& o
 }
 
 // y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
-// is asked for. `rounding` has had room made for x by the projection. Called by a whole team of
+// is asked for. `copies` has had room made for x by the projection. Called by a whole team of
 // threads.
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
-                   const Extra& extra, const Hints& hints, Rounding& rounding) {
+                   const Extra& extra, const Hints& hints, InputCopies& copies) {
   if (m == 0) return;
   const auto multiply = [&](const auto& inputs) {
     using Inputs = std::decay_t<decltype(inputs)>;
@@ -334,17 +334,17 @@ void share_product(const float* x, const Projection& p, const float* residual, f
         .share();
   };
   if (p.format == kBytes) {
-    share_rounding(x, m, p.k, rounding);
-    return multiply(RoundedInputs{rounding.values.data(), rounding.scales.data(), p.k});
+    share_rounding(x, m, p.k, copies);
+    return multiply(RoundedInputs{copies.values.data(), copies.scales.data(), p.k});
   }
   if (p.rounds()) {
-    share_brain_rounding(x, m, p.k, rounding);
-    return multiply(BrainInputs{rounding.values.data(), p.k});
+    share_brain_rounding(x, m, p.k, copies);
+    return multiply(BrainInputs{copies.values.data(), p.k});
   }
   int64_t ldx = p.k;
   if (Projection::crowded(m, p.k)) {
-    share_spreading(x, m, p.k, rounding);
-    x = rounding.floats.data(), ldx = row_stride<float>(p.k);
+    share_spreading(x, m, p.k, copies);
+    x = copies.floats.data(), ldx = row_stride<float>(p.k);
   }
   if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});
   multiply(WholeBrainInputs{x, p.k, ldx});

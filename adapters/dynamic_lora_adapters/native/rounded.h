@@ -51,11 +51,12 @@ void have_room(std::vector<Element>& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
 }
 
-// Inputs in sixteen bits. Where k is odd, a zero makes the last one a pair.
-struct Rounding {
+// Inputs as a product reads them where it cannot as they are: in sixteen bits (where k is odd, a
+// zero makes the last one a pair), or in float32, further apart.
+struct InputCopies {
   std::vector<int16_t> values;  // [rows, row_stride]
   std::vector<float> scales;    // [rows, groups]
-  std::vector<float> floats;    // [rows, row_stride], not rounded: see `crowded`
+  std::vector<float> floats;    // [rows, row_stride]: see `crowded`
 
   static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
@@ -180,8 +181,8 @@ inline float round_group(const float* x, int64_t count, int16_t* out) {
 }
 
 // Rounds x [rows, k]. Called by a whole team of threads.
-inline void share_rounding(const float* x, int64_t rows, int64_t k, Rounding& out) {
-  const int64_t groups = Rounding::groups(k), stride = row_stride<int16_t>(k);
+inline void share_rounding(const float* x, int64_t rows, int64_t k, InputCopies& out) {
+  const int64_t groups = InputCopies::groups(k), stride = row_stride<int16_t>(k);
 #pragma omp for schedule(static)
   for (int64_t item = 0; item < rows * groups; item++) {
     const int64_t row = item / groups, start = item % groups * kGroup;

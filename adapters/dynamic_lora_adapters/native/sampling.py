@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from dynamic_lora_adapters.native.draws import NativeDraws
 from dynamic_lora_adapters.native.library import NativeUnavailable
 from dynamic_lora_adapters.native.peaks import NativePeaks
@@ -12,10 +14,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NativeSampling:
-    """Both; either serves what tensors it says it serves."""
+    """Both, for logits that it `serves`."""
 
     peaks: NativePeaks
     draws: NativeDraws
+
+    @staticmethod
+    def serves(logits: torch.Tensor) -> bool:
+        """Whether it can read logits [rows, vocab] of this kind."""
+        return logits.device.type == "cpu" and logits.dtype == torch.float32
 
 
 def native_sampling(*, wanted: bool = True) -> NativeSampling | None:

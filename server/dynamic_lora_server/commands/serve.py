@@ -203,8 +203,8 @@ def run_server(config: ServerConfig, console: Console) -> None:
         raise typer.Exit(_START_FAILED)
 
 
-def _in_cpp() -> bool:
-    """Whether a load or a step of the engine is still under way."""
+def _model_at_work() -> bool:
+    """Whether the thread that loads the model, or the engine's, is still there."""
     return any(thread.name in ("load", "engine") for thread in threading.enumerate())
 
 
@@ -245,7 +245,7 @@ class _Session:
         finally:
             self._steps.stop()
             self.failed = self.failed or not self._server.started
-            if _in_cpp():
+            if _model_at_work():
                 self._leave()
 
     def _load(self) -> "Runtime":

@@ -84,15 +84,14 @@ def choose(
     read yet. Nothing here waits for a GPU.
     """
     scores = _penalise(logits, sequences, unread)
-    found = native.peaks(scores) if native is not None and native.peaks.serves(scores) else None
+    if native is not None and not native.serves(scores):
+        native = None
+    found = None if native is None else native.peaks(scores)
     chosen = scores.argmax(dim=-1) if found is None else found.positions
     draws = [_draw_of(row, s) for row, s in enumerate(sequences) if not s.sampling.greedy]
     if draws:
         rows = to_device([draw.row for draw in draws], logits.device)
-        if native is not None and native.draws.serves(scores):
-            chosen[rows] = native.draws(scores, draws)
-        else:
-            chosen[rows] = _draw(scores[rows], draws)
+        chosen[rows] = _draw(scores[rows], draws) if native is None else native.draws(scores, draws)
     # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells.
     sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite()
     if found is not None:
@@ -142,7 +141,7 @@ def _draw_of(row: int, sequence: Sequence) -> Draw:
         row=row,
         key=draw_key(sequence.seed, sequence.num_output),
         temperature=sampling.temperature,
-        top_k=sampling.top_k or 0,
+        top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
     )

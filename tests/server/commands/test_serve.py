@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -50,39 +51,40 @@ def _line_with(process: subprocess.Popen[str], text: str) -> str:
     return next(line for line in process.stderr if text in line)
 
 
-def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None:
+@contextmanager
+def _ready(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of a tiny base, and the address that its one line names."""
     base = save_tiny_base(tmp_path / "base")
-    process = _start("--model", str(base), "--home", str(tmp_path / "home"), "--kv-memory", "16MiB")
+    process = _start("--model", str(base), "--home", str(tmp_path / "home"), "--kv-memory", "64MiB")
     stop = threading.Timer(200, process.kill)
     stop.start()
     try:
         line = _line_with(process, "ready at")
         found = re.search(r"Dynamic LoRA ready at (http://\S+) · base .+ · \d+ adapters?", line)
         assert found is not None, line
-        assert httpx.get(f"{found[1]}/ready").status_code == 200
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        assert process.returncode == 130
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{found[1]}/ready")
+        yield process, found[1]
     finally:
         stop.cancel()
         process.kill()
         process.communicate()
 
 
+def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None:
+    with _ready(tmp_path) as (process, url):
+        assert httpx.get(f"{url}/ready").status_code == 200
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/ready")
+
+
 def test_two_interrupts_end_it_within_a_request(tmp_path: Path) -> None:
     """The second does not wait for what runs; the engine is in torch's C++ then."""
-    base = save_tiny_base(tmp_path / "base")
-    process = _start("--model", str(base), "--home", str(tmp_path / "home"), "--kv-memory", "64MiB")
-    stop = threading.Timer(200, process.kill)
-    stop.start()
-    try:
-        found = re.search(r"ready at (http://\S+)", _line_with(process, "ready at"))
-        assert found is not None
+    with _ready(tmp_path) as (process, url):
         wish = {"inputs": "a", "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
         with (
-            httpx.stream("POST", f"{found[1]}/generate_stream", json=wish, timeout=60) as answer,
+            httpx.stream("POST", f"{url}/generate_stream", json=wish, timeout=60) as answer,
             suppress(httpx.RemoteProtocolError),
         ):
             for number, _ in enumerate(answer.iter_lines()):
@@ -90,9 +92,6 @@ def test_two_interrupts_end_it_within_a_request(tmp_path: Path) -> None:
                     process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
-    finally:
-        stop.cancel()
-        process.kill()
 
 
 def _free_port() -> int:

@@ -1,13 +1,14 @@
 """Draws in C++, with the sampler's own in torch as the oracle: the same noise, the same tokens."""
 
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamic_lora_adapters.native.draws import Draw, NativeDraws
+from dynamic_lora_adapters.native.draws import Draw
 from dynamic_lora_adapters.native.sampling import native_sampling
 from dynamic_lora_server.engine import sampler
 from dynamic_lora_server.engine.noise import draw_key, gumbel
@@ -19,7 +20,6 @@ CPU = torch.device("cpu")
 
 def native(logits: torch.Tensor, draws: Seq[Draw]) -> list[int]:
     assert SAMPLING is not None
-    assert SAMPLING.draws.serves(logits)
     tokens: list[int] = SAMPLING.draws(logits, draws).tolist()
     return tokens
 
@@ -32,6 +32,14 @@ def of_torch(logits: torch.Tensor, draws: Seq[Draw]) -> list[int]:
 
 def random_logits(rows: int, width: int, scale: float, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draws_of(rows: Seq[int], *, seed: int, temperature: float, **filters: Any) -> list[Draw]:
+    """Draw i is from row `rows[i]`, with a key of its own."""
+    return [
+        Draw(row=row, key=draw_key(seed, i), temperature=temperature, **filters)
+        for i, row in enumerate(rows)
+    ]
 
 
 def margins(logits: torch.Tensor, draws: Seq[Draw]) -> torch.Tensor:
@@ -54,9 +62,7 @@ def margins(logits: torch.Tensor, draws: Seq[Draw]) -> torch.Tensor:
 @settings(deadline=None)
 def test_plain_draws_are_torchs(width: int, scale: float, temperature: float, seed: int) -> None:
     logits = random_logits(4, width, scale, seed)
-    draws = [
-        Draw(row=row % 4, key=draw_key(seed, row), temperature=temperature) for row in range(8)
-    ]
+    draws = draws_of([0, 1, 2, 3] * 2, seed=seed, temperature=temperature)
     # Where two are this close, the two libraries' logarithms may differ in who is first.
     clear = (margins(logits, draws) > 1e-4).tolist()
     tokens = zip(native(logits, draws), of_torch(logits, draws), clear, strict=True)
@@ -88,10 +94,7 @@ def test_plain_draws_are_torchs(width: int, scale: float, temperature: float, se
 def test_filtered_draws_are_torchs(filters: dict[str, float], scale: float) -> None:
     """Many draws of each row, so that what is kept shows to its edge."""
     logits = random_logits(2, 10_000, scale)
-    draws = [
-        Draw(row=i % 2, key=draw_key(7, i), temperature=1.2, **filters)  # type: ignore[arg-type]
-        for i in range(400)
-    ]
+    draws = draws_of([0, 1] * 200, seed=7, temperature=1.2, **filters)
     expected = of_torch(logits, draws)
     assert native(logits, draws) == expected
     if filters not in ({"top_k": 1}, {"min_p": 1.0}):
@@ -101,9 +104,9 @@ def test_filtered_draws_are_torchs(filters: dict[str, float], scale: float) -> N
 @needs_compiler
 def test_the_first_of_equal_tokens_are_kept() -> None:
     logits = torch.zeros(1, 1000)
-    draws = [Draw(row=0, key=draw_key(1, i), temperature=1.0, top_k=3) for i in range(200)]
+    draws = draws_of([0] * 200, seed=1, temperature=1.0, top_k=3)
     assert set(native(logits, draws)) == {0, 1, 2}
-    draws = [Draw(row=0, key=draw_key(1, i), temperature=1.0, top_p=0.0045) for i in range(200)]
+    draws = draws_of([0] * 200, seed=1, temperature=1.0, top_p=0.0045)
     assert set(native(logits, draws)) == {0, 1, 2, 3, 4}
 
 
@@ -112,7 +115,7 @@ def test_tokens_that_are_ruled_out_are_never_drawn() -> None:
     logits = torch.full((1, 500), float("-inf"))
     logits[0, [3, 77, 499]] = torch.tensor([0.0, 1.0, -2.0])
     for filters in ({}, {"top_k": 400}, {"top_p": 1 - 1e-7}, {"min_p": 1e-30}):
-        draws = [Draw(row=0, key=draw_key(2, i), temperature=3.0, **filters) for i in range(300)]
+        draws = draws_of([0] * 300, seed=2, temperature=3.0, **filters)
         assert set(native(logits, draws)) == {3, 77, 499}, filters
 
 
@@ -123,10 +126,7 @@ def test_a_row_without_sense_gives_some_token(value: float, filters: dict[str, f
     """Others in the batch are drawn as ever; the sampler knows the row by its log mass."""
     logits = random_logits(2, 100, 1.0)
     logits[0] = value
-    draws = [
-        Draw(row=row, key=draw_key(3, row), temperature=1.0, **filters)  # type: ignore[arg-type]
-        for row in (0, 1)
-    ]
+    draws = draws_of([0, 1], seed=3, temperature=1.0, **filters)
     odd, sound = native(logits, draws)
     assert 0 <= odd < 100
     assert [sound] == of_torch(logits, draws[1:])
@@ -136,11 +136,6 @@ def test_a_row_without_sense_gives_some_token(value: float, filters: dict[str, f
 def test_draws_of_no_rows_and_of_views() -> None:
     logits = random_logits(6, 300, 2.0)
     assert native(logits, []) == []
-    draws = [Draw(row=i, key=draw_key(4, i), temperature=1.0) for i in range(3)]
+    draws = draws_of([0, 1, 2], seed=4, temperature=1.0)
     view = logits[::2, 10:200]
     assert native(view, draws) == of_torch(view, draws)
-
-
-def test_other_tensors_are_not_served() -> None:
-    assert not NativeDraws.serves(torch.zeros(1, 4, dtype=torch.bfloat16))
-    assert not NativeDraws.serves(torch.zeros(1, 4, device="meta"))
