@@ -9,8 +9,22 @@ from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.runtime import Runtime, Tier, shipped_adapters
 from tests.support.adapters import make_adapter
-from tests.support.models import tiny_falcon, tiny_llama, tiny_tokenizer
-from tests.support.runtimes import collect, load_runtime, publish, serving, spec, tiny_config
+from tests.support.models import (
+    VOCAB_SIZE,
+    save_tiny_base,
+    tiny_falcon,
+    tiny_llama,
+    tiny_tokenizer,
+)
+from tests.support.runtimes import (
+    collect,
+    load_runtime,
+    publish,
+    serving,
+    spec,
+    tiny_config,
+    token_ids,
+)
 
 
 async def test_adapters_survive_a_restart(tmp_path: Path) -> None:
@@ -35,6 +49,19 @@ async def test_a_server_that_has_adapters_imports_what_reading_them_takes_at_its
     assert not imports
     load_runtime(tmp_path).registry.close()
     assert imports == ["peft"]
+
+
+async def test_a_token_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    """Such as padding that was added to the tokenizer alone; others are served on."""
+    save_tiny_base(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra-{index}>" for index in range(VOCAB_SIZE + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "base")
+    async with serving(tmp_path) as runtime:
+        for prompt in (f"<extra-{VOCAB_SIZE - len(tiny_tokenizer())}>", (VOCAB_SIZE,)):
+            with pytest.raises(InvalidParameter, match=f"outside 0 to {VOCAB_SIZE - 1}"):
+                await collect(runtime, spec(prompt))
+        assert token_ids(await collect(runtime, spec((VOCAB_SIZE - 1,))))
 
 
 def test_shipped_adapters_of_another_base_are_skipped(tmp_path: Path) -> None:
