@@ -99,10 +99,14 @@ def group_kernels(
     device: torch.device,
     dtype: torch.dtype,
     native: bool = True,
+    factor_dtype: torch.dtype | None = None,
 ) -> dict[str, DeltaKernel]:
-    """The kernels that run on all of these groups, by name; without `native` none in C++."""
+    """The kernels that run on all of these groups, by name; without `native` none in C++.
+
+    As `kernels_for` has them; factors are kept in `factor_dtype`, or in `dtype`.
+    """
     widths = [width for g in groups for width in (g.in_features, g.out_features)]
-    return kernels_for(device, dtype, widths, native=native)
+    return kernels_for(device, dtype, widths, native=native, factor_dtype=factor_dtype)
 
 
 def measure_costs(
@@ -111,13 +115,16 @@ def measure_costs(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> KernelCosts:
     """Time every kernel over the grid; `tick` is called once per grid point.
 
+    Factors are in `factor_dtype`, or in `dtype` as inputs are.
+
     Takes a second or two for a small model on a CPU, MAX_SECONDS at most.
     """
-    bench = _Bench(groups, device, dtype)
+    bench = _Bench(groups, device, dtype, factor_dtype or dtype)
     seconds: dict[str, dict[Point, float]] = {name: {} for name in kernels}
     for kernel in kernels.values():
         bench.time(kernel, 1, 1)  # the first call of a kernel may compile it
@@ -160,10 +167,15 @@ class _Bench:
     """Random tables of the model's distinct group shapes, weighted by how often they occur."""
 
     def __init__(
-        self, groups: Sequence[ProjectionGroup], device: torch.device, dtype: torch.dtype
+        self,
+        groups: Sequence[ProjectionGroup],
+        device: torch.device,
+        dtype: torch.dtype,
+        factor_dtype: torch.dtype,
     ) -> None:
         self._device = device
         self._dtype = dtype
+        self._factor_dtype = factor_dtype
         layers = [group for group in groups if not group.is_head]
         shapes = Counter((g.in_features, g.widths) for g in layers)
         self._weights = list(shapes.values())
@@ -173,7 +185,7 @@ class _Bench:
         self._slab = Slab(
             number=0,
             signature=tuple(GroupShape(rank) for _, _, rank in self._shapes),
-            a=[self._random(slots, rank, width) for width, _, rank in self._shapes],
+            a=[self._factors(slots, rank, width) for width, _, rank in self._shapes],
             b=[self._table(slots, rank, width) for _, width, rank in self._shapes],
             num_bytes=0,
             tenants=[None] * slots,
@@ -194,7 +206,7 @@ class _Bench:
     def _num_slots(self) -> int:
         """So many that factors come from memory, if they do so in a step over all layers."""
         elements = sum(rank * (width + outs) for width, outs, rank in self._shapes)
-        wanted = -(-_COLD_BYTES // max(elements * self._dtype.itemsize, 1))
+        wanted = -(-_COLD_BYTES // max(elements * self._factor_dtype.itemsize, 1))
         fewest = max(NUM_ADAPTERS_GRID)
         return min(max(wanted, fewest), fewest * max(self._weights, default=1))
 
@@ -227,9 +239,12 @@ class _Bench:
     def _table(self, slots: int, rank: int, width: int) -> torch.Tensor:
         """As an `AdapterPool` lays out b: on a CPU with its rows spread."""
         if self._device.type != "cpu":
-            return self._random(slots, rank, width)
-        wide = self._random(slots, rank, spread_width(width, self._dtype.itemsize))
+            return self._factors(slots, rank, width)
+        wide = self._factors(slots, rank, spread_width(width, self._factor_dtype.itemsize))
         return wide[:, :, :width]
+
+    def _factors(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self._device, dtype=self._factor_dtype)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._device, dtype=self._dtype)

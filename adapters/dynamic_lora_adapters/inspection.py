@@ -53,6 +53,7 @@ def folder_digest(folder: Path) -> str:
 class Inspector:
     """Reads and checks adapters for one base model, served in `dtype` (float32 if None).
 
+    Their low-rank factors are kept in `factor_dtype`, or in `dtype`.
     `base` gives the base's own parameters; without it the adapters that need
     them cannot be read (ValueError).
     """
@@ -63,10 +64,12 @@ class Inspector:
         *,
         base: BaseWeights | None = None,
         dtype: "torch.dtype | None" = None,
+        factor_dtype: "torch.dtype | None" = None,
     ) -> None:
         self._geometry = geometry
         self._base = base or NoWeights()
         self._dtype = dtype
+        self._factor_dtype = factor_dtype
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -102,7 +105,7 @@ class Inspector:
         if revision := read_text(config, "revision"):
             notes.append(f"The adapter was trained on revision {revision!r} of its base.")
         terms, told = self._read(folder, config)
-        difference = self_check(terms, self._geometry, self.dtype)
+        difference = self_check(terms, self._geometry, self.dtype, self._factor_dtype)
         check_range(terms, self.dtype)
         digest = folder_digest(folder)
         passport = write_passport(
@@ -114,12 +117,19 @@ class Inspector:
             base_model=declared,
             terms=terms,
             self_check=difference,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self._format(),
             card=card,
             notes=[*notes, *told],
             ignored_files=ignored_files,
         )
         return AdapterVersion(name=name, digest=digest, passport=passport, card=card)
+
+    def _format(self) -> str:
+        """What adapters are served in, in words."""
+        whole, factors = (str(d).removeprefix("torch.") for d in (self.dtype, self._factor_dtype))
+        if self._factor_dtype in (None, self.dtype):
+            return whole
+        return f"{whole} with factors in {factors}"
 
     def _read(self, folder: Path, config: Mapping[str, Any]) -> tuple[AdapterTerms, list[str]]:
         spec = _parse(config)

@@ -78,7 +78,7 @@ class Merger:
             projection.base.replace(weight)
         elif isinstance(projection.base, NativeProduct) and new.a is not None and new.low_rank:
             assert new.b is not None
-            projection.base.replace_folded(weight, new.a, new.b)
+            projection.base.replace_folded(weight, new.a.float(), new.b.float())
         else:
             projection.base.replace(new.fold(weight).to(projection.weight.dtype))
 

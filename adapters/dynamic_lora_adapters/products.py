@@ -45,6 +45,11 @@ class ProductKind(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
 
+    @property
+    def factor_dtype(self) -> torch.dtype | None:
+        """What adapters' factors are kept in beside rounded weights; None: as the model's."""
+        return torch.bfloat16 if self in (ProductKind.BF16, ProductKind.INT8) else None
+
 
 EXACT_KINDS = (ProductKind.PLAIN, ProductKind.PACKED, ProductKind.NATIVE)
 

@@ -84,7 +84,7 @@ class AdapterRegistry:
     `database_url` names another database than `home/index.sqlite`; a database
     serves one home only. `base` gives the base model's own parameters, for the
     adapters that are read against them; `dtype` is the one adapters are served
-    in, for their self-check.
+    in, and `factor_dtype` that of their factors if it is another, for their self-check.
     """
 
     def __init__(
@@ -96,10 +96,11 @@ class AdapterRegistry:
         database_url: str | None = None,
         base: BaseWeights | None = None,
         dtype: "torch.dtype | None" = None,
+        factor_dtype: "torch.dtype | None" = None,
     ) -> None:
         self.limits = limits or UploadLimits()
         self._geometry = geometry
-        self._inspector = Inspector(geometry, base=base, dtype=dtype)
+        self._inspector = Inspector(geometry, base=base, dtype=dtype, factor_dtype=factor_dtype)
         self._store = BlobStore(home)
         self._index = AdapterIndex(
             database_url or f"sqlite:///{home / 'index.sqlite'}", _base_key(geometry)

@@ -1,6 +1,7 @@
 """A probe of each adapter: what its terms lose in the number format they are served in."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynamic_lora_adapters.errors import InvalidAdapter
@@ -14,12 +15,17 @@ _NUM_ROWS = 8
 _SEED = 0
 
 
-def self_check(terms: AdapterTerms, geometry: BaseGeometry, dtype: "torch.dtype") -> float:
+def self_check(
+    terms: AdapterTerms,
+    geometry: BaseGeometry,
+    dtype: "torch.dtype",
+    factor_dtype: "torch.dtype | None" = None,
+) -> float:
     """The largest relative difference that serving in `dtype` makes to a layer's delta.
 
-    Each linear layer's terms are applied to a seeded random batch, in `dtype`
-    and in double precision; the difference is relative to the largest value of
-    the layer's delta. 0 for an adapter without terms on linear layers. Raises
+    Each linear layer's terms are applied to a seeded random batch in double precision and
+    in `dtype`, the latter with low-rank factors in `factor_dtype` if that is given; the
+    difference is relative to the largest value of the layer's delta. 0 for an adapter without terms on linear layers. Raises
     `InvalidAdapter` naming the layer if its delta overflows in `dtype`.
     """
     import torch
@@ -32,7 +38,7 @@ def self_check(terms: AdapterTerms, geometry: BaseGeometry, dtype: "torch.dtype"
         # Rounded first: what the inputs lose is not the adapter's doing.
         x, y = (batch.to(dtype) for batch in _probe(shape, generator))
         reference = _delta(term, x, y, torch.float64)
-        served = _delta(term, x, y, dtype).double()
+        served = _delta(_rounded(term, factor_dtype), x, y, dtype).double()
         if not bool(served.isfinite().all()):
             raise InvalidAdapter(
                 f"The delta on {path!r} overflows in {str(dtype).removeprefix('torch.')}.",
@@ -50,6 +56,12 @@ def _probe(shape: LinearShape, generator: "torch.Generator") -> "Iterator[torch.
 
     for width in (shape.in_features, shape.out_features):
         yield torch.randn(_NUM_ROWS, width, generator=generator)
+
+
+def _rounded(term: LinearTerms, dtype: "torch.dtype | None") -> LinearTerms:
+    if dtype is None or term.a is None or term.b is None:
+        return term
+    return replace(term, a=term.a.to(dtype), b=term.b.to(dtype))
 
 
 def _delta(

@@ -53,18 +53,21 @@ class Slab:
         return not (self.scale or self.dense or self.bias)
 
     def addresses(self) -> torch.Tensor:
-        """Where slot 0's factors lie: [num_groups, 5], int64, made once.
+        """Where slot 0's factors lie: [num_groups, 6], int64, made once.
 
-        Addresses of a, b and columns, the rank, and how far rows of b are apart;
-        0 where a group has none.
+        Addresses of a, b and columns, the rank, how far rows of b are apart, and the bytes of
+        a factor; 0 where a group has none.
         """
         if self._addresses is None:
             tables = zip(self.a, self.b, self.columns, strict=True)
             self._addresses = torch.tensor(
                 [
-                    [0] * 5
+                    [0] * 6
                     if a is None or b is None or columns is None
-                    else [a.data_ptr(), b.data_ptr(), columns.data_ptr(), a.shape[1], b.stride(1)]
+                    else [
+                        *(a.data_ptr(), b.data_ptr(), columns.data_ptr()),
+                        *(a.shape[1], b.stride(1), a.itemsize),
+                    ]
                     for a, b, columns in tables
                 ]
             )

@@ -62,7 +62,8 @@ class AdapterPool:
     A lease pins an adapter; only adapters without leases are evicted, the
     least recently used first. `spread` keeps the rows of b an odd number of cache
     lines apart, for a processor's kernels that walk down its columns. A new slab has
-    `slab_slots` places, where the budget allows.
+    `slab_slots` places, where the budget allows. Low-rank factors are kept in `factor_dtype`,
+    by default in `dtype`, as everything else is.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class AdapterPool:
         budget_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
+        factor_dtype: torch.dtype | None = None,
         spread: bool = False,
         slab_slots: int = SLAB_SLOTS,
     ) -> None:
@@ -81,12 +83,18 @@ class AdapterPool:
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
+        self._factor_dtype = factor_dtype or dtype
         self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
         self._slabs: list[Slab] = []
         self._counters = _Counters()
         self._probe_bytes = self._slot_bytes(tuple(map(probe_shape, self._groups)))
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """What low-rank factors are kept in."""
+        return self._factor_dtype
 
     def lease(self, digest: str) -> ResidentAdapter | None:
         """Pin the adapter if it is resident, else return None."""
@@ -255,16 +263,16 @@ class AdapterPool:
         return in_slabs + sum(t.rows.num_bytes for t in self._tenants() if t.rows is not None)
 
     def _slot_bytes(self, signature: Signature) -> int:
-        elements = 0
+        factors = others = 0
         for shape, group in zip(signature, self._groups, strict=True):
-            elements += shape.rank * (group.in_features + self._b_width(group))
-            elements += (shape.scale + shape.bias) * group.out_features
-            elements += shape.dense * group.in_features * group.out_features
-        return elements * self._dtype.itemsize
+            factors += shape.rank * (group.in_features + self._b_width(group))
+            others += (shape.scale + shape.bias) * group.out_features
+            others += shape.dense * group.in_features * group.out_features
+        return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
 
     def _b_width(self, group: ProjectionGroup) -> int:
         width = group.out_features
-        return spread_width(width, self._dtype.itemsize) if self._spread else width
+        return spread_width(width, self._factor_dtype.itemsize) if self._spread else width
 
     def _make_room(
         self, signature: Signature, slot_bytes: int, row_bytes: int
@@ -299,8 +307,11 @@ class AdapterPool:
             self._slabs.remove(adapter.slab)
 
     def _new_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
-        def table(*sizes: int) -> torch.Tensor:
-            return torch.empty(num_slots, *sizes, device=self._device, dtype=self._dtype)
+        def table(*sizes: int, dtype: torch.dtype = self._dtype) -> torch.Tensor:
+            return torch.empty(num_slots, *sizes, device=self._device, dtype=dtype)
+
+        def factors(rank: int, width: int) -> torch.Tensor:
+            return table(rank, width, dtype=self._factor_dtype)
 
         slab = Slab(
             number=next(self._counters.slabs),
@@ -311,8 +322,8 @@ class AdapterPool:
             tenants=[None] * num_slots,
         )
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
-            slab.a.append(table(shape.rank, group.in_features) if shape.rank else None)
-            b = table(shape.rank, self._b_width(group))[:, :, : group.out_features]
+            slab.a.append(factors(shape.rank, group.in_features) if shape.rank else None)
+            b = factors(shape.rank, self._b_width(group))[:, :, : group.out_features]
             slab.b.append(b if shape.rank else None)
             # Read by kernels on the host alone.
             reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)

@@ -114,6 +114,7 @@ class Runtime:
             limits=UploadLimits(max_bytes=config.max_upload_bytes),
             base=built.weights,
             dtype=model.dtype,
+            factor_dtype=built.pool.factor_dtype,
             database_url=config.database_url,
         )
         published = registry.import_shipped(shipped or shipped_adapters())

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.kernels import REFERENCE, DeltaKernel, SlotFactors, kernels_for
+from dynamic_lora_adapters.native import NativeUnavailable
 from dynamic_lora_adapters.segments import Effect, Run
+from dynamic_lora_adapters.slab import Slab
 from tests.support.slabs import make_slab
 
 POPULARITY = {
@@ -63,6 +65,24 @@ def test_reference_adds_the_product_to_the_output() -> None:
     torch.testing.assert_close(out, 1 + x @ a[0].T @ b[0])
 
 
+def with_blocks(
+    lengths: list[int], members: list[tuple[int, int]], in_features: int
+) -> tuple[Slab, torch.Tensor]:
+    """Members of ranks and widths side by side, as in q/k/v, and a padded rank."""
+    rank, width = sum(r for r, _ in members) + 1, sum(w for _, w in members)
+    slab = make_slab(len(lengths), rank, in_features, width)
+    columns = torch.zeros(len(lengths), rank, 2, dtype=torch.long)
+    inside = torch.zeros(rank, width)
+    row = column = 0
+    for member_rank, member_width in members:
+        columns[:, row : row + member_rank] = torch.tensor([column, column + member_width])
+        inside[row : row + member_rank, column : column + member_width] = 1
+        row, column = row + member_rank, column + member_width
+    assert slab.b[0] is not None
+    slab.b[0] *= inside
+    return slab, columns
+
+
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     members=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 90)), min_size=1, max_size=3),
@@ -73,24 +93,41 @@ def test_reference_adds_the_product_to_the_output() -> None:
 def test_blocks_of_zeros_may_be_skipped(
     lengths: list[int], members: list[tuple[int, int]], in_features: int, undone: bool
 ) -> None:
-    """Members of ranks and widths side by side, as in q/k/v, and a padded rank."""
-    rank, width = sum(r for r, _ in members) + 1, sum(w for _, w in members)
-    slab = make_slab(len(lengths), rank, in_features, width)
+    slab, columns = with_blocks(lengths, members, in_features)
     a, b = slab.a[0], slab.b[0]
     assert a is not None and b is not None
-    columns = torch.zeros(len(lengths), rank, 2, dtype=torch.long)
-    inside = torch.zeros(rank, width)
-    row = column = 0
-    for member_rank, member_width in members:
-        columns[:, row : row + member_rank] = torch.tensor([column, column + member_width])
-        inside[row : row + member_rank, column : column + member_width] = 1
-        row, column = row + member_rank, column + member_width
-    b *= inside
     run = Run(slab, 0, 0, lengths, effect=Effect.UNDO if undone else Effect.APPLY)
     x = torch.randn(sum(lengths), in_features)
-    expected = torch.randn(sum(lengths), width)
+    expected = torch.randn(sum(lengths), b.shape[2])
     outputs = {name: expected.clone() for name in kernels_for(CPU, torch.float32)}
     REFERENCE(expected, x, SlotFactors(a, b, columns), run)
     for name, kernel in kernels_for(CPU, torch.float32).items():
         kernel(outputs[name], x, SlotFactors(a, b, columns), run)
         torch.testing.assert_close(outputs[name], expected, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    members=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 90)), min_size=1, max_size=3),
+    in_features=st.integers(1, 40),
+)
+@settings(deadline=None)
+def test_factors_in_bfloat16_count_as_what_they_are(
+    lengths: list[int], members: list[tuple[int, int]], in_features: int
+) -> None:
+    try:
+        kernels = kernels_for(CPU, torch.float32, factor_dtype=torch.bfloat16)
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    slab, columns = with_blocks(lengths, members, in_features)
+    a, b = slab.a[0], slab.b[0]
+    assert a is not None and b is not None
+    a, b = a.bfloat16(), b.bfloat16()
+    run = Run(slab, 0, 0, lengths)
+    x = torch.randn(sum(lengths), in_features)
+    expected = torch.randn(sum(lengths), b.shape[2])
+    out = expected.clone()
+    REFERENCE(expected, x, SlotFactors(a.float(), b.float(), columns), run)
+    for kernel in kernels.values():
+        kernel(out, x, SlotFactors(a, b, columns), run)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

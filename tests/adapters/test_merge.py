@@ -58,7 +58,13 @@ class Rig:
         self.site, self.projections = inject(self.model, groups, kind=kind)
         self.pristine = CopiedWeights()
         self.merger = Merger(self.projections, self.pristine)
-        self.pool = AdapterPool(groups, budget_bytes=2**28, device=torch.device("cpu"), dtype=dtype)
+        self.pool = AdapterPool(
+            groups,
+            budget_bytes=2**28,
+            device=torch.device("cpu"),
+            dtype=dtype,
+            factor_dtype=kind.factor_dtype,
+        )
 
     def admit(self, name: str, terms: AdapterTerms) -> ResidentAdapter:
         adapter = self.pool.admit(name, terms)

@@ -36,6 +36,14 @@ def test_the_difference_is_that_of_the_number_format(seed: int) -> None:
     assert 1e-4 < check(terms(seed), torch.bfloat16) < 0.05
 
 
+@given(st.integers(0, 1000))
+def test_factors_of_a_shorter_format_show(seed: int) -> None:
+    low_rank = dataclasses.replace(terms(seed), scale=None, dense=None, bias=None)
+    checked = AdapterTerms(linears={"layer": low_rank})
+    assert 1e-4 < self_check(checked, GEOMETRY, torch.float32, torch.bfloat16) < 0.02
+    assert self_check(checked, GEOMETRY, torch.float32, torch.float32) < 1e-6
+
+
 def test_the_same_adapter_gets_the_same_figure() -> None:
     assert check(terms(), torch.bfloat16) == check(terms(), torch.bfloat16)
 

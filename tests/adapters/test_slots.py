@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -61,6 +62,27 @@ def test_admitted_factors_lie_in_the_slot() -> None:
         torch.cat([expected.b @ expected.a, torch.zeros(8, 16)]),
     )
     assert adapter.slab.a[1] is None
+
+
+def test_factors_may_be_kept_in_a_dtype_of_their_own() -> None:
+    """Half the memory; what is no factor stays in the pool's dtype."""
+    pool = AdapterPool(
+        GROUPS,
+        budget_bytes=SLOT_BYTES // 2 + 24 * 4,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        factor_dtype=torch.bfloat16,
+    )
+    terms = factors(seed=3).linears["q"]
+    bias = torch.randn(16)
+    adapter = pool.admit("a", AdapterTerms(linears={"q": replace(terms, bias=bias)}))
+    assert adapter is not None and terms.a is not None and terms.b is not None
+    held = adapter.slab.terms(0, adapter.slot)
+    assert held.a is not None and held.b is not None and held.bias is not None
+    torch.testing.assert_close(held.a, terms.a.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(held.b[:, :16], terms.b.T.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(held.bias[:16], bias, rtol=0, atol=0)
+    assert pool.stats().used_bytes == pool.stats().budget_bytes
 
 
 def test_the_size_of_an_adapter_is_told_in_adapters_of_rank_16_on_every_layer() -> None:

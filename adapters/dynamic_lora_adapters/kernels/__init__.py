@@ -27,14 +27,24 @@ KERNELS: dict[str, DeltaKernel] = {
 
 
 def kernels_for(
-    device: torch.device, dtype: torch.dtype, widths: Iterable[int] = (), *, native: bool = True
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: Iterable[int] = (),
+    *,
+    native: bool = True,
+    factor_dtype: torch.dtype | None = None,
 ) -> dict[str, DeltaKernel]:
     """The kernels that run on a device in a dtype, by name.
+
+    Factors of a `factor_dtype` of their own are read by the project's C++ alone:
+    raises NativeUnavailable where that cannot be compiled.
 
     `widths` are the input and output widths of the layers: torch's grouped
     GEMM takes rows of a multiple of 16 bytes only. `native` includes the
     project's C++, where it can be compiled.
     """
+    if factor_dtype not in (None, dtype):
+        return {NativeSegments.name: NativeSegments()}
     found = dict(KERNELS)
     if native and device.type == "cpu" and dtype == torch.float32:
         try:

@@ -31,7 +31,8 @@ class DeltaKernel(Protocol):
     Shapes: x [num_rows, in], out [num_rows, out], a [num_slots, rank, in],
     b [num_slots, rank, out]; scaling is folded into b, ranks shorter than the
     table's are padded with zero rows. `out` is changed in place; nothing else
-    is. x, out and the tables share one dtype and device.
+    is. x, out and the tables share one device, and one dtype, but that
+    `NativeSegments` takes tables in bfloat16 too.
     """
 
     name: str

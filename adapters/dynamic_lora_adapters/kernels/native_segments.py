@@ -9,13 +9,14 @@ from dynamic_lora_adapters.native import load_library
 from dynamic_lora_adapters.segments import Run
 
 _POINTER = ctypes.c_void_p
-_Sizes = ctypes.c_int64 * 8
+_Sizes = ctypes.c_int64 * 9
 
 
 class NativeSegments:
     """`out += (x @ a.T) @ b` segment by segment, in one parallel region (CPU, float32).
 
-    Raises NativeUnavailable where it cannot be compiled.
+    The factors may be bfloat16: they are widened as they are read. Raises NativeUnavailable
+    where it cannot be compiled.
     """
 
     name = "native_segments"
@@ -32,7 +33,7 @@ class NativeSegments:
         num_slots, rank, in_features = a.shape
         sizes = _Sizes(
             *(x.stride(0), out.stride(0), b.stride(1), b.stride(0)),
-            *(num_slots, rank, in_features, b.shape[2]),
+            *(num_slots, rank, in_features, b.shape[2], a.itemsize),
         )
         self._apply(
             x.data_ptr(),

@@ -77,11 +77,7 @@ __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const 
     ahead.ask();
   }
   if (i < depth) add(std::false_type{}, i);
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    UNROLL
-    for (int v = 0; v < Vecs; v++) store(y + r * ldy + v * kLanes, sums[r][v]);
-  }
+  end_sums(sums, y, ldy);
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -109,11 +105,7 @@ __attribute__((noinline)) void brain_tile(const int16_t* x, int64_t ldx, const B
     }
     ahead.ask();
   }
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    UNROLL
-    for (int v = 0; v < Vecs; v++) store(y + r * ldy + v * kLanes, sums[r][v]);
-  }
+  end_sums(sums, y, ldy);
 }
 
 // Rounds x [rows, k] to bfloat16, laid out as `InputCopies` says. Called by a whole team.

@@ -1,4 +1,4 @@
-// Decoder layers of the Llama family, one parallel region each, in float32:
+// Decoder layers of the Llama family, one parallel region each:
 //
 //   h = hidden + o(attention(rotate(qkv(norm(hidden)))))
 //   out = h + down(silu(gate(norm(h))) * up(norm(h)))
@@ -11,8 +11,8 @@
 
 #include "attention.h"
 #include "norm.h"
+#include "panel_deltas.h"
 #include "product.h"
-#include "segments.h"
 
 using namespace dynamic_lora;
 
@@ -38,12 +38,18 @@ struct Layer {
   float scaling;
 };
 
-// The factors of one group in slot 0 of a slab; a null a says that there are none.
+// The factors of one group in slot 0 of a slab, each of `size` bytes; a null a says that there are
+// none.
 struct SlabFactors {
-  const float* a;
-  const float* b;
+  const char* a;
+  const char* b;
   const int64_t* columns;
-  int64_t rank, ldb;
+  int64_t rank, ldb, size;
+
+  Factors kind(const Projection& base) const {
+    if (size == sizeof(float)) return Factors::kFloats;
+    return base.rounds_to_brains() ? Factors::kPaired : Factors::kWidened;
+  }
 };
 
 // Neighbouring rows of neighbouring slots.
@@ -83,7 +89,8 @@ void find_segments(const Site& site, const Step& step, Scratch& scratch, int num
     int64_t row = run.row;
     for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
       const int64_t first = (run.first_slot + j) * factors.rank;
-      segments.push_back({factors.a + first * site.base.k, factors.b + first * factors.ldb,
+      segments.push_back({factors.kind(site.base), factors.a + first * site.base.k * factors.size,
+                          factors.b + first * factors.ldb * factors.size,
                           factors.columns + first * 2, nullptr, factors.rank, row, run.lengths[j],
                           factors.ldb, run.sign});
       needed += factors.rank * run.lengths[j];
@@ -92,9 +99,9 @@ void find_segments(const Site& site, const Step& step, Scratch& scratch, int num
   have_room(scratch.shrunk, needed);
 }
 
-void hint_at(const float* start, int64_t floats, std::vector<Hint>& hints) {
+void hint_at(const void* start, int64_t bytes, std::vector<Hint>& hints) {
   const int64_t before = hints.empty() ? 0 : hints.back().before + hints.back().lines;
-  hints.push_back({reinterpret_cast<const char*>(start), floats / 16, before});
+  hints.push_back({static_cast<const char*>(start), bytes / kLineBytes, before});
 }
 
 // Once all are found, and the memory that they share stays where it is.
@@ -107,7 +114,9 @@ void place_segments(const Site& site, Scratch& scratch, int number) {
     shrunk += segment.rank * segment.rows;
     part_segment(segment, parts);
     // What shrinking reads is asked for during the product before.
-    if (number > 0) hint_at(segment.a, segment.rank * site.base.k, scratch.hints[number - 1]);
+    const int64_t size = segment.kind == Factors::kFloats ? sizeof(float) : sizeof(Brain);
+    if (number > 0)
+      hint_at(segment.a, segment.rank * site.base.k * size, scratch.hints[number - 1]);
   }
   std::stable_sort(parts.begin(), parts.end(),
                    [](const Part& one, const Part& other) { return one.row < other.row; });
@@ -128,11 +137,14 @@ void share_site(const Site& site, Scratch& scratch, int number, const float* x,
   Hints hints;
   if (rows > kFewRows)
     hints = {scratch.hints[number].data(), static_cast<int64_t>(scratch.hints[number].size())};
+  share_copying(x, site.base, rows, scratch.copies);
   if (segments.empty()) {
     share_product(x, site.base, residual, out, rows, NoDeltas{}, hints, scratch.copies);
     return;
   }
-  const Deltas deltas{x, out, site.base.k, site.base.n, site.base.k, site.base.n};
+  const int64_t in = site.base.k, outs = site.base.n;
+  const Deltas deltas{x,    out, in, outs, in, outs, scratch.copies.values.data(),
+                      row_stride<int16_t>(in)};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
   share_product(x, site.base, residual, out, rows,
                 PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints,

@@ -230,7 +230,10 @@ void dynamic_lora_product(const Projection* projection, const float* x, float* y
   InputCopies& copies = own;  // of this thread, for the whole team
   projection->make_room(m, copies);
 #pragma omp parallel
-  share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, copies);
+  {
+    share_copying(x, *projection, m, copies);
+    share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, copies);
+  }
 }
 
 }  // extern "C"

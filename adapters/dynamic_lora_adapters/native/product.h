@@ -43,8 +43,11 @@ struct Projection {
   int64_t n, k;
   int64_t format;
 
+  // Whether products round their inputs to bfloat16 first.
+  bool rounds_to_brains() const { return format == kBrains && brain_inputs; }
+
   // Whether products round their inputs first.
-  bool rounds() const { return format == kBytes || (format == kBrains && brain_inputs); }
+  bool rounds() const { return format == kBytes || rounds_to_brains(); }
 
   // Has room for what products of so many rows make of their inputs first.
   void make_room(int64_t rows, InputCopies& copies) const {
@@ -80,11 +83,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* pa
     }
     ahead.ask();
   }
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    UNROLL
-    for (int v = 0; v < kPanelVecs; v++) store(y + r * ldy + v * kLanes, sums[r][v]);
-  }
+  end_sums(sums, y, ldy);
 }
 
 // x [m, k] in float32, for panels in float32.
@@ -320,12 +319,22 @@ inline void share_spreading(const float* x, int64_t rows, int64_t k, InputCopies
     std::memcpy(out.floats.data() + row * stride, x + row * k, k * sizeof(float));
 }
 
-// y [m, n] from x [m, k], plus `residual` [m, n] if that is not null; meanwhile what `hints` name
-// is asked for. `copies` has had room made for x by the projection. Called by a whole team of
-// threads.
+// Makes of x [m, k] what the product reads in its place, if it does; `copies` has had room made
+// for it by the projection. Called by a whole team of threads.
+inline void share_copying(const float* x, const Projection& p, int64_t m, InputCopies& copies) {
+  if (p.format == kBytes)
+    share_rounding(x, m, p.k, copies);
+  else if (p.rounds_to_brains())
+    share_brain_rounding(x, m, p.k, copies);
+  else if (Projection::crowded(m, p.k))
+    share_spreading(x, m, p.k, copies);
+}
+
+// y [m, n] from x [m, k], of which there are the `copies` of `share_copying`, plus `residual`
+// [m, n] if that is not null; meanwhile what `hints` name is asked for. Called by a whole team.
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
-                   const Extra& extra, const Hints& hints, InputCopies& copies) {
+                   const Extra& extra, const Hints& hints, const InputCopies& copies) {
   if (m == 0) return;
   const auto multiply = [&](const auto& inputs) {
     using Inputs = std::decay_t<decltype(inputs)>;
@@ -333,19 +342,11 @@ void share_product(const float* x, const Projection& p, const float* residual, f
     Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra, hints}
         .share();
   };
-  if (p.format == kBytes) {
-    share_rounding(x, m, p.k, copies);
+  if (p.format == kBytes)
     return multiply(RoundedInputs{copies.values.data(), copies.scales.data(), p.k});
-  }
-  if (p.rounds()) {
-    share_brain_rounding(x, m, p.k, copies);
-    return multiply(BrainInputs{copies.values.data(), p.k});
-  }
+  if (p.rounds_to_brains()) return multiply(BrainInputs{copies.values.data(), p.k});
   int64_t ldx = p.k;
-  if (Projection::crowded(m, p.k)) {
-    share_spreading(x, m, p.k, copies);
-    x = copies.floats.data(), ldx = row_stride<float>(p.k);
-  }
+  if (Projection::crowded(m, p.k)) x = copies.floats.data(), ldx = row_stride<float>(p.k);
   if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});
   multiply(WholeBrainInputs{x, p.k, ldx});
 }

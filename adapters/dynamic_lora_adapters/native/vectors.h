@@ -85,6 +85,16 @@ inline void begin_sums(bool fresh, const float* y, int64_t ldy, Vec (&sums)[Rows
   }
 }
 
+// Stores the sums of a tile to y [Rows, ldy].
+template <int Rows, int Vecs>
+inline void end_sums(const Vec (&sums)[Rows][Vecs], float* y, int64_t ldy) {
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int v = 0; v < Vecs; v++) store(y + r * ldy + v * kLanes, sums[r][v]);
+  }
+}
+
 // Spelt out for x86, where GCC adds the lanes one by one.
 inline float sum(Vec v) {
 #if defined(__AVX512F__)

@@ -31,13 +31,14 @@ from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers, decode_trial
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
-from dynamic_lora_server.engine.probe import adopt_attention, trial_run
+from dynamic_lora_server.engine.probe import adopt_attention, refuse_quantised, trial_run
 from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.startup_costs import startup_costs
 from dynamic_lora_server.engine.static_decoding import StaticWish, static_decoding
-from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
+from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.modes import Mode
+from dynamic_lora_server.modes.costs import StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -119,34 +120,24 @@ def build_engine(
     site, projections = inject(model, groups, kind=kind)
     pristine = pristine_weights(projections, options.restore, options.checkpoint)
     merger = Merger(projections, pristine)
-    kernels = group_kernels(groups, device=model.device, dtype=model.dtype, native=options.native)
     kv = _kv_layout(model, layers, options)
     cache = _kv_cache(model, layers, kv)
     decoder = adopt_native_layers(model, site, projections, cache, wanted=options.native)
-    costs = startup_costs(
-        groups,
-        kernels,
-        merger,
-        decode_trial(model, cache, decoder),
-        device=model.device,
-        dtype=model.dtype,
-        merges=options.mode is not Mode.BYPASS,
-        file=options.costs_file,
-        on_step=on_step,
-    )
-    pool = _adapter_pool(model, groups, options)
+    trial = decode_trial(model, cache, decoder)
+    chooser, steps = _measured(model, groups, kind, merger, trial, options, on_step)
+    pool = _adapter_pool(model, groups, kind, options)
     runner = ModelRunner(
         model=model,
         site=site,
         hooks=RowHooks(model, site),
         merger=merger,
         cache=cache,
-        chooser=KernelChooser(costs.kernels, kernels),
+        chooser=chooser,
         paged=isinstance(kv.space, PagedSpace),
         decoder=decoder,
     )
     runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
-    modes = ModeController(costs.steps, options.mode, merger, pool)
+    modes = ModeController(steps, options.mode, merger, pool)
     return BuiltEngine(
         engine=_engine(kv, runner, modes, options),
         modes=modes,
@@ -159,9 +150,41 @@ def build_engine(
     )
 
 
+def _measured(
+    model: PreTrainedModel,
+    groups: list[ProjectionGroup],
+    kind: ProductKind,
+    merger: Merger,
+    trial: Callable[[int], object],
+    options: EngineOptions,
+    on_step: Callable[[str], object],
+) -> tuple[KernelChooser, StepCosts]:
+    """What chooses delta kernels, and what steps and switches take."""
+    kernels = group_kernels(
+        groups,
+        device=model.device,
+        dtype=model.dtype,
+        native=options.native,
+        factor_dtype=kind.factor_dtype,
+    )
+    costs = startup_costs(
+        groups,
+        kernels,
+        merger,
+        trial,
+        device=model.device,
+        dtype=model.dtype,
+        factor_dtype=kind.factor_dtype,
+        merges=options.mode is not Mode.BYPASS,
+        file=options.costs_file,
+        on_step=on_step,
+    )
+    return KernelChooser(costs.kernels, kernels), costs.steps
+
+
 def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[LayerGeometry]:
     """The KV geometry of a model's layers, once their attention, and norms, are the engine's."""
-    _refuse_quantised(model)
+    refuse_quantised(model)
     model.requires_grad_(False)
     layers = adopt_attention(model)
     if options.native:
@@ -218,17 +241,6 @@ def context_window(config: PreTrainedConfig) -> int:
     return window
 
 
-def _refuse_quantised(model: PreTrainedModel) -> None:
-    """Deltas are added to, and adapters merged into, weights of floating point alone."""
-    kind = getattr(model.config, "quantization_config", None)
-    odd = next((n for n, p in model.named_parameters() if not p.is_floating_point()), None)
-    if kind is not None or odd is not None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is quantised ({odd or 'quantization_config'}); adapters "
-            "cannot be merged into such weights, and it is not served."
-        )
-
-
 def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> list[ProjectionGroup]:
     head = head_group(model)
     heads = [] if head is None else [head]
@@ -270,13 +282,18 @@ def _product_kind(
 
 
 def _adapter_pool(
-    model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions
+    model: PreTrainedModel, groups: list[ProjectionGroup], kind: ProductKind, options: EngineOptions
 ) -> AdapterPool:
     memory = options.adapter_memory or _share_of_free(model.device, 0.25)
     # Captured steps read their tables by the width of a layer.
     spread = options.native and model.device.type == "cpu" and not options.decode_graphs
     return AdapterPool(
-        groups, budget_bytes=memory, device=model.device, dtype=model.dtype, spread=spread
+        groups,
+        budget_bytes=memory,
+        device=model.device,
+        dtype=model.dtype,
+        factor_dtype=kind.factor_dtype,
+        spread=spread,
     )
 
 

@@ -27,6 +27,7 @@ def measure_mode_costs(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
 ) -> StepCosts:
     """Time steps of the base model and a switch, and add up what the kernels cost.
 
@@ -43,7 +44,7 @@ def measure_mode_costs(
     return StepCosts(
         base=rising(tuple((rows, step(rows)) for rows in _ROWS)),
         deltas=tuple((count, _delta_points(kernels, count)) for count in NUM_ADAPTERS_GRID),
-        switch_s=_switch_s(groups, merger, device, dtype),
+        switch_s=_switch_s(groups, merger, device, dtype, factor_dtype),
     )
 
 
@@ -59,7 +60,11 @@ def _delta_points(kernels: KernelCosts, num_adapters: int) -> Points:
 
 
 def _switch_s(
-    groups: Sequence[ProjectionGroup], merger: Merger, device: torch.device, dtype: torch.dtype
+    groups: Sequence[ProjectionGroup],
+    merger: Merger,
+    device: torch.device,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None,
 ) -> float:
     layers = [group for group in groups if not group.is_head]
     # They come to nothing, and yet no row of b is one of zeros, which would be left out.
@@ -70,7 +75,14 @@ def _switch_s(
         for group in layers
         for path, width in zip(group.paths, group.widths, strict=True)
     }
-    pool = AdapterPool(groups, budget_bytes=2**62, device=device, dtype=dtype, slab_slots=1)
+    pool = AdapterPool(
+        groups,
+        budget_bytes=2**62,
+        device=device,
+        dtype=dtype,
+        factor_dtype=factor_dtype,
+        slab_slots=1,
+    )
     adapter = pool.admit("probe", AdapterTerms(linears=linears))
     assert adapter is not None
     seconds = []

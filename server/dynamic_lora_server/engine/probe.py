@@ -17,6 +17,20 @@ _LENGTHS = (7, 12)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
+def refuse_quantised(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for a model whose weights are not of floating point.
+
+    Deltas are added to, and adapters merged into, such alone.
+    """
+    kind = getattr(model.config, "quantization_config", None)
+    odd = next((n for n, p in model.named_parameters() if not p.is_floating_point()), None)
+    if kind is not None or odd is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is quantised ({odd or 'quantization_config'}); adapters "
+            "cannot be merged into such weights, and it is not served."
+        )
+
+
 def adopt_attention(model: PreTrainedModel) -> list[LayerGeometry]:
     """Route the model's attention through the engine and prove that it still works.
 

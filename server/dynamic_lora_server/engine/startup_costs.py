@@ -46,6 +46,7 @@ def startup_costs(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
     merges: bool,
     file: Path | None,
     on_step: Callable[[str], object],
@@ -62,11 +63,19 @@ def startup_costs(
         except ValueError:
             file.unlink()  # written by another version: measure anew
     on_step("Measuring the delta kernels")
-    measured = measure_costs(groups, kernels, device=device, dtype=dtype)
+    measured = measure_costs(groups, kernels, device=device, dtype=dtype, factor_dtype=factor_dtype)
     steps = StepCosts.never_merging()
     if merges:
         on_step("Measuring steps and switches")
-        steps = measure_mode_costs(groups, measured, merger, trial, device=device, dtype=dtype)
+        steps = measure_mode_costs(
+            groups,
+            measured,
+            merger,
+            trial,
+            device=device,
+            dtype=dtype,
+            factor_dtype=factor_dtype,
+        )
     costs = StartupCosts(measured, steps)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

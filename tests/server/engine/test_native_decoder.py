@@ -293,10 +293,31 @@ def test_terms_of_other_kinds_go_through_the_models_own_layers(
     assert served == [False] * 3 + [True] * 7
 
 
+@pytest.fixture(scope="module")
+def odd_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose ranks make no pairs, and reach half panels of outputs."""
+    ranks = {"q_proj": 3, "k_proj": 1, "v_proj": 5, "gate_proj": 7, "down_proj": 1}
+    return make_adapter(
+        tmp_path_factory.mktemp("odd") / "a",
+        tiny_llama(),
+        rank=9,
+        targets="all-linear",
+        rank_pattern=ranks,
+        magnitude=1.0,
+    )
+
+
 @pytest.mark.parametrize(("kind", "step"), [(ProductKind.INT8, 1e-3), (ProductKind.BF16, 2e-2)])
+@pytest.mark.parametrize("name", ["all", "odd ranks"])
 def test_layers_with_rounded_weights_give_the_logits_of_their_products(
-    kind: ProductKind, step: float, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: ProductKind,
+    step: float,
+    name: str,
+    folders: dict[str, Path],
+    odd_ranks: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With an adapter for every row, and for some only beside other rows."""
     logits: list[torch.Tensor] = []
     run = ModelRunner.run
 
@@ -311,9 +332,14 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
             decoder_of(built).give_back()
         assert bool(decoder_of(built).num_layers) is layers
         logits.clear()
-        run_all(built, [make_sequence(prompt, adapter=admit(built, folders["all"]))])
+        adapter = admit(built, folder)
+        sequences = [make_sequence(prompt, adapter=adapter, max_new_tokens=1)]
+        sequences += [make_sequence(prompt[:9], max_new_tokens=1)]
+        sequences += [make_sequence(prompt[:n], adapter=adapter, max_new_tokens=1) for n in (3, 5)]
+        run_all(built, sequences)
         return torch.cat(logits)
 
+    folder = odd_ranks if name == "odd ranks" else folders[name]
     prompt = random_prompt(100, seed=4)  # more rows than are multiplied by narrow weights
     monkeypatch.setattr(ModelRunner, "run", recording)
     out, expected = record(layers=True), record(layers=False)

@@ -1,0 +1,100 @@
+// Low-rank deltas that are added panel by panel of a product, while its sums are at hand.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "segments.h"
+
+namespace dynamic_lora {
+
+// Neighbouring ranks of a segment that reach the same outputs.
+struct Part {
+  Factors kind;
+  const void* b;       // [ranks, out]
+  const void* shrunk;  // [rows, rank], from the first of these ranks on
+  int64_t ldb, rank, ranks, row, rows, from, to;
+};
+
+inline void part_segment(const Segment& s, std::vector<Part>& parts) {
+  const auto add = [&](auto kind, int64_t first, int64_t last, int64_t from, int64_t to) {
+    using Factor = typename FactorTypes<kind()>::Factor;
+    parts.push_back({kind(), static_cast<const Factor*>(s.b) + first * s.ldb,
+                     s.shrunk_to<kind()>(first), s.ldb, s.rank, last - first, s.row, s.rows, from,
+                     to});
+  };
+  for (int64_t first = 0, last; first < s.rank; first = last) {
+    const int64_t from = s.columns[first * 2], to = s.columns[first * 2 + 1];
+    for (last = first + 1; last < s.rank; last++)
+      if (s.columns[last * 2] != from || s.columns[last * 2 + 1] != to) break;
+    if (from < to) with_kind(s.kind, [&](auto kind) { add(kind, first, last, from, to); });
+  }
+}
+
+// The expanding of all parts.
+class PanelDeltas {
+ public:
+  // `parts` by ascending row.
+  PanelDeltas(const Part* parts, int64_t count) : parts_(parts), count_(count) {}
+
+  void begin(int64_t column, int64_t width) {
+    column_ = column, width_ = width, done_ = 0;
+    here_.clear();
+    for (int64_t i = 0; i < count_; i++) {
+      const Part& part = parts_[i];
+      if (part.from >= column + width || part.to <= column) continue;
+      here_.push_back(&part);
+    }
+  }
+
+  void add(float* sums, int64_t row, int64_t rows) {
+    for (size_t i = done_; i < here_.size() && here_[i]->row < row + rows; i++) {
+      const Part& part = *here_[i];
+      const int64_t first = std::max(row, part.row);
+      const int64_t last = std::min(row + rows, part.row + part.rows);
+      if (first < last)
+        with_kind(part.kind, [&](auto kind) {
+          add_part<kind()>(part, first - part.row, last - first, sums + (first - row) * kWidth);
+        });
+      else if (i == done_ && part.row + part.rows <= row)
+        done_++;
+    }
+  }
+
+ private:
+  // Rows of a part from its own `first` on.
+  template <Factors kind>
+  void add_part(const Part& part, int64_t first, int64_t rows, float* sums) const {
+    using Types = FactorTypes<kind>;
+    const auto* b = static_cast<const typename Types::Factor*>(part.b) + column_;
+    const auto* shrunk =
+        static_cast<const typename Types::Shrunk*>(part.shrunk) + first * part.rank;
+    if (part.from <= column_ && part.to >= column_ + kWidth)
+      return add_rows<kTileRows>(rows, part, shrunk, b, sums);
+    const int64_t from = std::max<int64_t>(part.from - column_, 0);
+    const int64_t to = std::min(part.to - column_, width_);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t q = 0; q < part.ranks; q++)
+        for (int64_t c = from; c < to; c++)
+          sums[r * kWidth + c] +=
+              to_float(shrunk[r * part.rank + q]) * to_float(b[q * part.ldb + c]);
+  }
+
+  template <int Rows, typename Shrunk, typename Factor>
+  void add_rows(int64_t rows, const Part& part, const Shrunk* shrunk, const Factor* b,
+                float* sums) const {
+    if constexpr (Rows > 0) {
+      if (rows != Rows) return add_rows<Rows - 1>(rows, part, shrunk, b, sums);
+      expand_tile<Rows, kPanelVecs>(shrunk, part.rank, b, part.ldb, part.ranks, sums, kWidth);
+    }
+  }
+
+  const Part* parts_;
+  int64_t count_, column_ = 0, width_ = 0;
+  size_t done_ = 0;
+  std::vector<const Part*> here_;
+};
+
+}  // namespace dynamic_lora
