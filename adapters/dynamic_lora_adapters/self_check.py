@@ -25,8 +25,9 @@ def self_check(
 
     Each linear layer's terms are applied to a seeded random batch in double precision and
     in `dtype`, the latter with low-rank factors in `factor_dtype` if that is given; the
-    difference is relative to the largest value of the layer's delta. 0 for an adapter without terms on linear layers. Raises
-    `InvalidAdapter` naming the layer if its delta overflows in `dtype`.
+    difference is relative to the largest value of the layer's delta. 0 for an adapter
+    without terms on linear layers. Raises `InvalidAdapter` naming the layer if its delta
+    overflows in `dtype`.
     """
     import torch
 

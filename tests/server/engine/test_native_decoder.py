@@ -295,7 +295,7 @@ def test_terms_of_other_kinds_go_through_the_models_own_layers(
 
 @pytest.fixture(scope="module")
 def odd_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose ranks make no pairs, and reach half panels of outputs."""
+    """An adapter whose ranks make no pairs."""
     ranks = {"q_proj": 3, "k_proj": 1, "v_proj": 5, "gate_proj": 7, "down_proj": 1}
     return make_adapter(
         tmp_path_factory.mktemp("odd") / "a",
@@ -317,7 +317,7 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
     odd_ranks: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With an adapter for every row, and for some only beside other rows."""
+    """With the adapter on most rows, beside one that has none."""
     logits: list[torch.Tensor] = []
     run = ModelRunner.run
 
