@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.registry import AdapterRegistry, Lease
@@ -46,7 +47,8 @@ class Residency:
         self.saved = saved or SavedCompositions(registry)
         self._registry = registry
         self._pool = pool
-        self._loads: dict[str, asyncio.Lock] = {}
+        # As long as one waits for a load, who comes later waits for the same.
+        self._loads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._released = asyncio.Condition()
         self._num_releases = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -144,17 +146,14 @@ class Residency:
 
     async def _load(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter | None:
         """Read and admit; None if all room is leased. The caller holds the load's lock."""
+        if (adapter := self._pool.lease(digest)) is not None:
+            return adapter
+        terms = await asyncio.to_thread(read)
         try:
-            if (adapter := self._pool.lease(digest)) is not None:
-                return adapter
-            terms = await asyncio.to_thread(read)
-            try:
-                return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
-            except Exception:
-                await self._announce_release()  # of the room that it had taken
-                raise
-        finally:
-            self._loads.pop(digest, None)
+            return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
+        except Exception:
+            await self._announce_release()  # of the room that it had taken
+            raise
 
     def _give_up(self, admitted: ResidentAdapter | None) -> None:
         """What was brought, or failed to be, for a request that has gone."""

@@ -1,4 +1,6 @@
 import asyncio
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,39 @@ async def test_one_load_serves_all_who_wait_for_it(tmp_path: Path) -> None:
         done = await asyncio.gather(*(collect(runtime, spec(adapter="a")) for _ in range(6)))
         assert all(finishes(events) for events in done)
         assert runtime.stats().adapters.num_loads == 1
+
+
+async def test_who_found_no_room_joins_a_load_that_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_one) as runtime:
+        for i, name in enumerate("ab"):
+            path = make_adapter(tmp_path / name, tiny_llama(), targets=["q_proj"], seed=i)
+            publish(runtime, name, path)
+        load, go_on, reads = runtime.registry.load, threading.Event(), Counter[str]()
+
+        def read(digest: str) -> AdapterTerms:
+            reads[digest] += 1
+            if reads[digest] == 2:
+                assert go_on.wait(10)
+            return load(digest)
+
+        async def wait_for_reads(count: int) -> None:
+            while reads[wanted] < count:
+                await asyncio.sleep(0.01)
+
+        monkeypatch.setattr(runtime.registry, "load", read)
+        wanted = runtime.registry.resolve("b").digest
+        async with runtime.residencies.hold("a"):
+            both = [asyncio.create_task(collect(runtime, spec(adapter="b"))) for _ in range(2)]
+            await asyncio.wait_for(wait_for_reads(2), 10)
+        # The first has been told of the room, while the second is reading.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(wait_for_reads(3), 0.3)
+        go_on.set()
+        assert all(map(finishes, await asyncio.gather(*both)))
+        assert reads[wanted] == 2
 
 
 async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:
