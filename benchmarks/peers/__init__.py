@@ -16,6 +16,7 @@ _KNOWN: tuple[Peer, ...] = (
     LlamaCpp(weights="q8_0"),
     LlamaCpp(weights="f32"),
     PeftStatic(),
+    PeftStatic(dtype="bfloat16"),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _KNOWN}
 

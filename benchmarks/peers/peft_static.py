@@ -6,20 +6,27 @@ end, then the next one. The closed loop's equal lengths make that PEFT's best ca
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.peers.base import Session, Setup
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeftStatic:
     """PEFT on this environment's torch and transformers."""
 
-    name: str = "peft-static"
+    # None is what the comparison runs every peer with.
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`peft-static`, with a dtype of its own behind it."""
+        return "peft-static" if self.dtype is None else f"peft-static-{self.dtype}"
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Load the base and every adapter; free them on leaving."""
+        setup = setup if self.dtype is None else replace(setup, dtype=self.dtype)
         # Here, so that measuring another server does not load torch beside it.
         from benchmarks.peers.peft_session import opened
 

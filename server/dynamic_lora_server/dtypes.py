@@ -6,21 +6,25 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
+from dynamic_lora_adapters.products import ProductKind, obstacle
+
 _ROWS = 32
 _SAMPLES = 15
-# How many times as fast bfloat16 must be: float32 answers exactly, and the C++ for CPUs,
-# which is not in what is timed, takes nothing else. AVX-512-BF16 alone doubles the speed, and
-# `--quantize bf16` does so without giving up the C++; matrix units (AMX) are far faster.
+# How many times as fast bfloat16 must be: float32 answers exactly.
 _WORTH = 2.5
 
 
-def choose_dtype(wanted: str, device: torch.device, config: PreTrainedConfig) -> torch.dtype:
+def choose_dtype(
+    wanted: str, device: torch.device, config: PreTrainedConfig, *, native: bool = True
+) -> torch.dtype:
     """The dtype named, or for "auto" the best one here.
 
-    On CUDA that is the checkpoint's own (bfloat16 if it is float32). On a CPU
-    float32 and bfloat16 are timed on a product of the model's width, and bfloat16
-    is taken where it is clearly faster; it is far slower on processors without
-    matrix instructions for it.
+    On CUDA that is the checkpoint's own (bfloat16 if it is float32). On a CPU it is
+    float32 where products are in C++, which computes in nothing else (`native` says whether
+    that is wanted): a step of it is faster than one of torch's operators in bfloat16 even
+    with a matrix unit (AMX), and `--quantize bf16` makes use of such a unit. Without C++,
+    float32 and bfloat16 are timed on a product of the model's width, and bfloat16 is taken
+    where it is clearly faster; it is far slower on processors without instructions for it.
     """
     if wanted != "auto":
         dtype = getattr(torch, wanted)
@@ -29,6 +33,8 @@ def choose_dtype(wanted: str, device: torch.device, config: PreTrainedConfig) ->
     if device.type == "cuda":
         own = config.dtype
         return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
+    if native and obstacle(ProductKind.NATIVE, torch.zeros(1, 1)) is None:
+        return torch.float32
     exact, short = _seconds((torch.float32, torch.bfloat16), int(config.hidden_size))
     return torch.bfloat16 if short * _WORTH < exact else torch.float32
 

@@ -192,7 +192,7 @@ def _load_model(
     model_config = transformers.AutoConfig.from_pretrained(base.path)
     # Rounded weights are multiplied into sums of float32.
     wanted = config.dtype if config.quantize == "none" else "float32"
-    dtype = choose_dtype(wanted, device, model_config)
+    dtype = choose_dtype(wanted, device, model_config, native=config.native)
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     torch.nn.Module.to(model, device)
     torch.nn.Module.eval(model)

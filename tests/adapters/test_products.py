@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamic_lora_adapters.native import library, load_library
 from dynamic_lora_adapters.native.product import (
     Bfloat16Product,
     NativeProduct,
@@ -233,6 +234,41 @@ def test_int8_takes_tiny_inputs_for_zeros(size: float) -> None:
     bias = torch.randn(20)
     out = make_product(ProductKind.INT8, torch.ones(20, 300), bias)(torch.full((3, 300), size))
     assert torch.equal(out, bias.expand(3, 20))
+
+
+def computed(
+    kind: ProductKind, weight: torch.Tensor, x: torch.Tensor, *, unit: bool
+) -> torch.Tensor:
+    """The product by a library that was compiled with or without the matrix unit."""
+    load_library.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "has_matrix_unit", lambda: unit)
+            return make_product(kind, weight, None)(x)
+    finally:
+        load_library.cache_clear()
+
+
+@pytest.mark.skipif(
+    obstacle(ProductKind.INT8, WEIGHT) is not None or not library.has_matrix_unit(),
+    reason="no C++ compiler, or no matrix unit (AMX) that this process may use",
+)
+@pytest.mark.parametrize("kind", [ProductKind.BF16, ProductKind.INT8])
+@given(
+    rows=st.integers(1, 100),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 300), st.integers(2040, 2060)),
+)
+@torch.inference_mode()
+def test_the_matrix_unit_computes_what_registers_do(
+    kind: ProductKind, rows: int, out_features: int, in_features: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    x = torch.randn(rows, in_features, generator=generator)
+    on_unit, in_registers = (computed(kind, weight, x, unit=unit) for unit in (True, False))
+    # The same rounded numbers, added up in another order.
+    torch.testing.assert_close(on_unit, in_registers, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")

@@ -79,6 +79,7 @@ def test_the_peers_by_name() -> None:
         "llama.cpp-q8_0",
         "llama.cpp-f32",
         "peft-static",
+        "peft-static-bfloat16",
     ]
 
 

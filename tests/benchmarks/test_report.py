@@ -137,13 +137,6 @@ def test_a_machine_has_a_short_name() -> None:
     assert replace(MACHINE, gpu="Some GPU (80 GB)").slug == "some-gpu-80-gb"
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype"), [(["avx512f", "amx_bf16"], "bfloat16"), (["avx512_bf16"], "float32")]
-)
-def test_bfloat16_is_for_amx(flags: list[str], dtype: str) -> None:
-    assert replace(MACHINE, cpu_flags=flags).fastest_dtype == dtype
-
-
 def test_this_machine_is_described() -> None:
     machine = describe_machine()
     assert machine.cpu

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_server import dtypes
 from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
@@ -122,8 +123,15 @@ def test_dtype_by_name_and_by_measurement() -> None:
 @pytest.mark.parametrize(
     ("short", "expected"), [(0.9, torch.float32), (0.5, torch.float32), (0.3, torch.bfloat16)]
 )
-def test_bfloat16_must_be_clearly_faster_on_a_cpu(
+def test_without_cpp_bfloat16_must_be_clearly_faster_on_a_cpu(
     short: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dtypes, "_seconds", lambda *_: [1.0, short])
-    assert choose_dtype("auto", torch.device("cpu"), tiny_llama().config) is expected
+    config, cpu = tiny_llama().config, torch.device("cpu")
+    assert choose_dtype("auto", cpu, config, native=False) is expected
+
+
+@pytest.mark.skipif(obstacle(ProductKind.NATIVE, torch.zeros(1, 1)) is not None, reason="no C++")
+def test_with_cpp_a_cpu_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "_seconds", lambda *_: [1.0, 0.1])
+    assert choose_dtype("auto", torch.device("cpu"), tiny_llama().config) is torch.float32

@@ -20,6 +20,9 @@ _COMPILERS = ("c++", "g++", "clang++")
 # Sums may be contracted to fused multiply-adds, but never reordered by the compiler.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-std=c++17")
 _TIMEOUT_S = 120
+# Linux gives a process the matrix unit of an x86 processor (AMX) when it asks for it.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
+_NO_MATRIX_UNIT = "-DDYNAMIC_LORA_NO_MATRIX_UNIT"
 
 
 class NativeUnavailable(Exception):
@@ -35,15 +38,32 @@ def load_library(name: str) -> ctypes.CDLL:
     it fails, or the result would bring a second OpenMP runtime along.
     """
     compiler = _compiler()
-    library = _library_path(name, compiler)
+    flags = _flags()
+    library = _library_path(name, compiler, flags)
     if not library.is_file():
-        _compile(compiler, _SOURCES / f"{name}.cpp", library)
+        _compile(compiler, flags, _SOURCES / f"{name}.cpp", library)
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise NativeUnavailable(f"{library} cannot be loaded: {error}") from error
     _refuse_second_runtime()
     return loaded
+
+
+def _flags() -> tuple[str, ...]:
+    return _FLAGS if has_matrix_unit() else (*_FLAGS, _NO_MATRIX_UNIT)
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this process may use a matrix unit of the processor (AMX); asks the system for it."""
+    if "amx_tile" not in _processor():
+        return False
+    arguments = map(ctypes.c_long, (_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA))
+    if ctypes.CDLL(None).syscall(*arguments) == 0:
+        return True
+    logger.info("The system does not let this process use the processor's matrix unit (AMX)")
+    return False
 
 
 def _compiler() -> str:
@@ -63,11 +83,11 @@ def sources_digest() -> str:
     return content.hexdigest()
 
 
-def _library_path(name: str, compiler: str) -> Path:
+def _library_path(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
     content = hashlib.sha256()
     for source in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{name}.cpp"):
         content.update(source.read_bytes())
-    content.update(" ".join([*_FLAGS, _version(compiler), _processor()]).encode())
+    content.update(" ".join([*flags, _version(compiler), _processor()]).encode())
     return user_cache_path("dynamic-lora") / "native" / f"{name}-{content.hexdigest()[:16]}.so"
 
 
@@ -88,13 +108,13 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(telling)}))
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], source: Path, library: Path) -> None:
     """Compile to a temporary file and move it into place, so that no half of one is ever seen."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            command = [compiler, *_FLAGS, "-shared", "-fPIC", str(source), "-o", str(made)]
+            command = [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(made)]
             logger.info("Compiling %s", source.name)
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

@@ -71,8 +71,17 @@ class PanelDeltas {
     const auto* b = static_cast<const typename Types::Factor*>(part.b) + column_;
     const auto* shrunk =
         static_cast<const typename Types::Shrunk*>(part.shrunk) + first * part.rank;
-    if (part.from <= column_ && part.to >= column_ + kWidth)
-      return add_rows<kTileRows>(rows, part, shrunk, b, sums);
+    if (part.from <= column_ && part.to >= column_ + kWidth) {
+      const RowBlocks blocks(rows, kTileRows);
+      for (int64_t i = 0; i < blocks.count; i++) {
+        const int64_t row = blocks.first(i);
+        with_rows<kTileRows>(blocks.first(i + 1) - row, [&](auto count) {
+          expand_tile<count(), kPanelVecs>(shrunk + row * part.rank, part.rank, b, part.ldb,
+                                           part.ranks, sums + row * kWidth, kWidth);
+        });
+      }
+      return;
+    }
     const int64_t from = std::max<int64_t>(part.from - column_, 0);
     const int64_t to = std::min(part.to - column_, width_);
     for (int64_t r = 0; r < rows; r++)
@@ -80,15 +89,6 @@ class PanelDeltas {
         for (int64_t c = from; c < to; c++)
           sums[r * kWidth + c] +=
               to_float(shrunk[r * part.rank + q]) * to_float(b[q * part.ldb + c]);
-  }
-
-  template <int Rows, typename Shrunk, typename Factor>
-  void add_rows(int64_t rows, const Part& part, const Shrunk* shrunk, const Factor* b,
-                float* sums) const {
-    if constexpr (Rows > 0) {
-      if (rows != Rows) return add_rows<Rows - 1>(rows, part, shrunk, b, sums);
-      expand_tile<Rows, kPanelVecs>(shrunk, part.rank, b, part.ldb, part.ranks, sums, kWidth);
-    }
   }
 
   const Part* parts_;

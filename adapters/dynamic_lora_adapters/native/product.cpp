@@ -190,6 +190,11 @@ extern "C" {
 
 int64_t dynamic_lora_panel_width() { return kWidth; }
 
+// Inputs that a panel of this format has room for.
+int64_t dynamic_lora_panel_depth(int64_t format, int64_t k) {
+  return panel_depth(static_cast<Format>(format), k);
+}
+
 // Whether inputs are rounded to bfloat16, where the processor multiplies that; says whether they are.
 int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
   brain_inputs = wanted && kBrainInputs;
@@ -203,24 +208,25 @@ void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t 
   pack(weight, ldw, packed, n, k, k, Factors{a, b, lda, ldb, rank});
 }
 
-// The same, rounded to bfloat16, with room for k rounded up to an even number.
+// The same, rounded to bfloat16.
 void dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, Brain* packed, int64_t n,
                                 int64_t k, const float* a, int64_t lda, const float* b,
                                 int64_t ldb, int64_t rank) {
   pack(weight, ldw, packed, n, k, even(k), Factors{a, b, lda, ldb, rank});
 }
 
-// A weight in eight bits, with room for k rounded up to an even number.
+// A weight in eight bits.
 void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
                             int64_t k) {
-  const int64_t panels = (n + kWidth - 1) / kWidth, depth = even(k);
+  const int64_t panels = (n + kWidth - 1) / kWidth, depth = panel_depth(kBytes, k);
+  constexpr int64_t kTogether = kBytesTogether;
 #pragma omp parallel for schedule(guided, 1)
   for (int64_t j = 0; j < panels; j++)
     for (int64_t i = 0; i < depth; i++)
       for (int64_t c = 0; c < kWidth; c++) {
         const int64_t column = j * kWidth + c;
-        packed[j * depth * kWidth + i / 2 * 2 * kWidth + c * 2 + i % 2] =
-            column < n && i < k ? weight[column * ldw + i] : int8_t(0);
+        packed[j * depth * kWidth + i / kTogether * kTogether * kWidth + c * kTogether +
+               i % kTogether] = column < n && i < k ? weight[column * ldw + i] : int8_t(0);
       }
 }
 

@@ -1,5 +1,6 @@
 // y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32, for a W in
-// bfloat16 (`brain.h`), or, for one in eight bits, in integers (`rounded.h`).
+// bfloat16 (`brain.h`), or, for one in eight bits, in integers (`rounded.h`); these two on the
+// processor's matrix unit where it has one (`matrix_unit.h`).
 //
 // W [n, k] is packed in panels of kWidth outputs (see `Projection`), so that a
 // panel is read once, in order, for all rows. Up to kTileRows rows are summed in
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "brain.h"
+#include "matrix_unit.h"
 #include "rounded.h"
 #include "vectors.h"
 
@@ -28,12 +30,18 @@ constexpr int kWidth = kPanelVecs * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 constexpr int64_t kUncrowdedRows = 4;
 constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-level cache repeat
-constexpr int64_t kAhead = 32;    // lines asked for in advance when a panel is read only once
-// Beyond so many rows a panel in eight bits is widened once for all of them.
-constexpr int64_t kNarrowRows = 6 * kTileRows;
 
-// What the panels of a weight hold: [k][kWidth] of floats, or [ceil(k / 2)][kWidth][2] of the others.
+// What the panels of a weight hold: [k][kWidth] of floats, [ceil(k / n)][kWidth][n] of the others,
+// with n = 2, or, for bytes on the matrix unit, 4.
 enum Format : int64_t { kFloats, kBytes, kBrains };
+constexpr int64_t kBytesTogether = kMatrixUnit ? 4 : 2;
+
+// Inputs that a panel has room for, zeros behind the last.
+inline int64_t panel_depth(Format format, int64_t k) {
+  if (format == kFloats) return k;
+  if (format == kBytes && kMatrixUnit) return (k + kUnitBytes - 1) / kUnitBytes * kUnitBytes;
+  return even(k);
+}
 
 // The weight of a linear layer, in panels.
 struct Projection {
@@ -49,10 +57,16 @@ struct Projection {
   // Whether products round their inputs first.
   bool rounds() const { return format == kBytes || rounds_to_brains(); }
 
+  // Bytes from the upper bytes of inputs to the lower ones, on the matrix unit.
+  int64_t plane(int64_t rows) const { return whole_tiles(rows) * row_stride<int8_t>(k); }
+
   // Has room for what products of so many rows make of their inputs first.
   void make_room(int64_t rows, InputCopies& copies) const {
-    if (rounds())
-      copies.make_room(rows, k);
+    if (format == kBytes && kMatrixUnit) {
+      have_room(copies.bytes, 2 * plane(rows));
+      have_room(copies.scales, rows * InputCopies::groups(k));
+    } else if (rounds())
+      copies.make_room(whole_tiles(rows), k);
     else if (crowded(rows, k))
       have_room(copies.floats, rows * row_stride<float>(k));
   }
@@ -86,8 +100,40 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* pa
   end_sums(sums, y, ldy);
 }
 
+// Calls `act` with a number of rows, up to Most, as a type.
+template <int Most, typename Act>
+void with_rows(int64_t rows, const Act& act) {
+  if constexpr (Most > 0) {
+    if (rows == Most)
+      act(std::integral_constant<int, Most>{});
+    else
+      with_rows<Most - 1>(rows, act);
+  }
+}
+
+// How products are computed in registers: how many rows together, how far ahead a panel is asked
+// for that is read only once, and what a thread sets up before its first.
+struct InRegisters {
+  static constexpr int64_t kRows = kTileRows, kAhead = 32;
+  using Blocks = RowBlocks;
+  struct Scope {};
+};
+
+// The same for the matrix unit.
+struct OnUnit {
+  static constexpr int64_t kRows = kUnitBlock, kAhead = 128;
+  using Blocks = WholeBlocks;
+  using Scope = MatrixUnit;
+};
+
+// The same where sums of two kinds are kept in it.
+struct TwiceOnUnit : OnUnit {
+  static constexpr int64_t kRows = kUnitRows;
+};
+
 // x [m, k] in float32, for panels in float32.
 struct WholeInputs {
+  using Way = InRegisters;
   using Weight = float;
   static constexpr int64_t kSlice = 2048;  // inputs summed per pass: a slice of a panel stays in L2
   const float* x;
@@ -95,35 +141,70 @@ struct WholeInputs {
 
   int64_t depth() const { return k; }
 
-  template <int Rows>
-  void add(int64_t row, int64_t i, const float* slice, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t i, const float* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    tile<Rows>(x + row * ldx + i, ldx, slice, depth, i == 0, sums, kWidth, ahead);
+    with_rows<kTileRows>(rows, [&](auto count) {
+      tile<count()>(x + row * ldx + i, ldx, slice, depth, i == 0, sums, kWidth, ahead);
+    });
   }
 };
 
 // x [m, k] in sixteen bits, for panels of pairs of weights in eight, or widened to sixteen.
 struct RoundedInputs {
+  using Way = InRegisters;
   using Weight = int8_t;
   static constexpr int64_t kSlice = kGroup;
+  static constexpr int64_t kPreparedRows = 6 * kTileRows;
   const int16_t* values;
   const float* scales;
   int64_t k;
 
   int64_t depth() const { return even(k); }
 
-  template <int Rows, typename Wide>
-  void add(int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
+  template <typename Wide>
+  void add(int64_t rows, int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     const int64_t groups = InputCopies::groups(k), ldx = row_stride<int16_t>(k);
-    pair_tile<Rows, kPanelVecs>(values + row * ldx + i, ldx, scales + row * groups + i / kGroup,
-                                groups, slice, depth, i == 0, sums, kWidth,
-                                {ahead.line, 2 * ahead.step});
+    with_rows<kTileRows>(rows, [&](auto count) {
+      pair_tile<count(), kPanelVecs>(values + row * ldx + i, ldx,
+                                     scales + row * groups + i / kGroup, groups, slice, depth,
+                                     i == 0, sums, kWidth, {ahead.line, 2 * ahead.step});
+    });
+  }
+
+  // For many blocks of rows a panel is widened once.
+  const int16_t* prepared(const int8_t* panel) const {
+    static thread_local Lines<int16_t> wide;
+    const int64_t size = depth() * kWidth;
+    have_room(wide, size);
+    for (int64_t i = 0; i < size; i += 2 * kLanes)
+      *reinterpret_cast<PairVec*>(wide.data() + i) = pairs(panel + i);
+    return wide.data();
+  }
+};
+
+// The same on the matrix unit, in two bytes.
+struct ByteInputs {
+  using Way = TwiceOnUnit;
+  using Weight = int8_t;
+  static constexpr int64_t kSlice = kGroup;
+  const int8_t* values;
+  const float* scales;
+  int64_t plane, k;
+
+  int64_t depth() const { return panel_depth(kBytes, k); }
+
+  void add(int64_t rows, int64_t row, int64_t i, const int8_t* slice, int64_t depth, float* sums,
+           Ahead ahead) const {
+    const int64_t groups = InputCopies::groups(k), ldx = row_stride<int8_t>(k);
+    bytes_tile(values + row * ldx + i, ldx, plane, scales + row * groups + i / kGroup, groups, rows,
+               slice, depth, i == 0, sums, ahead.line, kUnitBytes * ahead.step);
   }
 };
 
 // x [m, k] in float32, for panels in bfloat16.
 struct WholeBrainInputs {
+  using Way = InRegisters;
   using Weight = Brain;
   static constexpr int64_t kSlice = 2048;
   const float* x;
@@ -131,16 +212,18 @@ struct WholeBrainInputs {
 
   int64_t depth() const { return even(k); }
 
-  template <int Rows>
-  void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    widening_tile<Rows, kPanelVecs>(x + row * ldx + i, ldx, slice, std::min(depth, k - i), i == 0,
-                                    sums, kWidth, {ahead.line, 2 * ahead.step});
+    with_rows<kTileRows>(rows, [&](auto count) {
+      widening_tile<count(), kPanelVecs>(x + row * ldx + i, ldx, slice, std::min(depth, k - i),
+                                         i == 0, sums, kWidth, {ahead.line, 2 * ahead.step});
+    });
   }
 };
 
 // x [m, k] in bfloat16 too, where the processor multiplies that.
 struct BrainInputs {
+  using Way = InRegisters;
   using Weight = Brain;
   static constexpr int64_t kSlice = 2048;
   const int16_t* values;
@@ -148,12 +231,31 @@ struct BrainInputs {
 
   int64_t depth() const { return even(k); }
 
-  template <int Rows>
-  void add(int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     const int64_t ldx = row_stride<int16_t>(k);
-    brain_tile<Rows, kPanelVecs>(values + row * ldx + i, ldx, slice, depth, i == 0, sums, kWidth,
-                                 {ahead.line, 2 * ahead.step});
+    with_rows<kTileRows>(rows, [&](auto count) {
+      brain_tile<count(), kPanelVecs>(values + row * ldx + i, ldx, slice, depth, i == 0, sums,
+                                      kWidth, {ahead.line, 2 * ahead.step});
+    });
+  }
+};
+
+// The same on the matrix unit.
+struct UnitInputs {
+  using Way = OnUnit;
+  using Weight = Brain;
+  static constexpr int64_t kSlice = INT64_MAX / 2;  // all inputs: sums stay in the unit
+  const int16_t* values;
+  int64_t k;
+
+  int64_t depth() const { return even(k); }
+
+  void add(int64_t rows, int64_t row, int64_t, const Brain* panel, int64_t depth, float* sums,
+           Ahead ahead) const {
+    const int64_t ldx = row_stride<int16_t>(k);
+    unit_tile(values + row * ldx, ldx, rows, panel, depth, sums, ahead.line,
+              kUnitDepth * ahead.step);
   }
 };
 
@@ -183,6 +285,13 @@ struct Hints {
   }
 };
 
+// Whether panels are prepared once where rows are many: such inputs have `kPreparedRows`, beyond
+// which they are, and `prepared`.
+template <typename Inputs, typename = void>
+constexpr bool prepares = false;
+template <typename Inputs>
+constexpr bool prepares<Inputs, std::void_t<decltype(Inputs::kPreparedRows)>> = true;
+
 // Nothing is added to a product but its bias.
 struct NoDeltas {
   void begin(int64_t, int64_t) {}
@@ -195,6 +304,7 @@ struct NoDeltas {
 template <typename Inputs, typename Extra>
 struct Product {
   using Weight = typename Inputs::Weight;
+  using Way = typename Inputs::Way;
   Inputs inputs;
   const Weight* packed;
   const float* scale;     // [n] or null
@@ -248,22 +358,11 @@ struct Product {
       }
   }
 
-  template <int Rows, typename Wide>
-  void add(int64_t rows, int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
-           Ahead ahead) const {
-    if constexpr (Rows > 0) {
-      if (rows == Rows)
-        inputs.template add<Rows>(row, i, slice, depth, sums, ahead);
-      else
-        add<Rows - 1>(rows, row, i, slice, depth, sums, ahead);
-    }
-  }
-
   // Panel `number`, whose weights may have been widened to another type meanwhile.
   template <typename Wide>
   void multiply(const Wide* panel, int64_t number) {
     const int64_t column = number * kWidth, width = std::min<int64_t>(kWidth, n - column);
-    const RowBlocks blocks(m, kTileRows);
+    const typename Way::Blocks blocks(m, Way::kRows);
     const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight);
     const auto* next = reinterpret_cast<const char*>(packed + (number + 1) * depth * kWidth);
     const int64_t portion = depth * bytes / blocks.count;
@@ -271,16 +370,16 @@ struct Product {
     extra.begin(column, width);
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
-      float sums[kTileRows * kWidth];  // begun by the first slice
+      alignas(64) float sums[Way::kRows * kWidth];  // begun by the first slice
       hints.ask(number * blocks.count + b, panels() * blocks.count);
       for (int64_t i = 0; i < depth; i += Inputs::kSlice) {
         const Wide* slice = panel + i * kWidth;
         // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
         const Ahead ahead =
             blocks.count == 1
-                ? Ahead{reinterpret_cast<const char*>(slice) + kAhead * kLineBytes, bytes}
+                ? Ahead{reinterpret_cast<const char*>(slice) + Way::kAhead * kLineBytes, bytes}
                 : Ahead{next + portion * b + i * step, step};
-        add<kTileRows>(rows, row, i, slice, std::min(Inputs::kSlice, depth - i), sums, ahead);
+        inputs.add(rows, row, i, slice, std::min(Inputs::kSlice, depth - i), sums, ahead);
       }
       finish(sums, row, rows, column, width);
     }
@@ -289,25 +388,17 @@ struct Product {
   // Called by a whole team of threads, each with a Product of its own.
   void share() {
     const int64_t size = inputs.depth() * kWidth;
+    [[maybe_unused]] const typename Way::Scope scope;
 #pragma omp for schedule(guided, 1)
     for (int64_t j = 0; j < panels(); j++) {
-      if constexpr (std::is_same_v<Weight, int8_t>) {
-        if (m > kNarrowRows) {
-          multiply(widened(packed + j * size, size), j);
+      if constexpr (prepares<Inputs>) {
+        if (m > Inputs::kPreparedRows) {
+          multiply(inputs.prepared(packed + j * size), j);
           continue;
         }
       }
       multiply(packed + j * size, j);
     }
-  }
-
-  // For many blocks of rows a panel of narrow weights is widened once.
-  static const int16_t* widened(const Weight* panel, int64_t size) {
-    static thread_local std::vector<int16_t> wide;
-    if (static_cast<int64_t>(wide.size()) < size) wide.resize(size);
-    for (int64_t i = 0; i < size; i += 2 * kLanes)
-      *reinterpret_cast<PairVec*>(wide.data() + i) = pairs(panel + i);
-    return wide.data();
   }
 };
 
@@ -322,7 +413,9 @@ inline void share_spreading(const float* x, int64_t rows, int64_t k, InputCopies
 // Makes of x [m, k] what the product reads in its place, if it does; `copies` has had room made
 // for it by the projection. Called by a whole team of threads.
 inline void share_copying(const float* x, const Projection& p, int64_t m, InputCopies& copies) {
-  if (p.format == kBytes)
+  if (p.format == kBytes && kMatrixUnit)
+    share_byte_rounding(x, m, p.k, p.plane(m), copies);
+  else if (p.format == kBytes)
     share_rounding(x, m, p.k, copies);
   else if (p.rounds_to_brains())
     share_brain_rounding(x, m, p.k, copies);
@@ -342,9 +435,17 @@ void share_product(const float* x, const Projection& p, const float* residual, f
     Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra, hints}
         .share();
   };
-  if (p.format == kBytes)
-    return multiply(RoundedInputs{copies.values.data(), copies.scales.data(), p.k});
-  if (p.rounds_to_brains()) return multiply(BrainInputs{copies.values.data(), p.k});
+  if (p.format == kBytes) {
+    const float* scales = copies.scales.data();
+    if constexpr (kMatrixUnit)
+      return multiply(ByteInputs{copies.bytes.data(), scales, p.plane(m), p.k});
+    else
+      return multiply(RoundedInputs{copies.values.data(), scales, p.k});
+  }
+  if (p.rounds_to_brains()) {
+    using Inputs = std::conditional_t<kMatrixUnit, UnitInputs, BrainInputs>;
+    return multiply(Inputs{copies.values.data(), p.k});
+  }
   int64_t ldx = p.k;
   if (Projection::crowded(m, p.k)) x = copies.floats.data(), ldx = row_stride<float>(p.k);
   if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});

@@ -152,7 +152,8 @@ class Int8Product(PackedWeight):
 
 def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     width = int(library.dynamic_lora_panel_width())
-    depth = shape[1] if dtype == torch.float32 else shape[1] + shape[1] % 2
+    library.dynamic_lora_panel_depth.argtypes = [_SIZE, _SIZE]
+    depth = int(library.dynamic_lora_panel_depth(_FORMATS[dtype], shape[1]))
     return _ARENA.empty(-(-shape[0] // width) * width * depth, dtype=dtype)
 
 

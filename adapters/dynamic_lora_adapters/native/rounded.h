@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "vectors.h"
@@ -46,17 +47,37 @@ int64_t row_stride(int64_t k) {
   return ((k + kLine - 1) / kLine | 1) * kLine;
 }
 
+// Memory that begins at a cache line.
 template <typename Element>
-void have_room(std::vector<Element>& memory, int64_t size) {
+struct OnLines {
+  using value_type = Element;
+  static constexpr std::align_val_t kLine{kLineBytes};
+  OnLines() = default;
+  template <typename Other>
+  OnLines(const OnLines<Other>&) {}
+  Element* allocate(size_t count) {
+    return static_cast<Element*>(::operator new(count * sizeof(Element), kLine));
+  }
+  void deallocate(Element* memory, size_t) { ::operator delete(memory, kLine); }
+  bool operator==(const OnLines&) const { return true; }
+  bool operator!=(const OnLines&) const { return false; }
+};
+
+template <typename Element>
+using Lines = std::vector<Element, OnLines<Element>>;
+
+template <typename Memory>
+void have_room(Memory& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
 }
 
 // Inputs as a product reads them where it cannot as they are: in sixteen bits (where k is odd, a
 // zero makes the last one a pair), or in float32, further apart.
 struct InputCopies {
-  std::vector<int16_t> values;  // [rows, row_stride]
-  std::vector<float> scales;    // [rows, groups]
-  std::vector<float> floats;    // [rows, row_stride]: see `crowded`
+  Lines<int16_t> values;  // [rows, row_stride]
+  Lines<int8_t> bytes;    // in place of values, for the matrix unit
+  Lines<float> scales;    // [rows, groups]
+  Lines<float> floats;    // [rows, row_stride]: see `crowded`
 
   static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
