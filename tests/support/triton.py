@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+# Of one program on the smallest GPUs that multiply bfloat16 (compute capability 8.6).
+SHARED_BYTES = 99 * 1024
 MODULES = (
     "dynamic_lora_adapters.kernels.triton_segments",
     "dynamic_lora_server.engine.triton_attention",
@@ -35,6 +37,7 @@ def compile_for_a_gpu(
 ) -> str:
     """The PTX of a kernel for compute capability 8.0. Triton brings its own assembler.
 
+    Fails if it takes more shared memory than such a GPU may have.
     `pointers` are the types of what arguments point to; `sign` and `scaling` are float32,
     all others int32.
     """
@@ -52,4 +55,5 @@ def compile_for_a_gpu(
             signature[name] = "fp32" if name in ("sign", "scaling") else "i32"
     source = triton.compiler.ASTSource(kernel, signature, dict(constants))
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    assert compiled.metadata.shared <= SHARED_BYTES
     return str(compiled.asm["ptx"])

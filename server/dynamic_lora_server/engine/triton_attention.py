@@ -17,10 +17,22 @@ import triton.language as tl
 
 from dynamic_lora_server.engine.paged_attention import PagedTables
 
-# Programs that share a row's tokens, and the tokens each takes at a time.
-_SPLITS = 8
-_TOKENS = 64
+_SPLITS = 8  # programs that share a row's tokens
+_MOST_TOKENS = 64  # that each takes at a time
 _LEAST = 16  # rows and columns of a product
+# Keys and values of so many rounds lie in shared memory at once (Triton's num_stages), of which
+# a program of the smallest GPUs that multiply bfloat16 may have 99 KiB.
+_STAGES = 3
+_SHARED_BYTES = 96 * 1024
+
+
+def tokens_at_once(dim: int, value_dim: int, num_bytes: int) -> int:
+    """Tokens a program takes at a time, whose heads have padded widths of so many numbers."""
+    rounds = _STAGES * (dim + value_dim) * num_bytes
+    tokens = _MOST_TOKENS
+    while tokens > _LEAST and tokens * rounds > _SHARED_BYTES:
+        tokens //= 2
+    return tokens
 
 
 # Triton's own reductions are interpreted only if it was imported for that.
@@ -146,7 +158,7 @@ class TritonPages:
         tables = self.tables
         num_rows, heads, dim = q.shape
         kv_heads, value_dim = values.shape[1:]
-        widths = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+        wide, value_wide = (max(_LEAST, triton.next_power_of_2(w)) for w in (dim, value_dim))
         highest = q.new_empty(num_rows, heads, _SPLITS, dtype=torch.float32)
         weight = torch.empty_like(highest)
         parts = q.new_empty(num_rows, heads, _SPLITS, value_dim, dtype=torch.float32)
@@ -158,14 +170,15 @@ class TritonPages:
             tables.block_table.stride(0), heads // kv_heads, dim, value_dim, tables.page_size,
             SPLITS=_SPLITS,
             GROUP=max(_LEAST, triton.next_power_of_2(heads // kv_heads)),
-            DIM=max(_LEAST, widths[0]),
-            VALUE_DIM=max(_LEAST, widths[1]),
-            TOKENS=_TOKENS,
+            DIM=wide,
+            VALUE_DIM=value_wide,
+            TOKENS=tokens_at_once(wide, value_wide, keys.element_size()),
             UPCAST=_INTERPRETED,
+            num_stages=_STAGES,
         )  # fmt: skip
         _combine[num_rows * heads,](
             highest, weight, parts, out, value_dim,
             SPLITS=_SPLITS,
-            VALUE_DIM=max(_LEAST, widths[1]),
+            VALUE_DIM=value_wide,
         )  # fmt: skip
         return out

@@ -93,9 +93,10 @@ def test_rows_need_not_lie_side_by_side(kernel: type["TritonPages"]) -> None:
     torch.testing.assert_close(kernel(tables)(q, keys, values, 0.125, None), expected)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
 def test_kernels_compile_for_a_gpu(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, num_bytes: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from dynamic_lora_server.engine import triton_attention
@@ -104,7 +105,8 @@ def test_kernels_compile_for_a_gpu(
     pointers = dict.fromkeys(("q", "keys", "values", "out"), dtype)
     pointers |= dict.fromkeys(("highest", "weight", "parts"), "fp32")
     pointers |= dict.fromkeys(("pages", "used"), "i32")
-    shapes = {"SPLITS": 8, "GROUP": 16, "DIM": 128, "VALUE_DIM": 128, "TOKENS": 64}
+    tokens = triton_attention.tokens_at_once(width, width, num_bytes)
+    shapes = {"SPLITS": 8, "GROUP": 16, "DIM": width, "VALUE_DIM": width, "TOKENS": tokens}
     assert compile_for_a_gpu(triton_attention.attend_kernel, pointers, shapes | {"UPCAST": False})
     few = {name: shapes[name] for name in ("SPLITS", "VALUE_DIM")}
     assert compile_for_a_gpu(triton_attention.combine_kernel, pointers, few)
