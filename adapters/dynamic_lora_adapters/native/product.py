@@ -99,7 +99,7 @@ class Bfloat16Product(NativeProduct):
     """The same with the weight, and what is merged into it, rounded to bfloat16.
 
     Sums are float32. Inputs are rounded to bfloat16 where the processor multiplies that
-    (AVX-512-BF16, twice as fast as float32), and stay as they are elsewhere.
+    (AVX-512-BF16, and faster still its matrix unit, AMX), and stay as they are elsewhere.
     """
 
     _dtype = torch.bfloat16
