@@ -10,6 +10,7 @@ Which layers form a group is observed in a trial run, not guessed from names.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -175,20 +176,30 @@ class MemberTerms:
         a, b, columns = place.a, place.b, place.columns
         if a is None or b is None:
             return
-        b.zero_()
         reach: list[tuple[int, int]] = []
         column = 0
         for member, width in zip(self.members, self.group.widths, strict=True):
             if member.a is not None and member.b is not None:
-                row, stop = len(reach), len(reach) + len(member.a)
+                row, end = len(reach), column + width
+                stop = row + member.a.shape[0]
                 a[row:stop] = member.a
-                b[row:stop, column : column + width] = member.b.T
-                reach += [(column, column + width)] * len(member.a)
+                # Each place is written once: a slot's memory is in no cache.
+                b[row:stop, :column].zero_()
+                b[row:stop, column:end] = member.b.T
+                b[row:stop, end:].zero_()
+                reach += [(column, end)] * (stop - row)
             column += width
         a[len(reach) :].zero_()
+        b[len(reach) :].zero_()
         if columns is not None:
-            reach += [(0, 0)] * (len(a) - len(reach))
-            columns.copy_(torch.tensor(reach))
+            reach += [(0, 0)] * (a.shape[0] - len(reach))
+            columns.copy_(_reach_tensor(tuple(reach)))
+
+
+@lru_cache(maxsize=256)
+def _reach_tensor(reach: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """`columns` of a group; layers of a model have few different ones. Only to be read."""
+    return torch.tensor(reach)
 
 
 def probe_shape(group: ProjectionGroup) -> GroupShape:
