@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.errors import BenchmarkError, RequestFailed
 from benchmarks.load import closed_loop, send_streaming
@@ -47,26 +48,31 @@ _HEADER = (
     "step ms",
     "read + step ms",
     "reached",
+    "read alone ms",
 )
 _NUM_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One adapter's first request and its second. Seconds; the step is the second's TPOT."""
+    """One adapter's first request and its second.
+
+    Seconds; `read_s` is what the server says reading it took, the step the second's TPOT.
+    """
 
     cold_ttft_s: float
+    read_s: float
     warm_ttft_s: float
     step_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """All pairs with so many other clients, beside the time to read one adapter."""
+    """All pairs with so many other clients; `read_alone_s` is one adapter read by nobody else."""
 
     num_other_clients: int
     pairs: list[Pair]
-    read_s: float
+    read_alone_s: float
 
     @property
     def later_s(self) -> float:
@@ -77,6 +83,11 @@ class Result:
     def step_s(self) -> float:
         """One step, the median."""
         return statistics.median(pair.step_s for pair in self.pairs)
+
+    @property
+    def read_s(self) -> float:
+        """The time to read one in the server, the median."""
+        return statistics.median(pair.read_s for pair in self.pairs)
 
     @property
     def reached(self) -> bool:
@@ -121,10 +132,21 @@ class Probe:
 
     async def pair(self, adapter: int) -> Pair:
         """A first and a second request to an adapter. Raises RequestFailed."""
+        before = await self._read_s()
         cold = await self.send(adapter)
+        read_s = await self._read_s() - before
         warm = await self.send(adapter)
         assert warm.tpot is not None
-        return Pair(cold_ttft_s=cold.ttft, warm_ttft_s=warm.ttft, step_s=warm.tpot)
+        return Pair(cold_ttft_s=cold.ttft, read_s=read_s, warm_ttft_s=warm.ttft, step_s=warm.tpot)
+
+    async def _read_s(self) -> float:
+        """Seconds that the server has read adapters for; nobody else's are cold meanwhile."""
+        answer = await self._http.get("/metrics")
+        for family in text_string_to_metric_families(answer.text):
+            for sample in family.samples:
+                if sample.name == "dynamic_lora_adapter_read_seconds_total":
+                    return sample.value
+        raise RequestFailed("the server's metrics say nothing of adapters that it read")
 
     @asynccontextmanager
     async def others(self, num_clients: int) -> AsyncIterator[None]:
@@ -161,10 +183,12 @@ def forget_files(folder: Path) -> None:
                 os.close(handle)
 
 
-def read_seconds(base: Path, home: Path, names: Sequence[str]) -> float:
-    """What the server does to read an adapter of its store, timed here: the median.
+def read_alone_seconds(base: Path, home: Path, names: Sequence[str]) -> float:
+    """What the server does to read an adapter of its store, timed in a process of its own: the
+    median.
 
-    On one thread, as the server keeps it, and from files that were dropped from the cache.
+    On one thread, as the server keeps it, and from files that were dropped from the cache. A
+    server's reading takes longer where the system has to find memory for the files' pages.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -223,9 +247,9 @@ def measure(options: argparse.Namespace, base: Path, prompts: PromptMaker) -> li
         with serving(base, home, log) as (url, _):
             forget_files(home)
             pairs = asyncio.run(probe(url, DynamicLoraWire(names), prompts, options))
-        read_s = read_seconds(base, home, names)
+        read_alone_s = read_alone_seconds(base, home, names)
     return [
-        Result(num_other_clients=number, pairs=found, read_s=read_s)
+        Result(num_other_clients=number, pairs=found, read_alone_s=read_alone_s)
         for number, found in pairs.items()
     ]
 
@@ -244,6 +268,7 @@ def _columns(result: Result) -> list[str]:
         str(result.num_other_clients),
         *(f"{value * 1e3:.0f}" for value in (*seconds, bar)),
         "yes" if result.reached else "no",
+        f"{result.read_alone_s * 1e3:.0f}",
     ]
 
 
@@ -267,7 +292,10 @@ def main() -> None:
         raise SystemExit(f"benchmarks.cold_adapter: {error}") from error
     machine = describe_machine()
     output = options.output or RESULTS / f"cold-adapter-{machine.slug}.json"
-    found = [{**asdict(r), "later_s": r.later_s, "reached": r.reached} for r in results]
+    found = [
+        {**asdict(r), "read_s": r.read_s, "later_s": r.later_s, "reached": r.reached}
+        for r in results
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": asdict(machine), "num_prompt_tokens": 64, "results": found}
     output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

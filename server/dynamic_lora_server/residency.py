@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ class Held:
     adapter: ResidentAdapter
 
 
+@dataclass(slots=True)
+class ReadStats:
+    """Adapters read from the store into host memory so far, and how long that took, checks
+    included."""
+
+    num_reads: int = 0
+    seconds: float = 0.0
+
+
 class Residency:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
@@ -45,6 +55,7 @@ class Residency:
         saved: SavedCompositions | None = None,
     ) -> None:
         self.saved = saved or SavedCompositions(registry)
+        self.reads = ReadStats()
         self._registry = registry
         self._pool = pool
         # As long as one waits for a load, who comes later waits for the same.
@@ -148,7 +159,9 @@ class Residency:
         """Read and admit; None if all room is leased. The caller holds the load's lock."""
         if (adapter := self._pool.lease(digest)) is not None:
             return adapter
-        terms = await asyncio.to_thread(read)
+        terms, seconds = await asyncio.to_thread(_timed, read)
+        self.reads.num_reads += 1
+        self.reads.seconds += seconds
         try:
             return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
         except Exception:
@@ -176,6 +189,12 @@ class Residency:
         async with self._released:
             self._num_releases += 1
             self._released.notify_all()
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` returns, and the seconds it took."""
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
 
 
 async def _acquire(acquire: Callable[[], T], undo: Callable[[T | None], object]) -> T:

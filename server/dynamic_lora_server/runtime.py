@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
 from importlib.metadata import version
@@ -35,7 +35,7 @@ from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.trace import TraceRecorder
-from dynamic_lora_server.residency import Residency
+from dynamic_lora_server.residency import ReadStats, Residency
 from dynamic_lora_server.service import GenerationService, ServiceLimits
 from dynamic_lora_server.text import TokenizerView
 
@@ -62,6 +62,7 @@ class EngineStats:
     kv_total_tokens: int
     prefixes: PrefixStats
     adapters: PoolStats
+    reads: ReadStats
     modes: ModeStats
     drift: float
 
@@ -169,6 +170,7 @@ class Runtime:
             kv_total_tokens=space.num_cells,
             prefixes=scheduler.prefix_stats(),
             adapters=self.built.pool.stats(),
+            reads=replace(self.residencies.reads),
             modes=self.built.modes.stats(),
             drift=engine.runner.merger.drift,
         )

@@ -101,6 +101,10 @@ class ServerState:
             Reading("adapter_used_bytes", "Device memory adapters take.", pool.used_bytes),
             Reading("adapter_budget_bytes", "Device memory adapters may take.", pool.budget_bytes),
             Reading("adapter_loads", "Adapters brought to it.", pool.num_loads, total=True),
+            Reading(
+                "adapter_reads", "Adapters read from the store.", stats.reads.num_reads, total=True
+            ),
+            Reading("adapter_read_seconds", "Time it took.", stats.reads.seconds, total=True),
             Reading("mode_switches", "Merges and unmerges.", modes.num_switches, total=True),
             Reading("mode_switch_seconds", "Time they took.", modes.switch_s, total=True),
             Reading("merged_tokens", "Run on merged weights.", modes.num_merged_rows, total=True),

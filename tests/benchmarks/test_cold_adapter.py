@@ -8,8 +8,11 @@ from benchmarks.cold_adapter import Pair, Result, forget_files, to_markdown
 
 
 def _result(*delays: float, read_s: float = 0.02) -> Result:
-    pairs = [Pair(cold_ttft_s=0.1 + delay, warm_ttft_s=0.1, step_s=0.03) for delay in delays]
-    return Result(num_other_clients=8, pairs=pairs, read_s=read_s)
+    pairs = [
+        Pair(cold_ttft_s=0.1 + delay, read_s=read_s, warm_ttft_s=0.1, step_s=0.03)
+        for delay in delays
+    ]
+    return Result(num_other_clients=8, pairs=pairs, read_alone_s=0.015)
 
 
 @pytest.mark.parametrize(("delay", "reached"), [(0.049, True), (0.051, False)])
@@ -24,7 +27,7 @@ def test_the_median_of_the_pairs_counts() -> None:
 
 
 def test_the_table() -> None:
-    row = "| 8 | 100 | 120 | 20 | 20 | 30 | 50 | yes |"
+    row = "| 8 | 100 | 120 | 20 | 20 | 30 | 50 | yes | 15 |"
     assert row in to_markdown([_result(0.01, 0.02, 0.9)]).splitlines()
 
 

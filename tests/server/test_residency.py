@@ -55,7 +55,9 @@ async def test_one_load_serves_all_who_wait_for_it(tmp_path: Path) -> None:
         publish(runtime, "a", folder)
         done = await asyncio.gather(*(collect(runtime, spec(adapter="a")) for _ in range(6)))
         assert all(finishes(events) for events in done)
-        assert runtime.stats().adapters.num_loads == 1
+        stats = runtime.stats()
+        assert stats.adapters.num_loads == stats.reads.num_reads == 1
+        assert stats.reads.seconds > 0
 
 
 async def test_who_found_no_room_joins_a_load_that_is_under_way(
