@@ -88,6 +88,8 @@ class AdapterPool:
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
         self._slabs: list[Slab] = []
+        # The slab that the next adapter of a shape gets whose slots are all taken.
+        self._spare: Slab | None = None
         self._counters = _Counters()
         self._probe_bytes = self._slot_bytes(tuple(map(probe_shape, self._groups)))
 
@@ -166,13 +168,19 @@ class AdapterPool:
             return
         with self._lock:
             slot = slab.free_slot()
-            if slot is None or slot < slab.num_prepared:
+            if slot is None:
+                slot, spare = 0, self._spare_like(slab)
+                if spare is None:
+                    return
+                slab = spare
+            if slot < slab.num_prepared:
                 return
             slab.num_prepared = slot + 1
 
         def tables() -> list[torch.Tensor]:
             with self._lock:
-                if slab not in self._slabs or slab.tenants[slot] is not None:
+                known = slab is self._spare or slab in self._slabs
+                if not known or slab.tenants[slot] is not None:
                     return []
             return [one for place in self._places(slab, slot) for one in place.tensors()]
 
@@ -282,14 +290,36 @@ class AdapterPool:
             for slab in self._slabs if free >= 0 else ():
                 if slab.signature == signature and (slot := slab.free_slot()) is not None:
                     return slab, slot
-            room = free // max(slot_bytes, 1)
-            if room >= 1:
-                # A dense term is as large as the layer: no room is taken in advance.
-                wanted = 1 if any(shape.dense for shape in signature) else self._slab_slots
-                slab = self._new_slab(signature, slot_bytes, min(room, wanted))
-                return slab, 0
+            num_slots = self._slots_of_new(signature, free, slot_bytes)
+            if num_slots >= 1:
+                return self._add_slab(signature, slot_bytes, num_slots), 0
             if not self._evict_one():
                 return None
+
+    def _slots_of_new(self, signature: Signature, free: int, slot_bytes: int) -> int:
+        wanted = 1 if _is_large(signature) else self._slab_slots
+        return min(free // max(slot_bytes, 1), wanted)
+
+    def _add_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
+        # The room that there was for the spare one goes to whatever is added.
+        spare, self._spare = self._spare, None
+        if spare is None or spare.signature != signature or len(spare.tenants) != num_slots:
+            spare = self._new_slab(signature, slot_bytes, num_slots)
+        self._slabs.append(spare)
+        return spare
+
+    def _spare_like(self, slab: Slab) -> Slab | None:
+        """An empty slab of the same shape, for later, if the budget has room for it now."""
+        if _is_large(slab.signature):
+            return None
+        if self._spare is None or self._spare.signature != slab.signature:
+            slot_bytes = self._slot_bytes(slab.signature)
+            free = self._budget_bytes - self._used_bytes()
+            num_slots = self._slots_of_new(slab.signature, free, slot_bytes)
+            if num_slots < 1:
+                return None
+            self._spare = self._new_slab(slab.signature, slot_bytes, num_slots)
+        return self._spare
 
     def _evict_one(self) -> bool:
         idle = [a for a in self._resident.values() if not a.num_leases and not a.kept]
@@ -305,6 +335,8 @@ class AdapterPool:
         adapter.slab.tenants[adapter.slot] = None
         if adapter.slab.empty:
             self._slabs.remove(adapter.slab)
+            if not self._slabs:
+                self._spare = None
 
     def _new_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
         def table(*sizes: int, dtype: torch.dtype = self._dtype) -> torch.Tensor:
@@ -334,5 +366,9 @@ class AdapterPool:
                 slab.dense[index] = table(group.out_features, group.in_features)
             if shape.bias:
                 slab.bias[index] = table(group.out_features)
-        self._slabs.append(slab)
         return slab
+
+
+def _is_large(signature: Signature) -> bool:
+    """Whether there is a dense term, as large as its layer: no room is taken in advance."""
+    return any(shape.dense for shape in signature)

@@ -317,3 +317,37 @@ def test_no_memory_of_a_slab_that_has_gone_is_asked_for(monkeypatch: pytest.Monk
     pool.release(admit(pool, "a"))
     pool.drop("a")
     assert asked[0]() == []
+
+
+def test_behind_a_full_slab_the_first_slot_of_the_next_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
+    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+    pool = make_pool(SLAB_SLOTS + 3)
+    for number in range(SLAB_SLOTS):
+        pool.release(admit(pool, str(number)))
+    used = pool.stats().used_bytes
+    a, *_ = asked[-1]()
+    newest = admit(pool, "newest")
+    assert newest.slab.a[0] is not None
+    assert newest.slot == 0 and a.data_ptr() == newest.slab.a[0].data_ptr()
+    assert len(newest.slab.tenants) == 3, "what the budget has left"
+    assert pool.stats().used_bytes == used + newest.slab.num_bytes
+    pool.check_integrity()
+
+
+def test_an_adapter_of_another_shape_takes_the_room_that_was_meant_for_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
+    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+    pool = make_pool(SLAB_SLOTS + 3)
+    for number in range(SLAB_SLOTS):
+        admit(pool, str(number))
+    spare = asked[-1]
+    assert spare()
+    admit(pool, "wide", rank=16)
+    assert spare() == [], "it was let go"
+    assert pool.stats().num_evictions == 0
+    pool.check_integrity()
