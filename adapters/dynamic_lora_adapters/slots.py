@@ -28,7 +28,8 @@ from dynamic_lora_adapters.groups import (
 )
 from dynamic_lora_adapters.populate import populate_soon
 from dynamic_lora_adapters.rows import RowTerms
-from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab, spread_width
+from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab
+from dynamic_lora_adapters.slab_layout import SlabLayout, is_large
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import Source, upload_for
@@ -78,12 +79,18 @@ class AdapterPool:
         slab_slots: int = SLAB_SLOTS,
     ) -> None:
         self._groups = list(groups)
-        self._spread = spread
-        self._slab_slots = slab_slots
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
         self._factor_dtype = factor_dtype or dtype
+        self._layout = SlabLayout(
+            self._groups,
+            device=device,
+            dtype=dtype,
+            factor_dtype=self._factor_dtype,
+            spread=spread,
+            num_slots=slab_slots,
+        )
         self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
@@ -91,7 +98,7 @@ class AdapterPool:
         # The slab that the next adapter of a shape gets whose slots are all taken.
         self._spare: Slab | None = None
         self._counters = _Counters()
-        self._probe_bytes = self._slot_bytes(tuple(map(probe_shape, self._groups)))
+        self._probe_bytes = self._layout.slot_bytes(tuple(map(probe_shape, self._groups)))
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -115,7 +122,7 @@ class AdapterPool:
         rows = RowTerms.of(terms, device=self._device, dtype=self._dtype)
         members = split_terms(self._groups, terms.linears)
         signature = tuple(one.shape for one in members)
-        slot_bytes = self._slot_bytes(signature)
+        slot_bytes = self._layout.slot_bytes(signature)
         row_bytes = 0 if rows is None else rows.num_bytes
         if slot_bytes + row_bytes > self._budget_bytes:
             raise AdapterCapacityError(
@@ -127,7 +134,7 @@ class AdapterPool:
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
-            place = self._make_room(signature, slot_bytes, row_bytes)
+            place = self._make_room(signature, row_bytes)
             if place is None:
                 return None
             slab, slot = place
@@ -270,55 +277,38 @@ class AdapterPool:
         in_slabs = sum(slab.num_bytes for slab in self._slabs)
         return in_slabs + sum(t.rows.num_bytes for t in self._tenants() if t.rows is not None)
 
-    def _slot_bytes(self, signature: Signature) -> int:
-        factors = others = 0
-        for shape, group in zip(signature, self._groups, strict=True):
-            factors += shape.rank * (group.in_features + self._b_width(group))
-            others += (shape.scale + shape.bias) * group.out_features
-            others += shape.dense * group.in_features * group.out_features
-        return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
-
-    def _b_width(self, group: ProjectionGroup) -> int:
-        width = group.out_features
-        return spread_width(width, self._factor_dtype.itemsize) if self._spread else width
-
-    def _make_room(
-        self, signature: Signature, slot_bytes: int, row_bytes: int
-    ) -> tuple[Slab, int] | None:
+    def _make_room(self, signature: Signature, row_bytes: int) -> tuple[Slab, int] | None:
         while True:
             free = self._budget_bytes - self._used_bytes() - row_bytes
             for slab in self._slabs if free >= 0 else ():
                 if slab.signature == signature and (slot := slab.free_slot()) is not None:
                     return slab, slot
-            num_slots = self._slots_of_new(signature, free, slot_bytes)
+            num_slots = self._layout.num_slots_for(signature, free)
             if num_slots >= 1:
-                return self._add_slab(signature, slot_bytes, num_slots), 0
+                return self._add_slab(signature, num_slots), 0
             if not self._evict_one():
                 return None
 
-    def _slots_of_new(self, signature: Signature, free: int, slot_bytes: int) -> int:
-        wanted = 1 if _is_large(signature) else self._slab_slots
-        return min(free // max(slot_bytes, 1), wanted)
-
-    def _add_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
+    def _add_slab(self, signature: Signature, num_slots: int) -> Slab:
         # The room that there was for the spare one goes to whatever is added.
         spare, self._spare = self._spare, None
         if spare is None or spare.signature != signature or len(spare.tenants) != num_slots:
-            spare = self._new_slab(signature, slot_bytes, num_slots)
+            spare = self._layout.new_slab(next(self._counters.slabs), signature, num_slots)
         self._slabs.append(spare)
         return spare
 
     def _spare_like(self, slab: Slab) -> Slab | None:
         """An empty slab of the same shape, for later, if the budget has room for it now."""
-        if _is_large(slab.signature):
+        if is_large(slab.signature):
             return None
         if self._spare is None or self._spare.signature != slab.signature:
-            slot_bytes = self._slot_bytes(slab.signature)
             free = self._budget_bytes - self._used_bytes()
-            num_slots = self._slots_of_new(slab.signature, free, slot_bytes)
+            num_slots = self._layout.num_slots_for(slab.signature, free)
             if num_slots < 1:
                 return None
-            self._spare = self._new_slab(slab.signature, slot_bytes, num_slots)
+            self._spare = self._layout.new_slab(
+                next(self._counters.slabs), slab.signature, num_slots
+            )
         return self._spare
 
     def _evict_one(self) -> bool:
@@ -337,38 +327,3 @@ class AdapterPool:
             self._slabs.remove(adapter.slab)
             if not self._slabs:
                 self._spare = None
-
-    def _new_slab(self, signature: Signature, slot_bytes: int, num_slots: int) -> Slab:
-        def table(*sizes: int, dtype: torch.dtype = self._dtype) -> torch.Tensor:
-            return torch.empty(num_slots, *sizes, device=self._device, dtype=dtype)
-
-        def factors(rank: int, width: int) -> torch.Tensor:
-            return table(rank, width, dtype=self._factor_dtype)
-
-        slab = Slab(
-            number=next(self._counters.slabs),
-            signature=signature,
-            a=[],
-            b=[],
-            num_bytes=slot_bytes * num_slots,
-            tenants=[None] * num_slots,
-        )
-        for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
-            slab.a.append(factors(shape.rank, group.in_features) if shape.rank else None)
-            b = factors(shape.rank, self._b_width(group))[:, :, : group.out_features]
-            slab.b.append(b if shape.rank else None)
-            # Read by kernels on the host alone.
-            reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)
-            slab.columns.append(reach if shape.rank else None)
-            if shape.scale:
-                slab.scale[index] = table(group.out_features)
-            if shape.dense:
-                slab.dense[index] = table(group.out_features, group.in_features)
-            if shape.bias:
-                slab.bias[index] = table(group.out_features)
-        return slab
-
-
-def _is_large(signature: Signature) -> bool:
-    """Whether there is a dense term, as large as its layer: no room is taken in advance."""
-    return any(shape.dense for shape in signature)

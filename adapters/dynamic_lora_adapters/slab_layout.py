@@ -1,0 +1,88 @@
+"""How slabs are laid out: what a slot of a shape takes, and new tables for it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.slab import Signature, Slab, spread_width
+
+
+def is_large(signature: Signature) -> bool:
+    """Whether there is a dense term, as large as its layer: no room is taken in advance."""
+    return any(shape.dense for shape in signature)
+
+
+class SlabLayout:
+    """Sizes and makes slabs for a model's groups, of `num_slots` slots where there is room.
+
+    Low-rank factors are kept in `factor_dtype`, everything else in `dtype`. With `spread`
+    rows of b lie an odd number of cache lines apart.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ProjectionGroup],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+        spread: bool,
+        num_slots: int,
+    ) -> None:
+        self._groups = groups
+        self._device = device
+        self._dtype = dtype
+        self._factor_dtype = factor_dtype
+        self._spread = spread
+        self._num_slots = num_slots
+
+    def slot_bytes(self, signature: Signature) -> int:
+        """Bytes of one slot."""
+        factors = others = 0
+        for shape, group in zip(signature, self._groups, strict=True):
+            factors += shape.rank * (group.in_features + self._b_width(group))
+            others += (shape.scale + shape.bias) * group.out_features
+            others += shape.dense * group.in_features * group.out_features
+        return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
+
+    def num_slots_for(self, signature: Signature, free_bytes: int) -> int:
+        """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one."""
+        wanted = 1 if is_large(signature) else self._num_slots
+        return min(free_bytes // max(self.slot_bytes(signature), 1), wanted)
+
+    def new_slab(self, number: int, signature: Signature, num_slots: int) -> Slab:
+        """Empty tables; their memory is not committed before it is written."""
+
+        def table(*sizes: int, dtype: torch.dtype = self._dtype) -> torch.Tensor:
+            return torch.empty(num_slots, *sizes, device=self._device, dtype=dtype)
+
+        def factors(rank: int, width: int) -> torch.Tensor:
+            return table(rank, width, dtype=self._factor_dtype)
+
+        slab = Slab(
+            number=number,
+            signature=signature,
+            a=[],
+            b=[],
+            num_bytes=self.slot_bytes(signature) * num_slots,
+            tenants=[None] * num_slots,
+        )
+        for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
+            slab.a.append(factors(shape.rank, group.in_features) if shape.rank else None)
+            b = factors(shape.rank, self._b_width(group))[:, :, : group.out_features]
+            slab.b.append(b if shape.rank else None)
+            # Read by kernels on the host alone.
+            reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)
+            slab.columns.append(reach if shape.rank else None)
+            if shape.scale:
+                slab.scale[index] = table(group.out_features)
+            if shape.dense:
+                slab.dense[index] = table(group.out_features, group.in_features)
+            if shape.bias:
+                slab.bias[index] = table(group.out_features)
+        return slab
+
+    def _b_width(self, group: ProjectionGroup) -> int:
+        width = group.out_features
+        return spread_width(width, self._factor_dtype.itemsize) if self._spread else width
