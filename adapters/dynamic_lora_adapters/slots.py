@@ -156,7 +156,7 @@ class AdapterPool:
                 self._resident[digest] = adapter
             self._counters.loads += 1
             self._pin(adapter)
-        self._prepare_next(adapter.slab)
+        self._prepare_next(signature)
         return adapter
 
     def _fill(self, adapter: ResidentAdapter, members: Sequence[MemberTerms]) -> None:
@@ -169,17 +169,15 @@ class AdapterPool:
     def _places(self, slab: Slab, slot: int) -> list[GroupTerms]:
         return [slab.terms(index, slot) for index in range(len(self._groups))]
 
-    def _prepare_next(self, slab: Slab) -> None:
+    def _prepare_next(self, signature: Signature) -> None:
         """Have the memory of the slot that the next adapter of this shape gets committed."""
         if self._device.type != "cpu":
             return
         with self._lock:
-            slot = slab.free_slot()
-            if slot is None:
-                slot, spare = 0, self._spare_like(slab)
-                if spare is None:
-                    return
-                slab = spare
+            place = self._free_place(signature) or self._spare_place(signature)
+            if place is None:
+                return
+            slab, slot = place
             if slot < slab.num_prepared:
                 return
             slab.num_prepared = slot + 1
@@ -280,9 +278,8 @@ class AdapterPool:
     def _make_room(self, signature: Signature, row_bytes: int) -> tuple[Slab, int] | None:
         while True:
             free = self._budget_bytes - self._used_bytes() - row_bytes
-            for slab in self._slabs if free >= 0 else ():
-                if slab.signature == signature and (slot := slab.free_slot()) is not None:
-                    return slab, slot
+            if free >= 0 and (place := self._free_place(signature)) is not None:
+                return place
             num_slots = self._layout.num_slots_for(signature, free)
             if num_slots >= 1:
                 return self._add_slab(signature, num_slots), 0
@@ -297,19 +294,23 @@ class AdapterPool:
         self._slabs.append(spare)
         return spare
 
-    def _spare_like(self, slab: Slab) -> Slab | None:
-        """An empty slab of the same shape, for later, if the budget has room for it now."""
-        if is_large(slab.signature):
+    def _free_place(self, signature: Signature) -> tuple[Slab, int] | None:
+        for slab in self._slabs:
+            if slab.signature == signature and (slot := slab.free_slot()) is not None:
+                return slab, slot
+        return None
+
+    def _spare_place(self, signature: Signature) -> tuple[Slab, int] | None:
+        """The first slot of an empty slab for later, if the budget has room for that now."""
+        if is_large(signature):
             return None
-        if self._spare is None or self._spare.signature != slab.signature:
+        if self._spare is None or self._spare.signature != signature:
             free = self._budget_bytes - self._used_bytes()
-            num_slots = self._layout.num_slots_for(slab.signature, free)
+            num_slots = self._layout.num_slots_for(signature, free)
             if num_slots < 1:
                 return None
-            self._spare = self._layout.new_slab(
-                next(self._counters.slabs), slab.signature, num_slots
-            )
-        return self._spare
+            self._spare = self._layout.new_slab(next(self._counters.slabs), signature, num_slots)
+        return self._spare, 0
 
     def _evict_one(self) -> bool:
         idle = [a for a in self._resident.values() if not a.num_leases and not a.kept]

@@ -104,7 +104,12 @@ class ServerState:
             Reading(
                 "adapter_reads", "Adapters read from the store.", stats.reads.num_reads, total=True
             ),
-            Reading("adapter_read_seconds", "Time it took.", stats.reads.seconds, total=True),
+            Reading(
+                "adapter_read_seconds",
+                "Time that reading adapters took, checks included.",
+                stats.reads.seconds,
+                total=True,
+            ),
             Reading("mode_switches", "Merges and unmerges.", modes.num_switches, total=True),
             Reading("mode_switch_seconds", "Time they took.", modes.switch_s, total=True),
             Reading("merged_tokens", "Run on merged weights.", modes.num_merged_rows, total=True),

@@ -19,6 +19,8 @@ from tests.support.slabs import hold_writes
 GROUPS = [ProjectionGroup(("q", "k"), 16, (16, 8)), ProjectionGroup(("o",), 16, (16,))]
 SLOT_BYTES = 8 * (16 + 24) * 4  # an adapter of rank 8 on q alone, in float32
 
+Asked = list[Callable[[], Sequence[torch.Tensor]]]
+
 
 def factors(rank: int = 8, *, seed: int = 0, path: str = "q") -> AdapterTerms:
     generator = torch.Generator().manual_seed(seed)
@@ -293,9 +295,15 @@ def test_a_write_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch
     admit(pool, "a")
 
 
-def test_the_next_slots_memory_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
-    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """What would be committed in the background."""
+    tables: Asked = []
+    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", tables.append)
+    return tables
+
+
+def test_the_next_slots_memory_is_asked_for_once(asked: Asked) -> None:
     pool = make_pool(3)
     slab = admit(pool, "a").slab
     assert len(asked) == 1
@@ -310,20 +318,14 @@ def test_the_next_slots_memory_is_asked_for_once(monkeypatch: pytest.MonkeyPatch
     assert len(asked) == 2, "there is no slot behind the last"
 
 
-def test_no_memory_of_a_slab_that_has_gone_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
-    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+def test_no_memory_of_a_slab_that_has_gone_is_asked_for(asked: Asked) -> None:
     pool = make_pool(3)
     pool.release(admit(pool, "a"))
     pool.drop("a")
     assert asked[0]() == []
 
 
-def test_behind_a_full_slab_the_first_slot_of_the_next_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
-    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+def test_behind_a_full_slab_the_first_slot_of_the_next_is_asked_for(asked: Asked) -> None:
     pool = make_pool(SLAB_SLOTS + 3)
     for number in range(SLAB_SLOTS):
         pool.release(admit(pool, str(number)))
@@ -337,11 +339,7 @@ def test_behind_a_full_slab_the_first_slot_of_the_next_is_asked_for(
     pool.check_integrity()
 
 
-def test_an_adapter_of_another_shape_takes_the_room_that_was_meant_for_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[Callable[[], Sequence[torch.Tensor]]] = []
-    monkeypatch.setattr("dynamic_lora_adapters.slots.populate_soon", asked.append)
+def test_an_adapter_of_another_shape_takes_the_room_that_was_meant_for_later(asked: Asked) -> None:
     pool = make_pool(SLAB_SLOTS + 3)
     for number in range(SLAB_SLOTS):
         admit(pool, str(number))
@@ -351,3 +349,13 @@ def test_an_adapter_of_another_shape_takes_the_room_that_was_meant_for_later(
     assert spare() == [], "it was let go"
     assert pool.stats().num_evictions == 0
     pool.check_integrity()
+
+
+def test_a_free_slot_is_prepared_before_a_slab_for_later(asked: Asked) -> None:
+    pool = make_pool(2 * SLAB_SLOTS + 3)
+    for number in range(SLAB_SLOTS + 1):
+        pool.release(admit(pool, str(number)))
+    pool.drop("3")
+    prepared = len(asked)
+    assert admit(pool, "in the gap").slot == 3
+    assert len(asked) == prepared, "the second slab's next slot is ready, and is what comes next"
