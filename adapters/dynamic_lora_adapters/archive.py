@@ -269,7 +269,7 @@ def _zip_members(_: UploadLimits, stream: BinaryIO) -> _Members:
                     field=info.filename,
                     fix="Pack the files with plain 'zip'.",
                 )
-            if info.is_dir():
+            if info.filename.endswith("/"):  # `is_dir` fails for a name of no length
                 yield info.filename, None
                 continue
             with archive.open(info) as member:
