@@ -19,8 +19,6 @@ using namespace dynamic_lora;
 namespace {
 
 constexpr int64_t kActivated = 256;  // columns that one thread activates at a time
-// A product of so few rows waits for its own weights: nothing else is asked for meanwhile.
-constexpr int64_t kFewRows = kTileRows;
 
 // A projection, and where the step's deltas for it are found.
 struct Site {
@@ -48,7 +46,9 @@ struct SlabFactors {
 
   Factors kind(const Projection& base) const {
     if (size == sizeof(float)) return Factors::kFloats;
-    return base.rounds_to_brains() ? Factors::kPaired : Factors::kWidened;
+    // Where there is a matrix unit, instructions that multiply pairs take four times as long as
+    // those for floats.
+    return base.rounds_to_brains() && !kMatrixUnit ? Factors::kPaired : Factors::kWidened;
   }
 };
 
@@ -69,56 +69,59 @@ struct Step {
   int64_t rows, num_items, num_runs;
 };
 
+// The deltas of one projection. They are added `apart` from the product, once that is done, where
+// tiles of each adapter's own rows would not be full.
+struct SiteDeltas {
+  std::vector<Segment> segments;
+  std::vector<Part> parts;
+  bool apart;
+};
+
 // What a layer keeps for itself while it runs.
 struct Scratch {
-  std::vector<float> normed, shrunk, gate_up, activated;
-  std::vector<Segment> segments[4];
-  std::vector<Part> parts[4];
-  std::vector<Hint> hints[4];  // at what is read behind each of the products
+  Lines<float> normed, gate_up, activated;
+  std::vector<float> shrunk;
+  SiteDeltas deltas[4];
   InputCopies copies;
 };
 
 void find_segments(const Site& site, const Step& step, Scratch& scratch, int number) {
-  std::vector<Segment>& segments = scratch.segments[number];
-  segments.clear();
-  int64_t needed = 0;
+  SiteDeltas& deltas = scratch.deltas[number];
+  deltas.segments.clear();
+  deltas.apart = true;
+  int64_t needed = 0, rows = 0;
   for (int64_t i = 0; i < step.num_runs; i++) {
     const Run& run = step.runs[i];
     const SlabFactors& factors = run.groups[site.group];
     if (!factors.a) continue;
+    // Rows from which a merged adapter is taken have another one's deltas, too.
+    deltas.apart &= run.sign > 0;
     int64_t row = run.row;
     for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
       const int64_t first = (run.first_slot + j) * factors.rank;
-      segments.push_back({factors.kind(site.base), factors.a + first * site.base.k * factors.size,
+      deltas.segments.push_back({factors.kind(site.base), factors.a + first * site.base.k * factors.size,
                           factors.b + first * factors.ldb * factors.size,
                           factors.columns + first * 2, nullptr, factors.rank, row, run.lengths[j],
                           factors.ldb, run.sign});
       needed += factors.rank * run.lengths[j];
+      rows += run.lengths[j];
     }
   }
+  deltas.apart &= rows < kTileRows * static_cast<int64_t>(deltas.segments.size());
   have_room(scratch.shrunk, needed);
 }
 
-void hint_at(const void* start, int64_t bytes, std::vector<Hint>& hints) {
-  const int64_t before = hints.empty() ? 0 : hints.back().before + hints.back().lines;
-  hints.push_back({static_cast<const char*>(start), bytes / kLineBytes, before});
-}
-
 // Once all are found, and the memory that they share stays where it is.
-void place_segments(const Site& site, Scratch& scratch, int number) {
-  std::vector<Part>& parts = scratch.parts[number];
-  parts.clear();
+void place_segments(Scratch& scratch, int number) {
+  SiteDeltas& deltas = scratch.deltas[number];
+  deltas.parts.clear();
   float* shrunk = scratch.shrunk.data();
-  for (Segment& segment : scratch.segments[number]) {
+  for (Segment& segment : deltas.segments) {
     segment.shrunk = shrunk;
     shrunk += segment.rank * segment.rows;
-    part_segment(segment, parts);
-    // What shrinking reads is asked for during the product before.
-    const int64_t size = segment.kind == Factors::kFloats ? sizeof(float) : sizeof(Brain);
-    if (number > 0)
-      hint_at(segment.a, segment.rank * site.base.k * size, scratch.hints[number - 1]);
+    part_segment(segment, deltas.apart ? kOutsAlong : INT64_MAX / 2, deltas.parts);
   }
-  std::stable_sort(parts.begin(), parts.end(),
+  std::stable_sort(deltas.parts.begin(), deltas.parts.end(),
                    [](const Part& one, const Part& other) { return one.row < other.row; });
 }
 
@@ -129,26 +132,26 @@ void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int6
   for (int64_t row = 0; row < rows; row++) normalise(norm, x + row * dim, out + row * dim, dim);
 }
 
-// One projection with its deltas; meanwhile what the next one reads first is asked for.
+// One projection with its deltas.
 void share_site(const Site& site, Scratch& scratch, int number, const float* x,
                 const float* residual, float* out, int64_t rows) {
-  const std::vector<Segment>& segments = scratch.segments[number];
-  const std::vector<Part>& parts = scratch.parts[number];
-  Hints hints;
-  if (rows > kFewRows)
-    hints = {scratch.hints[number].data(), static_cast<int64_t>(scratch.hints[number].size())};
+  const std::vector<Segment>& segments = scratch.deltas[number].segments;
+  const std::vector<Part>& parts = scratch.deltas[number].parts;
+  const auto product = [&](const auto& extra) {
+    share_product(x, site.base, residual, out, rows, extra, scratch.copies);
+  };
   share_copying(x, site.base, rows, scratch.copies);
-  if (segments.empty()) {
-    share_product(x, site.base, residual, out, rows, NoDeltas{}, hints, scratch.copies);
-    return;
-  }
+  if (segments.empty()) return product(NoDeltas{});
   const int64_t in = site.base.k, outs = site.base.n;
   const Deltas deltas{x,    out, in, outs, in, outs, scratch.copies.values.data(),
                       row_stride<int16_t>(in)};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
-  share_product(x, site.base, residual, out, rows,
-                PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())), hints,
-                scratch.copies);
+  if (scratch.deltas[number].apart) {
+    product(NoDeltas{});
+    return share_expanding(parts, out, outs);
+  }
+#pragma omp barrier
+  product(PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())));
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -244,11 +247,7 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   find_segments(layer.o, step, scratch, 1);
   find_segments(layer.gate_up, step, scratch, 2);
   find_segments(layer.down, step, scratch, 3);
-  for (auto& hints : scratch.hints) hints.clear();
-  place_segments(layer.qkv, scratch, 0);
-  place_segments(layer.o, scratch, 1);
-  place_segments(layer.gate_up, scratch, 2);
-  place_segments(layer.down, scratch, 3);
+  for (int number = 0; number < 4; number++) place_segments(scratch, number);
   return scratch;
 }
 

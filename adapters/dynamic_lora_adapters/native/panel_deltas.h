@@ -1,4 +1,5 @@
-// Low-rank deltas that are added panel by panel of a product, while its sums are at hand.
+// Low-rank deltas that are added panel by panel of a product, while its sums are at hand, or, where
+// each adapter has few rows and waiting for its factors is what takes time, once a product is done.
 
 #pragma once
 
@@ -10,6 +11,10 @@
 
 namespace dynamic_lora {
 
+constexpr int kRowsAlong = kLanes == 16 ? 4 : 2;  // with kRanksAlong, what registers hold of them
+constexpr int kRanksAlong = 4;
+constexpr int64_t kOutsAlong = 768;  // outputs of a part that one thread expands to at a time
+
 // Neighbouring ranks of a segment that reach the same outputs.
 struct Part {
   Factors kind;
@@ -18,22 +23,51 @@ struct Part {
   int64_t ldb, rank, ranks, row, rows, from, to;
 };
 
-inline void part_segment(const Segment& s, std::vector<Part>& parts) {
+// Appends the parts of a segment, in pieces of up to `most` outputs.
+inline void part_segment(const Segment& s, int64_t most, std::vector<Part>& parts) {
   const auto add = [&](auto kind, int64_t first, int64_t last, int64_t from, int64_t to) {
     using Factor = typename FactorTypes<kind()>::Factor;
-    parts.push_back({kind(), static_cast<const Factor*>(s.b) + first * s.ldb,
-                     s.shrunk_to<kind()>(first), s.ldb, s.rank, last - first, s.row, s.rows, from,
-                     to});
+    for (; from < to; from += most)
+      parts.push_back({kind(), static_cast<const Factor*>(s.b) + first * s.ldb,
+                       s.shrunk_to<kind()>(first), s.ldb, s.rank, last - first, s.row, s.rows,
+                       from, std::min(from + most, to)});
   };
   for (int64_t first = 0, last; first < s.rank; first = last) {
     const int64_t from = s.columns[first * 2], to = s.columns[first * 2 + 1];
     for (last = first + 1; last < s.rank; last++)
       if (s.columns[last * 2] != from || s.columns[last * 2 + 1] != to) break;
-    if (from < to) with_kind(s.kind, [&](auto kind) { add(kind, first, last, from, to); });
+    with_kind(s.kind, [&](auto kind) { add(kind, first, last, from, to); });
   }
 }
 
-// The expanding of all parts.
+template <Factors kind>
+void expand_part(const Part& part, float* out, int64_t ldo) {
+  using Types = FactorTypes<kind>;
+  const auto* b = static_cast<const typename Types::Factor*>(part.b) + part.from;
+  const auto* shrunk = static_cast<const typename Types::Shrunk*>(part.shrunk);
+  const RowBlocks rows(part.rows, kRowsAlong), ranks(part.ranks, kRanksAlong);
+  for (int64_t i = 0; i < ranks.count; i++)
+    for (int64_t j = 0; j < rows.count; j++) {
+      const int64_t q = ranks.first(i), r = rows.first(j);
+      with_rows<kRanksAlong>(ranks.first(i + 1) - q, [&](auto num_ranks) {
+        with_rows<kRowsAlong>(rows.first(j + 1) - r, [&](auto num_rows) {
+          expand_along<num_rows(), num_ranks()>(
+              shrunk + r * part.rank + q, part.rank, b + q * part.ldb, part.ldb,
+              out + (part.row + r) * ldo + part.from, ldo, part.to - part.from);
+        });
+      });
+    }
+}
+
+// Adds the deltas of all parts, no two of which share an output, to out [rows, ldo]. Called by a
+// whole team of threads.
+inline void share_expanding(const std::vector<Part>& parts, float* out, int64_t ldo) {
+#pragma omp for schedule(guided, 1)
+  for (size_t i = 0; i < parts.size(); i++)
+    with_kind(parts[i].kind, [&](auto kind) { expand_part<kind()>(parts[i], out, ldo); });
+}
+
+// The expanding of all parts, panel by panel.
 class PanelDeltas {
  public:
   // `parts` by ascending row.

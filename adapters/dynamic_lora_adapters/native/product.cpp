@@ -238,7 +238,7 @@ void dynamic_lora_product(const Projection* projection, const float* x, float* y
 #pragma omp parallel
   {
     share_copying(x, *projection, m, copies);
-    share_product(x, *projection, nullptr, y, m, NoDeltas{}, Hints{}, copies);
+    share_product(x, *projection, nullptr, y, m, NoDeltas{}, copies);
   }
 }
 

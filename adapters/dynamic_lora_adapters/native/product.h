@@ -259,32 +259,6 @@ struct UnitInputs {
   }
 };
 
-// Memory that will be read next: `lines` cache lines from `start`, `before` in earlier hints.
-struct Hint {
-  const char* start;
-  int64_t lines, before;
-};
-
-// Lines asked for in small portions while something else computes, so that they are there in time.
-struct Hints {
-  const Hint* first = nullptr;
-  int64_t count = 0;
-
-  // Asks for portion `number` of `portions`.
-  void ask(int64_t number, int64_t portions) const {
-    if (!count) return;
-    const int64_t lines = first[count - 1].before + first[count - 1].lines;
-    int64_t line = lines * number / portions;
-    const int64_t stop = lines * (number + 1) / portions;
-    const Hint* hint = std::upper_bound(first, first + count, line,
-                                        [](int64_t l, const Hint& h) { return l < h.before; }) - 1;
-    for (; line < stop; line++) {
-      if (line == hint->before + hint->lines) hint++;
-      __builtin_prefetch(hint->start + (line - hint->before) * kLineBytes, 0, 2);
-    }
-  }
-};
-
 // Whether panels are prepared once where rows are many: such inputs have `kPreparedRows`, beyond
 // which they are, and `prepared`.
 template <typename Inputs, typename = void>
@@ -313,7 +287,6 @@ struct Product {
   float* y;               // [m, n]
   int64_t m, n;
   Extra extra;
-  Hints hints;
 
   int64_t panels() const { return (n + kWidth - 1) / kWidth; }
 
@@ -371,7 +344,6 @@ struct Product {
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
       alignas(64) float sums[Way::kRows * kWidth];  // begun by the first slice
-      hints.ask(number * blocks.count + b, panels() * blocks.count);
       for (int64_t i = 0; i < depth; i += Inputs::kSlice) {
         const Wide* slice = panel + i * kWidth;
         // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
@@ -424,15 +396,15 @@ inline void share_copying(const float* x, const Projection& p, int64_t m, InputC
 }
 
 // y [m, n] from x [m, k], of which there are the `copies` of `share_copying`, plus `residual`
-// [m, n] if that is not null; meanwhile what `hints` name is asked for. Called by a whole team.
+// [m, n] if that is not null. Called by a whole team.
 template <typename Extra>
 void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
-                   const Extra& extra, const Hints& hints, const InputCopies& copies) {
+                   const Extra& extra, const InputCopies& copies) {
   if (m == 0) return;
   const auto multiply = [&](const auto& inputs) {
     using Inputs = std::decay_t<decltype(inputs)>;
     const auto* packed = static_cast<const typename Inputs::Weight*>(p.packed);
-    Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra, hints}
+    Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra}
         .share();
   };
   if (p.format == kBytes) {

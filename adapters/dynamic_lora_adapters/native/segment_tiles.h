@@ -125,11 +125,14 @@ void shrink_tile(const typename FactorTypes<kind>::Input* x, int64_t ldx,
   const int64_t added = add_products(x, ldx, a, in, sums);
   UNROLL
   for (int r = 0; r < Rows; r++) {
-    UNROLL
+    float totals[Ranks];
+    if constexpr (Ranks == 4)
+      sum_each(sums[r], 1.0f, totals);
+    else
+      for (int q = 0; q < Ranks; q++) totals[q] = sum(sums[r][q]);
     for (int q = 0; q < Ranks; q++) {
-      float total = sum(sums[r][q]);
-      for (int64_t i = added; i < in; i++) total += x[r * ldx + i] * to_float(a[q * in + i]);
-      put(sign * total, shrunk + r * rank + q);
+      for (int64_t i = added; i < in; i++) totals[q] += x[r * ldx + i] * to_float(a[q * in + i]);
+      put(sign * totals[q], shrunk + r * rank + q);
     }
   }
 }
@@ -166,6 +169,39 @@ void expand_tile(const float* shrunk, int64_t rank, const Factor* b, int64_t ldb
     }
   }
   end_sums(sums, out, ldo);
+}
+
+// Adds Ranks ranks of b to [Rows, width] outputs along the rows of b, which come from memory faster
+// so than by tiles.
+template <int Rows, int Ranks, typename Shrunk, typename Factor>
+void expand_along(const Shrunk* shrunk, int64_t rank, const Factor* b, int64_t ldb, float* out,
+                  int64_t ldo, int64_t width) {
+  Vec weights[Rows][Ranks];
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    UNROLL
+    for (int q = 0; q < Ranks; q++) weights[r][q] = held(all(to_float(shrunk[r * rank + q])));
+  }
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) {
+    Vec factors[Ranks];
+    UNROLL
+    for (int q = 0; q < Ranks; q++) {
+      factors[q] = held(load(b + q * ldb + c));
+      __builtin_prefetch(b + (Ranks + q) * ldb + c, 0, 2);
+    }
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      Vec sums = load(out + r * ldo + c);
+      UNROLL
+      for (int q = 0; q < Ranks; q++) sums += weights[r][q] * factors[q];
+      store(out + r * ldo + c, sums);
+    }
+  }
+  for (; c < width; c++)
+    for (int r = 0; r < Rows; r++)
+      for (int q = 0; q < Ranks; q++)
+        out[r * ldo + c] += to_float(shrunk[r * rank + q]) * to_float(b[q * ldb + c]);
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)

@@ -16,10 +16,10 @@
 
 namespace dynamic_lora {
 
-constexpr int kSums = 12;       // sums that fit into the registers beside what is summed
+constexpr int kSums = kLanes == 16 ? 24 : 12;  // fit into the registers beside what is summed
 constexpr int kRows = 6;        // rows that are expanded together
 constexpr int kFewVecs = 2;     // vectors of outputs that are expanded to together, for many rows
-constexpr int kRanks = 2;       // ranks that one thread shrinks to at a time
+constexpr int kRanks = kLanes == 16 ? 4 : 2;   // ranks that one thread shrinks to at a time
 constexpr int64_t kManyRows = 24;  // beyond so many rows of a segment its x leaves the first caches
 constexpr int64_t kStrip = 64;  // outputs that one thread expands to at a time
 constexpr int64_t kMostPacked = 64;  // ranks of a strip that are laid side by side for many rows
@@ -181,20 +181,19 @@ inline int64_t shrinking_items(const Segment& s) {
 template <Factors kind>
 void shrink_item(const Deltas& d, const Segment& s, int64_t item) {
   if (by_rows(s)) return shrink_block<kind>(d, s, item);
-  const int64_t rank = item * kRanks;
-  if (rank + kRanks <= s.rank)
-    shrink<kind, kRanks>(d, s, rank);
-  else
-    shrink<kind, 1>(d, s, rank);
+  int64_t rank = item * kRanks;
+  if (rank + kRanks <= s.rank) return shrink<kind, kRanks>(d, s, rank);
+  for (; rank < s.rank; rank++) shrink<kind, 1>(d, s, rank);
 }
 
-// The shrinking of all segments. Called by a whole team of threads.
+// The shrinking of all segments, which is done for sure behind the next barrier. Called by a whole
+// team of threads.
 inline void share_shrinking(const Deltas& d, const Segment* segments, int64_t count) {
   int64_t items = 0;
   for (int64_t i = 0; i < count; i++) items += shrinking_items(segments[i]);
   const Segment* s = segments;
   int64_t start = 0;  // the first of this segment's items
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
   for (int64_t item = 0; item < items; item++) {
     if (item < start) s = segments, start = 0;
     for (int64_t own; item - start >= (own = shrinking_items(*s)); s++) start += own;
@@ -205,6 +204,7 @@ inline void share_shrinking(const Deltas& d, const Segment* segments, int64_t co
 // Adds the deltas of all segments, none of them in pairs. Called by a whole team of threads.
 inline void share_deltas(const Deltas& d, const Segment* segments, int64_t count) {
   share_shrinking(d, segments, count);
+#pragma omp barrier
   const int64_t strips = (d.outs + kStrip - 1) / kStrip;
 #pragma omp for schedule(guided, 1)
   for (int64_t strip = 0; strip < strips; strip++)
