@@ -23,14 +23,13 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import httpx
+import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.errors import BenchmarkError, RequestFailed
-from benchmarks.load import closed_loop, send_streaming
+from benchmarks.load import closed_loop, connect, send_streaming
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import make_adapters
-from benchmarks.peers.base import TIMEOUT_S
 from benchmarks.peers.dynamic_lora import serving, upload
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.report import table
@@ -117,7 +116,7 @@ class Probe:
     """Single requests to a running server, timed, beside a background of others."""
 
     def __init__(
-        self, http: httpx.AsyncClient, wire: DynamicLoraWire, prompts: PromptMaker
+        self, http: aiohttp.ClientSession, wire: DynamicLoraWire, prompts: PromptMaker
     ) -> None:
         self._http = http
         self._wire = wire
@@ -141,8 +140,9 @@ class Probe:
 
     async def _read_s(self) -> float:
         """Seconds that the server has read adapters for; nobody else's are cold meanwhile."""
-        answer = await self._http.get("/metrics")
-        for family in text_string_to_metric_families(answer.text):
+        async with self._http.get("/metrics") as answer:
+            text = await answer.text()
+        for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "dynamic_lora_adapter_read_seconds_total":
                     return sample.value
@@ -219,7 +219,7 @@ async def probe(
 ) -> dict[int, list[Pair]]:
     """All pairs, by the number of other clients. Raises RequestFailed."""
     pairs: dict[int, list[Pair]] = {}
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http:
+    async with connect(url) as http:
         probes = Probe(http, wire, prompts)
         # The first adapter is for the others; it also pays for what only happens once.
         for adapter in (None, 0, 0):

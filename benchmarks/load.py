@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import httpx
+import aiohttp
 
 from benchmarks.errors import BenchmarkError, RequestFailed
 from benchmarks.stats import Summary, Timing, summarise
@@ -17,6 +17,9 @@ from benchmarks.wire import Wire
 from benchmarks.workload import PromptMaker, Request, Workload, requests, warm_up_requests
 
 Send = Callable[[Request], Awaitable[Timing]]
+
+# A request of a slow peer at many clients may take minutes; nothing is given up before.
+TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,21 @@ def _until(work: Iterator[Request], end: float | None) -> Iterator[Request]:
         yield request
 
 
-async def send_streaming(http: httpx.AsyncClient, wire: Wire, request: Request) -> Timing:
+def connect(url: str) -> aiohttp.ClientSession:
+    """A client for any number of requests at once to the server at `url`.
+
+    aiohttp's parser is C: what reading a stream takes here is taken from the server, which runs on
+    the same cores. No connection is kept: one that a server closes while it is idle would fail
+    a request.
+    """
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+    )
+
+
+async def send_streaming(http: aiohttp.ClientSession, wire: Wire, request: Request) -> Timing:
     """Post one request and time its tokens.
 
     Raises RequestFailed: refused, broken off, or not of the length that was asked.
@@ -74,8 +91,8 @@ async def send_streaming(http: httpx.AsyncClient, wire: Wire, request: Request) 
     total: int | None = None
     num_tokens = 0
     try:
-        async with http.stream(
-            "POST", wire.path, json=wire.body(request), params=wire.params(request)
+        async with http.post(
+            wire.path, json=wire.body(request), params=wire.params(request)
         ) as response:
             async for event in _events(response):
                 delta = wire.read(event)
@@ -83,7 +100,7 @@ async def send_streaming(http: httpx.AsyncClient, wire: Wire, request: Request) 
                     arrivals.append(time.perf_counter())
                 num_tokens += delta.num_tokens
                 total = total if delta.total_output_tokens is None else delta.total_output_tokens
-    except httpx.HTTPError as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         raise RequestFailed(f"{type(error).__name__}: {error}") from error
     # The server's own count is right where one event carries several tokens.
     total = num_tokens if total is None else total
@@ -94,23 +111,24 @@ async def send_streaming(http: httpx.AsyncClient, wire: Wire, request: Request) 
     )
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    if response.status_code != 200:
-        text = (await response.aread()).decode(errors="replace")
-        raise RequestFailed(f"status {response.status_code}: {text[:300]}")
-    async for line in response.aiter_lines():
-        data = line.removeprefix("data:").strip()
-        if not line.startswith("data:") or data == "[DONE]":
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    if response.status != 200:
+        text = await response.text(errors="replace")
+        raise RequestFailed(f"status {response.status}: {text[:300]}")
+    async for line in response.content:
+        data = line.removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or data == b"[DONE]":
             continue
         try:
             event = json.loads(data)
         except ValueError as error:
-            raise RequestFailed(f"an event is no JSON: {data[:200]}") from error
+            text = data[:200].decode(errors="replace")
+            raise RequestFailed(f"an event is no JSON: {text}") from error
         yield event
 
 
 async def measure(
-    http: httpx.AsyncClient,
+    http: aiohttp.ClientSession,
     wire: Wire,
     workload: Workload,
     prompts: PromptMaker,

@@ -25,10 +25,9 @@ import uvloop
 from platformdirs import user_cache_path
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.load import measure
+from benchmarks.load import TIMEOUT_S, connect, measure
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import halved, make_adapters, with_other_values
-from benchmarks.peers.base import TIMEOUT_S
 from benchmarks.peers.dynamic_lora import FILES, post_adapter, serving
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.report import spread, table
@@ -197,10 +196,7 @@ def run_cell(
 async def _measure(
     url: str, wire: DynamicLoraWire, workload: Workload, prompts: PromptMaker
 ) -> Summary:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(
-        base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False
-    ) as http:
+    async with connect(url) as http:
         return await measure(http, wire, workload, prompts, warm_up=warm_up(workload, prompts))
 
 

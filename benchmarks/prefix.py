@@ -19,13 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from benchmarks.errors import BenchmarkError
-from benchmarks.load import send_streaming
+from benchmarks.load import connect, send_streaming
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import make_adapters
-from benchmarks.peers.base import TIMEOUT_S
 from benchmarks.peers.dynamic_lora import serving, upload
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.stats import percentile
@@ -104,7 +101,7 @@ async def run(
     questions = PromptMaker(tokenizer, options.question_tokens)
     rng = random.Random(options.seed)
     wire = DynamicLoraWire(names)
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http:
+    async with connect(url) as http:
 
         async def ttft(prompt: str, adapter: int | None) -> float:
             request = Request(prompt=prompt, adapter=adapter, num_output_tokens=_NUM_OUTPUT_TOKENS)

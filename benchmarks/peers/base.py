@@ -6,17 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import httpx
 import uvloop
 
-from benchmarks.load import measure
+from benchmarks.load import connect, measure
 from benchmarks.peers.process import ServerProcess
 from benchmarks.stats import Summary
 from benchmarks.wire import Wire
 from benchmarks.workload import PromptMaker, Workload, warm_up_requests
-
-# A request of a slow peer at many clients may take minutes; nothing is given up before.
-TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +109,5 @@ class HttpSession:
         self, workload: Workload, prompts: PromptMaker, num_warm_up: int | None
     ) -> Summary:
         warm_up = warm_up_requests(workload, prompts, num_warm_up)
-        # No connection is kept: one that a server closes while it is idle would fail a request.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(
-            base_url=self.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
-        ) as http:
+        async with connect(self.url) as http:
             return await measure(http, self.wire, workload, prompts, warm_up=warm_up)

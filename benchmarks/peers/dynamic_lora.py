@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.errors import PeerUnavailable
-from benchmarks.peers.base import TIMEOUT_S, HttpSession, Session, Setup
+from benchmarks.load import TIMEOUT_S
+from benchmarks.peers.base import HttpSession, Session, Setup
 from benchmarks.peers.process import ServerProcess, free_port, running
 from benchmarks.wire import DynamicLoraWire
 

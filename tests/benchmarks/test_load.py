@@ -1,19 +1,22 @@
-"""The closed loop, against a small streaming application over httpx's ASGI transport."""
+"""The closed loop, against a small streaming application on a socket."""
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import Any
 
-import httpx
+import aiohttp
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from benchmarks.errors import BenchmarkError, RequestFailed
-from benchmarks.load import closed_loop, measure, send_streaming
+from benchmarks.load import closed_loop, connect, measure, send_streaming
 from benchmarks.stats import Timing
 from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
 from benchmarks.workload import Popularity, PromptMaker, Request, Sampling, Workload
@@ -76,9 +79,15 @@ class _Server:
         self.num_running -= 1
         yield "data: [DONE]\n\n"
 
-    def client(self) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app=self.app)
-        return httpx.AsyncClient(transport=transport, base_url="http://server")
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[aiohttp.ClientSession]:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            server = uvicorn.Server(uvicorn.Config(self.app, log_config=None, lifespan="off"))
+            serving = asyncio.create_task(server.serve(sockets=[sock]))
+            async with connect(f"http://127.0.0.1:{sock.getsockname()[1]}") as http:
+                yield http
+            server.should_exit = True
+            await serving
 
 
 def _request(prompt: str = "hello", adapter: int | None = 1) -> Request:
