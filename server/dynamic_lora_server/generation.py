@@ -133,6 +133,7 @@ class TokenPiece:
     `text` is what this token adds to the visible text: empty while a character
     is incomplete or while the text may turn out to be a stop string.
     `token_text` is the token decoded alone. `logprob` is set when asked for.
+    `is_last` says that the continuation's Finish comes next.
     """
 
     index: int
@@ -142,6 +143,7 @@ class TokenPiece:
     special: bool
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,12 +81,14 @@ class _Observation:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._adapter = BASE
+        self._tokens = metrics.generated_tokens.labels(BASE)
         self._asked = metrics.clock()
         self._first: dict[int, float] = {}
 
     def record(self, event: GenerationEvent) -> None:
         if isinstance(event, Started):
             self._adapter = event.label or BASE
+            self._tokens = self._metrics.generated_tokens.labels(self._adapter)
             self._metrics.prompt_tokens.labels(self._adapter).inc(event.num_prompt_tokens)
         elif isinstance(event, TokenPiece):
             self._token(event)
@@ -94,7 +96,7 @@ class _Observation:
             self._finish(event)
 
     def _token(self, piece: TokenPiece) -> None:
-        self._metrics.generated_tokens.labels(self._adapter).inc()
+        self._tokens.inc()
         if piece.index not in self._first:
             self._first[piece.index] = self._metrics.clock()
             waited = self._first[piece.index] - self._asked

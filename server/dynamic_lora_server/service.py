@@ -261,19 +261,20 @@ class GenerationService:
             if isinstance(event, FailedEvent):
                 continuation.done = True
                 raise EngineFailed(event.message)
-            yield self._piece(continuation, event)
+            text = continuation.detokenizer.push(event.sampled.token_id)
             finish = self._finish(continuation, event)
+            yield self._piece(continuation.index, event, text, is_last=finish is not None)
             if finish is not None:
                 remaining -= 1
                 yield finish
 
-    def _piece(self, continuation: _Continuation, event: TokenEvent) -> TokenPiece:
+    def _piece(self, index: int, event: TokenEvent, text: str, *, is_last: bool) -> TokenPiece:
         sampled = event.sampled
         view = self._view
         return TokenPiece(
-            index=continuation.index,
+            index=index,
             token_id=sampled.token_id,
-            text=continuation.detokenizer.push(sampled.token_id),
+            text=text,
             token_text=view.text_of(sampled.token_id),
             special=view.is_special(sampled.token_id),
             logprob=sampled.logprob,
@@ -281,6 +282,7 @@ class GenerationService:
                 TokenLogprob(token_id=token_id, text=view.text_of(token_id), logprob=logprob)
                 for token_id, logprob in sampled.top
             ),
+            is_last=is_last,
         )
 
     def _finish(self, continuation: _Continuation, event: TokenEvent) -> Finish | None:

@@ -1,4 +1,4 @@
-"""Running generations for a route: beginning, collecting, merging, looking one event ahead."""
+"""Running generations for a route: beginning, collecting, merging."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -75,27 +75,6 @@ async def collect_all(generations: Sequence[Generation]) -> list[list[Continuati
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def lookahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[tuple[T, T | None], None]:
-    """Each event, with the one after it if that is there already (it then comes again).
-
-    A generation says that a token was the last right after the token itself,
-    so the pair of them shows up together and no token waits for the next.
-    """
-    async with aclosing(events):
-        event = await _next(events)
-        while event is not None:
-            upcoming = asyncio.ensure_future(_next(events))
-            try:
-                await asyncio.sleep(0)  # lets what is ready arrive
-                ready = upcoming.done() and upcoming.exception() is None
-                yield event, upcoming.result() if ready else None
-                event = await upcoming
-            finally:
-                # On an early close the generator must not be running when it is closed.
-                upcoming.cancel()
-                await asyncio.gather(upcoming, return_exceptions=True)
 
 
 async def merge(

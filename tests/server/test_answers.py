@@ -24,7 +24,14 @@ STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
 TOP = (TokenLogprob(token_id=8, text=" a", logprob=-0.5),)
 
 
-def piece(text: str, *, token_text: str = "", special: bool = False, index: int = 0) -> TokenPiece:
+def piece(
+    text: str,
+    *,
+    token_text: str = "",
+    special: bool = False,
+    index: int = 0,
+    is_last: bool = False,
+) -> TokenPiece:
     return TokenPiece(
         index=index,
         token_id=9,
@@ -33,6 +40,7 @@ def piece(text: str, *, token_text: str = "", special: bool = False, index: int 
         special=special,
         logprob=-1.0,
         top=TOP,
+        is_last=is_last,
     )
 
 
@@ -93,7 +101,9 @@ async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
     events = await documents(
         tgi().stream(
             generation(
-                piece("h"), piece("", token_text="i"), finish(FinishReason.STOP, "hi", tail="i")
+                piece("h"),
+                piece("", token_text="i", is_last=True),
+                finish(FinishReason.STOP, "hi", tail="i"),
             )
         )
     )

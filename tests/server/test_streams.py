@@ -14,7 +14,7 @@ from dynamic_lora_server.generation import (
     Started,
     TokenPiece,
 )
-from dynamic_lora_server.streams import begin_all, collect, collect_all, lookahead, merge
+from dynamic_lora_server.streams import begin_all, collect, collect_all, merge
 
 STARTED = Started(adapter=None, version=None, num_prompt_tokens=2)
 
@@ -87,27 +87,6 @@ async def test_if_one_fails_the_others_are_closed() -> None:
     with pytest.raises(ValueError, match="broken"):
         await collect_all(generations)
     assert waiting.closed
-
-
-async def test_a_finish_comes_with_its_last_token() -> None:
-    script = Script(piece("a"), piece("b"), finish("ab"))
-    seen = [pair async for pair in lookahead(script.play())]
-    assert [(current, following) for current, following in seen][1] == (piece("b"), finish("ab"))
-
-
-async def test_a_token_does_not_wait_for_the_next() -> None:
-    script = Script(piece("a"), None)
-    stream = lookahead(script.play())
-    assert await asyncio.wait_for(anext(stream), 5) == (piece("a"), None)
-    await stream.aclose()
-    assert script.closed
-
-
-async def test_a_token_before_a_failure_is_not_lost() -> None:
-    stream = lookahead(Script(piece("a"), ValueError("broken")).play())
-    assert (await anext(stream))[0] == piece("a")
-    with pytest.raises(ValueError, match="broken"):
-        await anext(stream)
 
 
 async def test_merge_gives_everything_with_its_place() -> None:

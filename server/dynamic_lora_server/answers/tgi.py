@@ -7,7 +7,7 @@ from dynamic_lora_server.generation import Finish, FinishReason, TokenPiece
 from dynamic_lora_server.problems import stream_fault
 from dynamic_lora_server.schemas import generate as wire
 from dynamic_lora_server.sse import event, json_event
-from dynamic_lora_server.streams import Continuation, Generation, lookahead
+from dynamic_lora_server.streams import Continuation, Generation
 
 _FINISH: dict[FinishReason, wire.FinishName] = {
     FinishReason.EOS: "eos_token",
@@ -41,13 +41,14 @@ class TgiAnswer:
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """One event for each token; a failure is the last event."""
         index = 0
-        async with aclosing(lookahead(generation.events)) as events:
+        async with aclosing(generation.events) as events:
             try:
-                async for current, following in events:
-                    if isinstance(current, TokenPiece):
-                        index += 1
-                        finish = following if isinstance(following, Finish) else None
-                        yield event(self._event(index, current, finish))
+                async for piece in events:
+                    assert isinstance(piece, TokenPiece)
+                    index += 1
+                    finish = await anext(events) if piece.is_last else None
+                    assert finish is None or isinstance(finish, Finish)
+                    yield event(self._event(index, piece, finish))
             except Exception as error:
                 fault = stream_fault(error)
                 yield json_event({"error": fault.detail, "error_type": fault.kind.slug})
