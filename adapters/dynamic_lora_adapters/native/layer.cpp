@@ -99,10 +99,11 @@ void find_segments(const Site& site, const Step& step, Scratch& scratch, int num
     int64_t row = run.row;
     for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
       const int64_t first = (run.first_slot + j) * factors.rank;
-      deltas.segments.push_back({factors.kind(site.base), factors.a + first * site.base.k * factors.size,
-                          factors.b + first * factors.ldb * factors.size,
-                          factors.columns + first * 2, nullptr, factors.rank, row, run.lengths[j],
-                          factors.ldb, run.sign});
+      deltas.segments.push_back({factors.kind(site.base),
+                                 factors.a + first * site.base.k * factors.size,
+                                 factors.b + first * factors.ldb * factors.size,
+                                 factors.columns + first * 2, nullptr, factors.rank, row,
+                                 run.lengths[j], factors.ldb, run.sign});
       needed += factors.rank * run.lengths[j];
       rows += run.lengths[j];
     }
