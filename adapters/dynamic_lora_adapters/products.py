@@ -46,9 +46,14 @@ class ProductKind(StrEnum):
     INT8 = "int8"
 
     @property
+    def rounded(self) -> bool:
+        """Whether it rounds the weights."""
+        return self in (ProductKind.BF16, ProductKind.INT8)
+
+    @property
     def factor_dtype(self) -> torch.dtype | None:
         """What adapters' factors are kept in beside rounded weights; None: as the model's."""
-        return torch.bfloat16 if self in (ProductKind.BF16, ProductKind.INT8) else None
+        return torch.bfloat16 if self.rounded else None
 
 
 EXACT_KINDS = (ProductKind.PLAIN, ProductKind.PACKED, ProductKind.NATIVE)

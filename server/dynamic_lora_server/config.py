@@ -59,7 +59,8 @@ class ServerConfig:
     none of them, a path on the server's disk is refused. `max_body_bytes`
     bounds every request except uploads, which `max_upload_bytes` bounds.
     `prefix_cache_memory` is the part of `kv_memory` that may keep beginnings of
-    prompts, 0 for none.
+    prompts, 0 for none. `kv_dtype` is what keys and values are kept in: "auto" is the model's
+    dtype, or bfloat16 with `quantize`.
     `database_url` replaces the SQLite index in `home`. `base_product` says what
     multiplies by the base's weights, "auto" what measures fastest;
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
@@ -82,6 +83,7 @@ class ServerConfig:
     max_body_bytes: int = 8 * 2**20
     adapter_memory: int | None = None
     kv_memory: int | None = None
+    kv_dtype: str = "auto"
     prefix_cache_memory: int | None = None
     max_running: int = 64
     max_waiting: int = 1024
@@ -112,6 +114,7 @@ class ServerConfig:
         _check("max_waiting", self.max_waiting >= 0, "must be 0 or more")
         for name, choices in (
             ("dtype", DTYPES),
+            ("kv_dtype", DTYPES),
             ("device", DEVICES),
             ("base_product", BASE_PRODUCTS),
             ("quantize", QUANTIZATIONS),

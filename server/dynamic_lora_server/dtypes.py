@@ -27,9 +27,7 @@ def choose_dtype(
     where it is clearly faster; it is far slower on processors without instructions for it.
     """
     if wanted != "auto":
-        dtype = getattr(torch, wanted)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return named_dtype(wanted)
     if device.type == "cuda":
         own = config.dtype
         return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -37,6 +35,13 @@ def choose_dtype(
         return torch.float32
     exact, short = _seconds((torch.float32, torch.bfloat16), int(config.hidden_size))
     return torch.bfloat16 if short * _WORTH < exact else torch.float32
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """torch's dtype of this name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _seconds(dtypes: Sequence[torch.dtype], width: int) -> list[float]:

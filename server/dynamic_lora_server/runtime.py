@@ -28,7 +28,7 @@ from dynamic_lora_adapters.slots import PoolStats
 from dynamic_lora_adapters.targets import import_peft
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
-from dynamic_lora_server.dtypes import choose_dtype
+from dynamic_lora_server.dtypes import choose_dtype, named_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.decode_graphs import GraphStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
@@ -213,6 +213,7 @@ def _options(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Engin
         prefill_chunk=config.prefill_chunk,
         adapter_memory=config.adapter_memory,
         kv_memory=config.kv_memory,
+        kv_dtype=None if config.kv_dtype == "auto" else named_dtype(config.kv_dtype),
         prefix_cache_memory=config.prefix_cache_memory,
         base_product=_product_kind(config),
         native=config.native,
@@ -243,6 +244,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Pa
         config.base_product,
         config.restore,
         config.quantize,
+        config.kv_dtype,
         config.native,
         config.mode == "bypass",
         torch.get_num_threads(),

@@ -66,6 +66,7 @@ def softmax_attention(
     softcap=st.sampled_from([None, 5.0]),
     with_sinks=st.booleans(),
     magnitude=st.sampled_from([0.1, 1.0, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @torch.inference_mode()
 def test_attention_equals_softmax_attention(
@@ -77,6 +78,7 @@ def test_attention_equals_softmax_attention(
     softcap: float | None,
     with_sinks: bool,
     magnitude: float,
+    dtype: torch.dtype,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -85,7 +87,7 @@ def test_attention_equals_softmax_attention(
 
     heads, num_tokens = kv_heads * group, len(seen) + 1
     q = magnitude * random(num_tokens, heads, dim).transpose(0, 1)
-    keys, values = random(99, kv_heads, dim), random(99, kv_heads, value_dim)
+    keys, values = random(99, kv_heads, dim).to(dtype), random(99, kv_heads, value_dim).to(dtype)
     sinks = random(heads) if with_sinks else None
     out = torch.full((num_tokens, heads, value_dim), 7.0)
     items = torch.tensor([[row, 3 * row, n] for row, n in enumerate(seen)])
@@ -106,22 +108,33 @@ def test_attention_equals_softmax_attention(
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_new_keys_are_written_to_their_cells(transposed: bool) -> None:
-    table = torch.zeros(9, 2, 16)
+def test_new_keys_are_written_to_their_cells(transposed: bool, dtype: torch.dtype) -> None:
+    table = torch.zeros(9, 2, 16, dtype=dtype)
     x = torch.randn(3, 2, 16).transpose(0, 1) if transposed else torch.randn(2, 3, 16)
+    x[0, 0, :3] = torch.tensor([float("nan"), float("inf"), -3.4e38])
     NativeAttention().write(table, torch.tensor([7, 0, 4]), x)
-    expected = torch.zeros(9, 2, 16).index_copy(0, torch.tensor([7, 0, 4]), x.transpose(0, 1))
-    assert torch.equal(table, expected)
+    cells, new = torch.tensor([7, 0, 4]), x.transpose(0, 1).to(dtype)
+    expected = torch.zeros(9, 2, 16, dtype=dtype).index_copy(0, cells, new)
+    torch.testing.assert_close(table, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
-    "table",
-    [torch.zeros(2, 1, 16, dtype=torch.bfloat16), torch.zeros(2, 1, 24), torch.zeros(2, 1, 8)],
-    ids=["bfloat16", "24 wide", "8 wide"],
+    ("dtype", "keys", "values"),
+    [
+        (torch.bfloat16, torch.zeros(2, 1, 16), torch.zeros(2, 1, 16)),
+        (torch.float32, torch.zeros(2, 1, 16), torch.zeros(2, 1, 16, dtype=torch.bfloat16)),
+        (torch.float32, torch.zeros(2, 1, 16).half(), torch.zeros(2, 1, 16).half()),
+        (torch.float32, torch.zeros(2, 1, 24), torch.zeros(2, 1, 16)),
+        (torch.float32, torch.zeros(2, 1, 16), torch.zeros(2, 1, 8)),
+    ],
+    ids=["queries in bfloat16", "of two dtypes", "float16", "24 wide", "8 wide"],
 )
-def test_tables_that_it_cannot_read_are_left_to_torch(table: torch.Tensor) -> None:
-    assert not NativeAttention.serves(table, table)
+def test_tables_that_it_cannot_read_are_left_to_torch(
+    dtype: torch.dtype, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    assert not NativeAttention.serves(dtype, keys, values)
 
 
 @needs_compiler

@@ -4,25 +4,50 @@
 
 using namespace dynamic_lora;
 
-// Writes x [heads, tokens, dim] of new tokens to the table [cells, heads, dim].
-// sizes: heads, tokens, dim; strides of x: head, token (in floats).
-extern "C" void dynamic_lora_write(const float* x, float* table, const int64_t* cells,
-                                   const int64_t* sizes) {
+namespace {
+
+template <typename Cached>
+void write(const float* x, Cached* table, const int64_t* cells, const int64_t* sizes) {
   const int64_t heads = sizes[0], tokens = sizes[1], dim = sizes[2];
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t h = 0; h < heads; h++)
-      std::memcpy(table + (cells[t] * heads + h) * dim, x + h * sizes[3] + t * sizes[4],
-                  dim * sizeof(float));
+      keep(x + h * sizes[3] + t * sizes[4], dim, table + (cells[t] * heads + h) * dim);
 }
 
-// items: [num_items][3], as `share_attention` has them.
-// sizes: heads, kv_heads, dim, value_dim; strides of q: head, token (in floats).
-extern "C" void dynamic_lora_attend(const float* q, const float* keys, const float* values,
-                                    float* out, const float* sinks, const int64_t* items,
-                                    int64_t num_items, const int64_t* sizes, float scaling,
-                                    float softcap) {
-  const Attention layer{q,        keys,     values,   out,      sinks,   sizes[4], sizes[5],
-                        sizes[0], sizes[1], sizes[2], sizes[3], scaling, softcap};
+template <typename Cached>
+void attend_all(const float* q, const void* keys, const void* values, float* out,
+                const float* sinks, const int64_t* items, int64_t num_items, const int64_t* sizes,
+                float scaling, float softcap) {
+  const Attention<Cached> layer{q,        static_cast<const Cached*>(keys),
+                                static_cast<const Cached*>(values),
+                                out,      sinks,    sizes[4], sizes[5],
+                                sizes[0], sizes[1], sizes[2], sizes[3], scaling, softcap};
 #pragma omp parallel
   share_attention(layer, items, num_items);
 }
+
+}  // namespace
+
+extern "C" {
+
+// Writes x [heads, tokens, dim] of new tokens to the table [cells, heads, dim], of floats or, where
+// `brains` says so, in bfloat16.
+// sizes: heads, tokens, dim; strides of x: head, token (in floats).
+void dynamic_lora_write(const float* x, void* table, const int64_t* cells, const int64_t* sizes,
+                        int64_t brains) {
+  if (brains)
+    write(x, static_cast<Brain*>(table), cells, sizes);
+  else
+    write(x, static_cast<float*>(table), cells, sizes);
+}
+
+// items: [num_items][3], as `share_attention` has them; keys and values as in dynamic_lora_write.
+// sizes: heads, kv_heads, dim, value_dim; strides of q: head, token (in floats).
+void dynamic_lora_attend(const float* q, const void* keys, const void* values, float* out,
+                         const float* sinks, const int64_t* items, int64_t num_items,
+                         const int64_t* sizes, float scaling, float softcap, int64_t brains) {
+  const auto attend = brains ? attend_all<Brain> : attend_all<float>;
+  attend(q, keys, values, out, sinks, items, num_items, sizes, scaling, softcap);
+}
+
+}  // extern "C"

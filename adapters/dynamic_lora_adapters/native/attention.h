@@ -1,8 +1,9 @@
-// Attention of new tokens over the KV cache, one token at a time, in float32.
+// Attention of new tokens over the KV cache, one token at a time, in float32; keys and values are
+// cached in that, or in bfloat16 and widened as they are read.
 //
-// Keys and values are read where they lie. Each (token, KV head) pair is one
-// item of work: the query heads that share the KV head are scored against the
-// cached keys in one pass over them.
+// They are read where they lie. Each (token, some KV heads) pair is one item of work: its cached
+// keys, and then its values, are gone through block by block, all its heads in each, so that
+// memory is read in order.
 
 #pragma once
 
@@ -11,26 +12,36 @@
 #include <cstdint>
 #include <vector>
 
+#include "brain.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
 
-constexpr int kMaxHeads = 4;     // query heads scored together: their sums stay in registers
-constexpr int kScored = 4;       // cached tokens that are scored together, as far as registers go
-constexpr int kValueVecs = 4;    // vectors of the value's width that are summed together
-constexpr int kTokensAhead = 8;  // how far ahead keys and values are asked for
-constexpr int kLine = kLineBytes / sizeof(float);
+constexpr int kMaxHeads = 4;   // query heads scored together: their sums stay in registers
+constexpr int kScored = 4;     // cached tokens that are scored together, as far as registers go
+constexpr int kValueVecs = 4;  // vectors of the value's width that are summed together
+constexpr int64_t kBlockTokens = 16;  // cached tokens in a block; the next one is asked for
 constexpr int64_t kManyItems = 8;  // from so many tokens on there is work enough for all threads
 
+// How one layer attends. Cached is what keys and values are kept in: float or Brain.
+template <typename Cached>
 struct Attention {
-  const float* q;       // [heads, tokens, dim]
-  const float* keys;    // [cells, kv_heads, dim]
-  const float* values;  // [cells, kv_heads, value_dim]
-  float* out;           // [tokens, heads, value_dim]
-  const float* sinks;   // [heads] or null
+  const float* q;        // [heads, tokens, dim]
+  const Cached* keys;    // [cells, kv_heads, dim]
+  const Cached* values;  // [cells, kv_heads, value_dim]
+  float* out;            // [tokens, heads, value_dim]
+  const float* sinks;    // [heads] or null
   int64_t q_head, q_token, heads, kv_heads, dim, value_dim;
   float scaling, softcap;
 };
+
+// Writes so many values of a new token to the cache.
+inline void keep(const float* values, int64_t count, float* cell) {
+  std::memcpy(cell, values, count * sizeof(float));
+}
+inline void keep(const float* values, int64_t count, Brain* cell) {
+  for (int64_t i = 0; i < count; i++) cell[i] = to_brain(values[i]);
+}
 
 // The largest of so many values, a multiple of kLanes; one that is no number may be passed over.
 inline float highest(const float* values, int64_t count) {
@@ -46,7 +57,9 @@ inline float highest(const float* values, int64_t count) {
 }
 
 // Turns scores into weights that are not yet divided by their sum; returns the sum.
-inline float soften(float* scores, int64_t count, int64_t padded, const Attention& layer, int64_t head) {
+template <typename Cached>
+float soften(float* scores, int64_t count, int64_t padded, const Attention<Cached>& layer,
+             int64_t head) {
   if (layer.softcap > 0)
     for (int64_t t = 0; t < count; t++)
       scores[t] = layer.softcap * std::tanh(scores[t] / layer.softcap);
@@ -62,26 +75,28 @@ inline float soften(float* scores, int64_t count, int64_t padded, const Attentio
   return sum(total) + (layer.sinks ? std::exp(layer.sinks[head] - top) : 0.0f);
 }
 
-// Scores of tokens [t, t + Tokens).
-template <int Heads, int Tokens>
-void score_tokens(const Attention& layer, const float* q, const float* keys, int64_t t,
+// Asks for what lies a block further on, once for each of its cache lines.
+template <typename Cached>
+inline void ask_block(const Cached* place, int64_t stride, int64_t offset) {
+  if (offset * sizeof(Cached) % kLineBytes == 0)
+    __builtin_prefetch(place + kBlockTokens * stride + offset);
+}
+
+// Scores of cached tokens [0, Tokens) of `keys` for some heads.
+template <int Heads, int Tokens, typename Cached>
+void score_tokens(const Attention<Cached>& layer, const float* q, const Cached* keys,
                   int64_t padded, float* scores) {
   const int64_t stride = layer.kv_heads * layer.dim;
-  const float* key = keys + t * stride;
   Vec dots[Heads][Tokens];
-  UNROLL
-  for (int h = 0; h < Heads; h++) {
-    UNROLL
-    for (int i = 0; i < Tokens; i++) dots[h][i] = Vec{};
-  }
+  begin_sums(true, nullptr, 0, dots);
   for (int64_t d = 0; d < layer.dim; d += kLanes) {
     Vec query[Heads];
     UNROLL
     for (int h = 0; h < Heads; h++) query[h] = held(load(q + h * layer.q_head + d));
     UNROLL
     for (int i = 0; i < Tokens; i++) {
-      const Vec part = held(load(key + i * stride + d));
-      if (d % kLine == 0) __builtin_prefetch(key + (i + kTokensAhead) * stride + d);
+      const Vec part = held(load(keys + i * stride + d));
+      ask_block(keys + i * stride, stride, d);
       UNROLL
       for (int h = 0; h < Heads; h++) dots[h][i] += part * query[h];
     }
@@ -89,87 +104,117 @@ void score_tokens(const Attention& layer, const float* q, const float* keys, int
   UNROLL
   for (int h = 0; h < Heads; h++) {
     if constexpr (Tokens == kScored) {
-      sum_each(dots[h], layer.scaling, scores + h * padded + t);
+      sum_each(dots[h], layer.scaling, scores + h * padded);
     } else {
       UNROLL
-      for (int i = 0; i < Tokens; i++) scores[h * padded + t + i] = sum(dots[h][i]) * layer.scaling;
+      for (int i = 0; i < Tokens; i++) scores[h * padded + i] = sum(dots[h][i]) * layer.scaling;
     }
   }
 }
 
-template <int Heads>
-void score(const Attention& layer, const float* q, const float* keys, int64_t count, int64_t padded,
-           float* scores) {
+// Scores of `count` cached tokens for some heads that share a KV head.
+template <int Heads, typename Cached>
+void score(const Attention<Cached>& layer, const float* q, const Cached* keys, int64_t count,
+           int64_t padded, float* scores) {
   constexpr int kTokens = kLanes == 8 && Heads > 3 ? kScored / 2 : kScored;
+  const int64_t stride = layer.kv_heads * layer.dim;
   int64_t t = 0;
   for (; t + kTokens <= count; t += kTokens)
-    score_tokens<Heads, kTokens>(layer, q, keys, t, padded, scores);
-  for (; t < count; t++) score_tokens<Heads, 1>(layer, q, keys, t, padded, scores);
+    score_tokens<Heads, kTokens>(layer, q, keys + t * stride, padded, scores + t);
+  for (; t < count; t++)
+    score_tokens<Heads, 1>(layer, q, keys + t * stride, padded, scores + t);
 }
 
-template <int Heads, int Vecs>
-void blend(const Attention& layer, const float* weights, const float* values, int64_t count,
-           int64_t padded, const float* totals, float* out) {
+// Adds `count` cached values, weighted, to Vecs vectors of each head's sums [Heads, value_dim].
+template <int Heads, int Vecs, typename Cached>
+void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cached* values,
+                int64_t count, int64_t padded, float* sums) {
   const int64_t stride = layer.kv_heads * layer.value_dim;
-  Vec blended[Heads][Vecs] = {};
+  Vec blended[Heads][Vecs];
+  begin_sums(false, sums, layer.value_dim, blended);
   for (int64_t t = 0; t < count; t++)
     UNROLL
     for (int v = 0; v < Vecs; v++) {
       const Vec part = load(values + t * stride + v * kLanes);
-      if (v * kLanes % kLine == 0)
-        __builtin_prefetch(values + (t + kTokensAhead) * stride + v * kLanes);
+      ask_block(values + t * stride, stride, v * kLanes);
       UNROLL
       for (int h = 0; h < Heads; h++) blended[h][v] += weights[h * padded + t] * part;
     }
-  UNROLL
-  for (int h = 0; h < Heads; h++)
-    UNROLL
-    for (int v = 0; v < Vecs; v++)
-      store(out + h * layer.value_dim + v * kLanes, blended[h][v] / totals[h]);
+  end_sums(blended, sums, layer.value_dim);
 }
 
-template <int Heads>
-void attend(const Attention& layer, int64_t row, int64_t first_cell, int64_t count, int64_t head,
-            int64_t kv_head, std::vector<float>& scratch) {
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  if (static_cast<int64_t>(scratch.size()) < Heads * padded) scratch.resize(Heads * padded);
-  float* scores = scratch.data();
-  const float* q = layer.q + head * layer.q_head + row * layer.q_token;
-  const float* keys = layer.keys + (first_cell * layer.kv_heads + kv_head) * layer.dim;
-  const float* values = layer.values + (first_cell * layer.kv_heads + kv_head) * layer.value_dim;
-  float* out = layer.out + (row * layer.heads + head) * layer.value_dim;
-  score<Heads>(layer, q, keys, count, padded, scores);
-  float totals[Heads];
-  UNROLL
-  for (int h = 0; h < Heads; h++)
-    totals[h] = soften(scores + h * padded, count, padded, layer, head + h);
+template <int Heads, typename Cached>
+void blend(const Attention<Cached>& layer, const float* weights, const Cached* values,
+           int64_t count, int64_t padded, float* sums) {
   int64_t d = 0;
   for (; d + kValueVecs * kLanes <= layer.value_dim; d += kValueVecs * kLanes)
-    blend<Heads, kValueVecs>(layer, scores, values + d, count, padded, totals, out + d);
+    blend_vecs<Heads, kValueVecs>(layer, weights, values + d, count, padded, sums + d);
   for (; d < layer.value_dim; d += kLanes)
-    blend<Heads, 1>(layer, scores, values + d, count, padded, totals, out + d);
+    blend_vecs<Heads, 1>(layer, weights, values + d, count, padded, sums + d);
+}
+
+// Calls act(number of heads as a type, first of them) for the query heads that share a KV head.
+template <typename Act>
+void with_heads(int64_t first, int64_t group, const Act& act) {
+  for (int64_t h = 0; h < group;) {
+    switch (std::min<int64_t>(group - h, kMaxHeads)) {
+      case 4: act(std::integral_constant<int, 4>{}, first + h); h += 4; break;
+      case 3: act(std::integral_constant<int, 3>{}, first + h); h += 3; break;
+      case 2: act(std::integral_constant<int, 2>{}, first + h); h += 2; break;
+      default: act(std::integral_constant<int, 1>{}, first + h); h += 1;
+    }
+  }
+}
+
+// Attends with one token to cells [first_cell, first_cell + count) under KV heads [from, to).
+template <typename Cached>
+void attend(const Attention<Cached>& layer, int64_t row, int64_t first_cell, int64_t count,
+            int64_t from, int64_t to, std::vector<float>& scratch) {
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int64_t group = layer.heads / layer.kv_heads, first = from * group;
+  const int64_t heads = (to - from) * group, width = layer.value_dim;
+  have_room(scratch, heads * (padded + 1));
+  const float* q = layer.q + row * layer.q_token;
+  float* totals = scratch.data() + heads * padded;
+  float* out = layer.out + (row * layer.heads + first) * width;
+  const auto scores = [&](int64_t head) { return scratch.data() + (head - first) * padded; };
+  // act(heads, first head, KV head, first token, tokens), block by block.
+  const auto go_through = [&](const auto& act) {
+    for (int64_t t = 0; t < count; t += kBlockTokens)
+      for (int64_t kv = from; kv < to; kv++)
+        with_heads(kv * group, group, [&](auto num_heads, int64_t head) {
+          act(num_heads, head, kv, t, std::min(kBlockTokens, count - t));
+        });
+  };
+  go_through([&](auto num_heads, int64_t head, int64_t kv, int64_t t, int64_t tokens) {
+    const Cached* keys = layer.keys + ((first_cell + t) * layer.kv_heads + kv) * layer.dim;
+    score<num_heads()>(layer, q + head * layer.q_head, keys, tokens, padded, scores(head) + t);
+  });
+  for (int64_t head = first; head < first + heads; head++)
+    totals[head - first] = soften(scores(head), count, padded, layer, head);
+  std::memset(out, 0, heads * width * sizeof(float));
+  go_through([&](auto num_heads, int64_t head, int64_t kv, int64_t t, int64_t tokens) {
+    const Cached* values = layer.values + ((first_cell + t) * layer.kv_heads + kv) * width;
+    blend<num_heads()>(layer, scores(head) + t, values, tokens, padded,
+                       out + (head - first) * width);
+  });
+  for (int64_t i = 0; i < heads * width; i += kLanes)
+    store(out + i, load(out + i) / totals[i / width]);
 }
 
 // items [num_items][3]: row of the token, first cell it sees, number of cells it sees.
 // Called by a whole team of threads.
-inline void share_attention(const Attention& layer, const int64_t* items, int64_t num_items) {
+template <typename Cached>
+void share_attention(const Attention<Cached>& layer, const int64_t* items, int64_t num_items) {
   static thread_local std::vector<float> scratch;
-  const int64_t group = layer.heads / layer.kv_heads;
-  // KV heads of one token lie side by side: where there is work enough, one thread reads them all.
-  const int64_t chunk = num_items >= kManyItems ? layer.kv_heads : 1;
-#pragma omp for schedule(dynamic, chunk)
-  for (int64_t work = 0; work < num_items * layer.kv_heads; work++) {
-    const int64_t* item = items + work / layer.kv_heads * 3;
-    const int64_t kv_head = work % layer.kv_heads;
-    for (int64_t h = 0; h < group;) {
-      const int64_t head = kv_head * group + h;
-      switch (std::min<int64_t>(group - h, kMaxHeads)) {
-        case 4: attend<4>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 4; break;
-        case 3: attend<3>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 3; break;
-        case 2: attend<2>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 2; break;
-        default: attend<1>(layer, item[0], item[1], item[2], head, kv_head, scratch); h += 1;
-      }
-    }
+  // One thread reads all KV heads of a token, which lie side by side, where there is work enough.
+  const int64_t together = num_items >= kManyItems ? layer.kv_heads : 1;
+  const int64_t parts = layer.kv_heads / together;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t work = 0; work < num_items * parts; work++) {
+    const int64_t* item = items + work / parts * 3;
+    const int64_t kv_head = work % parts * together;
+    attend(layer, item[0], item[1], item[2], kv_head, kv_head + together, scratch);
   }
 }
 

@@ -16,13 +16,14 @@ _LANES = 16
 class NativeAttention:
     """Writes new keys and values, and attends token by token (CPU, float32).
 
+    Tables are float32 too, or bfloat16: values are rounded to it, to the nearest, when written.
     Raises NativeUnavailable where it cannot be compiled.
     """
 
     def __init__(self) -> None:
         library = load_library("attention")
         self._write = library.dynamic_lora_write
-        self._write.argtypes = [_POINTER] * 4
+        self._write.argtypes = [*[_POINTER] * 4, ctypes.c_int64]
         self._write.restype = None
         self._attend = library.dynamic_lora_attend
         self._attend.argtypes = [
@@ -31,15 +32,18 @@ class NativeAttention:
             _POINTER,
             ctypes.c_float,
             ctypes.c_float,
+            ctypes.c_int64,
         ]
         self._attend.restype = None
 
     @staticmethod
-    def serves(keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether it can read tables [num_cells, kv_heads, dim] of this kind."""
+    def serves(dtype: torch.dtype, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether queries of `dtype` can be answered from tables [num_cells, kv_heads, dim]."""
         return (
             keys.device.type == "cpu"
-            and keys.dtype == torch.float32
+            and dtype == torch.float32
+            and keys.dtype == values.dtype
+            and keys.dtype in (torch.float32, torch.bfloat16)
             and keys.shape[2] % _LANES == 0
             and values.shape[2] % _LANES == 0
         )
@@ -50,7 +54,7 @@ class NativeAttention:
         if x.stride(2) != 1:
             x = x.contiguous()
         sizes = _WriteSizes(heads, num_tokens, dim, x.stride(0), x.stride(1))
-        self._write(x.data_ptr(), table.data_ptr(), cells.data_ptr(), sizes)
+        self._write(x.data_ptr(), table.data_ptr(), cells.data_ptr(), sizes, _brains(table))
 
     def attend(
         self,
@@ -87,4 +91,10 @@ class NativeAttention:
             sizes,
             scaling,
             softcap or 0.0,
+            _brains(keys),
         )
+
+
+def _brains(table: torch.Tensor) -> int:
+    """Whether a table is in bfloat16."""
+    return int(table.dtype == torch.bfloat16)

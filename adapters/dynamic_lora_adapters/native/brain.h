@@ -39,6 +39,31 @@ inline Brain to_brain(float value) {
   return {static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded)};
 }
 
+inline float to_float(float value) { return value; }
+
+inline float to_float(Brain value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// kLanes neighbouring values, widened.
+inline Vec load(const Brain* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
+  Vec wide;
+  UNROLL
+  for (int i = 0; i < kLanes; i++) wide[i] = to_float(p[i]);
+  return wide;
+#endif
+}
+
 // A pair of weights in each lane: the first of each, widened, or the second.
 template <bool Second>
 inline Vec widened(const Brain* pairs_of) {

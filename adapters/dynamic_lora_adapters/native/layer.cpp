@@ -29,8 +29,9 @@ struct Site {
 struct Layer {
   Norm input_norm, middle_norm, q_norm, k_norm;
   Site qkv, o, gate_up, down;
-  float* keys;    // [cells, kv_heads, dim]
-  float* values;  // [cells, kv_heads, dim]
+  void* keys;    // [cells, kv_heads, dim], of floats or, with `brains`, in bfloat16
+  void* values;  // [cells, kv_heads, dim]
+  int64_t brains;
   int64_t heads, kv_heads, dim;
   int64_t q, k, v, gate, up;  // first columns in the outputs of qkv and gate_up
   float scaling;
@@ -172,8 +173,11 @@ void rotate(const float* cos, const float* sin, const float* from, float* to, in
 }
 
 // Rotates the queries in place, and writes keys and values to the cache.
+template <typename Cached>
 void share_rotation(const Layer& layer, const Step& step, float* qkv) {
   const int64_t dim = layer.dim, width = layer.qkv.base.n;
+  auto* keys = static_cast<Cached*>(layer.keys);
+  auto* values = static_cast<Cached*>(layer.values);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < step.rows; row++) {
     float* q = qkv + row * width + layer.q;
@@ -187,9 +191,10 @@ void share_rotation(const Layer& layer, const Step& step, float* qkv) {
     }
     for (int64_t head = 0; head < layer.kv_heads; head++, k += dim) {
       if (layer.k_norm.weight) normalise(layer.k_norm, k, k, dim);
-      rotate(cos, sin, k, layer.keys + cell + head * dim, dim);
+      rotate(cos, sin, k, k, dim);
+      keep(k, dim, keys + cell + head * dim);
     }
-    std::memcpy(layer.values + cell, v, layer.kv_heads * dim * sizeof(float));
+    keep(v, layer.kv_heads * dim, values + cell);
   }
 }
 
@@ -215,16 +220,33 @@ void share_activation(const Layer& layer, const float* gate_up, float* out, int6
   }
 }
 
+template <typename Cached>
+void share_cached(const Layer& layer, const Step& step, float* qkv, float* attended) {
+  share_rotation<Cached>(layer, step, qkv);
+  const Attention<Cached> attention{qkv + layer.q,
+                                    static_cast<const Cached*>(layer.keys),
+                                    static_cast<const Cached*>(layer.values),
+                                    attended,
+                                    nullptr,
+                                    layer.dim,
+                                    layer.qkv.base.n,
+                                    layer.heads,
+                                    layer.kv_heads,
+                                    layer.dim,
+                                    layer.dim,
+                                    layer.scaling,
+                                    0.0f};
+  share_attention(attention, step.items, step.num_items);
+}
+
 void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
                      float* qkv, float* attended) {
   share_norm(layer.input_norm, hidden, scratch.normed.data(), step.rows, layer.qkv.base.k);
   share_site(layer.qkv, scratch, 0, scratch.normed.data(), nullptr, qkv, step.rows);
-  share_rotation(layer, step, qkv);
-  const Attention attention{qkv + layer.q, layer.keys,  layer.values,     attended,
-                            nullptr,       layer.dim,   layer.qkv.base.n, layer.heads,
-                            layer.kv_heads, layer.dim,  layer.dim,        layer.scaling,
-                            0.0f};
-  share_attention(attention, step.items, step.num_items);
+  if (layer.brains)
+    share_cached<Brain>(layer, step, qkv, attended);
+  else
+    share_cached<float>(layer, step, qkv, attended);
 }
 
 void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,

@@ -37,33 +37,8 @@ struct FactorTypes<Factors::kPaired> {
   using Shrunk = Brain;
 };
 
-inline float to_float(float value) { return value; }
-
-inline float to_float(Brain value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
 inline void put(float value, float* to) { *to = value; }
 inline void put(float value, Brain* to) { *to = to_brain(value); }
-
-// kLanes neighbouring factors.
-inline Vec load(const Brain* p) {
-#if defined(__AVX512F__)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-#elif defined(__AVX2__)
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-#else
-  Vec wide;
-  UNROLL
-  for (int i = 0; i < kLanes; i++) wide[i] = to_float(p[i]);
-  return wide;
-#endif
-}
 
 // Sums of products of rows of x, ldx apart, and of rows of a, `in` apart; asks for the next rows
 // of a. Returns how many inputs are in the sums: what is left is fewer than kLanes.

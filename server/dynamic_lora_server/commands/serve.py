@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -62,6 +64,13 @@ _AdapterMemory = Annotated[
 ]
 _KvMemory = Annotated[
     str | None, typer.Option(help="Device memory for the KV cache.", show_default="by free memory")
+]
+_KvDtype = Annotated[
+    str,
+    typer.Option(
+        help=f"Keys and values in the cache: {', '.join(DTYPES)}. auto is the model's own, or "
+        "bfloat16 with --quantize."
+    ),
 ]
 _PrefixCacheMemory = Annotated[
     str | None,
@@ -137,6 +146,7 @@ def serve(
     max_upload_bytes: _MaxUploadBytes = "2GiB",
     adapter_memory: _AdapterMemory = None,
     kv_memory: _KvMemory = None,
+    kv_dtype: _KvDtype = _DEFAULT.kv_dtype,
     prefix_cache_memory: _PrefixCacheMemory = None,
     max_running: _MaxRunning = _DEFAULT.max_running,
     max_waiting: _MaxWaiting = _DEFAULT.max_waiting,
@@ -155,8 +165,7 @@ def serve(
     log_level: _LogLevel = _DEFAULT.log_level,
 ) -> None:
     """Serve a base model and its LoRA adapters over HTTP, in the foreground."""
-    console = Console(stderr=True)
-    try:
+    with _refusals():
         config = ServerConfig(
             model=model,
             host=host,
@@ -167,6 +176,7 @@ def serve(
             max_upload_bytes=parse_bytes(max_upload_bytes),
             adapter_memory=_bytes(adapter_memory),
             kv_memory=_bytes(kv_memory),
+            kv_dtype=kv_dtype,
             prefix_cache_memory=_bytes(prefix_cache_memory),
             max_running=max_running,
             max_waiting=max_waiting,
@@ -184,9 +194,16 @@ def serve(
             record_trace=record_trace,
             log_level=log_level,
         )
+    run_server(config, Console(stderr=True))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What is wrong with an option, said as the command line says it."""
+    try:
+        yield
     except ServerError as error:
         raise typer.BadParameter(" ".join(filter(None, (error.message, error.fix)))) from error
-    run_server(config, console)
 
 
 def _bytes(text: str | None) -> int | None:

@@ -106,7 +106,7 @@ class AttentionStep:
             return out
         assert self.cells is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.native is not None and self.native.serves(keys, values):
+        if self.native is not None and self.native.serves(q.dtype, keys, values):
             return self._attend_natively(self.native, q, k, v, keys, values, rule)
         self.cache.write(layer, self.cells, k.transpose(0, 1), v.transpose(0, 1))
         if self.paged_kernel is not None and rule.plain:
@@ -185,7 +185,7 @@ class AttentionStep:
         rule: Rule,
     ) -> None:
         for span in spans:
-            k, v = self._history(keys, span), self._history(values, span)
+            k, v = (self._history(table, span).to(q.dtype) for table in (keys, values))
             _place(out, span, self._attend_one(_rows(q, span), k, v, rule))
 
     def _split(self, q: torch.Tensor, rule: Rule) -> tuple[Sequence[DecodeGroup], Sequence[Span]]:

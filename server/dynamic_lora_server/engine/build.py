@@ -1,7 +1,6 @@
 """Puts an engine together around a loaded model."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +21,15 @@ from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.engine import Engine
-from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
-from dynamic_lora_server.engine.kv_layout import KVLayout, contiguous_layout, paged_layout
+from dynamic_lora_server.engine.kv_cache import LayerGeometry
+from dynamic_lora_server.engine.kv_layout import KVLayout
+from dynamic_lora_server.engine.kv_plan import KVPlan, KVWish, plan_kv
 from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
 from dynamic_lora_server.engine.llama_layers import has_llama_layers
+from dynamic_lora_server.engine.memory import free_memory, share_of_free
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers, decode_trial
-from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
-from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
 from dynamic_lora_server.engine.probe import adopt_attention, refuse_quantised, trial_run
 from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.scheduler import Scheduler
@@ -52,8 +51,9 @@ class EngineOptions:
     """Sizes of an engine; memory in bytes, None for a share of what is free.
 
     `prefix_cache_memory` is the part of `kv_memory` that may hold prompt prefixes
-    for later prompts, 0 for none. `paged` None means: paged on CUDA, contiguous
-    on a CPU. `decode_graphs` None means: where they can be captured; True runs
+    for later prompts, 0 for none. `kv_dtype` None keeps keys and values in the model's
+    dtype, or in bfloat16 where `base_product` rounds weights. `paged` None means: paged on
+    CUDA, contiguous on a CPU. `decode_graphs` None means: where they can be captured; True runs
     the same steps uncaptured elsewhere. With `compile_layers`, those steps run decoder
     layers that torch has compiled. `overlap` starts a step before the one before is
     read; None means: on CUDA, for elsewhere the host does the step's work itself.
@@ -68,6 +68,7 @@ class EngineOptions:
     prefill_chunk: int = 512
     adapter_memory: int | None = None
     kv_memory: int | None = None
+    kv_dtype: torch.dtype | None = None
     prefix_cache_memory: int | None = None
     paged: bool | None = None
     decode_graphs: bool | None = None
@@ -120,8 +121,8 @@ def build_engine(
     site, projections = inject(model, groups, kind=kind)
     pristine = pristine_weights(projections, options.restore, options.checkpoint)
     merger = Merger(projections, pristine)
-    kv = _kv_layout(model, layers, options)
-    cache = _kv_cache(model, layers, kv)
+    plan = _kv_plan(model, layers, kind, options)
+    kv, cache = plan.layout, plan.cache(layers, model.device)
     decoder = adopt_native_layers(model, site, projections, cache, wanted=options.native)
     trial = decode_trial(model, cache, decoder)
     chooser, steps = _measured(model, groups, kind, merger, trial, options, on_step)
@@ -190,12 +191,6 @@ def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[Laye
     if options.native:
         adopt_native_norms(model)
     return layers
-
-
-def _kv_cache(model: PreTrainedModel, layers: list[LayerGeometry], kv: KVLayout) -> KVCache:
-    # Behind what is handed out, one page for the padding of static steps.
-    spare = PAGE_SIZE if isinstance(kv.space, PagedSpace) else 0
-    return KVCache(layers, num_cells=kv.num_cells + spare, device=model.device, dtype=model.dtype)
 
 
 def _decode_graphs(
@@ -270,7 +265,7 @@ def _product_kind(
     # Their copies may take half of what is free; the rest is for the caches.
     if options.restore is Restore.SUBTRACT or 2 * sum(
         p.nbytes for p in model.parameters()
-    ) >= _free_memory(model.device):
+    ) >= free_memory(model.device):
         return ProductKind.PLAIN
     kinds = [k for k in EXACT_KINDS if options.native or k is not ProductKind.NATIVE]
     obstacles = {kind: obstacle(kind, weight) for kind in kinds}
@@ -284,7 +279,7 @@ def _product_kind(
 def _adapter_pool(
     model: PreTrainedModel, groups: list[ProjectionGroup], kind: ProductKind, options: EngineOptions
 ) -> AdapterPool:
-    memory = options.adapter_memory or _share_of_free(model.device, 0.25)
+    memory = options.adapter_memory or share_of_free(model.device, 0.25)
     # Captured steps read their tables by the width of a layer.
     spread = options.native and model.device.type == "cpu" and not options.decode_graphs
     return AdapterPool(
@@ -297,54 +292,17 @@ def _adapter_pool(
     )
 
 
-def _kv_layout(
-    model: PreTrainedModel, layers: list[LayerGeometry], options: EngineOptions
-) -> KVLayout:
-    per_token = KVCache.bytes_per_token(layers, model.dtype)
-    memory = options.kv_memory or _share_of_free(model.device, 0.25)
-    paged = model.device.type == "cuda" if options.paged is None else options.paged
-    num_cells = memory // per_token
-    if num_cells < (PAGE_SIZE if paged else 1):
-        raise InvalidParameter(
-            f"kv_memory of {memory} bytes holds {num_cells} tokens of {per_token} bytes each.",
-            field="kv_memory",
-            fix="Give the KV cache more memory.",
-        )
-    window = context_window(model.config)
-    # No more than every running sequence at its full window can ever use.
-    most_used = options.max_running * window
-    prefix_cells = _prefix_cells(options.prefix_cache_memory, per_token, num_cells, paged=paged)
-    if paged:
-        return paged_layout(
-            num_cells, page_size=PAGE_SIZE, most_used=most_used, prefix_cells=prefix_cells
-        )
-    return contiguous_layout(
-        num_cells, window=window, most_used=most_used, prefix_cells=prefix_cells
+def _kv_plan(
+    model: PreTrainedModel, layers: list[LayerGeometry], kind: ProductKind, options: EngineOptions
+) -> KVPlan:
+    wish = KVWish(
+        memory=options.kv_memory,
+        prefix_memory=options.prefix_cache_memory,
+        paged=options.paged,
+        dtype=options.kv_dtype,
+        rounded=kind.rounded,
+        fixed=bool(options.decode_graphs),
+        max_running=options.max_running,
+        window=context_window(model.config),
     )
-
-
-def _prefix_cells(memory: int | None, per_token: int, num_cells: int, *, paged: bool) -> int | None:
-    """Cells that prefixes may take; None leaves it to the layout."""
-    if memory is None or memory == 0:
-        return memory
-    smallest, largest = (PAGE_SIZE, num_cells) if paged else (BLOCK_SIZE, num_cells - 1)
-    wanted = memory // per_token
-    if not smallest <= wanted <= largest:
-        raise InvalidParameter(
-            f"prefix_cache_memory of {memory} bytes is {wanted} tokens; it must hold at least "
-            f"{smallest} and leave room among the KV cache's {num_cells}.",
-            field="prefix_cache_memory",
-            fix="Give it another part of the KV cache's memory, or 0 to keep no prefixes.",
-        )
-    return wanted
-
-
-def _share_of_free(device: torch.device, share: float) -> int:
-    return int(_free_memory(device) * share)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return plan_kv(model, layers, wish)

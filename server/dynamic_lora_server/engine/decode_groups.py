@@ -41,8 +41,8 @@ class DecodeGroup:
         chosen = q.index_select(1, self.rows).transpose(0, 1)
         out = F.scaled_dot_product_attention(
             chosen.unflatten(1, (num_kv_heads, -1)),
-            self._gather(keys),
-            self._gather(values),
+            self._gather(keys).to(q.dtype),
+            self._gather(values).to(q.dtype),
             attn_mask=self.mask,
             scale=scaling,
         )

@@ -27,7 +27,8 @@ class KVCache:
 
     A cell belongs to one token of one sequence; who holds which is
     `kv_space`'s business. On a CPU the memory of untouched cells is not
-    committed by the operating system until first written.
+    committed by the operating system until first written. `dtype` may be shorter than the
+    model's: what is written is rounded to it, to the nearest.
     """
 
     def __init__(
@@ -44,6 +45,15 @@ class KVCache:
         self.keys = [table(layer, layer.key_dim) for layer in layers]
         self.values = [table(layer, layer.value_dim) for layer in layers]
 
+    def similar(self, *, num_cells: int, dtype: torch.dtype) -> "KVCache":
+        """Another one for the same layers."""
+        layers = [
+            LayerGeometry(keys.shape[1], keys.shape[2], values.shape[2])
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
+        device = self.keys[0].device
+        return KVCache(layers, num_cells=num_cells, device=device, dtype=dtype)
+
     @staticmethod
     def bytes_per_token(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> int:
         """Memory of one cell over all layers."""
@@ -52,9 +62,9 @@ class KVCache:
     def write(
         self, layer: int, cells: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Store keys and values [num_tokens, num_kv_heads, dim] of new tokens."""
-        self.keys[layer].index_copy_(0, cells, keys)
-        self.values[layer].index_copy_(0, cells, values)
+        """Store keys and values [num_tokens, num_kv_heads, dim] of new tokens, in its own dtype."""
+        for table, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            table.index_copy_(0, cells, new.to(table.dtype))
 
     def copy(self, copies: Sequence[CellCopy]) -> None:
         """Copy the keys and values of runs of cells, in this order; a run's two ends are apart."""

@@ -36,7 +36,7 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("dynamic_lora_server.engine.build._free_memory", lambda _: 1000)
+    monkeypatch.setattr("dynamic_lora_server.engine.build.free_memory", lambda _: 1000)
     build(said)
     assert "Laying out the weights (plain products)" in said
     build(said, base_product=ProductKind.PACKED)
