@@ -62,20 +62,21 @@ struct Run {
 };
 
 struct Step {
-  const float* cos;  // [rows, dim]
+  const float* cos;  // [positions, dim]
   const float* sin;
+  const int64_t* places;  // [rows]: the position of each
   const int64_t* cells;  // [rows]
   const int64_t* items;  // as `share_attention` has them
   const Run* runs;
   int64_t rows, num_items, num_runs;
 };
 
-// The deltas of one projection. They are added `apart` from the product, once that is done, where
-// tiles of each adapter's own rows would not be full.
+// The deltas of one projection. Those of few rows are added `apart` from the product, once that is
+// done, for tiles of an adapter's own rows would not be full; unless rows have two adapters' deltas.
 struct SiteDeltas {
   std::vector<Segment> segments;
-  std::vector<Part> parts;
-  bool apart;
+  std::vector<Part> within, apart;
+  bool once;  // no row has two
 };
 
 // What a layer keeps for itself while it runs.
@@ -89,14 +90,14 @@ struct Scratch {
 void find_segments(const Site& site, const Step& step, Scratch& scratch, int number) {
   SiteDeltas& deltas = scratch.deltas[number];
   deltas.segments.clear();
-  deltas.apart = true;
-  int64_t needed = 0, rows = 0;
+  deltas.once = true;
+  int64_t needed = 0;
   for (int64_t i = 0; i < step.num_runs; i++) {
     const Run& run = step.runs[i];
     const SlabFactors& factors = run.groups[site.group];
     if (!factors.a) continue;
     // Rows from which a merged adapter is taken have another one's deltas, too.
-    deltas.apart &= run.sign > 0;
+    deltas.once &= run.sign > 0;
     int64_t row = run.row;
     for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
       const int64_t first = (run.first_slot + j) * factors.rank;
@@ -106,24 +107,26 @@ void find_segments(const Site& site, const Step& step, Scratch& scratch, int num
                                  factors.columns + first * 2, nullptr, factors.rank, row,
                                  run.lengths[j], factors.ldb, run.sign});
       needed += factors.rank * run.lengths[j];
-      rows += run.lengths[j];
     }
   }
-  deltas.apart &= rows < kTileRows * static_cast<int64_t>(deltas.segments.size());
   have_room(scratch.shrunk, needed);
 }
 
 // Once all are found, and the memory that they share stays where it is.
 void place_segments(Scratch& scratch, int number) {
   SiteDeltas& deltas = scratch.deltas[number];
-  deltas.parts.clear();
+  deltas.within.clear();
+  deltas.apart.clear();
   float* shrunk = scratch.shrunk.data();
   for (Segment& segment : deltas.segments) {
     segment.shrunk = shrunk;
     shrunk += segment.rank * segment.rows;
-    part_segment(segment, deltas.apart ? kOutsAlong : INT64_MAX / 2, deltas.parts);
+    if (deltas.once && segment.rows < kTileRows)
+      part_segment(segment, kOutsAlong, deltas.apart);
+    else
+      part_segment(segment, INT64_MAX / 2, deltas.within);
   }
-  std::stable_sort(deltas.parts.begin(), deltas.parts.end(),
+  std::stable_sort(deltas.within.begin(), deltas.within.end(),
                    [](const Part& one, const Part& other) { return one.row < other.row; });
 }
 
@@ -137,8 +140,7 @@ void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int6
 // One projection with its deltas.
 void share_site(const Site& site, Scratch& scratch, int number, const float* x,
                 const float* residual, float* out, int64_t rows) {
-  const std::vector<Segment>& segments = scratch.deltas[number].segments;
-  const std::vector<Part>& parts = scratch.deltas[number].parts;
+  const auto& [segments, within, apart, once] = scratch.deltas[number];
   const auto product = [&](const auto& extra) {
     share_product(x, site.base, residual, out, rows, extra, scratch.copies);
   };
@@ -148,12 +150,13 @@ void share_site(const Site& site, Scratch& scratch, int number, const float* x,
   const Deltas deltas{x,    out, in, outs, in, outs, scratch.copies.values.data(),
                       row_stride<int16_t>(in)};
   share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
-  if (scratch.deltas[number].apart) {
+  if (within.empty()) {
     product(NoDeltas{});
-    return share_expanding(parts, out, outs);
-  }
+  } else {
 #pragma omp barrier
-  product(PanelDeltas(parts.data(), static_cast<int64_t>(parts.size())));
+    product(PanelDeltas(within.data(), static_cast<int64_t>(within.size())));
+  }
+  if (!apart.empty()) share_expanding(apart, out, outs);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -183,7 +186,8 @@ void share_rotation(const Layer& layer, const Step& step, float* qkv) {
     float* q = qkv + row * width + layer.q;
     float* k = qkv + row * width + layer.k;
     const float* v = qkv + row * width + layer.v;
-    const float *cos = step.cos + row * dim, *sin = step.sin + row * dim;
+    const int64_t place = step.places[row] * dim;
+    const float *cos = step.cos + place, *sin = step.sin + place;
     const int64_t cell = step.cells[row] * layer.kv_heads * dim;
     for (int64_t head = 0; head < layer.heads; head++, q += dim) {
       if (layer.q_norm.weight) normalise(layer.q_norm, q, q, dim);

@@ -44,7 +44,7 @@ class _Run(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *[(name, _POINTER) for name in ("cos", "sin", "cells", "items", "runs")],
+        *[(name, _POINTER) for name in ("cos", "sin", "places", "cells", "items", "runs")],
         *[(name, _SIZE) for name in ("rows", "num_items", "num_runs")],
     ]
 
@@ -96,7 +96,7 @@ class LayerStep:
         self.items = items
         self._cells = cells
         self._runs = runs
-        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rotary: tuple[torch.Tensor, ...] | None = None
         self._qkv: torch.Tensor | None = None
         self._attended: torch.Tensor | None = None
         self._c = _Step(
@@ -109,15 +109,18 @@ class LayerStep:
         )
         self.address = ctypes.addressof(self._c)
 
-    def rotate_by(self, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
-        """Set the tables [..., rows, dim] by which layers rotate.
+    def rotate_by(
+        self, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, dim: int
+    ) -> None:
+        """Set the tables [positions, dim], float32, and the row in them of each token, [rows].
 
         Raises ValueError for tables that rotate a part of a head only.
         """
-        if cos.shape[-1] != dim or cos.numel() != self.num_rows * dim:
+        if cos.shape[-1] != dim:
             raise ValueError(f"rotary tables {tuple(cos.shape)} are not for heads of {dim}")
-        self._rotary = cos.float().contiguous(), sin.float().contiguous()
-        self._c.cos, self._c.sin = (table.data_ptr() for table in self._rotary)
+        assert cos.dtype == sin.dtype == torch.float32 and len(places) == self.num_rows
+        self._rotary = cos.contiguous(), sin.contiguous(), places.contiguous()
+        self._c.cos, self._c.sin, self._c.places = (table.data_ptr() for table in self._rotary)
 
     def room(self, qkv_width: int, attended_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory [rows, width] for projected and attended rows; each layer overwrites it."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.costs import KernelChooser, group_kernels
 from dynamic_lora_adapters.geometry import BaseGeometry
@@ -32,6 +32,7 @@ from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers, decode_trial
 from dynamic_lora_server.engine.probe import adopt_attention, refuse_quantised, trial_run
 from dynamic_lora_server.engine.restore import pristine_weights
+from dynamic_lora_server.engine.rotary import context_window
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.startup_costs import startup_costs
 from dynamic_lora_server.engine.static_decoding import StaticWish, static_decoding
@@ -40,10 +41,6 @@ from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.costs import StepCosts
 
 logger = logging.getLogger(__name__)
-
-# RoPE kinds whose angles depend on the longest sequence in the batch; up to the
-# original window they do not.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,17 +220,6 @@ def _engine(
     sampling = native_sampling(wanted=options.native and not on_cuda)
     overlap = on_cuda if options.overlap is None else options.overlap
     return Engine(scheduler, runner, modes, sampling, overlap=overlap)
-
-
-def context_window(config: PreTrainedConfig) -> int:
-    """Tokens a sequence may have: the model's window, or less where RoPE demands it."""
-    window = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-        original = rope.get("original_max_position_embeddings")
-        original = original or getattr(config, "original_max_position_embeddings", None)
-        window = min(window, int(original or window))
-    return window
 
 
 def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> list[ProjectionGroup]:

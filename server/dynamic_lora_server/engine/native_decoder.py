@@ -45,6 +45,7 @@ from dynamic_lora_server.engine.llama_layers import (
     llama_frame,
 )
 from dynamic_lora_server.engine.probe import forward, packed_spans
+from dynamic_lora_server.engine.rotary import RotaryTables, Rotation, context_window
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,7 @@ class _Running:
 
     attention: AttentionStep
     runs: DeltaRuns
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rotation: Rotation
     steps: dict[tuple[int | None, int, int], tuple[LayerStep, bool]] = field(default_factory=dict)
 
     def layer_step(self, number: int, layer: _Layer) -> tuple[LayerStep, bool]:
@@ -91,7 +91,8 @@ class _Running:
             tables = cache.keys[number], cache.values[number]
             items, others = self.attention.native_items(layer.rule, *tables)
             step = LayerStep(cells, items, self.runs)
-            step.rotate_by(self.cos, self.sin, layer.native.parts.dim)
+            by = self.rotation
+            step.rotate_by(by.cos, by.sin, by.places, layer.native.parts.dim)
             self.steps[kind] = step, not others
         return self.steps[kind]
 
@@ -109,6 +110,7 @@ class NativeDecoder:
         self._model = model
         self._site = site
         self._frame: LlamaFrame | None = None
+        self._tables: RotaryTables | None = None
         self._layers: list[_Layer] = []
         self._stacks: dict[int, LayerStack] = {}
 
@@ -128,16 +130,17 @@ class NativeDecoder:
 
         `logit_rows` are the tokens that are wanted; 0 is all of them.
         """
-        frame = self._frame
+        frame, tables = self._frame, self._tables
         runs = None if frame is None else self._delta_runs(step)
-        if frame is None or runs is None:
+        if frame is None or tables is None or runs is None:
             with attending(step):
                 return forward(self._model, input_ids, position_ids, logit_rows)
         hidden: torch.Tensor = frame.embed(input_ids)
-        cos, sin = frame.rotary(hidden, position_ids)
-        hidden = self._through_layers(_Running(step, runs, cos, sin), hidden)
-        if isinstance(logit_rows, torch.Tensor):
-            hidden = hidden[:, logit_rows]
+        rotation = tables.rotation(hidden, position_ids)
+        hidden = self._through_layers(_Running(step, runs, rotation), hidden)
+        # Where all rows are wanted they are so in their order.
+        if isinstance(logit_rows, torch.Tensor) and len(logit_rows) < hidden.shape[1]:
+            hidden = hidden.index_select(1, logit_rows)
         logits: torch.Tensor = frame.head(frame.norm(hidden))
         return logits[0].float()
 
@@ -170,6 +173,9 @@ class NativeDecoder:
         Neighbours of one window and of equal widths run in one call.
         """
         self._frame = frame
+        window = context_window(self._model.config)
+        like = torch.zeros(1, dtype=self._model.dtype, device=self._model.device)
+        self._tables = RotaryTables(frame.rotary, window, like)
         self._layers = [_Layer(*layer) for layer in layers]
         kinds = [(layer.native.widths, layer.kind) for layer in self._layers]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
@@ -179,7 +185,7 @@ class NativeDecoder:
 
     def give_back(self) -> None:
         """Let transformers' layers run again."""
-        self._frame = None
+        self._frame = self._tables = None
         self._layers.clear()
         self._stacks.clear()
 

@@ -92,10 +92,10 @@ def choose(
     if draws:
         rows = to_device([draw.row for draw in draws], logits.device)
         chosen[rows] = _draw(scores[rows], draws) if native is None else native.draws(scores, draws)
-    # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells.
-    sound = scores.gather(1, chosen[:, None]).squeeze(1).isfinite()
-    if found is not None:
-        sound &= found.log_masses.isfinite()
+    # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells, as
+    # the log mass does.
+    telling = scores.gather(1, chosen[:, None])[:, 0] if found is None else found.log_masses
+    sound = telling.isfinite()
     reports = _reports(logits, sequences, chosen, found if scores is logits else None)
     return Choice(chosen, to_host(torch.stack((chosen, sound.long()))), reports)
 

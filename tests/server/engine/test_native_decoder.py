@@ -149,9 +149,9 @@ def test_rotary_tables_for_a_part_of_a_head_are_refused() -> None:
     runs = delta_runs(DeltaPlan(()))
     assert runs is not None
     step = LayerStep(torch.arange(3), torch.zeros(0, 3, dtype=torch.long), runs)
-    table = torch.ones(1, 3, 8)
-    with pytest.raises(ValueError, match=r"rotary tables \(1, 3, 8\) are not for heads of 16"):
-        step.rotate_by(table, table, 16)
+    table = torch.ones(3, 8)
+    with pytest.raises(ValueError, match=r"rotary tables \(3, 8\) are not for heads of 16"):
+        step.rotate_by(table, table, torch.arange(3), 16)
 
 
 def test_a_trial_that_breaks_leaves_the_model_to_its_own_layers(

@@ -15,7 +15,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from dynamic_lora_server.engine.build import context_window
 from dynamic_lora_server.engine.probe import adopt_attention
 from dynamic_lora_server.errors import UnsupportedModel
 from tests.support.models import TINY_MODELS, tiny_falcon, tiny_llama
@@ -85,15 +84,3 @@ def test_a_model_whose_packed_logits_differ_is_refused() -> None:
     embedding.register_forward_hook(add_absolute_positions)
     with pytest.raises(UnsupportedModel, match="other logits in a packed batch"):
         adopt_attention(model)
-
-
-def test_the_window_of_length_dependent_rope_is_the_original_one() -> None:
-    config = tiny_llama().config
-    assert context_window(config) == 512
-    config.rope_parameters = {
-        "rope_type": "dynamic",
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-        "original_max_position_embeddings": 128,
-    }
-    assert context_window(config) == 128
