@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_server.engine.prefix_cache import CellCopy
 
 
@@ -26,8 +27,8 @@ class KVCache:
     """Per layer: keys [num_cells, num_kv_heads, key_dim], values likewise.
 
     A cell belongs to one token of one sequence; who holds which is
-    `kv_space`'s business. On a CPU the memory of untouched cells is not
-    committed by the operating system until first written. `dtype` may be shorter than the
+    `kv_space`'s business. On a CPU the tables lie on huge pages where there are some,
+    which the operating system commits when they are first written. `dtype` may be shorter than the
     model's: what is written is rounded to it, to the nearest.
     """
 
@@ -39,8 +40,13 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        arena = Arena()
+
         def table(layer: LayerGeometry, width: int) -> torch.Tensor:
-            return torch.empty(num_cells, layer.num_kv_heads, width, device=device, dtype=dtype)
+            sizes = num_cells, layer.num_kv_heads, width
+            if device.type == "cpu":
+                return arena.empty(*sizes, dtype=dtype)
+            return torch.empty(*sizes, device=device, dtype=dtype)
 
         self.keys = [table(layer, layer.key_dim) for layer in layers]
         self.values = [table(layer, layer.value_dim) for layer in layers]
