@@ -153,6 +153,17 @@ def test_exports_are_sorted_and_real(package: str) -> None:
         assert hasattr(module, export)
 
 
+def test_every_header_is_part_of_a_library() -> None:
+    folder = PACKAGES["dynamic_lora_adapters"] / "native"
+    included = {
+        found
+        for source in folder.iterdir()
+        if source.suffix in (".cpp", ".h")
+        for found in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+    }
+    assert {header.name for header in folder.glob("*.h")} == included
+
+
 def test_architecture_page_lists_every_module() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     listed = set(re.findall(r"^\| `([a-z0-9_/]+\.py)` \|", page, re.MULTILINE))

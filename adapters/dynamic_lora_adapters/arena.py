@@ -1,4 +1,4 @@
-"""Host memory on huge pages, for weights that every step reads from end to end.
+"""Host memory on huge pages, for weights and caches, of which a step reads long runs.
 
 On pages of 4 KiB a step of hundreds of megabytes looks up a hundred thousand of
 them, and a processor's own prefetching stops at each one's end. Linux gives larger

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.native import NativeUnavailable, library, load_library
@@ -62,11 +62,22 @@ def softmax_attention(
     group=st.integers(1, 9),
     dim=st.sampled_from([16, 48, 64]),
     value_dim=st.sampled_from([16, 32, 80]),
-    seen=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    seen=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     softcap=st.sampled_from([None, 5.0]),
     with_sinks=st.booleans(),
     magnitude=st.sampled_from([0.1, 1.0, 30.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@example(  # with many tokens one thread has all KV heads of each
+    kv_heads=3,
+    group=5,
+    dim=48,
+    value_dim=80,
+    seen=[40, 1, 16, 17, 32, 33, 5, 8, 31],
+    softcap=5.0,
+    with_sinks=True,
+    magnitude=1.0,
+    dtype=torch.bfloat16,
 )
 @torch.inference_mode()
 def test_attention_equals_softmax_attention(

@@ -88,6 +88,20 @@ def test_a_kv_cache_too_small_for_a_token_is_refused(tmp_path: Path) -> None:
         load_runtime(tmp_path, kv_memory=100)
 
 
+@pytest.mark.parametrize(("kv_dtype", "found"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_keys_and_values_are_kept_in_the_dtype_that_is_asked_for(
+    tmp_path: Path, kv_dtype: str, found: str
+) -> None:
+    runtime = load_runtime(tmp_path, kv_dtype=kv_dtype)
+    assert runtime.built.engine.runner.cache.keys[0].dtype == getattr(torch, found)
+    runtime.registry.close()
+
+
+def test_a_kv_dtype_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match="kv_dtype = float16 cannot be had here"):
+        load_runtime(tmp_path, kv_dtype="float16")
+
+
 @pytest.mark.parametrize("memory", [100, 2**22])
 def test_a_prefix_cache_that_is_nothing_or_everything_is_refused(
     tmp_path: Path, memory: int

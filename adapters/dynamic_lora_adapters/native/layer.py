@@ -116,9 +116,10 @@ class LayerStep:
 
         Raises ValueError for tables that rotate a part of a head only.
         """
-        if cos.shape[-1] != dim:
+        if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != dim:
             raise ValueError(f"rotary tables {tuple(cos.shape)} are not for heads of {dim}")
-        assert cos.dtype == sin.dtype == torch.float32 and len(places) == self.num_rows
+        assert cos.dtype == sin.dtype == torch.float32
+        assert places.dtype == torch.int64 and len(places) == self.num_rows
         self._rotary = cos.contiguous(), sin.contiguous(), places.contiguous()
         self._c.cos, self._c.sin, self._c.places = (table.data_ptr() for table in self._rotary)
 
@@ -164,7 +165,8 @@ def _run(run: Run) -> _Run:
 class NativeLayer:
     """One layer, with its part of the KV cache: keys and values [cells, kv_heads, dim].
 
-    Float32 on a CPU. Raises NativeUnavailable where it cannot be compiled.
+    Float32 on a CPU; keys and values may be bfloat16. Raises NativeUnavailable where it
+    cannot be compiled.
     """
 
     def __init__(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -185,7 +185,7 @@ class AttentionStep:
         rule: Rule,
     ) -> None:
         for span in spans:
-            k, v = (self._history(table, span).to(q.dtype) for table in (keys, values))
+            k, v = self._history(keys, span), self._history(values, span)
             _place(out, span, self._attend_one(_rows(q, span), k, v, rule))
 
     def _split(self, q: torch.Tensor, rule: Rule) -> tuple[Sequence[DecodeGroup], Sequence[Span]]:
@@ -214,6 +214,7 @@ class AttentionStep:
         """q [heads, new, dim] over k, v [kv_heads, total, dim] -> [heads, new, dim]."""
         if q.shape[1] == 1 and rule.window is not None:
             k, v = k[:, -rule.window :], v[:, -rule.window :]
+        k, v = k.to(q.dtype), v.to(q.dtype)  # those of the cache may be shorter
         if not rule.plain:
             return _attend_by_hand(q, k, v, rule, self._mask(q, k, rule.window))
         if q.shape[1] == 1:

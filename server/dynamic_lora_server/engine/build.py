@@ -287,7 +287,6 @@ def _kv_plan(
         paged=options.paged,
         dtype=options.kv_dtype,
         rounded=kind.rounded,
-        fixed=bool(options.decode_graphs),
         max_running=options.max_running,
         window=context_window(model.config),
     )

@@ -24,7 +24,7 @@ class KVWish:
     `memory` None is a share of what is free; `prefix_memory` is the part of it that may
     hold prompt prefixes. `paged` None means: on CUDA. `dtype` None is the model's, or
     bfloat16 where the model's weights are `rounded`. At most `max_running` sequences of
-    `window` tokens run together. Steps of `fixed` shape want the model's dtype.
+    `window` tokens run together.
     """
 
     memory: int | None
@@ -32,7 +32,6 @@ class KVWish:
     paged: bool | None
     dtype: torch.dtype | None
     rounded: bool
-    fixed: bool
     max_running: int
     window: int
 
@@ -80,10 +79,8 @@ def plan_kv(model: PreTrainedModel, layers: Sequence[LayerGeometry], wish: KVWis
 
 
 def _dtype(model: PreTrainedModel, wish: KVWish, *, paged: bool) -> torch.dtype:
-    """The dtype of keys and values, which attention on a GPU reads in the model's alone."""
-    shortens = (
-        model.device.type == "cpu" and model.dtype == torch.float32 and not paged and not wish.fixed
-    )
+    """The dtype of keys and values; what reads them in pages takes the model's alone."""
+    shortens = model.device.type == "cpu" and model.dtype == torch.float32 and not paged
     if wish.dtype is None:
         return torch.bfloat16 if wish.rounded and shortens else model.dtype
     if wish.dtype == model.dtype or (wish.dtype == torch.bfloat16 and shortens):
@@ -91,7 +88,7 @@ def _dtype(model: PreTrainedModel, wish: KVWish, *, paged: bool) -> torch.dtype:
     wanted, own = (str(dtype).removeprefix("torch.") for dtype in (wish.dtype, model.dtype))
     raise InvalidParameter(
         f"kv_dtype = {wanted} cannot be had here: keys and values are kept in the model's dtype, "
-        f"{own}, or, on a CPU beside float32, in bfloat16.",
+        f"{own}, or, on a CPU beside float32 and not in pages, in bfloat16.",
         field="kv_dtype",
         fix="Leave the option out.",
     )

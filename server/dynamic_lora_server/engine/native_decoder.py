@@ -128,7 +128,7 @@ class NativeDecoder:
     ) -> torch.Tensor:
         """Logits [rows, vocab] in float32 of one packed row of tokens [1, num_tokens].
 
-        `logit_rows` are the tokens that are wanted; 0 is all of them.
+        `logit_rows` are the tokens that are wanted, ascending; 0 is all of them.
         """
         frame, tables = self._frame, self._tables
         runs = None if frame is None else self._delta_runs(step)

@@ -44,11 +44,6 @@ def kv_dtype(built: BuiltEngine) -> torch.dtype:
         pytest.param(
             {"base_product": ProductKind.BF16, "paged": True}, torch.float32, marks=needs_cpp
         ),
-        pytest.param(
-            {"base_product": ProductKind.BF16, "decode_graphs": True},
-            torch.float32,
-            marks=needs_cpp,
-        ),
     ],
     ids=str,
 )
@@ -67,7 +62,6 @@ def test_half_the_bytes_hold_twice_the_tokens() -> None:
     [
         ({"kv_dtype": torch.float16}, "float16"),
         ({"kv_dtype": torch.bfloat16, "paged": True}, "bfloat16"),
-        ({"kv_dtype": torch.bfloat16, "decode_graphs": True}, "bfloat16"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(options: dict[str, Any], wanted: str) -> None:

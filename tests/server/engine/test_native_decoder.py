@@ -171,16 +171,25 @@ def test_a_trial_that_breaks_leaves_the_model_to_its_own_layers(
     assert tokens == expected
 
 
-class Doubled(nn.Module):
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * nn.functional.silu(x)
+        return self.factor * nn.functional.silu(x)
 
 
-def test_a_layer_that_only_looks_like_one_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("factor", [2.0, 1.01])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_only_looks_like_one_is_left_alone(
+    factor: float, kv_dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However much the cache rounds."""
     caplog.set_level(logging.INFO)
     model = tiny_llama()
-    model.get_submodule("model.layers.1.mlp").act_fn = Doubled()
-    assert not decoder_of(native_engine(model)).num_layers
+    model.get_submodule("model.layers.1.mlp").act_fn = Scaled(factor)
+    assert not decoder_of(native_engine(model, kv_dtype=kv_dtype)).num_layers
     assert "their logits differ by" in caplog.text
 
 
