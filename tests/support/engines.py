@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from dynamic_lora_adapters.weights import read_adapter
 from dynamic_lora_server.engine import sequence
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
+from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.generation import FinishReason, SamplingParams
 from tests.support.adapters import ALL_TARGETS
@@ -86,6 +88,20 @@ def run_all(built: BuiltEngine, sequences: Sequence[sequence.Sequence]) -> list[
             assert not isinstance(event, FailedEvent), event
     built.engine.scheduler.check_integrity()
     return [one.output_ids for one in sequences]
+
+
+def recorded_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """A list that gets the logits [num_sampled, vocab] of every packed step from now on."""
+    found: list[torch.Tensor] = []
+    run = ModelRunner.run
+
+    def recording(self: ModelRunner, *args: Any) -> Any:
+        pieces, logits = run(self, *args)
+        found.append(logits.clone())
+        return pieces, logits
+
+    monkeypatch.setattr(ModelRunner, "run", recording)
+    return found
 
 
 def random_prompt(length: int, *, seed: int) -> list[int]:

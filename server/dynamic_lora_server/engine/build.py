@@ -23,7 +23,7 @@ from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import LayerGeometry
 from dynamic_lora_server.engine.kv_layout import KVLayout
-from dynamic_lora_server.engine.kv_plan import KVPlan, KVWish, plan_kv
+from dynamic_lora_server.engine.kv_plan import KVWish, kv_dtype, plan_kv
 from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
 from dynamic_lora_server.engine.llama_layers import has_llama_layers
 from dynamic_lora_server.engine.memory import free_memory, share_of_free
@@ -114,11 +114,13 @@ def build_engine(
     layers = _checked_layers(model, options)
     groups = _groups(model, geometry)
     kind = _product_kind(model, groups, options)
+    wish = _kv_wish(model, kind, options)
+    dtype = kv_dtype(model, wish)  # refused, if so, before what takes long
     on_step(f"Laying out the weights ({kind} products)")
     site, projections = inject(model, groups, kind=kind)
     pristine = pristine_weights(projections, options.restore, options.checkpoint)
     merger = Merger(projections, pristine)
-    plan = _kv_plan(model, layers, kind, options)
+    plan = plan_kv(layers, wish, model.device, dtype)
     kv, cache = plan.layout, plan.cache(layers, model.device)
     decoder = adopt_native_layers(model, site, projections, cache, wanted=options.native)
     trial = decode_trial(model, cache, decoder)
@@ -278,10 +280,8 @@ def _adapter_pool(
     )
 
 
-def _kv_plan(
-    model: PreTrainedModel, layers: list[LayerGeometry], kind: ProductKind, options: EngineOptions
-) -> KVPlan:
-    wish = KVWish(
+def _kv_wish(model: PreTrainedModel, kind: ProductKind, options: EngineOptions) -> KVWish:
+    return KVWish(
         memory=options.kv_memory,
         prefix_memory=options.prefix_cache_memory,
         paged=options.paged,
@@ -290,4 +290,3 @@ def _kv_plan(
         max_running=options.max_running,
         window=context_window(model.config),
     )
-    return plan_kv(model, layers, wish)

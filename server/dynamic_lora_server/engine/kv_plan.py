@@ -35,6 +35,10 @@ class KVWish:
     max_running: int
     window: int
 
+    def in_pages(self, device: torch.device) -> bool:
+        """Whether the cache is made of pages on this device."""
+        return device.type == "cuda" if self.paged is None else self.paged
+
 
 @dataclass(frozen=True, slots=True)
 class KVPlan:
@@ -51,12 +55,13 @@ class KVPlan:
         return KVCache(layers, num_cells=num_cells, device=device, dtype=self.dtype)
 
 
-def plan_kv(model: PreTrainedModel, layers: Sequence[LayerGeometry], wish: KVWish) -> KVPlan:
+def plan_kv(
+    layers: Sequence[LayerGeometry], wish: KVWish, device: torch.device, dtype: torch.dtype
+) -> KVPlan:
     """The KV cache that is wished for. Raises InvalidParameter, naming the option."""
-    paged = model.device.type == "cuda" if wish.paged is None else wish.paged
-    dtype = _dtype(model, wish, paged=paged)
+    paged = wish.in_pages(device)
     per_token = KVCache.bytes_per_token(layers, dtype)
-    memory = wish.memory or share_of_free(model.device, _SHARE)
+    memory = wish.memory or share_of_free(device, _SHARE)
     num_cells = memory // per_token
     if num_cells < (PAGE_SIZE if paged else 1):
         raise InvalidParameter(
@@ -78,9 +83,13 @@ def plan_kv(model: PreTrainedModel, layers: Sequence[LayerGeometry], wish: KVWis
     return KVPlan(layout, paged, dtype)
 
 
-def _dtype(model: PreTrainedModel, wish: KVWish, *, paged: bool) -> torch.dtype:
-    """The dtype of keys and values; what reads them in pages takes the model's alone."""
-    shortens = model.device.type == "cpu" and model.dtype == torch.float32 and not paged
+def kv_dtype(model: PreTrainedModel, wish: KVWish) -> torch.dtype:
+    """The dtype of keys and values; what reads them in pages takes the model's alone.
+
+    Raises InvalidParameter for one that cannot be had.
+    """
+    on_pages = wish.in_pages(model.device)
+    shortens = model.device.type == "cpu" and model.dtype == torch.float32 and not on_pages
     if wish.dtype is None:
         return torch.bfloat16 if wish.rounded and shortens else model.dtype
     if wish.dtype == model.dtype or (wish.dtype == torch.bfloat16 and shortens):

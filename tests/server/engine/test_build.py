@@ -43,6 +43,13 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
     assert "Laying out the weights (packed products)" in said
 
 
+def test_a_kv_dtype_that_cannot_be_had_is_refused_before_the_weights_are_packed() -> None:
+    said: list[str] = []
+    with pytest.raises(InvalidParameter, match="kv_dtype = float16 cannot be had here"):
+        build(said, kv_dtype=torch.float16)
+    assert said == ["Checking the model"]
+
+
 def test_without_native_code_nothing_of_it_is_used() -> None:
     built = make_engine(tiny_llama(), native=False)
     runner = built.engine.runner

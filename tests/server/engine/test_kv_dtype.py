@@ -9,10 +9,16 @@ import torch
 from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
-from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.modes import Mode
-from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
+from tests.support.engines import (
+    admit,
+    make_engine,
+    make_sequence,
+    random_prompt,
+    recorded_logits,
+    run_all,
+)
 from tests.support.models import tiny_llama
 
 REASON = obstacle(ProductKind.NATIVE, torch.ones(8, 8))
@@ -92,19 +98,11 @@ def logits_of(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, layers: bool = True, **options: Any
 ) -> torch.Tensor:
     """The logits behind three prompts."""
-    found: list[torch.Tensor] = []
-    run = ModelRunner.run
-
-    def recording(self: ModelRunner, *args: Any) -> Any:
-        pieces, rows = run(self, *args)
-        found.append(rows.clone())
-        return pieces, rows
-
     built = make_engine(tiny_llama(), mode=Mode.BYPASS, **options)
     if not layers:
         built.engine.runner.decoder.give_back()
     assert bool(built.engine.runner.decoder.num_layers) is (layers and "native" not in options)
-    monkeypatch.setattr(ModelRunner, "run", recording)
+    found = recorded_logits(monkeypatch)
     prompt = random_prompt(80, seed=4)
     # Pieces of 32: each reads what the one before has written, the last of the first two with
     # one token, as decoding does.

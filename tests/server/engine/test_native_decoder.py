@@ -23,7 +23,6 @@ from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine import attention
 from dynamic_lora_server.engine.build import BuiltEngine
-from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import NativeDecoder
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import load_with_peft, make_adapter
@@ -36,6 +35,7 @@ from tests.support.engines import (
     make_sequence,
     peft_greedy,
     random_prompt,
+    recorded_logits,
     run_all,
 )
 from tests.support.models import TINY_MODELS, tiny_llama
@@ -327,13 +327,6 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the adapter on most rows, beside one that has none."""
-    logits: list[torch.Tensor] = []
-    run = ModelRunner.run
-
-    def recording(self: ModelRunner, *args: Any) -> Any:
-        pieces, rows = run(self, *args)
-        logits.append(rows.clone())
-        return pieces, rows
 
     def record(*, layers: bool) -> torch.Tensor:
         built = make_engine(tiny_llama(), base_product=kind, mode=Mode.BYPASS, prefill_chunk=128)
@@ -350,7 +343,7 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
 
     folder = odd_ranks if name == "odd ranks" else folders[name]
     prompt = random_prompt(100, seed=4)  # more rows than are multiplied by narrow weights
-    monkeypatch.setattr(ModelRunner, "run", recording)
+    logits = recorded_logits(monkeypatch)
     out, expected = record(layers=True), record(layers=False)
     # Inputs are rounded: a difference in float32's last place may grow to one step.
     assert (out - expected).abs().max() < step * expected.abs().max()
