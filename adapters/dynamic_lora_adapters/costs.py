@@ -16,10 +16,11 @@ from functools import lru_cache
 
 import torch
 
+from dynamic_lora_adapters.factor_layout import layout_for
 from dynamic_lora_adapters.groups import PROBE_RANK, GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
 from dynamic_lora_adapters.segments import DeltaPlan, Run
-from dynamic_lora_adapters.slab import Slab, spread_width
+from dynamic_lora_adapters.slab_layout import SlabLayout
 
 NUM_ADAPTERS_GRID = (1, 2, 4, 8, 16, 32)
 LENGTH_GRID = (1, 2, 4, 8, 32, 128)
@@ -124,7 +125,7 @@ def measure_costs(
 
     Takes a second or two for a small model on a CPU, MAX_SECONDS at most.
     """
-    bench = _Bench(groups, device, dtype, factor_dtype or dtype)
+    bench = _Bench(groups, device, dtype, factor_dtype)
     seconds: dict[str, dict[Point, float]] = {name: {} for name in kernels}
     for kernel in kernels.values():
         bench.time(kernel, 1, 1)  # the first call of a kernel may compile it
@@ -171,42 +172,47 @@ class _Bench:
         groups: Sequence[ProjectionGroup],
         device: torch.device,
         dtype: torch.dtype,
-        factor_dtype: torch.dtype,
+        factor_dtype: torch.dtype | None,
     ) -> None:
         self._device = device
         self._dtype = dtype
-        self._factor_dtype = factor_dtype
         layers = [group for group in groups if not group.is_head]
         shapes = Counter((g.in_features, g.widths) for g in layers)
         self._weights = list(shapes.values())
-        self._shapes = [(i, sum(widths), PROBE_RANK * len(widths)) for i, widths in shapes]
-        slots = self._num_slots()
-        self._next_slot = 0
-        self._slab = Slab(
-            number=0,
-            signature=tuple(GroupShape(rank) for _, _, rank in self._shapes),
-            a=[self._factors(slots, rank, width) for width, _, rank in self._shapes],
-            b=[self._table(slots, rank, width) for _, width, rank in self._shapes],
-            num_bytes=0,
-            tenants=[None] * slots,
-            columns=[_columns(slots, widths) for _, widths in shapes],
+        self._groups = [ProjectionGroup((), *shape) for shape in shapes]
+        self._signature = tuple(GroupShape(PROBE_RANK * len(g.widths)) for g in self._groups)
+        layout = SlabLayout(
+            self._groups,
+            device=device,
+            dtype=dtype,
+            factor_dtype=factor_dtype or dtype,
+            layout=layout_for(device, factor_dtype),
+            num_slots=0,
         )
+        slots = self._num_slots(layout.slot_bytes(self._signature))
+        self._next_slot = 0
+        self._slab = layout.new_slab(0, self._signature, slots)
+        for table in (*self._slab.a, *self._slab.b):
+            assert table is not None
+            table.normal_()
+        for columns, group in zip(self._slab.columns, self._groups, strict=True):
+            assert columns is not None
+            columns.copy_(_columns(slots, group.widths))
 
     def time(self, kernel: DeltaKernel, num_adapters: int, length: int) -> float:
         """The least of several runs: what disturbs a measurement only ever adds to it."""
         rows = num_adapters * length
-        inputs = [self._random(rows, width) for width, _, _ in self._shapes]
-        outputs = [self._random(rows, width) for _, width, _ in self._shapes]
+        inputs = [self._random(rows, group.in_features) for group in self._groups]
+        outputs = [self._random(rows, group.out_features) for group in self._groups]
         best = math.inf
         for _ in range(_SAMPLES):
             run = Run(self._slab, self._cold_slots(num_adapters), 0, [length] * num_adapters)
             best = min(best, self._once(kernel, run, inputs, outputs))
         return best
 
-    def _num_slots(self) -> int:
+    def _num_slots(self, slot_bytes: int) -> int:
         """So many that factors come from memory, if they do so in a step over all layers."""
-        elements = sum(rank * (width + outs) for width, outs, rank in self._shapes)
-        wanted = -(-_COLD_BYTES // max(elements * self._factor_dtype.itemsize, 1))
+        wanted = -(-_COLD_BYTES // max(slot_bytes, 1))
         fewest = max(NUM_ADAPTERS_GRID)
         return min(max(wanted, fewest), fewest * max(self._weights, default=1))
 
@@ -235,16 +241,6 @@ class _Bench:
             self._synchronise()
             total += weight * (time.perf_counter() - begin)
         return total
-
-    def _table(self, slots: int, rank: int, width: int) -> torch.Tensor:
-        """As an `AdapterPool` lays out b: on a CPU with its rows spread."""
-        if self._device.type != "cpu":
-            return self._factors(slots, rank, width)
-        wide = self._factors(slots, rank, spread_width(width, self._factor_dtype.itemsize))
-        return wide[:, :, :width]
-
-    def _factors(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self._device, dtype=self._factor_dtype)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._device, dtype=self._dtype)

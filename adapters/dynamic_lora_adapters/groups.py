@@ -9,15 +9,16 @@ Which layers form a group is observed in a trial run, not guessed from names.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from dynamic_lora_adapters.factor_layout import TILE_RANKS, read_tiles, write_tiles
 from dynamic_lora_adapters.terms import LinearTerms
 
-RANK_MULTIPLE = 8
+RANK_MULTIPLE = TILE_RANKS
 # Costs are measured with adapters of this rank on every layer but the output head.
 PROBE_RANK = 16
 
@@ -51,6 +52,7 @@ class GroupShape(NamedTuple):
 
 
 _NOTHING = LinearTerms()
+_PARTS = ("a", "b", "columns", "scale", "dense", "bias")
 # Rows of other adapters divide by 1 + scale; closer to 0 that would lose digits.
 _SMALLEST_SCALE = 1e-2
 
@@ -63,7 +65,8 @@ class GroupTerms:
     [out], dense [out, in], bias [out]. `rank` is the sum of the members'
     ranks, padded with zeros so that adapters of nearly the same shape share a
     table. What a member lacks is zero; `columns` [rank, 2], int64, is the range
-    outside which a row of b is.
+    outside which a row of b is. Where they are `tiled`, a and b are as FactorLayout.TILES
+    says, with the shapes of the tables that hold them.
     """
 
     a: torch.Tensor | None = None
@@ -72,6 +75,7 @@ class GroupTerms:
     scale: torch.Tensor | None = None
     dense: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    tiled: bool = False
 
     def joined(self) -> "GroupTerms":
         """Themselves: what has been joined stays so."""
@@ -79,20 +83,28 @@ class GroupTerms:
 
     def write(self, place: "GroupTerms") -> None:
         """Copy the terms to where they are to lie, in the dtype of the place."""
+        assert not place.tiled
         for part, target in self.parts(place):
             target.copy_(part)
 
     def tensors(self) -> list[torch.Tensor]:
         """The parts that there are."""
-        every = (getattr(self, field.name) for field in fields(self))
+        every = (getattr(self, name) for name in _PARTS)
         return [part for part in every if part is not None]
 
     def parts(self, place: "GroupTerms") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The parts that there are, each with its like in `place`."""
-        for field in fields(self):
-            part, target = getattr(self, field.name), getattr(place, field.name)
+        for name in _PARTS:
+            part, target = getattr(self, name), getattr(place, name)
             if part is not None:
                 yield part, target
+
+    def plain(self, group: ProjectionGroup) -> "GroupTerms":
+        """The same with a and b as rows: copies of what lies in tiles."""
+        if not self.tiled or self.a is None or self.b is None:
+            return self
+        a, b = read_tiles(self.a, self.b)
+        return replace(self, a=a[:, : group.in_features], b=b[:, : group.out_features], tiled=False)
 
     @property
     def foldable(self) -> bool:
@@ -106,6 +118,7 @@ class GroupTerms:
 
     def fold(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] with every term but `bias` in it, in float32, on its device."""
+        assert not self.tiled
 
         def exact(part: torch.Tensor) -> torch.Tensor:
             return part.to(weight.device, torch.float32)
@@ -119,6 +132,7 @@ class GroupTerms:
 
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:
         """The inverse of `fold`, in float32, up to rounding."""
+        assert not self.tiled
 
         def exact(part: torch.Tensor) -> torch.Tensor:
             return part.to(weight.device, torch.float32)
@@ -173,27 +187,47 @@ class MemberTerms:
         _put_side_by_side(place.bias, [m.bias for m in members], widths)
 
     def _write_factors(self, place: GroupTerms) -> None:
-        a, b, columns = place.a, place.b, place.columns
-        if a is None or b is None:
+        if place.a is None or place.b is None:
             return
-        reach: list[tuple[int, int]] = []
-        column = 0
+        if place.tiled:
+            self._write_tiles(place.a, place.b)
+        else:
+            self._write_rows(place.a, place.b)
+        if place.columns is not None:
+            reach = [(column, end) for _, rows, column, end in self._ranks() for _ in rows]
+            reach += [(0, 0)] * (len(place.a) - len(reach))
+            place.columns.copy_(_reach_tensor(tuple(reach)))
+
+    def _ranks(self) -> Iterator[tuple[LinearTerms, range, int, int]]:
+        """Members with factors, each with its ranks and with its first and last column's end."""
+        row = column = 0
         for member, width in zip(self.members, self.group.widths, strict=True):
-            if member.a is not None and member.b is not None:
-                row, end = len(reach), column + width
-                stop = row + member.a.shape[0]
-                a[row:stop] = member.a
-                # Each place is written once: a slot's memory is in no cache.
-                b[row:stop, :column].zero_()
-                b[row:stop, column:end] = member.b.T
-                b[row:stop, end:].zero_()
-                reach += [(column, end)] * (stop - row)
+            if member.a is not None:
+                rows = range(row, row + len(member.a))
+                yield member, rows, column, column + width
+                row = rows.stop
             column += width
-        a[len(reach) :].zero_()
-        b[len(reach) :].zero_()
-        if columns is not None:
-            reach += [(0, 0)] * (a.shape[0] - len(reach))
-            columns.copy_(_reach_tensor(tuple(reach)))
+
+    def _write_rows(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        stop = 0
+        for member, rows, column, end in self._ranks():
+            assert member.a is not None and member.b is not None
+            stop = rows.stop
+            a[rows.start : stop] = member.a
+            # Each place is written once: a slot's memory is in no cache.
+            b[rows.start : stop, :column].zero_()
+            b[rows.start : stop, column:end] = member.b.T
+            b[rows.start : stop, end:].zero_()
+        a[stop:].zero_()
+        b[stop:].zero_()
+
+    def _write_tiles(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        rows_of_a, rows_of_b = torch.zeros_like(a), b.new_zeros(b.shape[1], len(b))
+        for member, rows, column, end in self._ranks():
+            assert member.a is not None and member.b is not None
+            rows_of_a[rows.start : rows.stop, : self.group.in_features] = member.a
+            rows_of_b[column:end, rows.start : rows.stop] = member.b
+        write_tiles(rows_of_a, rows_of_b, a, b)
 
 
 @lru_cache(maxsize=256)

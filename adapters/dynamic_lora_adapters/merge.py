@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dynamic_lora_adapters.groups import GroupTerms
+from dynamic_lora_adapters.groups import GroupTerms, ProjectionGroup
 from dynamic_lora_adapters.layers import GroupedProjection
 from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.pristine import Pristine
@@ -70,7 +70,7 @@ class Merger:
         self, index: int, before: Sequence[GroupTerms], after: Sequence[GroupTerms]
     ) -> None:
         projection = self._projections[index]
-        old, new = _foldable(before, index), _foldable(after, index)
+        old, new = (_plain(terms, projection.group, index) for terms in (before, after))
         if old is None and new is None:
             return
         weight = self._pristine.weight(index, projection, old)
@@ -86,6 +86,12 @@ class Merger:
 def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:
     """The terms on a group, if there are any that its weight can hold."""
     return terms[index] if terms and terms[index].foldable else None
+
+
+def _plain(terms: Sequence[GroupTerms], group: ProjectionGroup, index: int) -> GroupTerms | None:
+    """The same with factors as rows."""
+    found = _foldable(terms, index)
+    return None if found is None else found.plain(group)
 
 
 def _terms(adapter: ResidentAdapter) -> Sequence[GroupTerms]:

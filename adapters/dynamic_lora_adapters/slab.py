@@ -10,18 +10,6 @@ from dynamic_lora_adapters.rows import RowTerms
 
 Signature = tuple[GroupShape, ...]
 
-_LINE_BYTES = 64
-
-
-def spread_width(width: int, itemsize: int) -> int:
-    """How far apart rows of `width` elements should lie: an odd number of cache lines.
-
-    A column of a table whose rows are a multiple of 4 KiB apart falls into one
-    set of the first-level cache, where eight rows of it have room.
-    """
-    line = _LINE_BYTES // itemsize
-    return (-(-width // line) | 1) * line
-
 
 @dataclass(slots=True, eq=False)
 class Slab:
@@ -30,7 +18,7 @@ class Slab:
     `columns` [num_slots, rank, 2] is where rows of b are not zero.
     `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
     entries for the groups whose signature says so. The memory of the first `num_prepared`
-    slots was asked to be committed.
+    slots was asked to be committed. Factors are in tiles if they are `tiled`.
     """
 
     number: int
@@ -44,6 +32,7 @@ class Slab:
     dense: dict[int, torch.Tensor] = field(default_factory=dict)
     bias: dict[int, torch.Tensor] = field(default_factory=dict)
     num_prepared: int = 0
+    tiled: bool = False
     _factors: dict[tuple[int, int, int], SlotFactors | None] = field(default_factory=dict)
     _addresses: torch.Tensor | None = None
 
@@ -53,20 +42,20 @@ class Slab:
         return not (self.scale or self.dense or self.bias)
 
     def addresses(self) -> torch.Tensor:
-        """Where slot 0's factors lie: [num_groups, 6], int64, made once.
+        """Where slot 0's factors lie: [num_groups, 7], int64, made once.
 
-        Addresses of a, b and columns, the rank, how far rows of b are apart, and the bytes of
-        a factor; 0 where a group has none.
+        Addresses of a, b and columns, the rank, how far rows of b are apart, the bytes of
+        a factor, and whether they are in tiles; 0 where a group has none.
         """
         if self._addresses is None:
             tables = zip(self.a, self.b, self.columns, strict=True)
             self._addresses = torch.tensor(
                 [
-                    [0] * 6
+                    [0] * 7
                     if a is None or b is None or columns is None
                     else [
                         *(a.data_ptr(), b.data_ptr(), columns.data_ptr()),
-                        *(a.shape[1], b.stride(1), a.itemsize),
+                        *(a.shape[1], b.stride(1), a.itemsize, self.tiled),
                     ]
                     for a, b, columns in tables
                 ]
@@ -86,7 +75,7 @@ class Slab:
             self._factors[key] = None
             if a is not None and b is not None:
                 within = None if columns is None else columns[slots]
-                self._factors[key] = SlotFactors(a[slots], b[slots], within)
+                self._factors[key] = SlotFactors(a[slots], b[slots], within, self.tiled)
         return self._factors[key]
 
     def terms(self, group: int, slot: int) -> GroupTerms:
@@ -100,6 +89,7 @@ class Slab:
             scale=self.scale[group][slot] if group in self.scale else None,
             dense=self.dense[group][slot] if group in self.dense else None,
             bias=self.bias[group][slot] if group in self.bias else None,
+            tiled=self.tiled,
         )
 
     @property

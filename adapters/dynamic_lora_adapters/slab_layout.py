@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from dynamic_lora_adapters.factor_layout import FactorLayout
 from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.slab import Signature, Slab, spread_width
+from dynamic_lora_adapters.slab import Signature, Slab
 
 
 def is_large(signature: Signature) -> bool:
@@ -16,8 +17,8 @@ def is_large(signature: Signature) -> bool:
 class SlabLayout:
     """Sizes and makes slabs for a model's groups, of `num_slots` slots where there is room.
 
-    Low-rank factors are kept in `factor_dtype`, everything else in `dtype`. With `spread`
-    rows of b lie an odd number of cache lines apart.
+    Low-rank factors are kept in `factor_dtype` and laid out by `layout`, everything else in
+    `dtype`.
     """
 
     def __init__(
@@ -27,21 +28,21 @@ class SlabLayout:
         device: torch.device,
         dtype: torch.dtype,
         factor_dtype: torch.dtype,
-        spread: bool,
+        layout: FactorLayout,
         num_slots: int,
     ) -> None:
         self._groups = groups
         self._device = device
         self._dtype = dtype
         self._factor_dtype = factor_dtype
-        self._spread = spread
+        self._layout = layout
         self._num_slots = num_slots
 
     def slot_bytes(self, signature: Signature) -> int:
         """Bytes of one slot."""
         factors = others = 0
         for shape, group in zip(signature, self._groups, strict=True):
-            factors += shape.rank * (group.in_features + self._b_width(group))
+            factors += shape.rank * (self._a_width(group) + self._b_width(group))
             others += (shape.scale + shape.bias) * group.out_features
             others += shape.dense * group.in_features * group.out_features
         return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
@@ -67,11 +68,13 @@ class SlabLayout:
             b=[],
             num_bytes=self.slot_bytes(signature) * num_slots,
             tenants=[None] * num_slots,
+            tiled=self._layout is FactorLayout.TILES,
         )
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
-            slab.a.append(factors(shape.rank, group.in_features) if shape.rank else None)
-            b = factors(shape.rank, self._b_width(group))[:, :, : group.out_features]
-            slab.b.append(b if shape.rank else None)
+            slab.a.append(factors(shape.rank, self._a_width(group)) if shape.rank else None)
+            b = factors(shape.rank, self._b_width(group))
+            whole = b if slab.tiled else b[:, :, : group.out_features]
+            slab.b.append(whole if shape.rank else None)
             # Read by kernels on the host alone.
             reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)
             slab.columns.append(reach if shape.rank else None)
@@ -83,6 +86,8 @@ class SlabLayout:
                 slab.bias[index] = table(group.out_features)
         return slab
 
+    def _a_width(self, group: ProjectionGroup) -> int:
+        return self._layout.a_width(group.in_features)
+
     def _b_width(self, group: ProjectionGroup) -> int:
-        width = group.out_features
-        return spread_width(width, self._factor_dtype.itemsize) if self._spread else width
+        return self._layout.b_width(group.out_features, self._factor_dtype.itemsize)

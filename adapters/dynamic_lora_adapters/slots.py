@@ -18,6 +18,7 @@ from itertools import count
 import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.factor_layout import FactorLayout
 from dynamic_lora_adapters.groups import (
     GroupTerms,
     MemberTerms,
@@ -61,10 +62,9 @@ class AdapterPool:
     """Device memory for adapters, within `budget_bytes`. Safe to call from any thread.
 
     A lease pins an adapter; only adapters without leases are evicted, the
-    least recently used first. `spread` keeps the rows of b an odd number of cache
-    lines apart, for a processor's kernels that walk down its columns. A new slab has
-    `slab_slots` places, where the budget allows. Low-rank factors are kept in `factor_dtype`,
-    by default in `dtype`, as everything else is.
+    least recently used first. A new slab has `slab_slots` places, where the budget allows.
+    Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
+    and laid out by `layout`, of which TILES are for bfloat16 beside float32.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class AdapterPool:
         device: torch.device,
         dtype: torch.dtype,
         factor_dtype: torch.dtype | None = None,
-        spread: bool = False,
+        layout: FactorLayout = FactorLayout.ROWS,
         slab_slots: int = SLAB_SLOTS,
     ) -> None:
         self._groups = list(groups)
@@ -88,7 +88,7 @@ class AdapterPool:
             device=device,
             dtype=dtype,
             factor_dtype=self._factor_dtype,
-            spread=spread,
+            layout=layout,
             num_slots=slab_slots,
         )
         self._upload = upload_for(device)

@@ -6,7 +6,6 @@ the slot. Elsewhere a copy is a copy.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -80,8 +79,17 @@ def upload_for(device: torch.device) -> Upload:
 
 def _pinned(terms: GroupTerms, place: GroupTerms) -> GroupTerms:
     """Copies in the place's dtype and in pinned memory, but of what stays on the host."""
-    pinned = {}
-    for name in ("a", "b", "scale", "dense", "bias"):
-        part, target = getattr(terms, name), getattr(place, name)
-        pinned[name] = None if part is None else part.to(target.dtype).pin_memory()
-    return replace(terms, **pinned)
+
+    def pinned(part: torch.Tensor | None, target: torch.Tensor | None) -> torch.Tensor | None:
+        if part is None or target is None:
+            return None
+        return part.to(target.dtype).pin_memory()
+
+    return GroupTerms(
+        a=pinned(terms.a, place.a),
+        b=pinned(terms.b, place.b),
+        columns=terms.columns,
+        scale=pinned(terms.scale, place.scale),
+        dense=pinned(terms.dense, place.dense),
+        bias=pinned(terms.bias, place.bias),
+    )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.factor_layout import FactorLayout
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool
@@ -226,7 +227,7 @@ def test_spread_rows_hold_the_same_and_their_gaps_are_counted() -> None:
         budget_bytes=2**20,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        spread=True,
+        layout=FactorLayout.SPREAD,
     )
     terms = AdapterTerms(linears={**factors(seed=1).linears, **factors(seed=2, path="o").linears})
     adapter = pool.admit("a", terms)

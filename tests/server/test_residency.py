@@ -7,7 +7,7 @@ import pytest
 
 from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
-from dynamic_lora_adapters.slab import spread_width
+from dynamic_lora_adapters.factor_layout import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from dynamic_lora_server.generation import Started

@@ -17,7 +17,7 @@ class GroupedGemm:
     name = "grouped_gemm"
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, _ = factors
+        a, b, *_ = factors
         ends = run.ends(x.device)
         shrunk = F.grouped_mm(x, a.transpose(1, 2), offs=ends)
         out.add_(F.grouped_mm(shrunk, b, offs=ends), alpha=run.sign)

@@ -1,47 +1,74 @@
 """The deltas of sorted segments in C++: every table read once, nothing padded or gathered."""
 
 import ctypes
+from functools import cache
 
 import torch
 
 from dynamic_lora_adapters.kernels.base import SlotFactors
-from dynamic_lora_adapters.native import load_library
+from dynamic_lora_adapters.native import NativeUnavailable, load_library
 from dynamic_lora_adapters.segments import Run
 
 _POINTER = ctypes.c_void_p
 _Sizes = ctypes.c_int64 * 9
+_TiledSizes = ctypes.c_int64 * 5
+
+
+@cache
+def reads_tiles() -> bool:
+    """Whether factors in bfloat16 may be laid out in tiles: there is a matrix unit for them."""
+    try:
+        return bool(load_library("segments").dynamic_lora_reads_tiles())
+    except NativeUnavailable:
+        return False
 
 
 class NativeSegments:
     """`out += (x @ a.T) @ b` segment by segment, in one parallel region (CPU, float32).
 
-    The factors may be bfloat16: they are widened as they are read. Raises NativeUnavailable
-    where it cannot be compiled.
+    The factors may be bfloat16: they are widened as they are read. Those in tiles are multiplied
+    by inputs that are rounded to bfloat16, as is what they are shrunk to (AMX). Raises
+    NativeUnavailable where it cannot be compiled.
     """
 
     name = "native_segments"
 
     def __init__(self) -> None:
-        self._apply = load_library("segments").dynamic_lora_segments
-        self._apply.argtypes = [*[_POINTER] * 7, ctypes.c_float]
-        self._apply.restype = None
+        library = load_library("segments")
+        self._apply = library.dynamic_lora_segments
+        self._apply_tiled = library.dynamic_lora_tiled_segments
+        for function in (self._apply, self._apply_tiled):
+            function.argtypes = [*[_POINTER] * 7, ctypes.c_float]
+            function.restype = None
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, columns = factors
-        if x.stride(1) != 1:
+        if factors.tiled or x.stride(1) != 1:
             x = x.contiguous()
-        num_slots, rank, in_features = a.shape
-        sizes = _Sizes(
-            *(x.stride(0), out.stride(0), b.stride(1), b.stride(0)),
-            *(num_slots, rank, in_features, b.shape[2], a.itemsize),
-        )
-        self._apply(
+        apply = self._apply_tiled if factors.tiled else self._apply
+        apply(
             x.data_ptr(),
             out.data_ptr(),
-            a.data_ptr(),
-            b.data_ptr(),
+            factors.a.data_ptr(),
+            factors.b.data_ptr(),
             run.lengths_tensor().data_ptr(),
-            None if columns is None else columns.data_ptr(),
-            sizes,
+            None if factors.columns is None else factors.columns.data_ptr(),
+            _tiled_sizes(out, x, factors) if factors.tiled else _sizes(out, x, factors),
             run.sign,
         )
+
+
+def _sizes(
+    out: torch.Tensor, x: torch.Tensor, factors: SlotFactors
+) -> ctypes.Array[ctypes.c_int64]:
+    a, b = factors.a, factors.b
+    return _Sizes(
+        *(x.stride(0), out.stride(0), b.stride(1), b.stride(0)),
+        *(*a.shape, b.shape[2], a.itemsize),
+    )
+
+
+def _tiled_sizes(
+    out: torch.Tensor, x: torch.Tensor, factors: SlotFactors
+) -> ctypes.Array[ctypes.c_int64]:
+    num_slots, rank, _ = factors.a.shape
+    return _TiledSizes(num_slots, rank, x.shape[1], out.shape[1], out.stride(0))

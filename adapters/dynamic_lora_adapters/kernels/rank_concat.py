@@ -17,7 +17,7 @@ class RankConcat:
     name = "rank_concat"
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, _ = factors
+        a, b, *_ = factors
         num_slots, rank, _ = a.shape
         shrunk = (x @ a.flatten(0, 1).T).view(-1, num_slots, rank)
         slots = torch.arange(num_slots, device=x.device)

@@ -12,7 +12,7 @@ class Reference:
     name = "reference"
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, _ = factors
+        a, b, *_ = factors
         row = 0
         for slot, length in enumerate(run.lengths):
             shrink, expand = a[slot].float(), b[slot].float()

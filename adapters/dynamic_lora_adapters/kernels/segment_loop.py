@@ -16,7 +16,7 @@ class SegmentLoop:
     name = "segment_loop"
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, _ = factors
+        a, b, *_ = factors
         pieces = zip(out.split(run.lengths), x.split(run.lengths), a, b, strict=True)
         for out_i, x_i, a_i, b_i in pieces:
             out_i.addmm_(x_i @ a_i.T, b_i, alpha=run.sign)

@@ -18,7 +18,7 @@ class SortedGroups:
     name = "sorted_groups"
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, _ = factors
+        a, b, *_ = factors
         if run.uniform:
             grid = (run.num_slots, run.max_length)
             shrunk = torch.bmm(x.unflatten(0, grid), a.transpose(1, 2))

@@ -202,7 +202,7 @@ class TritonSegments:
     name = "triton_segments"
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
-        a, b, _ = factors
+        a, b, *_ = factors
         rows = tile_rows(run.max_length)
         tiles = run.tiles(rows, x.device)
         add_deltas(

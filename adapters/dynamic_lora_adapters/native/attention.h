@@ -20,7 +20,7 @@ namespace dynamic_lora {
 constexpr int kMaxHeads = 4;   // query heads scored together: their sums stay in registers
 constexpr int kScored = 4;     // cached tokens that are scored together, as far as registers go
 constexpr int kValueVecs = 4;  // vectors of the value's width that are summed together
-constexpr int64_t kBlockTokens = 16;  // cached tokens in a block; the next one is asked for
+constexpr int64_t kBlockTokens = 16;  // cached tokens in a block, while which the next is asked for
 constexpr int64_t kManyItems = 8;  // from so many tokens on there is work enough for all threads
 
 // How one layer attends. Cached is what keys and values are kept in: float or Brain.
@@ -75,17 +75,16 @@ float soften(float* scores, int64_t count, int64_t padded, const Attention<Cache
   return sum(total) + (layer.sinks ? std::exp(layer.sinks[head] - top) : 0.0f);
 }
 
-// Asks for what lies a block further on, once for each of its cache lines.
+// Asks for what is read a block later, `ahead` elements further on, once for each of its lines.
 template <typename Cached>
-inline void ask_block(const Cached* place, int64_t stride, int64_t offset) {
-  if (offset * sizeof(Cached) % kLineBytes == 0)
-    __builtin_prefetch(place + kBlockTokens * stride + offset);
+inline void ask_block(const Cached* place, int64_t ahead, int64_t offset) {
+  if (offset * sizeof(Cached) % kLineBytes == 0) __builtin_prefetch(place + ahead + offset);
 }
 
 // Scores of cached tokens [0, Tokens) of `keys` for some heads.
 template <int Heads, int Tokens, typename Cached>
 void score_tokens(const Attention<Cached>& layer, const float* q, const Cached* keys,
-                  int64_t padded, float* scores) {
+                  int64_t padded, int64_t ahead, float* scores) {
   const int64_t stride = layer.kv_heads * layer.dim;
   Vec dots[Heads][Tokens];
   begin_sums(true, nullptr, 0, dots);
@@ -96,7 +95,7 @@ void score_tokens(const Attention<Cached>& layer, const float* q, const Cached* 
     UNROLL
     for (int i = 0; i < Tokens; i++) {
       const Vec part = held(load(keys + i * stride + d));
-      ask_block(keys + i * stride, stride, d);
+      ask_block(keys + i * stride, ahead, d);
       UNROLL
       for (int h = 0; h < Heads; h++) dots[h][i] += part * query[h];
     }
@@ -115,20 +114,20 @@ void score_tokens(const Attention<Cached>& layer, const float* q, const Cached* 
 // Scores of `count` cached tokens for some heads that share a KV head.
 template <int Heads, typename Cached>
 void score(const Attention<Cached>& layer, const float* q, const Cached* keys, int64_t count,
-           int64_t padded, float* scores) {
+           int64_t padded, int64_t ahead, float* scores) {
   constexpr int kTokens = kLanes == 8 && Heads > 3 ? kScored / 2 : kScored;
   const int64_t stride = layer.kv_heads * layer.dim;
   int64_t t = 0;
   for (; t + kTokens <= count; t += kTokens)
-    score_tokens<Heads, kTokens>(layer, q, keys + t * stride, padded, scores + t);
+    score_tokens<Heads, kTokens>(layer, q, keys + t * stride, padded, ahead, scores + t);
   for (; t < count; t++)
-    score_tokens<Heads, 1>(layer, q, keys + t * stride, padded, scores + t);
+    score_tokens<Heads, 1>(layer, q, keys + t * stride, padded, ahead, scores + t);
 }
 
 // Adds `count` cached values, weighted, to Vecs vectors of each head's sums [Heads, value_dim].
 template <int Heads, int Vecs, typename Cached>
 void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cached* values,
-                int64_t count, int64_t padded, float* sums) {
+                int64_t count, int64_t padded, int64_t ahead, float* sums) {
   const int64_t stride = layer.kv_heads * layer.value_dim;
   Vec blended[Heads][Vecs];
   begin_sums(false, sums, layer.value_dim, blended);
@@ -136,7 +135,7 @@ void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cach
     UNROLL
     for (int v = 0; v < Vecs; v++) {
       const Vec part = load(values + t * stride + v * kLanes);
-      ask_block(values + t * stride, stride, v * kLanes);
+      ask_block(values + t * stride, ahead, v * kLanes);
       UNROLL
       for (int h = 0; h < Heads; h++) blended[h][v] += weights[h * padded + t] * part;
     }
@@ -145,12 +144,12 @@ void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cach
 
 template <int Heads, typename Cached>
 void blend(const Attention<Cached>& layer, const float* weights, const Cached* values,
-           int64_t count, int64_t padded, float* sums) {
+           int64_t count, int64_t padded, int64_t ahead, float* sums) {
   int64_t d = 0;
   for (; d + kValueVecs * kLanes <= layer.value_dim; d += kValueVecs * kLanes)
-    blend_vecs<Heads, kValueVecs>(layer, weights, values + d, count, padded, sums + d);
+    blend_vecs<Heads, kValueVecs>(layer, weights, values + d, count, padded, ahead, sums + d);
   for (; d < layer.value_dim; d += kLanes)
-    blend_vecs<Heads, 1>(layer, weights, values + d, count, padded, sums + d);
+    blend_vecs<Heads, 1>(layer, weights, values + d, count, padded, ahead, sums + d);
 }
 
 // Calls act(number of heads as a type, first of them) for the query heads that share a KV head.
@@ -177,6 +176,7 @@ void attend(const Attention<Cached>& layer, int64_t row, int64_t first_cell, int
   const float* q = layer.q + row * layer.q_token;
   float* totals = scratch.data() + heads * padded;
   float* out = layer.out + (row * layer.heads + first) * width;
+  const Cached* values_of_first = layer.values + first_cell * layer.kv_heads * width;
   const auto scores = [&](int64_t head) { return scratch.data() + (head - first) * padded; };
   // act(heads, first head, KV head, first token, tokens), block by block.
   const auto go_through = [&](const auto& act) {
@@ -188,14 +188,20 @@ void attend(const Attention<Cached>& layer, int64_t row, int64_t first_cell, int
   };
   go_through([&](auto num_heads, int64_t head, int64_t kv, int64_t t, int64_t tokens) {
     const Cached* keys = layer.keys + ((first_cell + t) * layer.kv_heads + kv) * layer.dim;
-    score<num_heads()>(layer, q + head * layer.q_head, keys, tokens, padded, scores(head) + t);
+    // What is asked for behind the last block would be another sequence's.
+    const int64_t ahead = t + kBlockTokens < count
+                              ? kBlockTokens * layer.kv_heads * layer.dim
+                              : values_of_first + kv * width - keys;
+    score<num_heads()>(layer, q + head * layer.q_head, keys, tokens, padded, ahead,
+                       scores(head) + t);
   });
   for (int64_t head = first; head < first + heads; head++)
     totals[head - first] = soften(scores(head), count, padded, layer, head);
   std::memset(out, 0, heads * width * sizeof(float));
   go_through([&](auto num_heads, int64_t head, int64_t kv, int64_t t, int64_t tokens) {
-    const Cached* values = layer.values + ((first_cell + t) * layer.kv_heads + kv) * width;
-    blend<num_heads()>(layer, scores(head) + t, values, tokens, padded,
+    const Cached* values = values_of_first + (t * layer.kv_heads + kv) * width;
+    const int64_t ahead = t + kBlockTokens < count ? kBlockTokens * layer.kv_heads * width : 0;
+    blend<num_heads()>(layer, scores(head) + t, values, tokens, padded, ahead,
                        out + (head - first) * width);
   });
   for (int64_t i = 0; i < heads * width; i += kLanes)

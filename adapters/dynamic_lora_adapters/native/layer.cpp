@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "factor_tiles.h"
 #include "norm.h"
 #include "panel_deltas.h"
 #include "product.h"
@@ -37,19 +38,17 @@ struct Layer {
   float scaling;
 };
 
-// The factors of one group in slot 0 of a slab, each of `size` bytes; a null a says that there are
-// none.
+// The factors of one group in slot 0 of a slab, each of `size` bytes, in tiles or as rows; a null a
+// says that there are none.
 struct SlabFactors {
   const char* a;
   const char* b;
   const int64_t* columns;
-  int64_t rank, ldb, size;
+  int64_t rank, ldb, size, tiled;
 
   Factors kind(const Projection& base) const {
     if (size == sizeof(float)) return Factors::kFloats;
-    // Where there is a matrix unit, instructions that multiply pairs take four times as long as
-    // those for floats.
-    return base.rounds_to_brains() && !kMatrixUnit ? Factors::kPaired : Factors::kWidened;
+    return base.rounds_to_brains() ? Factors::kPaired : Factors::kWidened;
   }
 };
 
@@ -73,9 +72,11 @@ struct Step {
 
 // The deltas of one projection. Those of few rows are added `apart` from the product, once that is
 // done, for tiles of an adapter's own rows would not be full; unless rows have two adapters' deltas.
+// Those of factors in tiles are all added behind it.
 struct SiteDeltas {
   std::vector<Segment> segments;
   std::vector<Part> within, apart;
+  TiledDeltas tiled;
   bool once;  // no row has two
 };
 
@@ -87,45 +88,61 @@ struct Scratch {
   InputCopies copies;
 };
 
-void find_segments(const Site& site, const Step& step, Scratch& scratch, int number) {
-  SiteDeltas& deltas = scratch.deltas[number];
-  deltas.segments.clear();
-  deltas.once = true;
-  int64_t needed = 0;
+// Calls `act` with each run that has factors for a site, the factors of one of its slots after the
+// other (their place among all slots' ranks), and the rows of that slot (first, how many).
+template <typename Act>
+void for_each_slot(const Site& site, const Step& step, const Act& act) {
   for (int64_t i = 0; i < step.num_runs; i++) {
     const Run& run = step.runs[i];
     const SlabFactors& factors = run.groups[site.group];
     if (!factors.a) continue;
-    // Rows from which a merged adapter is taken have another one's deltas, too.
-    deltas.once &= run.sign > 0;
     int64_t row = run.row;
-    for (int64_t j = 0; j < run.slots; row += run.lengths[j++]) {
-      const int64_t first = (run.first_slot + j) * factors.rank;
-      deltas.segments.push_back({factors.kind(site.base),
-                                 factors.a + first * site.base.k * factors.size,
-                                 factors.b + first * factors.ldb * factors.size,
-                                 factors.columns + first * 2, nullptr, factors.rank, row,
-                                 run.lengths[j], factors.ldb, run.sign});
-      needed += factors.rank * run.lengths[j];
-    }
+    for (int64_t j = 0; j < run.slots; row += run.lengths[j++])
+      act(run, factors, (run.first_slot + j) * factors.rank, row, run.lengths[j]);
   }
-  have_room(scratch.shrunk, needed);
 }
 
-// Once all are found, and the memory that they share stays where it is.
-void place_segments(Scratch& scratch, int number) {
-  SiteDeltas& deltas = scratch.deltas[number];
+// How many numbers all rows are shrunk to.
+int64_t shrunk_numbers(const Site& site, const Step& step) {
+  int64_t needed = 0;
+  for_each_slot(site, step, [&](const Run&, const SlabFactors& factors, int64_t, int64_t,
+                                int64_t rows) { needed += factors.rank * rows; });
+  return needed;
+}
+
+void find_segments(const Site& site, const Step& step, SiteDeltas& deltas, float* shrunk) {
+  const int64_t in = site.base.k, outs = site.base.n;
+  deltas.segments.clear();
+  deltas.tiled.clear();
+  deltas.once = true;
+  for_each_slot(site, step, [&](const Run& run, const SlabFactors& factors, int64_t first,
+                                int64_t row, int64_t rows) {
+    // Rows from which a merged adapter is taken have another one's deltas, too.
+    deltas.once &= run.sign > 0;
+    const int64_t* columns = factors.columns + first * 2;
+    if (factors.tiled) {
+      const auto *a = reinterpret_cast<const Brain*>(factors.a) + first * whole_inputs(in),
+                 *b = reinterpret_cast<const Brain*>(factors.b) + first * whole_outs(outs);
+      deltas.tiled.add({a, b, columns, reinterpret_cast<Brain*>(shrunk), factors.rank, row, rows,
+                        run.sign, 0, 0},
+                       outs);
+    } else {
+      deltas.segments.push_back({factors.kind(site.base), factors.a + first * in * factors.size,
+                                 factors.b + first * factors.ldb * factors.size, columns, shrunk,
+                                 factors.rank, row, rows, factors.ldb, run.sign});
+    }
+    shrunk += factors.rank * rows;
+  });
+}
+
+void part_segments(SiteDeltas& deltas) {
   deltas.within.clear();
   deltas.apart.clear();
-  float* shrunk = scratch.shrunk.data();
-  for (Segment& segment : deltas.segments) {
-    segment.shrunk = shrunk;
-    shrunk += segment.rank * segment.rows;
+  for (const Segment& segment : deltas.segments)
     if (deltas.once && segment.rows < kTileRows)
       part_segment(segment, kOutsAlong, deltas.apart);
     else
       part_segment(segment, INT64_MAX / 2, deltas.within);
-  }
   std::stable_sort(deltas.within.begin(), deltas.within.end(),
                    [](const Part& one, const Part& other) { return one.row < other.row; });
 }
@@ -137,19 +154,31 @@ void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int6
   for (int64_t row = 0; row < rows; row++) normalise(norm, x + row * dim, out + row * dim, dim);
 }
 
+// One projection with deltas of factors in tiles.
+void share_tiled_site(const Site& site, const TiledDeltas& deltas, const float* x,
+                      const float* residual, float* out, int64_t rows, InputCopies& copies) {
+  const int64_t in = site.base.k, outs = site.base.n;
+  if (!site.base.rounds_to_brains()) share_brain_rounding(x, rows, in, copies);
+  share_tiled_shrinking(deltas, copies.values.data(), in);
+  share_product(x, site.base, residual, out, rows, NoDeltas{}, copies);
+  share_tiled_expanding(deltas, out, outs, outs);
+}
+
 // One projection with its deltas.
 void share_site(const Site& site, Scratch& scratch, int number, const float* x,
                 const float* residual, float* out, int64_t rows) {
-  const auto& [segments, within, apart, once] = scratch.deltas[number];
+  const auto& [segments, within, apart, tiled, once] = scratch.deltas[number];
   const auto product = [&](const auto& extra) {
     share_product(x, site.base, residual, out, rows, extra, scratch.copies);
   };
   share_copying(x, site.base, rows, scratch.copies);
+  if (!tiled.segments.empty())
+    return share_tiled_site(site, tiled, x, residual, out, rows, scratch.copies);
   if (segments.empty()) return product(NoDeltas{});
   const int64_t in = site.base.k, outs = site.base.n;
   const Deltas deltas{x,    out, in, outs, in, outs, scratch.copies.values.data(),
                       row_stride<int16_t>(in)};
-  share_shrinking(deltas, segments.data(), static_cast<int64_t>(segments.size()));
+  share_shrinking(deltas, segments);
   if (within.empty()) {
     product(NoDeltas{});
   } else {
@@ -268,13 +297,19 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   have_room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
   have_room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   have_room(scratch.activated, step.rows * layer.down.base.k);
-  for (const Site* site : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+  const Site* sites[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+  for (const Site* site : sites) {
     site->base.make_room(step.rows, scratch.copies);
-  find_segments(layer.qkv, step, scratch, 0);
-  find_segments(layer.o, step, scratch, 1);
-  find_segments(layer.gate_up, step, scratch, 2);
-  find_segments(layer.down, step, scratch, 3);
-  for (int number = 0; number < 4; number++) place_segments(scratch, number);
+    have_room(scratch.shrunk, shrunk_numbers(*site, step));
+  }
+  for (int number = 0; number < 4; number++) {
+    SiteDeltas& deltas = scratch.deltas[number];
+    // One projection's deltas are added before the next one's: they share the room.
+    find_segments(*sites[number], step, deltas, scratch.shrunk.data());
+    part_segments(deltas);
+    if (!deltas.tiled.segments.empty())
+      scratch.copies.make_room(step.rows, sites[number]->base.k);
+  }
   return scratch;
 }
 

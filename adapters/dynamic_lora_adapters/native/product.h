@@ -28,6 +28,8 @@ constexpr int kPanelVecs = 2;
 constexpr int kWidth = kPanelVecs * kLanes;
 // Sums, two weights and one input fit into 16 (AVX2) or 32 (AVX-512) registers.
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+// Floats need no register for what is widened.
+constexpr int kFloatRows = kLanes == 16 ? 14 : 6;
 constexpr int64_t kUncrowdedRows = 4;
 constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-level cache repeat
 
@@ -119,6 +121,11 @@ struct InRegisters {
   struct Scope {};
 };
 
+// The same for weights that are multiplied as they are read.
+struct AsFloats : InRegisters {
+  static constexpr int64_t kRows = kFloatRows;
+};
+
 // The same for the matrix unit.
 struct OnUnit {
   static constexpr int64_t kRows = kUnitBlock, kAhead = 128;
@@ -133,7 +140,7 @@ struct TwiceOnUnit : OnUnit {
 
 // x [m, k] in float32, for panels in float32.
 struct WholeInputs {
-  using Way = InRegisters;
+  using Way = AsFloats;
   using Weight = float;
   static constexpr int64_t kSlice = 2048;  // inputs summed per pass: a slice of a panel stays in L2
   const float* x;
@@ -143,7 +150,7 @@ struct WholeInputs {
 
   void add(int64_t rows, int64_t row, int64_t i, const float* slice, int64_t depth, float* sums,
            Ahead ahead) const {
-    with_rows<kTileRows>(rows, [&](auto count) {
+    with_rows<kFloatRows>(rows, [&](auto count) {
       tile<count()>(x + row * ldx + i, ldx, slice, depth, i == 0, sums, kWidth, ahead);
     });
   }

@@ -1,31 +1,79 @@
-// The deltas of one layer as a call of their own; `segments.h` has the kernels.
+// The deltas of one layer as a call of their own; `segments.h` and `factor_tiles.h` have the kernels.
 
 #include <vector>
 
+#include "factor_tiles.h"
 #include "segments.h"
 
 using namespace dynamic_lora;
 
+namespace {
+
+// What a call keeps for itself while it runs.
+struct Scratch {
+  std::vector<Segment> segments;
+  TiledDeltas tiled;
+  std::vector<float> shrunk;
+  InputCopies copies;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Whether factors in bfloat16 may be laid out in tiles.
+int64_t dynamic_lora_reads_tiles() { return kMatrixUnit; }
+
 // a [slots, rank, in] and b [slots, rank, out], columns [slots, rank, 2] or null; slot i has
 // lengths[i] rows. sizes: row strides of x, out and b, slot stride of b, slots, rank, inputs,
 // outputs, and the bytes of a factor: float32 or bfloat16.
-extern "C" void dynamic_lora_segments(const float* x, float* out, const char* a, const char* b,
-                                      const int64_t* lengths, const int64_t* columns,
-                                      const int64_t* sizes, float sign) {
-  static thread_local std::vector<float> scratch;
-  static thread_local std::vector<Segment> segments;
+void dynamic_lora_segments(const float* x, float* out, const char* a, const char* b,
+                           const int64_t* lengths, const int64_t* columns, const int64_t* sizes,
+                           float sign) {
+  static thread_local Scratch own;
+  Scratch& scratch = own;  // of the calling thread, for its team
   const Deltas deltas{x, out, sizes[0], sizes[1], sizes[6], sizes[7], nullptr, 0};
   const int64_t slots = sizes[4], rank = sizes[5], size = sizes[8];
   const Factors kind = size == sizeof(float) ? Factors::kFloats : Factors::kWidened;
   int64_t rows = 0;
   for (int64_t i = 0; i < slots; i++) rows += lengths[i];
-  if (static_cast<int64_t>(scratch.size()) < rows * rank) scratch.resize(rows * rank);
-  segments.clear();
+  have_room(scratch.shrunk, rows * rank);
+  scratch.segments.clear();
   for (int64_t i = 0, row = 0; i < slots; row += lengths[i++])
-    segments.push_back({kind, a + i * rank * deltas.in * size, b + i * sizes[3] * size,
-                        columns ? columns + i * rank * 2 : nullptr, scratch.data() + row * rank,
-                        rank, row, lengths[i], sizes[2], sign});
-  const Segment* shared = segments.data();  // of the calling thread, shared by its team
+    scratch.segments.push_back({kind, a + i * rank * deltas.in * size, b + i * sizes[3] * size,
+                                columns ? columns + i * rank * 2 : nullptr,
+                                scratch.shrunk.data() + row * rank, rank, row, lengths[i],
+                                sizes[2], sign});
 #pragma omp parallel
-  share_deltas(deltas, shared, slots);
+  share_deltas(deltas, scratch.segments);
 }
+
+// The same for factors in tiles, whose slots follow each other; x [rows, in], out [rows, out].
+// sizes: slots, rank, inputs, outputs, row stride of out.
+void dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, const Brain* b,
+                                 const int64_t* lengths, const int64_t* columns,
+                                 const int64_t* sizes, float sign) {
+  static thread_local Scratch own;
+  Scratch& scratch = own;
+  const int64_t slots = sizes[0], rank = sizes[1], in = sizes[2], outs = sizes[3];
+  int64_t rows = 0;
+  for (int64_t i = 0; i < slots; i++) rows += lengths[i];
+  have_room(scratch.shrunk, rows * rank);
+  scratch.copies.make_room(rows, in);
+  scratch.tiled.clear();
+  auto* shrunk = reinterpret_cast<Brain*>(scratch.shrunk.data());
+  for (int64_t i = 0, row = 0; i < slots; row += lengths[i++])
+    scratch.tiled.add({a + i * rank * whole_inputs(in), b + i * rank * whole_outs(outs),
+                       columns ? columns + i * rank * 2 : nullptr, shrunk + row * rank, rank, row,
+                       lengths[i], sign, 0, 0},
+                      outs);
+#pragma omp parallel
+  {
+    share_brain_rounding(x, rows, in, scratch.copies);
+    share_tiled_shrinking(scratch.tiled, scratch.copies.values.data(), in);
+#pragma omp barrier
+    share_tiled_expanding(scratch.tiled, out, sizes[4], outs);
+  }
+}
+
+}  // extern "C"

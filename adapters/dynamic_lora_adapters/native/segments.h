@@ -9,10 +9,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "product.h"
 #include "segment_tiles.h"
 #include "vectors.h"
+#include "walk.h"
 
 namespace dynamic_lora {
 
@@ -188,32 +190,29 @@ void shrink_item(const Deltas& d, const Segment& s, int64_t item) {
 
 // The shrinking of all segments, which is done for sure behind the next barrier. Called by a whole
 // team of threads.
-inline void share_shrinking(const Deltas& d, const Segment* segments, int64_t count) {
-  int64_t items = 0;
-  for (int64_t i = 0; i < count; i++) items += shrinking_items(segments[i]);
-  const Segment* s = segments;
-  int64_t start = 0;  // the first of this segment's items
+inline void share_shrinking(const Deltas& d, const std::vector<Segment>& segments) {
+  Walk walk(segments, shrinking_items);
 #pragma omp for schedule(guided, 1) nowait
-  for (int64_t item = 0; item < items; item++) {
-    if (item < start) s = segments, start = 0;
-    for (int64_t own; item - start >= (own = shrinking_items(*s)); s++) start += own;
-    with_kind(s->kind, [&](auto kind) { shrink_item<kind()>(d, *s, item - start); });
+  for (int64_t item = 0; item < walk.items(); item++) {
+    const auto found = walk.find(item);
+    with_kind(found.first->kind,
+              [&](auto kind) { shrink_item<kind()>(d, *found.first, found.second); });
   }
 }
 
 // Adds the deltas of all segments, none of them in pairs. Called by a whole team of threads.
-inline void share_deltas(const Deltas& d, const Segment* segments, int64_t count) {
-  share_shrinking(d, segments, count);
+inline void share_deltas(const Deltas& d, const std::vector<Segment>& segments) {
+  share_shrinking(d, segments);
 #pragma omp barrier
   const int64_t strips = (d.outs + kStrip - 1) / kStrip;
 #pragma omp for schedule(guided, 1)
   for (int64_t strip = 0; strip < strips; strip++)
-    for (int64_t i = 0; i < count; i++) {
+    for (const Segment& segment : segments) {
       const int64_t column = strip * kStrip, stop = std::min(column + kStrip, d.outs);
-      if (segments[i].kind == Factors::kFloats)
-        expand_segment<float>(d, segments[i], column, stop);
+      if (segment.kind == Factors::kFloats)
+        expand_segment<float>(d, segment, column, stop);
       else
-        expand_segment<Brain>(d, segments[i], column, stop);
+        expand_segment<Brain>(d, segment, column, stop);
     }
 }
 

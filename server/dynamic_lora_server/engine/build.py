@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.costs import KernelChooser, group_kernels
+from dynamic_lora_adapters.factor_layout import FactorLayout, layout_for
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
@@ -269,14 +270,15 @@ def _adapter_pool(
 ) -> AdapterPool:
     memory = options.adapter_memory or share_of_free(model.device, 0.25)
     # Captured steps read their tables by the width of a layer.
-    spread = options.native and model.device.type == "cpu" and not options.decode_graphs
+    plain = not options.native or options.decode_graphs
+    layout = FactorLayout.ROWS if plain else layout_for(model.device, kind.factor_dtype)
     return AdapterPool(
         groups,
         budget_bytes=memory,
         device=model.device,
         dtype=model.dtype,
         factor_dtype=kind.factor_dtype,
-        spread=spread,
+        layout=layout,
     )
 
 

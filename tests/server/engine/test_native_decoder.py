@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM, PreTrainedModel
 
+from dynamic_lora_adapters.kernels.native_segments import reads_tiles
 from dynamic_lora_adapters.native.layer import (
     LayerStack,
     LayerStep,
@@ -341,6 +342,8 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
         run_all(built, sequences)
         return torch.cat(logits)
 
+    if reads_tiles():  # what deltas read is rounded to bfloat16, whatever the products read
+        step = max(step, 5e-3)
     folder = odd_ranks if name == "odd ranks" else folders[name]
     prompt = random_prompt(100, seed=4)  # more rows than are multiplied by narrow weights
     logits = recorded_logits(monkeypatch)

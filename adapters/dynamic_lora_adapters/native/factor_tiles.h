@@ -1,0 +1,333 @@
+// Low-rank deltas on the matrix unit (Intel AMX), from factors in bfloat16 that are laid out for it.
+//
+// Deltas take as long as their factors take to come from memory. Rows of a plain table come from as
+// many places at once as there are ranks; in tiles, what one thread reads is one stream:
+//
+//   a [rank / 8][in / 2][8][2]            b [rank / 8][outs / 16][4][16][2]
+//
+// with pairs of inputs side by side for eight ranks, and pairs of ranks for sixteen outputs. Behind
+// the last input there are zeros up to a whole tile of 32, behind the last output to one of 16.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "matrix_unit.h"
+#include "walk.h"
+
+namespace dynamic_lora {
+
+constexpr int64_t kTileRanks = 8;
+constexpr int64_t kTileOuts = kUnitRows;
+constexpr int64_t kTileStrip = 384;  // outputs that one thread expands to at a time,
+constexpr int64_t kTileChunk = 64;   // for so many rows at most
+constexpr int64_t kAheadInA = 4096;  // bytes that factors are asked for ahead of being read
+constexpr int64_t kAheadInB = 2048;
+
+inline int64_t whole_inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
+inline int64_t whole_outs(int64_t outs) { return (outs + kTileOuts - 1) / kTileOuts * kTileOuts; }
+
+// Neighbouring rows of one adapter, and its factors in tiles.
+struct TiledSegment {
+  const Brain* a;
+  const Brain* b;
+  const int64_t* columns;  // [rank, 2]: where a rank of b is not zero; null: anywhere
+  Brain* shrunk;           // [rows, rank]: what is kept between the two products
+  int64_t rank, row, rows;
+  float sign;
+  int64_t first_part, last_part;
+};
+
+// A tile of ranks, and the whole tiles of outputs that some of them reach.
+struct TilePart {
+  const Brain* b;
+  const Brain* shrunk;  // [rows, rank], from the first of these ranks on
+  int64_t rank, from, to;
+};
+
+// The deltas of one projection.
+struct TiledDeltas {
+  std::vector<TiledSegment> segments;
+  std::vector<TilePart> parts;
+  bool undoes = false;  // whether some rows have two, one of which is taken away
+
+  void clear() {
+    segments.clear();
+    parts.clear();
+    undoes = false;
+  }
+
+  // Adds a segment, for so many outputs.
+  void add(TiledSegment s, int64_t outs) {
+    undoes |= s.sign < 0;
+    s.first_part = static_cast<int64_t>(parts.size());
+    for (int64_t q = 0; q < s.rank; q += kTileRanks) {
+      int64_t from = s.columns ? outs : 0, to = s.columns ? 0 : outs;
+      for (int64_t r = q; s.columns && r < q + kTileRanks; r++) {
+        if (s.columns[r * 2] == s.columns[r * 2 + 1]) continue;
+        from = std::min(from, s.columns[r * 2]);
+        to = std::max(to, s.columns[r * 2 + 1]);
+      }
+      if (from < to)
+        parts.push_back({s.b + q * whole_outs(outs), s.shrunk + q, s.rank,
+                         from / kTileOuts * kTileOuts, whole_outs(to)});
+    }
+    s.last_part = static_cast<int64_t>(parts.size());
+    segments.push_back(s);
+  }
+};
+
+#if DYNAMIC_LORA_MATRIX_UNIT
+
+// How the unit's tiles are cut for up to kUnitBlock rows: tiles of what has a row for each of
+// those are as high as there are rows.
+class UnitCut {
+ public:
+  enum Use { kShrinks, kExpands };
+
+  explicit UnitCut(Use use) : use_(use) {}
+  ~UnitCut() {
+    if (rows_) _tile_release();
+  }
+  UnitCut(const UnitCut&) = delete;
+  UnitCut& operator=(const UnitCut&) = delete;
+
+  // Loading a cut takes as long as multiplying some tiles.
+  void fit(int64_t rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    const int64_t upper = std::min(rows, kUnitRows);
+    const int64_t lower = rows > kUnitRows ? rows - kUnitRows : upper;
+    if (use_ == kShrinks)
+      set({kSum, kSum, kSum, kSum, 64, 64, kSum, kSum},
+          {upper, upper, lower, lower, upper, lower, kUnitDepth / 2, kUnitDepth / 2});
+    else
+      set({64, 64, 64, 64, kTileRanks * 2, kTileRanks * 2, 64, 64},
+          {upper, lower, upper, lower, upper, lower, kTileRanks / 2, kTileRanks / 2});
+  }
+
+ private:
+  static constexpr int64_t kSum = kTileRanks * sizeof(float);  // bytes, and those of pairs
+
+  static void set(const int64_t (&bytes)[8], const int64_t (&rows)[8]) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } layout;
+    for (int i = 0; i < 8; i++) {
+      layout.row_bytes[i] = static_cast<uint16_t>(bytes[i]);
+      layout.rows[i] = static_cast<uint8_t>(rows[i]);
+    }
+    written();
+    _tile_loadconfig(&layout);
+  }
+
+  const Use use_;
+  int64_t rows_ = 0;
+};
+
+// What a unit cut for shrinking sums up: in tiles 0 and 1 the upper rows, in 2 and 3 the lower ones
+// or, where there are none, more of the upper ones, so that no sum waits for the one before it.
+inline void sum_two_blocks(const int16_t* x, int64_t ldx, const Brain* a, int64_t depth) {
+  const int64_t stride = ldx * sizeof(int16_t), line = kTileRanks * sizeof(float);
+  const int16_t* lower = x + kUnitRows * ldx;
+  int64_t i = 0;
+  for (; i + 2 * kUnitDepth <= depth; i += 2 * kUnitDepth) {
+    const Brain* factors = a + i * kTileRanks;
+    ask_lines(reinterpret_cast<const char*>(factors) + kAheadInA, 2 * kUnitDepth * kTileRanks * 2);
+    _tile_loadd(6, factors, line);
+    _tile_loadd(7, factors + kUnitDepth * kTileRanks, line);
+    _tile_loadd(4, x + i, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(4, x + i + kUnitDepth, stride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower + i, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(5, lower + i + kUnitDepth, stride);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  if (i == depth) return;
+  _tile_loadd(6, a + i * kTileRanks, line);
+  _tile_loadd(4, x + i, stride);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, lower + i, stride);
+  _tile_dpbf16ps(2, 5, 6);
+}
+
+inline void sum_one_block(const int16_t* x, int64_t ldx, const Brain* a, int64_t depth) {
+  const int64_t stride = ldx * sizeof(int16_t), line = kTileRanks * sizeof(float);
+  int64_t i = 0;
+  for (; i + 4 * kUnitDepth <= depth; i += 4 * kUnitDepth) {
+    const Brain* factors = a + i * kTileRanks;
+    ask_lines(reinterpret_cast<const char*>(factors) + kAheadInA, 4 * kUnitDepth * kTileRanks * 2);
+    _tile_loadd(6, factors, line);
+    _tile_loadd(4, x + i, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, factors + kUnitDepth * kTileRanks, line);
+    _tile_loadd(5, x + i + kUnitDepth, stride);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(6, factors + 2 * kUnitDepth * kTileRanks, line);
+    _tile_loadd(4, x + i + 2 * kUnitDepth, stride);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, factors + 3 * kUnitDepth * kTileRanks, line);
+    _tile_loadd(5, x + i + 3 * kUnitDepth, stride);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  for (; i < depth; i += kUnitDepth) {
+    _tile_loadd(6, a + i * kTileRanks, line);
+    _tile_loadd(4, x + i, stride);
+    _tile_dpbf16ps(0, 4, 6);
+  }
+}
+
+// To shrunk [rows, rank], what x [rows, depth] gives with one tile of ranks, times `sign`; for up
+// to kUnitBlock rows, which the unit is cut for.
+inline void shrink_on_unit(const int16_t* x, int64_t ldx, int64_t rows, const Brain* a,
+                           int64_t depth, float sign, Brain* shrunk, int64_t rank) {
+  constexpr int64_t kLine = kTileRanks * sizeof(float);
+  alignas(64) float sums[4][kUnitRows][kTileRanks];
+  begin_unit();
+  if (rows > kUnitRows)
+    sum_two_blocks(x, ldx, a, depth);
+  else
+    sum_one_block(x, ldx, a, depth);
+  _tile_stored(0, sums[0], kLine);
+  _tile_stored(1, sums[1], kLine);
+  _tile_stored(2, sums[2], kLine);
+  _tile_stored(3, sums[3], kLine);
+  written();
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t place = r % kUnitRows;
+    const auto pair = [&](int64_t i) {
+      return _mm256_add_ps(_mm256_load_ps(sums[i][place]), _mm256_load_ps(sums[i + 1][place]));
+    };
+    const __m256 sum = rows > kUnitRows ? pair(r / kUnitRows * 2) : _mm256_add_ps(pair(0), pair(2));
+    const auto rounded = _mm256_cvtneps_pbh(_mm256_mul_ps(sum, _mm256_set1_ps(sign)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(shrunk + r * rank), (__m128i)rounded);
+  }
+}
+
+// Adds what parts give for `rows` rows, from `row` on, to outputs [column, column + kTileOuts) at
+// `out`, whose rows are ldo apart; for up to kUnitBlock rows, which the unit is cut for.
+template <bool Both>
+inline void expand_tile_on_unit(const TilePart* part, const TilePart* last, int64_t row,
+                                int64_t column, float* out, int64_t ldo) {
+  const int64_t stride = ldo * sizeof(float);
+  float* lower = out + kUnitRows * ldo;
+  bool begun = false;
+  for (; part != last; part++) {
+    if (column < part->from || column >= part->to) continue;
+    if (!begun) {
+      begun = true;
+      _tile_loadd(0, out, stride);
+      if (Both) _tile_loadd(1, lower, stride);
+    }
+    const Brain* factors = part->b + column * kTileRanks;
+    const Brain* shrunk = part->shrunk + row * part->rank;
+    ask_lines(reinterpret_cast<const char*>(factors) + kAheadInB, kTileRanks * kUnitBytes / 2);
+    _tile_loadd(6, factors, kUnitBytes);
+    _tile_loadd(4, shrunk, part->rank * sizeof(Brain));
+    _tile_dpbf16ps(0, 4, 6);
+    if (!Both) continue;
+    _tile_loadd(5, shrunk + kUnitRows * part->rank, part->rank * sizeof(Brain));
+    _tile_dpbf16ps(1, 5, 6);
+  }
+  if (!begun) return;
+  _tile_stored(0, out, stride);
+  if (Both) _tile_stored(1, lower, stride);
+}
+
+// The same for outputs [column, stop). The last tile may be one of fewer outputs: what is behind
+// them is another row's, and another thread may write it.
+template <bool Both>
+void expand_on_unit(const TilePart* first, const TilePart* last, int64_t row, int64_t rows,
+                    int64_t column, int64_t stop, float* out, int64_t ldo) {
+  for (; column + kTileOuts <= stop; column += kTileOuts)
+    expand_tile_on_unit<Both>(first, last, row, column, out + column, ldo);
+  if (column == stop) return;
+  alignas(64) float whole[kUnitBlock][kTileOuts] = {};
+  const size_t bytes = (stop - column) * sizeof(float);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(whole[r], out + r * ldo + column, bytes);
+  written();
+  expand_tile_on_unit<Both>(first, last, row, column, whole[0], kTileOuts);
+  written();
+  for (int64_t r = 0; r < rows; r++) std::memcpy(out + r * ldo + column, whole[r], bytes);
+}
+
+// Shrinking is shared out by tiles of ranks, so that a is read once; by rows where these are many.
+inline bool shrinks_by_rows(const TiledSegment& s) { return s.rows > kUnitBlock; }
+
+inline void shrink_tiled_item(const TiledSegment& s, int64_t item, const int16_t* x, int64_t ldx,
+                              int64_t depth, UnitCut& cut) {
+  const bool by_rows = shrinks_by_rows(s);
+  const int64_t first = by_rows ? item * kUnitBlock : 0;
+  const int64_t rows = std::min(kUnitBlock, s.rows - first);
+  const int64_t from = by_rows ? 0 : item * kTileRanks;
+  cut.fit(rows);
+  for (int64_t q = from; q < (by_rows ? s.rank : from + kTileRanks); q += kTileRanks)
+    shrink_on_unit(x + (s.row + first) * ldx, ldx, rows, s.a + q * depth, depth, s.sign,
+                   s.shrunk + first * s.rank + q, s.rank);
+}
+
+// The shrinking of all segments, which is done for sure behind the next barrier, for x [rows, in]
+// in bfloat16 as `share_brain_rounding` lays it out. Called by a whole team of threads.
+inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, int64_t in) {
+  Walk walk(deltas.segments, [](const TiledSegment& s) {
+    return shrinks_by_rows(s) ? (s.rows + kUnitBlock - 1) / kUnitBlock : s.rank / kTileRanks;
+  });
+  UnitCut cut(UnitCut::kShrinks);
+#pragma omp for schedule(guided, 1) nowait
+  for (int64_t item = 0; item < walk.items(); item++) {
+    const auto [segment, own] = walk.find(item);
+    shrink_tiled_item(*segment, own, x, row_stride<int16_t>(in), whole_inputs(in), cut);
+  }
+}
+
+inline void expand_tiled_item(const TiledDeltas& deltas, const TiledSegment& s, int64_t item,
+                              float* out, int64_t ldo, int64_t outs, UnitCut& cut) {
+  const int64_t chunks = (s.rows + kTileChunk - 1) / kTileChunk;
+  const int64_t column = item / chunks * kTileStrip, stop = std::min(column + kTileStrip, outs);
+  const int64_t first = item % chunks * kTileChunk, last = std::min(first + kTileChunk, s.rows);
+  const TilePart* parts = deltas.parts.data();
+  for (int64_t row = first; row < last; row += kUnitBlock) {
+    const int64_t rows = std::min(kUnitBlock, last - row);
+    cut.fit(rows);
+    const auto expand = rows > kUnitRows ? expand_on_unit<true> : expand_on_unit<false>;
+    expand(parts + s.first_part, parts + s.last_part, row, rows, column, stop,
+           out + (s.row + row) * ldo, ldo);
+  }
+}
+
+// Adds the deltas of all segments, once these are shrunk, to out [rows, outs], whose rows are ldo
+// apart. Called by a whole team of threads.
+inline void share_tiled_expanding(const TiledDeltas& deltas, float* out, int64_t ldo,
+                                  int64_t outs) {
+  const int64_t strips = (outs + kTileStrip - 1) / kTileStrip;
+  for (const bool undone : {true, false}) {
+    if (undone && !deltas.undoes) continue;
+    // Of those that are taken away, as of the others, each row has one.
+    Walk walk(deltas.segments, [=](const TiledSegment& s) {
+      return (s.sign < 0) == undone ? (s.rows + kTileChunk - 1) / kTileChunk * strips : 0;
+    });
+    UnitCut cut(UnitCut::kExpands);
+#pragma omp for schedule(guided, 1)
+    for (int64_t item = 0; item < walk.items(); item++) {
+      const auto [segment, own] = walk.find(item);
+      expand_tiled_item(deltas, *segment, own, out, ldo, outs, cut);
+    }
+  }
+}
+
+#else
+
+// Never called.
+inline void share_tiled_shrinking(const TiledDeltas&, const int16_t*, int64_t) {}
+inline void share_tiled_expanding(const TiledDeltas&, float*, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace dynamic_lora
