@@ -60,14 +60,14 @@ def spread_width(width: int, itemsize: int) -> int:
     return (-(-width // line) | 1) * line
 
 
-def tiled_a(place: torch.Tensor) -> torch.Tensor:
+def _pairs_of_a(place: torch.Tensor) -> torch.Tensor:
     """The tiles of a slot's a [rank, width], as pairs [rank / 8, 8, width / 2] of the plain one."""
     rank, width = place.shape
     pairs = place.view(torch.int32).view(rank // TILE_RANKS, width // 2, TILE_RANKS)
     return pairs.transpose(1, 2)
 
 
-def tiled_b(place: torch.Tensor) -> torch.Tensor:
+def _pairs_of_b(place: torch.Tensor) -> torch.Tensor:
     """The tiles of a slot's b [rank, width], as pairs of ranks [width / 16, 16, rank / 8, 4]."""
     rank, width = place.shape
     tiles = rank // TILE_RANKS, width // _TILE_OUTPUTS, TILE_RANKS // 2, _TILE_OUTPUTS
@@ -78,7 +78,7 @@ def write_tiles(
     a: torch.Tensor, b: torch.Tensor, place_a: torch.Tensor, place_b: torch.Tensor
 ) -> None:
     """Lay out a [rank, in] and b [out, rank], bfloat16 and filled up to whole tiles."""
-    pairs_a, pairs_b = tiled_a(place_a), tiled_b(place_b)
+    pairs_a, pairs_b = _pairs_of_a(place_a), _pairs_of_b(place_b)
     pairs_a.copy_(a.view(torch.int32).view(pairs_a.shape))
     pairs_b.copy_(b.view(torch.int32).view(pairs_b.shape))
 
@@ -86,8 +86,8 @@ def write_tiles(
 def read_tiles(place_a: torch.Tensor, place_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies a [rank, width] and b [rank, width] of what lies in tiles."""
     rank = len(place_a)
-    a = tiled_a(place_a).reshape(rank, -1).contiguous().view(place_a.dtype)
-    b = tiled_b(place_b).reshape(-1, rank // 2).contiguous().view(place_b.dtype)
+    a = _pairs_of_a(place_a).reshape(rank, -1).contiguous().view(place_a.dtype)
+    b = _pairs_of_b(place_b).reshape(-1, rank // 2).contiguous().view(place_b.dtype)
     return a, b.T.contiguous()
 
 

@@ -350,3 +350,31 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
     out, expected = record(layers=True), record(layers=False)
     # Inputs are rounded: a difference in float32's last place may grow to one step.
     assert (out - expected).abs().max() < step * expected.abs().max()
+
+
+def test_a_merged_adapter_is_taken_from_the_rows_of_others_with_rounded_weights(
+    folders: dict[str, Path], odd_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such rows have two deltas, of which one is taken away."""
+
+    def record(*, layers: bool) -> torch.Tensor:
+        built = make_engine(tiny_llama(), base_product=ProductKind.BF16, mode=Mode.MERGED)
+        if not layers:
+            decoder_of(built).give_back()
+        assert bool(decoder_of(built).num_layers) is layers
+        logits.clear()
+        adapters = [admit(built, folder) for folder in (folders["all"], odd_ranks)]
+        sequences = [make_sequence(prompt, adapter=adapters[0], max_new_tokens=1)]
+        sequences += [
+            make_sequence(prompt[:n], adapter=adapters[1], max_new_tokens=1) for n in (9, 5)
+        ]
+        sequences += [make_sequence(prompt[:7], max_new_tokens=1)]
+        run_all(built, sequences)
+        merged = built.engine.runner.merger.merged
+        assert merged is not None and merged.digest == adapters[0].digest
+        return torch.cat(logits)
+
+    prompt = random_prompt(11, seed=6)
+    logits = recorded_logits(monkeypatch)
+    out, expected = record(layers=True), record(layers=False)
+    assert (out - expected).abs().max() < 2e-2 * expected.abs().max()
