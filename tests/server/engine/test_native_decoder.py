@@ -371,7 +371,7 @@ def test_a_merged_adapter_is_taken_from_the_rows_of_others_with_rounded_weights(
         sequences += [make_sequence(prompt[:7], max_new_tokens=1)]
         run_all(built, sequences)
         merged = built.engine.runner.merger.merged
-        assert merged is not None and merged.digest == adapters[0].digest
+        assert merged in adapters
         return torch.cat(logits)
 
     prompt = random_prompt(11, seed=6)
