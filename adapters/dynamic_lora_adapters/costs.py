@@ -180,7 +180,7 @@ class _Bench:
         shapes = Counter((g.in_features, g.widths) for g in layers)
         self._weights = list(shapes.values())
         self._groups = [ProjectionGroup((), *shape) for shape in shapes]
-        self._signature = tuple(GroupShape(PROBE_RANK * len(g.widths)) for g in self._groups)
+        signature = tuple(GroupShape(PROBE_RANK * len(g.widths)) for g in self._groups)
         layout = SlabLayout(
             self._groups,
             device=device,
@@ -189,9 +189,9 @@ class _Bench:
             layout=layout_for(device, factor_dtype),
             num_slots=0,
         )
-        slots = self._num_slots(layout.slot_bytes(self._signature))
+        slots = self._num_slots(layout.slot_bytes(signature))
         self._next_slot = 0
-        self._slab = layout.new_slab(0, self._signature, slots)
+        self._slab = layout.new_slab(0, signature, slots)
         for table in (*self._slab.a, *self._slab.b):
             assert table is not None
             table.normal_()

@@ -101,8 +101,10 @@ class GroupTerms:
 
     def plain(self, group: ProjectionGroup) -> "GroupTerms":
         """The same with a and b as rows: copies of what lies in tiles."""
-        if not self.tiled or self.a is None or self.b is None:
+        if not self.tiled:
             return self
+        if self.a is None or self.b is None:
+            return replace(self, tiled=False)
         a, b = read_tiles(self.a, self.b)
         return replace(self, a=a[:, : group.in_features], b=b[:, : group.out_features], tiled=False)
 

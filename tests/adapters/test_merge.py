@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dynamic_lora_adapters import BaseGeometry
+from dynamic_lora_adapters.factor_layout import layout_for
 from dynamic_lora_adapters.inject import head_group, inject, observe_groups
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.pristine import CopiedWeights, PristineWeights, SubtractedWeights
@@ -64,6 +65,7 @@ class Rig:
             device=torch.device("cpu"),
             dtype=dtype,
             factor_dtype=kind.factor_dtype,
+            layout=layout_for(torch.device("cpu"), kind.factor_dtype),
         )
 
     def admit(self, name: str, terms: AdapterTerms) -> ResidentAdapter:
@@ -180,3 +182,25 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch: pytest.MonkeyPatch) ->
         rig.merger.switch(rig.admit("b", random_terms(rig.geometry, 2)))
     assert rig.merger.merged is None
     assert rig.digest() == before
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@torch.inference_mode()
+def test_terms_without_factors_are_merged_into_rounded_weights(dense: bool) -> None:
+    """Their group has no factors, in tiles or as rows."""
+    if (reason := obstacle(ProductKind.BF16, torch.ones(8, 8))) is not None:
+        pytest.skip(reason)
+    rig = Rig(kind=ProductKind.BF16)
+    path = "model.layers.0.mlp.down_proj"
+    weight = tiny_llama().get_parameter(f"{path}.weight").detach()
+    added = torch.randn(weight.shape) / 8
+    terms = LinearTerms(dense=added) if dense else LinearTerms(scale=torch.ones(len(weight)))
+    before = rig.model(IDS).logits
+    rig.merger.switch(rig.admit("a", AdapterTerms(linears={path: terms})))
+    folded = tiny_llama()
+    folded.get_parameter(f"{path}.weight").copy_(weight + added if dense else 2 * weight)
+    expected, logits = folded(IDS).logits, rig.model(IDS).logits
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 2e-2
+    assert float((logits - before).abs().max() / expected.abs().max()) > 2e-2
+    rig.merger.switch(None)
+    assert torch.equal(rig.model(IDS).logits, before)

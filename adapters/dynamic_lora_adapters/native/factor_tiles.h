@@ -27,8 +27,8 @@ constexpr int64_t kTileChunk = 64;   // for so many rows at most
 constexpr int64_t kAheadInA = 4096;  // bytes that factors are asked for ahead of being read
 constexpr int64_t kAheadInB = 2048;
 
-inline int64_t whole_inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
-inline int64_t whole_outs(int64_t outs) { return (outs + kTileOuts - 1) / kTileOuts * kTileOuts; }
+inline int64_t tiled_inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
+inline int64_t tiled_outs(int64_t outs) { return (outs + kTileOuts - 1) / kTileOuts * kTileOuts; }
 
 // Neighbouring rows of one adapter, and its factors in tiles.
 struct TiledSegment {
@@ -72,8 +72,8 @@ struct TiledDeltas {
         to = std::max(to, s.columns[r * 2 + 1]);
       }
       if (from < to)
-        parts.push_back({s.b + q * whole_outs(outs), s.shrunk + q, s.rank,
-                         from / kTileOuts * kTileOuts, whole_outs(to)});
+        parts.push_back({s.b + q * tiled_outs(outs), s.shrunk + q, s.rank,
+                         from / kTileOuts * kTileOuts, tiled_outs(to)});
     }
     s.last_part = static_cast<int64_t>(parts.size());
     segments.push_back(s);
@@ -283,7 +283,7 @@ inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, i
 #pragma omp for schedule(guided, 1) nowait
   for (int64_t item = 0; item < walk.items(); item++) {
     const auto [segment, own] = walk.find(item);
-    shrink_tiled_item(*segment, own, x, row_stride<int16_t>(in), whole_inputs(in), cut);
+    shrink_tiled_item(*segment, own, x, row_stride<int16_t>(in), tiled_inputs(in), cut);
   }
 }
 

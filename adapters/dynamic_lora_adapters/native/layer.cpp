@@ -121,8 +121,8 @@ void find_segments(const Site& site, const Step& step, SiteDeltas& deltas, float
     deltas.once &= run.sign > 0;
     const int64_t* columns = factors.columns + first * 2;
     if (factors.tiled) {
-      const auto *a = reinterpret_cast<const Brain*>(factors.a) + first * whole_inputs(in),
-                 *b = reinterpret_cast<const Brain*>(factors.b) + first * whole_outs(outs);
+      const auto *a = reinterpret_cast<const Brain*>(factors.a) + first * tiled_inputs(in),
+                 *b = reinterpret_cast<const Brain*>(factors.b) + first * tiled_outs(outs);
       deltas.tiled.add({a, b, columns, reinterpret_cast<Brain*>(shrunk), factors.rank, row, rows,
                         run.sign, 0, 0},
                        outs);

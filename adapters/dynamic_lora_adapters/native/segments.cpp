@@ -63,7 +63,7 @@ void dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, con
   scratch.tiled.clear();
   auto* shrunk = reinterpret_cast<Brain*>(scratch.shrunk.data());
   for (int64_t i = 0, row = 0; i < slots; row += lengths[i++])
-    scratch.tiled.add({a + i * rank * whole_inputs(in), b + i * rank * whole_outs(outs),
+    scratch.tiled.add({a + i * rank * tiled_inputs(in), b + i * rank * tiled_outs(outs),
                        columns ? columns + i * rank * 2 : nullptr, shrunk + row * rank, rank, row,
                        lengths[i], sign, 0, 0},
                       outs);
