@@ -119,7 +119,8 @@ def inject(
         members = [linear_at(model, path) for path in group.paths]
         weight, bias = _join_weights(members)
         # The head may share its weight with the embedding, which a merge must not touch.
-        product = make_product(kind, weight, bias, shared=group.is_head)
+        halves = len(set(group.widths)) == 1 and len(group.widths) == 2
+        product = make_product(kind, weight, bias, shared=group.is_head, halves=halves)
         transposed = isinstance(members[0], Conv1D)
         projection = GroupedProjection(
             group, index, site, product, weight, bias, transposed=transposed

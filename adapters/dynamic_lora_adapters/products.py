@@ -125,15 +125,24 @@ class PackedProduct:
 
 
 def make_product(
-    kind: ProductKind, weight: torch.Tensor, bias: torch.Tensor | None, *, shared: bool = False
+    kind: ProductKind,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    shared: bool = False,
+    halves: bool = False,
 ) -> BaseProduct:
-    """The product of a weight [out, in], which is `shared` if others read it too."""
+    """The product of a weight [out, in], which is `shared` if others read it too.
+
+    `halves` says that the outputs are a gate and what it lets through: C++ lays the two out so
+    that it can activate them while it multiplies.
+    """
     if kind is ProductKind.NATIVE:
-        return NativeProduct(weight, bias)
+        return NativeProduct(weight, bias, halves=halves)
     if kind is ProductKind.BF16:
-        return Bfloat16Product(weight, bias)
+        return Bfloat16Product(weight, bias, halves=halves)
     if kind is ProductKind.INT8:
-        return Int8Product(weight, bias)
+        return Int8Product(weight, bias, halves=halves)
     if kind is ProductKind.PACKED:
         return PackedProduct(weight, bias)
     return DetachedProduct(weight, bias) if shared else PlainProduct(weight, bias)

@@ -58,6 +58,33 @@ def test_products_equal_torchs(
     )
 
 
+@pytest.mark.skipif(obstacle(ProductKind.NATIVE, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("kind", [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8])
+@given(
+    rows=st.integers(1, 70),
+    out_features=st.one_of(st.sampled_from([32, 64, 96, 192]), st.integers(1, 70)),
+    in_features=st.one_of(st.integers(1, 210), st.integers(2040, 2060)),
+    biased=st.booleans(),
+)
+@torch.inference_mode()
+def test_halves_that_lie_in_turns_make_no_difference(
+    kind: ProductKind, rows: int, out_features: int, in_features: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    x = torch.randn(rows, in_features, generator=generator)
+    plain = make_product(kind, weight, bias)
+    in_turns = make_product(kind, weight, bias, halves=True)
+    assert torch.equal(in_turns(x), plain(x))
+    if isinstance(plain, NativeProduct) and isinstance(in_turns, NativeProduct):
+        a = torch.randn(3, in_features, generator=generator)
+        b = torch.randn(3, out_features, generator=generator)
+        for product in (plain, in_turns):
+            product.replace_folded(weight, a, b)
+        assert torch.equal(in_turns(x), plain(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_a_replaced_weight_is_multiplied_by(kind: ProductKind) -> None:

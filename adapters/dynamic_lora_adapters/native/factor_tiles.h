@@ -287,11 +287,25 @@ inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, i
   }
 }
 
-inline void expand_tiled_item(const TiledDeltas& deltas, const TiledSegment& s, int64_t item,
-                              float* out, int64_t ldo, int64_t outs, UnitCut& cut) {
-  const int64_t chunks = (s.rows + kTileChunk - 1) / kTileChunk;
-  const int64_t column = item / chunks * kTileStrip, stop = std::min(column + kTileStrip, outs);
-  const int64_t first = item % chunks * kTileChunk, last = std::min(first + kTileChunk, s.rows);
+// What one thread expands to at a time.
+struct TiledItem {
+  int64_t first, last;    // of the segment's rows
+  int64_t column, stop;
+
+  TiledItem(const TiledSegment& s, int64_t item, int64_t outs, int64_t strip) {
+    const int64_t chunks = count_chunks(s);
+    first = item % chunks * kTileChunk, last = std::min(first + kTileChunk, s.rows);
+    column = item / chunks * strip, stop = std::min(column + strip, outs);
+  }
+
+  static int64_t count_chunks(const TiledSegment& s) {
+    return (s.rows + kTileChunk - 1) / kTileChunk;
+  }
+};
+
+inline void expand_tiled_rows(const TiledDeltas& deltas, const TiledSegment& s, int64_t first,
+                              int64_t last, int64_t column, int64_t stop, float* out, int64_t ldo,
+                              UnitCut& cut) {
   const TilePart* parts = deltas.parts.data();
   for (int64_t row = first; row < last; row += kUnitBlock) {
     const int64_t rows = std::min(kUnitBlock, last - row);
@@ -311,14 +325,36 @@ inline void share_tiled_expanding(const TiledDeltas& deltas, float* out, int64_t
     if (undone && !deltas.undoes) continue;
     // Of those that are taken away, as of the others, each row has one.
     Walk walk(deltas.segments, [=](const TiledSegment& s) {
-      return (s.sign < 0) == undone ? (s.rows + kTileChunk - 1) / kTileChunk * strips : 0;
+      return (s.sign < 0) == undone ? TiledItem::count_chunks(s) * strips : 0;
     });
     UnitCut cut(UnitCut::kExpands);
 #pragma omp for schedule(guided, 1)
     for (int64_t item = 0; item < walk.items(); item++) {
       const auto [segment, own] = walk.find(item);
-      expand_tiled_item(deltas, *segment, own, out, ldo, outs, cut);
+      const TiledItem at(*segment, own, outs, kTileStrip);
+      expand_tiled_rows(deltas, *segment, at.first, at.last, at.column, at.stop, out, ldo, cut);
     }
+  }
+}
+
+// The same for outputs of two halves, and rows each of which has one adapter's deltas: `act` is told
+// of what is done of both, by (row, rows, column, stop) of the first.
+template <typename Act>
+void share_tiled_halves(const TiledDeltas& deltas, float* out, int64_t outs, const Act& act) {
+  constexpr int64_t kStrip = kTileStrip / 2;
+  const int64_t half = outs / 2, strips = (half + kStrip - 1) / kStrip;
+  Walk walk(deltas.segments,
+            [=](const TiledSegment& s) { return TiledItem::count_chunks(s) * strips; });
+  UnitCut cut(UnitCut::kExpands);
+#pragma omp for schedule(guided, 1)
+  for (int64_t item = 0; item < walk.items(); item++) {
+    const auto [segment, own] = walk.find(item);
+    const TiledItem at(*segment, own, half, kStrip);
+    for (const int64_t from : {int64_t{0}, half})
+      expand_tiled_rows(deltas, *segment, at.first, at.last, from + at.column, from + at.stop, out,
+                        outs, cut);
+    written();
+    act(segment->row + at.first, at.last - at.first, at.column, at.stop);
   }
 }
 
@@ -327,6 +363,8 @@ inline void share_tiled_expanding(const TiledDeltas& deltas, float* out, int64_t
 // Never called.
 inline void share_tiled_shrinking(const TiledDeltas&, const int16_t*, int64_t) {}
 inline void share_tiled_expanding(const TiledDeltas&, float*, int64_t, int64_t) {}
+template <typename Act>
+void share_tiled_halves(const TiledDeltas&, float*, int64_t, const Act&) {}
 
 #endif
 

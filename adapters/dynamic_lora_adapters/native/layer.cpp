@@ -21,6 +21,8 @@ namespace {
 
 constexpr int64_t kActivated = 256;  // columns that one thread activates at a time
 
+enum SiteNumber { kQkv, kO, kGateUp, kDown, kNumSites };
+
 // A projection, and where the step's deltas for it are found.
 struct Site {
   Projection base;
@@ -60,6 +62,11 @@ struct Run {
   float sign;
 };
 
+// Neighbouring rows.
+struct Rows {
+  int64_t first, last;
+};
+
 struct Step {
   const float* cos;  // [positions, dim]
   const float* sin;
@@ -77,14 +84,17 @@ struct SiteDeltas {
   std::vector<Segment> segments;
   std::vector<Part> within, apart;
   TiledDeltas tiled;
-  bool once;  // no row has two
+  bool once;               // no row has two
+  std::vector<Rows> bare;  // that have no deltas of factors in tiles, where no row has two
+
+  bool any_tiled() const { return !tiled.segments.empty(); }
 };
 
 // What a layer keeps for itself while it runs.
 struct Scratch {
   Lines<float> normed, gate_up, activated;
   std::vector<float> shrunk;
-  SiteDeltas deltas[4];
+  SiteDeltas deltas[kNumSites];
   InputCopies copies;
 };
 
@@ -135,6 +145,16 @@ void find_segments(const Site& site, const Step& step, SiteDeltas& deltas, float
   });
 }
 
+void find_bare(SiteDeltas& deltas, int64_t rows) {
+  deltas.bare.clear();
+  int64_t next = 0;
+  for (const TiledSegment& segment : deltas.tiled.segments) {
+    if (segment.row > next) deltas.bare.push_back({next, segment.row});
+    next = segment.row + segment.rows;
+  }
+  if (next < rows) deltas.bare.push_back({next, rows});
+}
+
 void part_segments(SiteDeltas& deltas) {
   deltas.within.clear();
   deltas.apart.clear();
@@ -154,38 +174,52 @@ void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int6
   for (int64_t row = 0; row < rows; row++) normalise(norm, x + row * dim, out + row * dim, dim);
 }
 
-// One projection with deltas of factors in tiles.
-void share_tiled_site(const Site& site, const TiledDeltas& deltas, const float* x,
-                      const float* residual, float* out, int64_t rows, InputCopies& copies) {
+// Shrinks for all deltas of a projection, for which x has been copied: done where deltas are read
+// within the product, and else behind the next barrier.
+void share_site_shrinking(const Site& site, Scratch& scratch, int number, const float* x,
+                          int64_t rows) {
+  const SiteDeltas& deltas = scratch.deltas[number];
   const int64_t in = site.base.k, outs = site.base.n;
-  if (!site.base.rounds_to_brains()) share_brain_rounding(x, rows, in, copies);
-  share_tiled_shrinking(deltas, copies.values.data(), in);
-  share_product(x, site.base, residual, out, rows, NoDeltas{}, copies);
-  share_tiled_expanding(deltas, out, outs, outs);
+  if (deltas.any_tiled()) {
+    if (!site.base.rounds_to_brains()) share_brain_rounding(x, rows, in, scratch.copies);
+    return share_tiled_shrinking(deltas.tiled, scratch.copies.values.data(), in);
+  }
+  if (deltas.segments.empty()) return;
+  const int16_t* rounded = scratch.copies.values.data();
+  share_shrinking({x, nullptr, in, outs, in, outs, rounded, row_stride<int16_t>(in)},
+                  deltas.segments);
+  if (!deltas.within.empty()) {
+#pragma omp barrier
+  }
+}
+
+// The product of a projection, and those deltas that are added within it.
+template <typename To>
+void share_multiplying(const Site& site, Scratch& scratch, int number, const float* x, const To& to,
+                       int64_t rows) {
+  const std::vector<Part>& within = scratch.deltas[number].within;
+  if (within.empty())
+    share_product(x, site.base, to, rows, NoDeltas{}, scratch.copies);
+  else
+    share_product(x, site.base, to, rows,
+                  PanelDeltas(within.data(), static_cast<int64_t>(within.size())), scratch.copies);
+}
+
+// Those that are added behind it.
+void share_expanding_behind(const Site& site, Scratch& scratch, int number, float* out) {
+  const SiteDeltas& deltas = scratch.deltas[number];
+  const int64_t outs = site.base.n;
+  if (deltas.any_tiled()) share_tiled_expanding(deltas.tiled, out, outs, outs);
+  if (!deltas.apart.empty()) share_expanding(deltas.apart, out, outs);
 }
 
 // One projection with its deltas.
-void share_site(const Site& site, Scratch& scratch, int number, const float* x,
-                const float* residual, float* out, int64_t rows) {
-  const auto& [segments, within, apart, tiled, once] = scratch.deltas[number];
-  const auto product = [&](const auto& extra) {
-    share_product(x, site.base, residual, out, rows, extra, scratch.copies);
-  };
+void share_site(const Site& site, Scratch& scratch, int number, const float* x, const Plain& to,
+                int64_t rows) {
   share_copying(x, site.base, rows, scratch.copies);
-  if (!tiled.segments.empty())
-    return share_tiled_site(site, tiled, x, residual, out, rows, scratch.copies);
-  if (segments.empty()) return product(NoDeltas{});
-  const int64_t in = site.base.k, outs = site.base.n;
-  const Deltas deltas{x,    out, in, outs, in, outs, scratch.copies.values.data(),
-                      row_stride<int16_t>(in)};
-  share_shrinking(deltas, segments);
-  if (within.empty()) {
-    product(NoDeltas{});
-  } else {
-#pragma omp barrier
-    product(PanelDeltas(within.data(), static_cast<int64_t>(within.size())));
-  }
-  if (!apart.empty()) share_expanding(apart, out, outs);
+  share_site_shrinking(site, scratch, number, x, rows);
+  share_multiplying(site, scratch, number, x, to, rows);
+  share_expanding_behind(site, scratch, number, to.y);
 }
 
 // Rotary embedding (Su et al. 2021) of one head; its halves are the pairs' two parts.
@@ -231,26 +265,53 @@ void share_rotation(const Layer& layer, const Step& step, float* qkv) {
   }
 }
 
-// x * sigmoid(x), from e^-|x| so that nothing overflows.
-Vec silu(Vec x) {
-  const Vec small = exp_negative(x < Vec{} ? x : -x);
-  return x * (x < Vec{} ? small : all(1.0f)) / (1.0f + small);
-}
-
-void share_activation(const Layer& layer, const float* gate_up, float* out, int64_t rows) {
+// Of columns [column, stop) of some rows.
+void activate(const Layer& layer, const float* gate_up, int64_t first, int64_t rows,
+              int64_t column, int64_t stop, float* out) {
   const int64_t dim = layer.down.base.k, width = layer.gate_up.base.n;
-  const int64_t parts = (dim + kActivated - 1) / kActivated;
-#pragma omp for schedule(static)
-  for (int64_t item = 0; item < rows * parts; item++) {
-    const int64_t row = item / parts, first = item % parts * kActivated;
+  for (int64_t row = first; row < first + rows; row++) {
     const float* gate = gate_up + row * width + layer.gate;
     const float* up = gate_up + row * width + layer.up;
-    const int64_t stop = std::min(first + kActivated, dim);
-    int64_t i = first;
+    int64_t i = column;
     for (; i + kLanes <= stop; i += kLanes)
       store(out + row * dim + i, silu(load(gate + i)) * load(up + i));
     for (; i < stop; i++) out[row * dim + i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
   }
+}
+
+// Is done for sure behind the next barrier.
+void share_activation(const Layer& layer, const float* gate_up, const Rows& rows, float* out) {
+  const int64_t dim = layer.down.base.k, parts = (dim + kActivated - 1) / kActivated;
+#pragma omp for schedule(static) nowait
+  for (int64_t item = rows.first * parts; item < rows.last * parts; item++) {
+    const int64_t column = item % parts * kActivated;
+    activate(layer, gate_up, item / parts, 1, column, std::min(column + kActivated, dim), out);
+  }
+}
+
+// The gated projection, activated: within the product, behind it together with the deltas of
+// factors in tiles, or once all is done.
+void share_gating(const Layer& layer, Scratch& scratch, const float* x, float* out,
+                  int64_t rows) {
+  const Site& site = layer.gate_up;
+  const SiteDeltas& deltas = scratch.deltas[kGateUp];
+  const bool halves = site.base.halves, tiled = deltas.any_tiled();
+  float* gate_up = scratch.gate_up.data();
+  share_copying(x, site.base, rows, scratch.copies);
+  share_site_shrinking(site, scratch, kGateUp, x, rows);
+  if (halves && layer.gate == 0 && !tiled && deltas.apart.empty())
+    return share_multiplying(site, scratch, kGateUp, x, Gated{out}, rows);
+  share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, rows);
+  if (halves && tiled && deltas.once) {
+    for (const Rows& bare : deltas.bare) share_activation(layer, gate_up, bare, out);
+    return share_tiled_halves(deltas.tiled, gate_up, site.base.n,
+                              [&](int64_t row, int64_t count, int64_t column, int64_t stop) {
+                                activate(layer, gate_up, row, count, column, stop, out);
+                              });
+  }
+  share_expanding_behind(site, scratch, kGateUp, gate_up);
+  share_activation(layer, gate_up, {0, rows}, out);
+#pragma omp barrier
 }
 
 template <typename Cached>
@@ -275,7 +336,7 @@ void share_cached(const Layer& layer, const Step& step, float* qkv, float* atten
 void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
                      float* qkv, float* attended) {
   share_norm(layer.input_norm, hidden, scratch.normed.data(), step.rows, layer.qkv.base.k);
-  share_site(layer.qkv, scratch, 0, scratch.normed.data(), nullptr, qkv, step.rows);
+  share_site(layer.qkv, scratch, kQkv, scratch.normed.data(), {nullptr, qkv}, step.rows);
   if (layer.brains)
     share_cached<Brain>(layer, step, qkv, attended);
   else
@@ -284,12 +345,10 @@ void share_attending(const Layer& layer, const Step& step, Scratch& scratch, con
 
 void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
                   const float* attended, float* out) {
-  share_site(layer.o, scratch, 1, attended, hidden, out, step.rows);
+  share_site(layer.o, scratch, kO, attended, {hidden, out}, step.rows);
   share_norm(layer.middle_norm, out, scratch.normed.data(), step.rows, layer.gate_up.base.k);
-  share_site(layer.gate_up, scratch, 2, scratch.normed.data(), nullptr,
-             scratch.gate_up.data(), step.rows);
-  share_activation(layer, scratch.gate_up.data(), scratch.activated.data(), step.rows);
-  share_site(layer.down, scratch, 3, scratch.activated.data(), out, out, step.rows);
+  share_gating(layer, scratch, scratch.normed.data(), scratch.activated.data(), step.rows);
+  share_site(layer.down, scratch, kDown, scratch.activated.data(), {out, out}, step.rows);
 }
 
 Scratch& prepare(const Layer& layer, const Step& step) {
@@ -302,12 +361,13 @@ Scratch& prepare(const Layer& layer, const Step& step) {
     site->base.make_room(step.rows, scratch.copies);
     have_room(scratch.shrunk, shrunk_numbers(*site, step));
   }
-  for (int number = 0; number < 4; number++) {
+  for (int number = 0; number < kNumSites; number++) {
     SiteDeltas& deltas = scratch.deltas[number];
     // One projection's deltas are added before the next one's: they share the room.
     find_segments(*sites[number], step, deltas, scratch.shrunk.data());
     part_segments(deltas);
-    if (!deltas.tiled.segments.empty())
+    find_bare(deltas, step.rows);
+    if (deltas.any_tiled())
       scratch.copies.make_room(step.rows, sites[number]->base.k);
   }
   return scratch;

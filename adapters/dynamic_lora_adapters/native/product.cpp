@@ -160,17 +160,19 @@ void put_block(const float* block, int64_t count, Brain* to) {
   write_past_caches(rounded, even(count) * kWidth * sizeof(Brain), to);
 }
 
-// weight [n, k] + b^T a, with rows ldw apart; a panel of `packed` has `depth` inputs.
+// weight [n, k] + b^T a, with rows ldw apart; a panel of `packed` has `depth` inputs. See
+// `Projection` for `halves`.
 template <typename Weight>
 void pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_t k, int64_t depth,
-          const Factors& factors) {
+          bool halves, const Factors& factors) {
   const int64_t panels = (n + kWidth - 1) / kWidth;
 #pragma omp parallel
   {
     PanelFactors on_panel;
 #pragma omp for schedule(guided, 1)
     for (int64_t j = 0; j < panels; j++) {
-      const int64_t column = j * kWidth, width = std::min<int64_t>(kWidth, n - column);
+      const int64_t column = panel_column(j, n, halves);
+      const int64_t width = std::min<int64_t>(kWidth, n - column);
       on_panel.take(factors, column, width);
       for (int64_t first = 0; first < k; first += kBlock) {
         alignas(64) float block[kBlock * kWidth];
@@ -204,27 +206,28 @@ int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
 // weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
 // rounded up to whole panels. With a rank of 0, the weight alone.
 void dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,
-                       const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rank) {
-  pack(weight, ldw, packed, n, k, k, Factors{a, b, lda, ldb, rank});
+                       int64_t halves, const float* a, int64_t lda, const float* b, int64_t ldb,
+                       int64_t rank) {
+  pack(weight, ldw, packed, n, k, k, halves, Factors{a, b, lda, ldb, rank});
 }
 
 // The same, rounded to bfloat16.
 void dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, Brain* packed, int64_t n,
-                                int64_t k, const float* a, int64_t lda, const float* b,
-                                int64_t ldb, int64_t rank) {
-  pack(weight, ldw, packed, n, k, even(k), Factors{a, b, lda, ldb, rank});
+                                int64_t k, int64_t halves, const float* a, int64_t lda,
+                                const float* b, int64_t ldb, int64_t rank) {
+  pack(weight, ldw, packed, n, k, even(k), halves, Factors{a, b, lda, ldb, rank});
 }
 
 // A weight in eight bits.
 void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
-                            int64_t k) {
+                            int64_t k, int64_t halves) {
   const int64_t panels = (n + kWidth - 1) / kWidth, depth = panel_depth(kBytes, k);
   constexpr int64_t kTogether = kBytesTogether;
 #pragma omp parallel for schedule(guided, 1)
   for (int64_t j = 0; j < panels; j++)
     for (int64_t i = 0; i < depth; i++)
       for (int64_t c = 0; c < kWidth; c++) {
-        const int64_t column = j * kWidth + c;
+        const int64_t column = panel_column(j, n, halves) + c;
         packed[j * depth * kWidth + i / kTogether * kTogether * kWidth + c * kTogether +
                i % kTogether] = column < n && i < k ? weight[column * ldw + i] : int8_t(0);
       }
@@ -238,7 +241,7 @@ void dynamic_lora_product(const Projection* projection, const float* x, float* y
 #pragma omp parallel
   {
     share_copying(x, *projection, m, copies);
-    share_product(x, *projection, nullptr, y, m, NoDeltas{}, copies);
+    share_product(x, *projection, Plain{nullptr, y}, m, NoDeltas{}, copies);
   }
 }
 

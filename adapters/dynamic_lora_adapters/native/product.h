@@ -8,6 +8,9 @@
 // they are, the next panel is asked for, so that waiting for memory and
 // computing overlap. Threads take panels as they finish: a core that something
 // else disturbs does not hold the other up.
+//
+// Where outputs are a gate and what it lets through, the panels of the two may lie in turns. Then
+// a thread has the sums of both at hand, and activates them before it writes any.
 
 #pragma once
 
@@ -45,6 +48,11 @@ inline int64_t panel_depth(Format format, int64_t k) {
   return even(k);
 }
 
+// Where the outputs of a panel begin. Of two halves, the panels lie in turns.
+inline int64_t panel_column(int64_t number, int64_t n, bool halves) {
+  return halves ? number % 2 * (n / 2) + number / 2 * kWidth : number * kWidth;
+}
+
 // The weight of a linear layer, in panels.
 struct Projection {
   const void* packed;
@@ -52,6 +60,7 @@ struct Projection {
   const float* bias;   // [n] or null
   int64_t n, k;
   int64_t format;
+  int64_t halves;  // whether panels are of either half of the outputs, in turns
 
   // Whether products round their inputs to bfloat16 first.
   bool rounds_to_brains() const { return format == kBrains && brain_inputs; }
@@ -114,21 +123,24 @@ void with_rows(int64_t rows, const Act& act) {
 }
 
 // How products are computed in registers: how many rows together, how far ahead a panel is asked
-// for that is read only once, and what a thread sets up before its first.
+// for that is read only once, and what a thread sets up before its first. Up to `kSharing` blocks of
+// rows go through a panel slice by slice, if that is more than one.
 struct InRegisters {
-  static constexpr int64_t kRows = kTileRows, kAhead = 32;
+  static constexpr int64_t kRows = kTileRows, kAhead = 32, kSharing = 1, kShared = 0;
   using Blocks = RowBlocks;
   struct Scope {};
 };
 
 // The same for weights that are multiplied as they are read.
 struct AsFloats : InRegisters {
-  static constexpr int64_t kRows = kFloatRows;
+  static constexpr int64_t kRows = kFloatRows, kSharing = kLanes == 16 ? 4 : 1;
+  // Inputs of a slice: it, the next one and the slice's inputs stay in the first-level cache.
+  static constexpr int64_t kShared = 96;
 };
 
 // The same for the matrix unit.
 struct OnUnit {
-  static constexpr int64_t kRows = kUnitBlock, kAhead = 128;
+  static constexpr int64_t kRows = kUnitBlock, kAhead = 128, kSharing = 1, kShared = 0;
   using Blocks = WholeBlocks;
   using Scope = MatrixUnit;
 };
@@ -179,9 +191,10 @@ struct RoundedInputs {
     });
   }
 
-  // For many blocks of rows a panel is widened once.
-  const int16_t* prepared(const int8_t* panel) const {
-    static thread_local Lines<int16_t> wide;
+  // For many blocks of rows a panel is widened once, to one of two places.
+  const int16_t* prepared(const int8_t* panel, int place) const {
+    static thread_local Lines<int16_t> places[2];
+    Lines<int16_t>& wide = places[place];
     const int64_t size = depth() * kWidth;
     have_room(wide, size);
     for (int64_t i = 0; i < size; i += 2 * kLanes)
@@ -279,6 +292,17 @@ struct NoDeltas {
   void add(float*, int64_t, int64_t) {}
 };
 
+// Where a product goes: y [m, n] = product + residual.
+struct Plain {
+  const float* residual;  // [m, n] or null
+  float* y;               // [m, n]
+};
+
+// Where it goes activated: y [m, n / 2] = silu(gate) * up, the two halves of the product.
+struct Gated {
+  float* y;
+};
+
 // What a product is made of beside its size. `Extra` adds to the sums of a panel before
 // they are stored: it is told of a panel by `begin` (column, width), and then asked for each of
 // its blocks of rows by `add` (sums [rows, kWidth], row, rows).
@@ -286,98 +310,193 @@ template <typename Inputs, typename Extra>
 struct Product {
   using Weight = typename Inputs::Weight;
   using Way = typename Inputs::Way;
-  Inputs inputs;
-  const Weight* packed;
-  const float* scale;     // [n] or null
-  const float* bias;      // [n] or null
-  const float* residual;  // [m, n] or null
-  float* y;               // [m, n]
-  int64_t m, n;
-  Extra extra;
+  static constexpr int64_t kSums = Way::kSharing * Way::kRows * kWidth;
+  const Inputs& inputs;
+  const Projection& p;
+  int64_t m;
+  Extra extra[2];  // for a panel, or one of each half
 
-  int64_t panels() const { return (n + kWidth - 1) / kWidth; }
+  int64_t panels() const { return (p.n + kWidth - 1) / kWidth; }
 
-  // Scale, bias, deltas and residual, for a block of rows of a panel.
-  void finish(float* sums, int64_t row, int64_t rows, int64_t column, int64_t width) {
-    if (width < kWidth) return finish_last(sums, row, rows, column, width);
-    if (scale || bias)
-      for (int64_t r = 0; r < rows; r++) {
-        UNROLL
-        for (int c = 0; c < kWidth; c += kLanes) {
-          Vec value = load(sums + r * kWidth + c);
-          if (scale) value *= load(scale + column + c);
-          if (bias) value += load(bias + column + c);
-          store(sums + r * kWidth + c, value);
-        }
-      }
-    extra.add(sums, row, rows);
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t first = (row + r) * n + column;
-      UNROLL
-      for (int c = 0; c < kWidth; c += kLanes) {
-        const Vec value = load(sums + r * kWidth + c);
-        store(y + first + c, residual ? value + load(residual + first + c) : value);
+  // Blocks of rows that a thread has the sums of at a time.
+  struct Group {
+    int64_t first, last;  // blocks
+    int64_t row, rows;
+  };
+
+  // Whether so many blocks go through slices together.
+  static bool shares(int64_t count) { return count > 1 && count <= Way::kSharing; }
+
+  template <typename Act>
+  void for_each_group(const Act& act) const {
+    const typename Way::Blocks blocks(m, Way::kRows);
+    const int64_t size = shares(blocks.count) ? blocks.count : 1;
+    for (int64_t first = 0; first < blocks.count; first += size) {
+      const int64_t row = blocks.first(first);
+      act(Group{first, first + size, row, blocks.first(first + size) - row});
+    }
+  }
+
+  // Sums of panel `number`, whose weights may have been widened to another type meanwhile; `panels`
+  // are multiplied group by group.
+  template <typename Wide>
+  void sum(const Wide* panel, int64_t number, int64_t panels, const Group& group,
+           float* sums) const {
+    const typename Way::Blocks blocks(m, Way::kRows);
+    const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight), count = blocks.count;
+    const int64_t size = shares(count) ? Way::kShared : Inputs::kSlice;
+    const auto* own = reinterpret_cast<const char*>(packed(number));
+    const int64_t step = (bytes + count - 1) / count;
+    for (int64_t i = 0; i < depth; i += size) {
+      const int64_t slice = std::min(size, depth - i);
+      for (int64_t b = group.first; b < group.last; b++) {
+        const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
+        // Read once, a panel runs ahead of itself. Of shared slices each block asks for a part of
+        // the next, else for one of the panel behind those that are read together.
+        const Ahead ahead =
+            count == 1 ? Ahead{own + i * bytes + Way::kAhead * kLineBytes, bytes}
+            : shares(count)
+                ? Ahead{own + (i + size) * bytes + slice * bytes / count * b, step}
+                : Ahead{own + panels * depth * bytes + depth * bytes / count * b + i * step, step};
+        inputs.add(rows, row, i, panel + i * kWidth, slice, sums + (row - group.row) * kWidth,
+                   ahead);
       }
     }
   }
 
-  // The last panel may be narrower.
-  __attribute__((noinline)) void finish_last(float* sums, int64_t row, int64_t rows,
-                                             int64_t column, int64_t width) {
+  // Scale, bias and deltas, for a group of rows of a panel.
+  void complete(float* sums, const Group& group, int64_t column, Extra& deltas) const {
+    const int64_t width = std::min<int64_t>(kWidth, p.n - column);
+    if (width < kWidth)
+      complete_last(sums, group.rows, column, width);
+    else if (p.scale || p.bias)
+      complete_whole(sums, group.rows, column);
+    deltas.add(sums, group.row, group.rows);
+  }
+
+  void complete_whole(float* sums, int64_t rows, int64_t column) const {
+    Vec scales[kPanelVecs], biases[kPanelVecs];
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++) {
+      scales[v] = p.scale ? load(p.scale + column + v * kLanes) : all(1.0f);
+      biases[v] = p.bias ? load(p.bias + column + v * kLanes) : Vec{};
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      UNROLL
+      for (int v = 0; v < kPanelVecs; v++) {
+        float* place = sums + r * kWidth + v * kLanes;
+        store(place, load(place) * scales[v] + biases[v]);
+      }
+    }
+  }
+
+  // The last panel may be narrower: what is behind its outputs is somebody else's.
+  __attribute__((noinline)) void complete_last(float* sums, int64_t rows, int64_t column,
+                                               int64_t width) const {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < width; c++) {
         float& value = sums[r * kWidth + c];
-        if (scale) value *= scale[column + c];
-        if (bias) value += bias[column + c];
-      }
-    extra.add(sums, row, rows);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < width; c++) {
-        const int64_t place = (row + r) * n + column + c;
-        y[place] = sums[r * kWidth + c] + (residual ? residual[place] : 0.0f);
+        if (p.scale) value *= p.scale[column + c];
+        if (p.bias) value += p.bias[column + c];
       }
   }
 
-  // Panel `number`, whose weights may have been widened to another type meanwhile.
-  template <typename Wide>
-  void multiply(const Wide* panel, int64_t number) {
-    const int64_t column = number * kWidth, width = std::min<int64_t>(kWidth, n - column);
-    const typename Way::Blocks blocks(m, Way::kRows);
-    const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight);
-    const auto* next = reinterpret_cast<const char*>(packed + (number + 1) * depth * kWidth);
-    const int64_t portion = depth * bytes / blocks.count;
-    const int64_t step = (bytes + blocks.count - 1) / blocks.count;
-    extra.begin(column, width);
-    for (int64_t b = 0; b < blocks.count; b++) {
-      const int64_t row = blocks.first(b), rows = blocks.first(b + 1) - row;
-      alignas(64) float sums[Way::kRows * kWidth];  // begun by the first slice
-      for (int64_t i = 0; i < depth; i += Inputs::kSlice) {
-        const Wide* slice = panel + i * kWidth;
-        // Read once, a panel runs ahead of itself; else each block asks for a part of the next.
-        const Ahead ahead =
-            blocks.count == 1
-                ? Ahead{reinterpret_cast<const char*>(slice) + Way::kAhead * kLineBytes, bytes}
-                : Ahead{next + portion * b + i * step, step};
-        inputs.add(rows, row, i, slice, std::min(Inputs::kSlice, depth - i), sums, ahead);
+  void put(const Plain& to, const float* sums, const Group& group, int64_t column) const {
+    const int64_t n = p.n, width = std::min<int64_t>(kWidth, n - column);
+    if (width < kWidth) return put_last(to, sums, group, column, width);
+    const int64_t first = group.row * n + column;
+    float* y = to.y + first;
+    const float* residual = to.residual ? to.residual + first : nullptr;
+    for (int64_t r = 0; r < group.rows; r++) {
+      UNROLL
+      for (int c = 0; c < kWidth; c += kLanes) {
+        const Vec value = load(sums + r * kWidth + c);
+        store(y + r * n + c, residual ? value + load(residual + r * n + c) : value);
       }
-      finish(sums, row, rows, column, width);
     }
+  }
+
+  __attribute__((noinline)) void put_last(const Plain& to, const float* sums, const Group& group,
+                                          int64_t column, int64_t width) const {
+    for (int64_t r = 0; r < group.rows; r++)
+      for (int64_t c = 0; c < width; c++) {
+        const int64_t place = (group.row + r) * p.n + column + c;
+        to.y[place] = sums[r * kWidth + c] + (to.residual ? to.residual[place] : 0.0f);
+      }
+  }
+
+  // The sums of both halves' panels, for outputs from `column` on.
+  void put(const Gated& to, const float (&sums)[2][kSums], const Group& group,
+           int64_t column) const {
+    const int64_t half = p.n / 2;
+    float* y = to.y + group.row * half + column;
+    for (int64_t r = 0; r < group.rows; r++) {
+      UNROLL
+      for (int c = 0; c < kWidth; c += kLanes) {
+        const int64_t place = r * kWidth + c;
+        store(y + r * half + c, silu(load(sums[0] + place)) * load(sums[1] + place));
+      }
+    }
+  }
+
+  const Weight* packed(int64_t number) const {
+    return static_cast<const Weight*>(p.packed) + number * inputs.depth() * kWidth;
+  }
+
+  // Calls `act` with what panel `number` is read from: `place` is where one may be put that is
+  // widened first.
+  template <typename Act>
+  void with_panel(int64_t number, int place, const Act& act) const {
+    if constexpr (prepares<Inputs>) {
+      if (m > Inputs::kPreparedRows) return act(inputs.prepared(packed(number), place));
+    }
+    act(packed(number));
+  }
+
+  void begin(int64_t number, int place) {
+    const int64_t column = panel_column(number, p.n, p.halves);
+    extra[place].begin(column, std::min<int64_t>(kWidth, p.n - column));
+  }
+
+  void multiply(int64_t number, const Plain& to) {
+    begin(number, 0);
+    with_panel(number, 0, [&](const auto* panel) {
+      for_each_group([&](const Group& group) {
+        alignas(64) float sums[kSums];  // begun by the first slice
+        const int64_t column = panel_column(number, p.n, p.halves);
+        sum(panel, number, 1, group, sums);
+        complete(sums, group, column, extra[0]);
+        put(to, sums, group, column);
+      });
+    });
+  }
+
+  // Panels `number` of both halves.
+  void multiply(int64_t number, const Gated& to) {
+    const int64_t column = number * kWidth, first = 2 * number, second = first + 1;
+    begin(first, 0);
+    begin(second, 1);
+    with_panel(first, 0, [&](const auto* one) {
+      with_panel(second, 1, [&](const auto* other) {
+        for_each_group([&](const Group& group) {
+          alignas(64) float sums[2][kSums];
+          sum(one, first, 2, group, sums[0]);
+          sum(other, second, 2, group, sums[1]);
+          complete(sums[0], group, column, extra[0]);
+          complete(sums[1], group, p.n / 2 + column, extra[1]);
+          put(to, sums, group, column);
+        });
+      });
+    });
   }
 
   // Called by a whole team of threads, each with a Product of its own.
-  void share() {
-    const int64_t size = inputs.depth() * kWidth;
+  template <typename To>
+  void share(const To& to) {
+    constexpr bool kGated = std::is_same_v<To, Gated>;
     [[maybe_unused]] const typename Way::Scope scope;
 #pragma omp for schedule(guided, 1)
-    for (int64_t j = 0; j < panels(); j++) {
-      if constexpr (prepares<Inputs>) {
-        if (m > Inputs::kPreparedRows) {
-          multiply(inputs.prepared(packed + j * size), j);
-          continue;
-        }
-      }
-      multiply(packed + j * size, j);
-    }
+    for (int64_t j = 0; j < (kGated ? panels() / 2 : panels()); j++) multiply(j, to);
   }
 };
 
@@ -402,17 +521,14 @@ inline void share_copying(const float* x, const Projection& p, int64_t m, InputC
     share_spreading(x, m, p.k, copies);
 }
 
-// y [m, n] from x [m, k], of which there are the `copies` of `share_copying`, plus `residual`
-// [m, n] if that is not null. Called by a whole team.
-template <typename Extra>
-void share_product(const float* x, const Projection& p, const float* residual, float* y, int64_t m,
+// What `to` says, from x [m, k], of which there are the `copies` of `share_copying`. Called by a
+// whole team.
+template <typename To, typename Extra>
+void share_product(const float* x, const Projection& p, const To& to, int64_t m,
                    const Extra& extra, const InputCopies& copies) {
   if (m == 0) return;
   const auto multiply = [&](const auto& inputs) {
-    using Inputs = std::decay_t<decltype(inputs)>;
-    const auto* packed = static_cast<const typename Inputs::Weight*>(p.packed);
-    Product<Inputs, Extra>{inputs, packed, p.scale, p.bias, residual, y, m, p.n, extra}
-        .share();
+    Product<std::decay_t<decltype(inputs)>, Extra>{inputs, p, m, {extra, extra}}.share(to);
   };
   if (p.format == kBytes) {
     const float* scales = copies.scales.data();

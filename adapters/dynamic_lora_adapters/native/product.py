@@ -27,14 +27,16 @@ class Projection(ctypes.Structure):
         ("n", _SIZE),
         ("k", _SIZE),
         ("format", _SIZE),
+        ("halves", _SIZE),
     ]
 
 
 class PackedWeight:
     """What all number formats share: the packed weight, and the call that reads it.
 
-        The weight is float32 or int8, packed as `dtype` (None: as it is).
-    `projection` tells other C++ where it lies, as long as this object lives.
+    The weight is float32 or int8, packed as `dtype` (None: as it is). With `halves`, panels
+    of either half of the outputs lie in turns, if the halves are whole panels. `projection`
+    tells other C++ where it lies, as long as this object lives.
     """
 
     separate = True
@@ -46,6 +48,7 @@ class PackedWeight:
         *,
         scale: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
+        halves: bool = False,
     ) -> None:
         library = load_library("product")
         self._product = library.dynamic_lora_product
@@ -53,6 +56,7 @@ class PackedWeight:
         self._product.restype = None
         self._out_features, self._in_features = weight.shape
         self._packed = _panels(library, weight.shape, dtype or weight.dtype)
+        self._halves = halves and len(weight) % (2 * _panel_width(library)) == 0
         self._scale = scale
         self._bias = None if bias is None else bias.contiguous()
         self.projection = Projection(
@@ -62,15 +66,45 @@ class PackedWeight:
             n=self._out_features,
             k=self._in_features,
             format=_FORMATS[self._packed.dtype],
+            halves=self._halves,
         )
         self._address = ctypes.byref(self.projection)
-        _pack(weight, self._packed)
+        self._pack(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self._out_features)
         self._product(self._address, x.data_ptr(), out.data_ptr(), x.numel() // self._in_features)
         return out
+
+    def _pack(
+        self,
+        weight: torch.Tensor,
+        a: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+    ) -> None:
+        """Pack the weight or, in float32 and bfloat16, `weight + b.T @ a`."""
+        library = load_library("product")
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        packed = self._packed
+        sizes = (weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)
+        if packed.dtype == torch.int8:
+            library.dynamic_lora_pack_int8.argtypes = [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3]
+            library.dynamic_lora_pack_int8.restype = None
+            library.dynamic_lora_pack_int8(*sizes, self._halves)
+            return
+        is_float32 = packed.dtype == torch.float32
+        pack = library.dynamic_lora_pack if is_float32 else library.dynamic_lora_pack_bfloat16
+        factors = (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE)
+        pack.argtypes = [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *factors]
+        pack.restype = None
+        if a is None or b is None:
+            pack(*sizes, self._halves, None, 0, None, 0, 0)
+            return
+        assert a.stride(1) == 1 and b.stride(1) == 1, "rows of the factors must be dense"
+        given = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))
+        pack(*sizes, self._halves, *given)
 
 
 class NativeProduct(PackedWeight):
@@ -81,18 +115,20 @@ class NativeProduct(PackedWeight):
 
     _dtype = torch.float32
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(weight.float(), bias, dtype=self._dtype)
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
+    ) -> None:
+        super().__init__(weight.float(), bias, dtype=self._dtype, halves=halves)
 
     def replace(self, weight: torch.Tensor) -> None:
         """Pack another weight into the same memory."""
-        _pack(weight.float(), self._packed)
+        self._pack(weight.float())
 
     def replace_folded(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """The same for `weight + b.T @ a`, in one pass; a [rank, in] and b [rank, out], float32."""
         assert a.dtype == b.dtype == torch.float32 and len(a) == len(b)
         assert (b.shape[1], a.shape[1]) == tuple(weight.shape)
-        _pack(weight.float(), self._packed, a, b)
+        self._pack(weight.float(), a, b)
 
 
 class Bfloat16Product(NativeProduct):
@@ -138,11 +174,14 @@ class Int8Product(PackedWeight):
     be compiled.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
+    ) -> None:
         weight = weight.float()
         largest = weight.abs().amax(dim=1, keepdim=True)
         scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        super().__init__((weight / scale).round().to(torch.int8), bias, scale=scale.contiguous())
+        rounded = (weight / scale).round().to(torch.int8)
+        super().__init__(rounded, bias, scale=scale.contiguous(), halves=halves)
 
     def replace(self, weight: torch.Tensor) -> None:
         """Refused: what is merged would be rounded to eight bits."""
@@ -150,35 +189,12 @@ class Int8Product(PackedWeight):
         raise TypeError("adapters are not merged into quantised weights")
 
 
+def _panel_width(library: ctypes.CDLL) -> int:
+    return int(library.dynamic_lora_panel_width())
+
+
 def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    width = int(library.dynamic_lora_panel_width())
+    width = _panel_width(library)
     library.dynamic_lora_panel_depth.argtypes = [_SIZE, _SIZE]
     depth = int(library.dynamic_lora_panel_depth(_FORMATS[dtype], shape[1]))
     return _ARENA.empty(-(-shape[0] // width) * width * depth, dtype=dtype)
-
-
-def _pack(
-    weight: torch.Tensor,
-    packed: torch.Tensor,
-    a: torch.Tensor | None = None,
-    b: torch.Tensor | None = None,
-) -> None:
-    library = load_library("product")
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    sizes = (weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)
-    if packed.dtype == torch.int8:
-        library.dynamic_lora_pack_int8.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
-        library.dynamic_lora_pack_int8.restype = None
-        library.dynamic_lora_pack_int8(*sizes)
-        return
-    is_float32 = packed.dtype == torch.float32
-    pack = library.dynamic_lora_pack if is_float32 else library.dynamic_lora_pack_bfloat16
-    factors = (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE)
-    pack.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, *factors]
-    pack.restype = None
-    if a is None or b is None:
-        pack(*sizes, None, 0, None, 0, 0)
-        return
-    assert a.stride(1) == 1 and b.stride(1) == 1, "rows of the factors must be dense"
-    pack(*sizes, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))

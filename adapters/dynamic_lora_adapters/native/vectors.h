@@ -160,4 +160,10 @@ inline Vec exp_negative(Vec x) {
   return x < low ? Vec{} : p * scale;
 }
 
+// x * sigmoid(x), from e^-|x| so that nothing overflows.
+inline Vec silu(Vec x) {
+  const Vec small = exp_negative(x < Vec{} ? x : -x);
+  return x * (x < Vec{} ? small : all(1.0f)) / (1.0f + small);
+}
+
 }  // namespace dynamic_lora
