@@ -158,9 +158,17 @@ def summed_up(names: Sequence[str], steps: list[list[Step]]) -> list[Round]:
     ]
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """The same names, with a number behind those that were there before."""
+    return [
+        f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
+        for place, name in enumerate(names)
+    ]
+
+
 def measure(options: argparse.Namespace) -> list[Round]:
     """All rounds, after a short one that is not counted."""
-    names = [str(traffic) for traffic in options.sides]
+    names = distinct([str(traffic) for traffic in options.sides])
     rounds: list[Round] = []
     with ExitStack() as stack:
         sides = [stack.enter_context(SideProcess(traffic, options)) for traffic in options.sides]

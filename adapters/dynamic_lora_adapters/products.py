@@ -134,8 +134,8 @@ def make_product(
 ) -> BaseProduct:
     """The product of a weight [out, in], which is `shared` if others read it too.
 
-    `halves` says that the outputs are a gate and what it lets through: C++ lays the two out so
-    that it can activate them while it multiplies.
+    `halves` says that two layers of one width are joined in it: C++ lays these out so that, if
+    they are a gate and what it lets through, it can activate them while it multiplies.
     """
     if kind is ProductKind.NATIVE:
         return NativeProduct(weight, bias, halves=halves)

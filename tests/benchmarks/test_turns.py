@@ -51,3 +51,7 @@ def test_times_of_steps_are_compared_in_pairs() -> None:
     assert (first.of_first, first.paired) == (1, 1)
     assert first.tokens_per_s == 9 / 6
     assert (other.of_first, other.paired, other.median_step_ms) == (6 / 5, 1, 2000)
+
+
+def test_sides_alike_stay_apart() -> None:
+    assert turns.distinct(["0", "8", "0", "0"]) == ["0", "8", "0 (2)", "0 (3)"]

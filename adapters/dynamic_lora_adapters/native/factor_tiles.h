@@ -289,7 +289,7 @@ inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, i
 
 // What one thread expands to at a time.
 struct TiledItem {
-  int64_t first, last;    // of the segment's rows
+  int64_t first, last;  // of the segment's rows
   int64_t column, stop;
 
   TiledItem(const TiledSegment& s, int64_t item, int64_t outs, int64_t strip) {

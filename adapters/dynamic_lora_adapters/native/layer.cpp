@@ -85,7 +85,7 @@ struct SiteDeltas {
   std::vector<Part> within, apart;
   TiledDeltas tiled;
   bool once;               // no row has two
-  std::vector<Rows> bare;  // that have no deltas of factors in tiles, where no row has two
+  std::vector<Rows> bare;  // of gate and up: that have none in tiles, where no row has two
 
   bool any_tiled() const { return !tiled.segments.empty(); }
 };
@@ -366,10 +366,10 @@ Scratch& prepare(const Layer& layer, const Step& step) {
     // One projection's deltas are added before the next one's: they share the room.
     find_segments(*sites[number], step, deltas, scratch.shrunk.data());
     part_segments(deltas);
-    find_bare(deltas, step.rows);
     if (deltas.any_tiled())
       scratch.copies.make_room(step.rows, sites[number]->base.k);
   }
+  find_bare(scratch.deltas[kGateUp], step.rows);
   return scratch;
 }
 
