@@ -81,6 +81,13 @@ class GroupedProjection:
             self._input = None
         return output
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the running step adds nothing to the base product."""
+        plan = self._site.head_plan if self.group.is_head else self._site.plan
+        slabs = () if plan is None else [run.slab for run in plan.runs]
+        return self._site.static is None and not any(slab.acts_on(self.index) for slab in slabs)
+
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         out = self.base(x)
         plan = self._site.head_plan if self.group.is_head else self._site.plan

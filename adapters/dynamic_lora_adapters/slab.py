@@ -41,6 +41,11 @@ class Slab:
         """Whether there are no terms but the factors."""
         return not (self.scale or self.dense or self.bias)
 
+    def acts_on(self, group: int) -> bool:
+        """Whether its adapters have any terms for a group."""
+        others = self.scale, self.dense, self.bias
+        return self.a[group] is not None or any(group in terms for terms in others)
+
     def addresses(self) -> torch.Tensor:
         """Where slot 0's factors lie: [num_groups, 7], int64, made once.
 

@@ -100,7 +100,8 @@ def recorded_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         found.append(logits.clone())
         return pieces, logits
 
-    monkeypatch.setattr(ModelRunner, "run", recording)
+    for name in ("run", "run_greedily"):
+        monkeypatch.setattr(ModelRunner, name, recording)
     return found
 
 

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from dynamic_lora_adapters.native.library import load_library
-from dynamic_lora_adapters.native.norm import NativeRmsNorm
+from dynamic_lora_adapters.native.norm import NativeRmsNorm, NormParts
 from dynamic_lora_adapters.native.product import PackedWeight, Projection
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", _POINTER), ("eps", ctypes.c_float), ("offset", ctypes.c_float)]
 
 
 class _Site(ctypes.Structure):
@@ -25,7 +21,7 @@ class _Site(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *[(name, _Norm) for name in ("input_norm", "middle_norm", "q_norm", "k_norm")],
+        *[(name, NormParts) for name in ("input_norm", "middle_norm", "q_norm", "k_norm")],
         *[(name, _Site) for name in ("qkv", "o", "gate_up", "down")],
         *[(name, _POINTER) for name in ("keys", "values")],
         ("brains", _SIZE),
@@ -250,10 +246,10 @@ class LayerStack:
 
 def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Layer:
     return _Layer(
-        input_norm=_norm(parts.input_norm),
-        middle_norm=_norm(parts.middle_norm),
-        q_norm=_norm(parts.q_norm),
-        k_norm=_norm(parts.k_norm),
+        input_norm=NormParts.of(parts.input_norm),
+        middle_norm=NormParts.of(parts.middle_norm),
+        q_norm=NormParts.of(parts.q_norm),
+        k_norm=NormParts.of(parts.k_norm),
         qkv=_site(parts.qkv),
         o=_site(parts.o),
         gate_up=_site(parts.gate_up),
@@ -271,12 +267,6 @@ def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Laye
         up=parts.up,
         scaling=parts.scaling,
     )
-
-
-def _norm(norm: NativeRmsNorm | None) -> _Norm:
-    if norm is None:
-        return _Norm(weight=None, eps=0.0, offset=0.0)
-    return _Norm(weight=norm.weight.data_ptr(), eps=norm.eps, offset=norm.offset)
 
 
 def _site(site: Site) -> _Site:

@@ -55,6 +55,19 @@ class NativeRmsNorm:
         return out
 
 
+class NormParts(ctypes.Structure):
+    """What `norm.h` calls Norm: the address of a norm's weight, and its two numbers."""
+
+    _fields_ = [("weight", _POINTER), ("eps", ctypes.c_float), ("offset", ctypes.c_float)]
+
+    @classmethod
+    def of(cls, norm: NativeRmsNorm | None) -> "NormParts":
+        """The parts of a norm, which must live on; of None, that there is none."""
+        if norm is None:
+            return cls(weight=None, eps=0.0, offset=0.0)
+        return cls(weight=norm.weight.data_ptr(), eps=norm.eps, offset=norm.offset)
+
+
 @torch.inference_mode()
 def adopt_native_norms(model: nn.Module) -> int:
     """Let every RMSNorm of the model run in C++ that is proved to compute the same; how many.

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -303,6 +304,41 @@ struct Gated {
   float* y;
 };
 
+// The highest output of each row, of those that one thread has seen: lane by lane, how high and in
+// which column (less the lane); `odd` where one was no number.
+struct Tops {
+  Lines<float> heights;   // [rows, kLanes]
+  Lines<int32_t> columns, odd;
+
+  void begin(int64_t rows) {
+    heights.assign(rows * kLanes, -INFINITY);
+    columns.assign(rows * kLanes, 0);
+    odd.assign(rows * kLanes, 0);
+  }
+
+  // Outputs [kWidth] of a row, from `column` on.
+  void look(int64_t row, const float* outputs, int64_t column) {
+    const int64_t place = row * kLanes;
+    auto& found = reinterpret_cast<IntVec&>(columns[place]);
+    auto& strange = reinterpret_cast<IntVec&>(odd[place]);
+    Vec top = load(&heights[place]);
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++) {
+      const Vec output = load(outputs + v * kLanes);
+      const IntVec higher = output > top, at = static_cast<int32_t>(column + v * kLanes) - IntVec{};
+      top = higher ? output : top;
+      found = higher ? at : found;
+      strange |= output != output;
+    }
+    store(&heights[place], top);
+  }
+};
+
+// Where it goes only to be looked at.
+struct Seen {
+  Tops* tops;
+};
+
 // What a product is made of beside its size. `Extra` adds to the sums of a panel before
 // they are stored: it is told of a panel by `begin` (column, width), and then asked for each of
 // its blocks of rows by `add` (sums [rows, kWidth], row, rows).
@@ -425,6 +461,15 @@ struct Product {
       }
   }
 
+  void put(const Seen& to, float* sums, const Group& group, int64_t column) const {
+    const int64_t width = std::min<int64_t>(kWidth, p.n - column);
+    for (int64_t r = 0; r < group.rows; r++) {
+      float* outputs = sums + r * kWidth;
+      for (int64_t c = width; c < kWidth; c++) outputs[c] = -INFINITY;
+      to.tops->look(group.row + r, outputs, column);
+    }
+  }
+
   // The sums of both halves' panels, for outputs from `column` on.
   void put(const Gated& to, const float (&sums)[2][kSums], const Group& group,
            int64_t column) const {
@@ -458,7 +503,8 @@ struct Product {
     extra[place].begin(column, std::min<int64_t>(kWidth, p.n - column));
   }
 
-  void multiply(int64_t number, const Plain& to) {
+  template <typename To>
+  void multiply(int64_t number, const To& to) {
     begin(number, 0);
     with_panel(number, 0, [&](const auto* panel) {
       for_each_group([&](const Group& group) {

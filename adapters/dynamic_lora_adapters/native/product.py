@@ -148,7 +148,8 @@ def whole_inputs() -> Iterator[None]:
     For a comparison of two orders of sums: inputs that differ in float32's last place may
     differ in bfloat16's. Raises NativeUnavailable.
     """
-    switches = [load_library(name).dynamic_lora_round_to_bfloat16 for name in ("product", "layer")]
+    libraries = [load_library(name) for name in ("product", "layer", "head")]
+    switches = [library.dynamic_lora_round_to_bfloat16 for library in libraries]
     for switch in switches:
         switch(0)
     try:

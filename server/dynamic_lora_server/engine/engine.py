@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.sampler import Choice, Sampled, choose
+from dynamic_lora_server.engine.sampler import Choice, Sampled, choose, taken, takes_highest
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.engine.sequence import Sequence as Continuation
@@ -140,9 +141,7 @@ class Engine:
         unread = None if self._started is None else self._started.unread
         self.modes.before_step(pieces, self.scheduler.num_by_adapter)
         self.runner.cache.copy(self.scheduler.take_copies())
-        sampled, logits = self.runner.run(pieces, unread)
-        sequences = [piece.sequence for piece in sampled]
-        choice = choose(logits, sequences, self._sampling, unread) if sequences else None
+        sequences, choice = self._run(pieces, unread)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece)
@@ -153,6 +152,22 @@ class Engine:
             merged=self.runner.merger.merged,
             wait=wait,
         )
+
+    def _run(
+        self, pieces: list[Piece], unread: UnreadTokens | None
+    ) -> tuple[list[Continuation], Choice | None]:
+        """The sequences that sample, and the tokens chosen for them."""
+        plain = self._sampling is not None and all(
+            takes_highest(piece.sequence) for piece in pieces if piece.samples
+        )
+        run = self.runner.run_greedily if plain else self.runner.run
+        sampled, scores = run(pieces, unread)
+        sequences = [piece.sequence for piece in sampled]
+        if not sequences:
+            return sequences, None
+        if isinstance(scores, Highest):
+            return sequences, taken(scores)
+        return sequences, choose(scores, sequences, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:
         """Wait for the step under way, if there is one, and return what came of it."""

@@ -1,6 +1,6 @@
 """The only caller of the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.costs import KernelChooser
 from dynamic_lora_adapters.layers import DeltaSite
 from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.segments import slot_order
 from dynamic_lora_adapters.transfer import to_device
@@ -24,6 +25,10 @@ from dynamic_lora_server.engine.paged_attention import (
 )
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.unread import UnreadTokens
+
+_Scores = Callable[
+    [AttentionStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | Highest
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,20 @@ class ModelRunner:
         pieces that sample and their logits [num_sampled, vocab] in float32, which the
         next step may overwrite.
         """
+        sampled, logits = self._run(pieces, unread, self.decoder.logits)
+        assert isinstance(logits, torch.Tensor)
+        return sampled, logits
+
+    @torch.inference_mode()
+    def run_greedily(
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None = None
+    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
+        """The same where all that sample take their highest logit: `Highest` will do for them."""
+        return self._run(pieces, unread, self.decoder.highest)
+
+    def _run(
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None, scores: _Scores
+    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
         for piece in pieces:
             if piece.sequence.adapter is not None:
                 piece.sequence.adapter.await_upload()
@@ -64,11 +83,11 @@ class ModelRunner:
             logits = self.graphs.run(ordered, merged, unread)
             if logits is not None:
                 return ordered, logits
-        return self._run_packed(pieces, unread)
+        return self._run_packed(pieces, unread, scores)
 
     def _run_packed(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None
-    ) -> tuple[Sequence[Piece], torch.Tensor]:
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None, scores: _Scores
+    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
         self._write_given(pieces)
         self.site.plan = self.chooser.assign(batch.plan)
@@ -79,13 +98,11 @@ class ModelRunner:
             batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.decoder.attention
         )
         try:
-            logits = self.decoder.logits(
-                step, batch.input_ids, batch.position_ids, batch.logit_rows
-            )
+            found = scores(step, batch.input_ids, batch.position_ids, batch.logit_rows)
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()
-        return batch.sampled, logits
+        return batch.sampled, found
 
     def _write_given(self, pieces: Sequence[Piece]) -> None:
         """Put the keys and values that an adapter gives into the cache, before the first piece."""

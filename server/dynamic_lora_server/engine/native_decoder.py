@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.layers import DeltaSite, GroupedProjection
 from dynamic_lora_adapters.native import NativeUnavailable
 from dynamic_lora_adapters.native.attention import NativeAttention
+from dynamic_lora_adapters.native.head import Highest, NativeHead
 from dynamic_lora_adapters.native.layer import (
     DeltaRuns,
     LayerStack,
@@ -26,7 +27,8 @@ from dynamic_lora_adapters.native.layer import (
     NativeLayer,
     delta_runs,
 )
-from dynamic_lora_adapters.native.product import Int8Product, whole_inputs
+from dynamic_lora_adapters.native.norm import NativeRmsNorm
+from dynamic_lora_adapters.native.product import Int8Product, PackedWeight, whole_inputs
 from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_server.engine.attention import (
     CACHED_BYTES,
@@ -34,7 +36,7 @@ from dynamic_lora_server.engine.attention import (
     Rule,
     attending,
 )
-from dynamic_lora_server.engine.batch import Span
+from dynamic_lora_server.engine.decoder_probe import PROBE_CELLS, DecoderProbe
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.llama_layers import (
     LlamaFrame,
@@ -56,10 +58,6 @@ _TOLERANCE = 1e-4
 _ROUNDED_TOLERANCE = 2e-3
 # Where keys and values are, one of 2^-8 of a value; that makes 2.4e-3.
 _SHORTENED_TOLERANCE = 2e-2
-# The probe's sequences: a long one whose prompt comes in two pieces, the first of more than
-# attention.FEW_TOKENS, and a short one.
-_PROBE_PIECES = ((20, 3), (1, 4))
-_PROBE_CELLS = sum(map(sum, _PROBE_PIECES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +95,12 @@ class _Running:
         return self.steps[kind]
 
 
+@dataclass(frozen=True, slots=True)
+class _Head:
+    projection: GroupedProjection
+    native: NativeHead
+
+
 class NativeDecoder:
     """Computes a model's logits, with its decoder layers in C++ where a step allows it.
 
@@ -113,6 +117,7 @@ class NativeDecoder:
         self._tables: RotaryTables | None = None
         self._layers: list[_Layer] = []
         self._stacks: dict[int, LayerStack] = {}
+        self._head: _Head | None = None
 
     @property
     def num_layers(self) -> int:
@@ -130,18 +135,46 @@ class NativeDecoder:
 
         `logit_rows` are the tokens that are wanted, ascending; 0 is all of them.
         """
+        hidden = self._hidden(step, input_ids, position_ids)
+        if hidden is None:
+            with attending(step):
+                return forward(self._model, input_ids, position_ids, logit_rows)
+        return self._logits_of(hidden, logit_rows)
+
+    def highest(
+        self,
+        step: AttentionStep,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logit_rows: torch.Tensor,
+    ) -> torch.Tensor | Highest:
+        """The same, or where the logits of each row are highest: what takes less time."""
+        hidden = self._hidden(step, input_ids, position_ids)
+        if hidden is None:
+            with attending(step):
+                return forward(self._model, input_ids, position_ids, logit_rows)
+        if self._head is None or not self._head.projection.is_plain:
+            return self._logits_of(hidden, logit_rows)
+        return self._head.native(hidden, logit_rows)
+
+    def _hidden(
+        self, step: AttentionStep, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What the layers make of the tokens, [1, num_tokens, width]; None if not in C++."""
         frame, tables = self._frame, self._tables
         runs = None if frame is None else self._delta_runs(step)
         if frame is None or tables is None or runs is None:
-            with attending(step):
-                return forward(self._model, input_ids, position_ids, logit_rows)
+            return None
         hidden: torch.Tensor = frame.embed(input_ids)
         rotation = tables.rotation(hidden, position_ids)
-        hidden = self._through_layers(_Running(step, runs, rotation), hidden)
+        return self._through_layers(_Running(step, runs, rotation), hidden)
+
+    def _logits_of(self, hidden: torch.Tensor, logit_rows: torch.Tensor | int) -> torch.Tensor:
+        assert self._frame is not None
         # Where all rows are wanted they are so in their order.
         if isinstance(logit_rows, torch.Tensor) and len(logit_rows) < hidden.shape[1]:
             hidden = hidden.index_select(1, logit_rows)
-        logits: torch.Tensor = frame.head(frame.norm(hidden))
+        logits: torch.Tensor = self._frame.head(self._frame.norm(hidden))
         return logits[0].float()
 
     def _delta_runs(self, step: AttentionStep) -> DeltaRuns | None:
@@ -167,12 +200,17 @@ class NativeDecoder:
             number += 1
         return hidden
 
-    def take_over(self, frame: LlamaFrame, layers: Sequence[tuple[NativeLayer, Rule]]) -> None:
-        """Let these answer for the model's layers.
+    def take_over(
+        self,
+        frame: LlamaFrame,
+        layers: Sequence[tuple[NativeLayer, Rule]],
+        head: _Head | None = None,
+    ) -> None:
+        """Let these answer for the model's layers, and a head for the highest logits.
 
         Neighbours of one window and of equal widths run in one call.
         """
-        self._frame = frame
+        self._frame, self._head = frame, head
         window = context_window(self._model.config)
         like = torch.zeros(1, dtype=self._model.dtype, device=self._model.device)
         self._tables = RotaryTables(frame.rotary, window, like)
@@ -185,7 +223,7 @@ class NativeDecoder:
 
     def give_back(self) -> None:
         """Let transformers' layers run again."""
-        self._frame = self._tables = None
+        self._frame = self._tables = self._head = None
         self._layers.clear()
         self._stacks.clear()
 
@@ -247,7 +285,7 @@ def _take_over(
     tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE
     if cache.keys[0].dtype != model.dtype:
         # What may be taken over shows best where nothing is rounded in between.
-        whole = cache.similar(num_cells=_PROBE_CELLS, dtype=model.dtype)
+        whole = cache.similar(num_cells=PROBE_CELLS, dtype=model.dtype)
         _take_over_on(whole, model, decoder, projections, tolerance)
         decoder.give_back()
         tolerance = _SHORTENED_TOLERANCE
@@ -262,20 +300,32 @@ def _take_over_on(
     tolerance: float,
 ) -> None:
     frame = llama_frame(model)
-    probe = _Probe(model, cache)
-    expected = probe.run(decoder)
+    assert decoder.attention is not None
+    probe = DecoderProbe(model, cache, decoder.attention)
+    expected = probe.run(decoder.logits)
     layers: list[tuple[NativeLayer, Rule]] = []
     for number, path in enumerate(layer_paths(model)):
         rule = probe.rules[number]
         keys, values = cache.keys[number], cache.values[number]
         parts = layer_parts(model, path, projections, rule, keys)
         layers.append((NativeLayer(parts, keys, values), rule))
-    decoder.take_over(frame, layers)
+    decoder.take_over(frame, layers, _head(frame, projections))
     for cached_bytes in (CACHED_BYTES, 0):  # all in one call, and layer by layer
-        error = probe.run(decoder, cached_bytes) - expected
+        error = probe.run(decoder.logits, cached_bytes) - expected
         relative = float(error.abs().max() / expected.abs().max())
         if not relative <= tolerance:
             raise Unsuited(f"their logits differ by {relative:.1e}")
+
+
+def _head(frame: LlamaFrame, projections: Sequence[GroupedProjection]) -> _Head | None:
+    """What finds the highest logits in C++; None where norm or head are not in C++."""
+    norm = frame.norm.forward
+    projection = next((p for p in projections if p.group.is_head), None)
+    if projection is None or not isinstance(norm, NativeRmsNorm):
+        return None
+    if not isinstance(projection.base, PackedWeight):
+        return None
+    return _Head(projection, NativeHead(norm, projection.base))
 
 
 def decode_trial(
@@ -295,53 +345,3 @@ def decode_trial(
         return decoder.logits(step, ids, torch.zeros_like(ids), 0)
 
     return run
-
-
-class _Probe:
-    """Two random sequences, fed to the model in pieces, as a server would."""
-
-    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
-        self._cache = cache
-        self.rules: dict[int, Rule] = {}
-        # Whatever depends on the position beside the rotary tables shows at the window's end.
-        window = int(model.config.max_position_embeddings)
-        self._offsets = [max(window - sum(_PROBE_PIECES[0]), 0), 0]
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, torch.Tensor)
-        generator = torch.Generator().manual_seed(0)
-        lengths = [sum(pieces) for pieces in _PROBE_PIECES]
-        if sum(lengths) > len(cache.keys[0]):
-            raise Unsuited("the KV cache is too small for a probe")
-        self._ids = [torch.randint(len(embedding), (n,), generator=generator) for n in lengths]
-
-    def run(self, decoder: NativeDecoder, cached_bytes: int = CACHED_BYTES) -> torch.Tensor:
-        """The logits of all tokens, [num_tokens, vocab]; `rules` then holds how layers attend.
-
-        With no `cached_bytes` the long piece is left to torch's attention.
-        """
-        begun = [0] * len(self._ids)
-        logits = []
-        for lengths in zip(*_PROBE_PIECES, strict=True):
-            spans, row, start = [], 0, 0
-            for ids, cached, new in zip(self._ids, begun, lengths, strict=True):
-                spans.append(Span(row, new, cached, (start,), len(ids)))
-                row, start = row + new, start + len(ids)
-            logits.append(self._step(spans, decoder, cached_bytes))
-            begun = [cached + new for cached, new in zip(begun, lengths, strict=True)]
-        return torch.cat(logits)
-
-    def _step(
-        self, spans: Sequence[Span], decoder: NativeDecoder, cached_bytes: int
-    ) -> torch.Tensor:
-        cached = torch.cat([torch.arange(s.num_cached, s.num_total) for s in spans])
-        offsets = torch.cat(
-            [torch.full((s.num_new,), o) for o, s in zip(self._offsets, spans, strict=True)]
-        )
-        starts = torch.cat([torch.full((s.num_new,), s.starts[0]) for s in spans])
-        tokens = [ids[s.num_cached : s.num_total] for ids, s in zip(self._ids, spans, strict=True)]
-        step = AttentionStep(
-            spans, cached + starts, self._cache, None, decoder.attention, cached_bytes
-        )
-        logits = decoder.logits(step, torch.cat(tokens)[None], (cached + offsets)[None], 0)
-        self.rules = self.rules or step.rules
-        return logits

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynamic_lora_adapters.native.draws import Draw
+from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.peaks import Peaks
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.transfer import to_device, to_host
@@ -68,6 +69,18 @@ class Choice:
             Sampled(token_id, *reports.get(row, ())) if is_sound else None
             for row, (token_id, is_sound) in enumerate(tokens)
         ]
+
+
+def takes_highest(sequence: Sequence) -> bool:
+    """Whether all that is wanted of a sequence's logits is where they are highest."""
+    sampling = sequence.sampling
+    reports = sampling.logprobs or sampling.top_logprobs
+    return sampling.greedy and not (sampling.penalised or reports)
+
+
+def taken(highest: Highest) -> Choice:
+    """The choice of rows that all take their highest logit."""
+    return Choice(highest.positions, highest.verdicts, None)
 
 
 def choose(

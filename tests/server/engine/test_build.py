@@ -68,9 +68,10 @@ def test_a_quantised_base_is_refused_by_name() -> None:
         make_engine(model)
 
 
-def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_logits_that_are_no_numbers_end_their_sequence_alone(native: bool) -> None:
     """Upload refuses such adapters; whatever else may bring them about gets no token."""
-    built = make_engine(tiny_llama(), native=False)
+    built = make_engine(tiny_llama(), native=native)
     huge = LinearTerms(a=torch.full((4, 64), 1e30), b=torch.full((64, 4), 1e30))
     path = "model.layers.0.self_attn.o_proj"
     adapter = built.pool.admit("huge", AdapterTerms(linears={path: huge}))
@@ -80,5 +81,5 @@ def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
     assert event == FailedEvent(broken.id, "ArithmeticError: its logits are no finite numbers")
     assert not built.engine.has_work
     (tokens,) = run_all(built, [make_sequence([5, 6, 7])])
-    (expected,) = run_all(make_engine(tiny_llama(), native=False), [make_sequence([5, 6, 7])])
+    (expected,) = run_all(make_engine(tiny_llama(), native=native), [make_sequence([5, 6, 7])])
     assert tokens == expected

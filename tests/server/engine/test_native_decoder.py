@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM, PreTrainedModel
 
 from dynamic_lora_adapters.kernels.native_segments import reads_tiles
+from dynamic_lora_adapters.native.head import Highest, NativeHead
 from dynamic_lora_adapters.native.layer import (
     LayerStack,
     LayerStep,
@@ -301,6 +302,60 @@ def test_terms_of_other_kinds_go_through_the_models_own_layers(
     assert expected[0] == expected_tokens(oracle, "all", prompt)
     assert expected[1] != expected[0][:3]
     assert served == [False] * 3 + [True] * 7
+
+
+@pytest.mark.parametrize(
+    ("reader", "num_found"),
+    [
+        ({}, 10),
+        ({"temperature": 0.7}, 6),
+        ({"logprobs": True}, 6),
+        ({"top_logprobs": 2}, 6),
+        ({"repetition_penalty": 1.3}, 6),
+        ({"frequency_penalty": 0.5}, 6),
+    ],
+)
+def test_logits_are_written_for_steps_that_read_them_alone(
+    reader: dict[str, Any], num_found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten greedy tokens, the first four beside a sequence that may read logits."""
+    found = counted_heads(monkeypatch)
+    built = native_engine(tiny_llama(), mode=Mode.BYPASS)
+    plain = make_sequence(random_prompt(5, seed=1))
+    other = make_sequence(random_prompt(9, seed=2), max_new_tokens=4, **reader)
+    tokens, _ = run_all(built, [plain, other])
+    assert len(found) == num_found
+    (alone,) = run_all(native_engine(tiny_llama()), [make_sequence(plain.prompt_ids)])
+    assert tokens == alone
+
+
+def test_logits_are_written_where_an_adapter_changes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = counted_heads(monkeypatch)
+    folder = make_adapter(tmp_path / "a", tiny_llama(), rank=4, targets=["lm_head"], magnitude=1.0)
+    built = native_engine(tiny_llama(), mode=Mode.BYPASS)
+    prompt = random_prompt(5, seed=1)
+    changed = make_sequence(prompt, adapter=admit(built, folder), max_new_tokens=4)
+    plain = make_sequence(prompt)
+    run_all(built, [plain, changed])
+    assert len(found) == 6
+    oracle = load_with_peft(tiny_llama(), {"a": folder})
+    assert changed.output_ids == peft_greedy(oracle, "a", prompt, 4)
+    assert plain.output_ids == peft_greedy(oracle, None, prompt, 10)
+
+
+def counted_heads(monkeypatch: pytest.MonkeyPatch) -> list[Highest]:
+    """A list that gets what every head without logits finds from now on."""
+    found: list[Highest] = []
+    call = NativeHead.__call__
+
+    def counting(self: NativeHead, *args: Any) -> Highest:
+        found.append(call(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(NativeHead, "__call__", counting)
+    return found
 
 
 @pytest.fixture(scope="module")

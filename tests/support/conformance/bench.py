@@ -123,5 +123,5 @@ def _recorded_logits() -> Iterator[dict[int, list[torch.Tensor]]]:
             recorded[piece.sequence.id].append(row.clone())
         return sampled, logits
 
-    with mock.patch.object(ModelRunner, "run", recording):
+    with mock.patch.multiple(ModelRunner, run=recording, run_greedily=recording):
         yield recorded

@@ -1,0 +1,83 @@
+// The end of a model, where only the highest logit of each row is wanted: the last norm, the output
+// head, and a look at what it gives. Nothing is written of all these numbers, nor read again.
+
+#include <cmath>
+#include <vector>
+
+#include "norm.h"
+#include "product.h"
+
+using namespace dynamic_lora;
+
+namespace {
+
+struct Head {
+  Norm norm;
+  Projection base;
+};
+
+// The highest output of a row, as far as it is known.
+struct Peak {
+  float height = -INFINITY;
+  int64_t column = 0;
+  bool odd = false;
+
+  // Of equal ones the first, as torch has it.
+  void consider(float other, int64_t at) {
+    if (other > height || (other == height && at < column)) height = other, column = at;
+  }
+
+  void consider(const Tops& tops, int64_t row) {
+    for (int64_t i = row * kLanes; i < (row + 1) * kLanes; i++) {
+      consider(tops.heights[i], tops.columns[i] + i % kLanes);
+      odd |= tops.odd[i] != 0;
+    }
+  }
+};
+
+struct Scratch {
+  Lines<float> normed;
+  InputCopies copies;
+  std::vector<Peak> peaks;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Whether inputs are rounded to bfloat16, where the processor multiplies that; says whether they are.
+int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
+  brain_inputs = wanted && kBrainInputs;
+  return brain_inputs;
+}
+
+// For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
+// outputs are numbers below infinity, and one above minus infinity; tokens, sound [count].
+void dynamic_lora_highest(const Head* head, const float* hidden, const int64_t* rows, int64_t count,
+                          int64_t* tokens, int64_t* sound) {
+  static thread_local Scratch own;
+  Scratch& scratch = own;  // of this thread, for the whole team
+  const Projection& base = head->base;
+  have_room(scratch.normed, count * base.k);
+  base.make_room(count, scratch.copies);
+  scratch.peaks.assign(count, {});
+  float* normed = scratch.normed.data();
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+      normalise(head->norm, hidden + rows[i] * base.k, normed + i * base.k, base.k);
+    share_copying(normed, base, count, scratch.copies);
+    static thread_local Tops tops;
+    tops.begin(count);
+    share_product(normed, base, Seen{&tops}, count, NoDeltas{}, scratch.copies);
+#pragma omp critical
+    for (int64_t i = 0; i < count; i++) scratch.peaks[i].consider(tops, i);
+  }
+  for (int64_t i = 0; i < count; i++) {
+    tokens[i] = scratch.peaks[i].column;
+    sound[i] = !scratch.peaks[i].odd && std::isfinite(scratch.peaks[i].height);
+  }
+}
+
+}  // extern "C"
