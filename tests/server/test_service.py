@@ -169,7 +169,7 @@ async def test_an_unknown_adapter_is_refused_with_near_names(runtime: Runtime) -
 async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the device is on fire")
 
     with monkeypatch.context() as patch:

@@ -22,8 +22,9 @@ void attend_all(const float* q, const void* keys, const void* values, float* out
                                 static_cast<const Cached*>(values),
                                 out,      sinks,    sizes[4], sizes[5],
                                 sizes[0], sizes[1], sizes[2], sizes[3], scaling, softcap};
+  const auto nothing = [](int64_t) {};
 #pragma omp parallel
-  share_attention(layer, items, num_items);
+  share_attention(layer, items, num_items, nothing, nothing);
 }
 
 }  // namespace

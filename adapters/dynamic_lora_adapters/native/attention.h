@@ -208,19 +208,26 @@ void attend(const Attention<Cached>& layer, int64_t row, int64_t first_cell, int
     store(out + i, load(out + i) / totals[i / width]);
 }
 
-// items [num_items][3]: row of the token, first cell it sees, number of cells it sees.
+// Whether one thread reads all KV heads of a token, which lie side by side: where there is work enough.
+inline bool attends_whole_rows(int64_t num_items) { return num_items >= kManyItems; }
+
+// items [num_items][3]: row of the token, first cell it sees, number of cells it sees. A thread that
+// attends with a token, or with some of its heads, calls `begin` with the row before it does, and
+// then `end`.
 // Called by a whole team of threads.
-template <typename Cached>
-void share_attention(const Attention<Cached>& layer, const int64_t* items, int64_t num_items) {
+template <typename Cached, typename Begin, typename End>
+void share_attention(const Attention<Cached>& layer, const int64_t* items, int64_t num_items,
+                     const Begin& begin, const End& end) {
   static thread_local std::vector<float> scratch;
-  // One thread reads all KV heads of a token, which lie side by side, where there is work enough.
-  const int64_t together = num_items >= kManyItems ? layer.kv_heads : 1;
+  const int64_t together = attends_whole_rows(num_items) ? layer.kv_heads : 1;
   const int64_t parts = layer.kv_heads / together;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t work = 0; work < num_items * parts; work++) {
     const int64_t* item = items + work / parts * 3;
     const int64_t kv_head = work % parts * together;
+    begin(item[0]);
     attend(layer, item[0], item[1], item[2], kv_head, kv_head + together, scratch);
+    end(item[0]);
   }
 }
 

@@ -133,23 +133,26 @@ __attribute__((noinline)) void brain_tile(const int16_t* x, int64_t ldx, const B
   end_sums(sums, y, ldy);
 }
 
-// Rounds x [rows, k] to bfloat16, laid out as `InputCopies` says. Called by a whole team.
-inline void share_brain_rounding(const float* x, int64_t rows, int64_t k, InputCopies& out) {
+// Two vectors, rounded, to 2 * kLanes places.
+inline void store_brains(int16_t* to, Vec first, Vec second) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+
+// One, to kLanes places.
+inline void store_brains(int16_t* to, Vec values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)values));
+}
+
+// Rounds row number `row`, x [k], to bfloat16, laid out as `InputCopies` says.
+inline void round_row_to_brains(const float* x, int64_t k, int64_t row, InputCopies& out) {
   constexpr int64_t kStep = 2 * kLanes;
-  const int64_t stride = row_stride<int16_t>(k), parts = InputCopies::groups(k);
-#pragma omp for schedule(static)
-  for (int64_t item = 0; item < rows * parts; item++) {
-    const int64_t row = item / parts, start = item % parts * kGroup;
-    const int64_t stop = std::min(start + kGroup, k);
-    for (int64_t i = start; i < stop; i += kStep) {
-      const int64_t width = std::min(kStep, stop - i);
-      const __mmask32 there = width == kStep ? ~0u : (1u << width) - 1;
-      const float* from = x + row * k + i;
-      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
-      const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + kLanes);
-      _mm512_storeu_si512(out.values.data() + row * stride + i,
-                          (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
+  int16_t* to = out.values.data() + row * row_stride<int16_t>(k);
+  for (int64_t i = 0; i < k; i += kStep) {
+    const int64_t width = std::min(kStep, k - i);
+    const __mmask32 there = width == kStep ? ~0u : (1u << width) - 1;
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), x + i);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), x + i + kLanes);
+    store_brains(to + i, (Vec)low, (Vec)high);
   }
 }
 
@@ -158,7 +161,9 @@ inline void share_brain_rounding(const float* x, int64_t rows, int64_t k, InputC
 // Never called.
 template <int Rows, int Vecs>
 void brain_tile(const int16_t*, int64_t, const Brain*, int64_t, bool, float*, int64_t, Ahead) {}
-inline void share_brain_rounding(const float*, int64_t, int64_t, InputCopies&) {}
+inline void store_brains(int16_t*, Vec, Vec) {}
+inline void store_brains(int16_t*, Vec) {}
+inline void round_row_to_brains(const float*, int64_t, int64_t, InputCopies&) {}
 
 #endif
 

@@ -274,7 +274,7 @@ inline void shrink_tiled_item(const TiledSegment& s, int64_t item, const int16_t
 }
 
 // The shrinking of all segments, which is done for sure behind the next barrier, for x [rows, in]
-// in bfloat16 as `share_brain_rounding` lays it out. Called by a whole team of threads.
+// in bfloat16 as `round_row_to_brains` lays it out. Called by a whole team of threads.
 inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, int64_t in) {
   Walk walk(deltas.segments, [](const TiledSegment& s) {
     return shrinks_by_rows(s) ? (s.rows + kUnitBlock - 1) / kUnitBlock : s.rank / kTileRanks;

@@ -65,9 +65,11 @@ void dynamic_lora_highest(const Head* head, const float* hidden, const int64_t* 
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++)
-      normalise(head->norm, hidden + rows[i] * base.k, normed + i * base.k, base.k);
-    share_copying(normed, base, count, scratch.copies);
+    for (int64_t i = 0; i < count; i++) {
+      float* row = normed + i * base.k;
+      normalise(head->norm, hidden + rows[i] * base.k, row, base.k);
+      copy_row(row, base, count, i, scratch.copies);
+    }
     static thread_local Tops tops;
     tops.begin(count);
     share_product(normed, base, Seen{&tops}, count, NoDeltas{}, scratch.copies);

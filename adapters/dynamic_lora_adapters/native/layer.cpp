@@ -75,6 +75,7 @@ struct Step {
   const int64_t* items;  // as `share_attention` has them
   const Run* runs;
   int64_t rows, num_items, num_runs;
+  int64_t alone;  // whether all are of different sequences: no token sees another's keys
 };
 
 // The deltas of one projection. Those of few rows are added `apart` from the product, once that is
@@ -88,6 +89,12 @@ struct SiteDeltas {
   std::vector<Rows> bare;  // of gate and up: that have none in tiles, where no row has two
 
   bool any_tiled() const { return !tiled.segments.empty(); }
+
+  // Whether they read inputs as they are, and not rounded.
+  bool read_floats() const {
+    return std::any_of(segments.begin(), segments.end(),
+                       [](const Segment& s) { return s.kind != Factors::kPaired; });
+  }
 };
 
 // What a layer keeps for itself while it runs.
@@ -95,7 +102,10 @@ struct Scratch {
   Lines<float> normed, gate_up, activated;
   std::vector<float> shrunk;
   SiteDeltas deltas[kNumSites];
-  InputCopies copies;
+  InputCopies copies[2];
+
+  // Of a projection's inputs: they may be made while those of the one before are read.
+  InputCopies& copies_for(int number) { return copies[number % 2]; }
 };
 
 // Calls `act` with each run that has factors for a site, the factors of one of its slots after the
@@ -169,23 +179,43 @@ void part_segments(SiteDeltas& deltas) {
 
 // The functions below are called by a whole team of threads.
 
-void share_norm(const Norm& norm, const float* x, float* out, int64_t rows, int64_t dim) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++) normalise(norm, x + row * dim, out + row * dim, dim);
+// Makes of row number `row`, x, what a projection and its deltas read in its place.
+void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x, int64_t row,
+                 int64_t rows) {
+  InputCopies& copies = scratch.copies_for(number);
+  copy_row(x, site.base, rows, row, copies);
+  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_brains())
+    round_row_to_brains(x, site.base.k, row, copies);
 }
 
-// Shrinks for all deltas of a projection, for which x has been copied: done where deltas are read
+// The same for all rows of x [rows, k].
+void share_copies(const Site& site, Scratch& scratch, int number, const float* x, int64_t rows) {
+  if (!site.base.copies(rows) && !scratch.deltas[number].any_tiled()) return;
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    copy_inputs(site, scratch, number, x + row * site.base.k, row, rows);
+}
+
+// The inputs of a projection, from x [rows, k].
+void share_norm(const Norm& norm, const Site& site, Scratch& scratch, int number, const float* x,
+                int64_t rows) {
+  const int64_t dim = site.base.k;
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    float* normed = scratch.normed.data() + row * dim;
+    normalise(norm, x + row * dim, normed, dim);
+    copy_inputs(site, scratch, number, normed, row, rows);
+  }
+}
+
+// Shrinks for all deltas of a projection, whose inputs have been copied: done where deltas are read
 // within the product, and else behind the next barrier.
-void share_site_shrinking(const Site& site, Scratch& scratch, int number, const float* x,
-                          int64_t rows) {
+void share_site_shrinking(const Site& site, Scratch& scratch, int number, const float* x) {
   const SiteDeltas& deltas = scratch.deltas[number];
   const int64_t in = site.base.k, outs = site.base.n;
-  if (deltas.any_tiled()) {
-    if (!site.base.rounds_to_brains()) share_brain_rounding(x, rows, in, scratch.copies);
-    return share_tiled_shrinking(deltas.tiled, scratch.copies.values.data(), in);
-  }
+  const int16_t* rounded = scratch.copies_for(number).values.data();
+  if (deltas.any_tiled()) return share_tiled_shrinking(deltas.tiled, rounded, in);
   if (deltas.segments.empty()) return;
-  const int16_t* rounded = scratch.copies.values.data();
   share_shrinking({x, nullptr, in, outs, in, outs, rounded, row_stride<int16_t>(in)},
                   deltas.segments);
   if (!deltas.within.empty()) {
@@ -198,11 +228,12 @@ template <typename To>
 void share_multiplying(const Site& site, Scratch& scratch, int number, const float* x, const To& to,
                        int64_t rows) {
   const std::vector<Part>& within = scratch.deltas[number].within;
+  const InputCopies& copies = scratch.copies_for(number);
   if (within.empty())
-    share_product(x, site.base, to, rows, NoDeltas{}, scratch.copies);
+    share_product(x, site.base, to, rows, NoDeltas{}, copies);
   else
     share_product(x, site.base, to, rows,
-                  PanelDeltas(within.data(), static_cast<int64_t>(within.size())), scratch.copies);
+                  PanelDeltas(within.data(), static_cast<int64_t>(within.size())), copies);
 }
 
 // Those that are added behind it.
@@ -213,11 +244,10 @@ void share_expanding_behind(const Site& site, Scratch& scratch, int number, floa
   if (!deltas.apart.empty()) share_expanding(deltas.apart, out, outs);
 }
 
-// One projection with its deltas.
+// One projection with its deltas, whose inputs have been copied.
 void share_site(const Site& site, Scratch& scratch, int number, const float* x, const Plain& to,
                 int64_t rows) {
-  share_copying(x, site.base, rows, scratch.copies);
-  share_site_shrinking(site, scratch, number, x, rows);
+  share_site_shrinking(site, scratch, number, x);
   share_multiplying(site, scratch, number, x, to, rows);
   share_expanding_behind(site, scratch, number, to.y);
 }
@@ -238,85 +268,106 @@ void rotate(const float* cos, const float* sin, const float* from, float* to, in
   }
 }
 
-// Rotates the queries in place, and writes keys and values to the cache.
+// Rotates the queries of a row in place, and writes its keys and values to the cache.
 template <typename Cached>
-void share_rotation(const Layer& layer, const Step& step, float* qkv) {
+void rotate_row(const Layer& layer, const Step& step, float* qkv, int64_t row) {
   const int64_t dim = layer.dim, width = layer.qkv.base.n;
-  auto* keys = static_cast<Cached*>(layer.keys);
-  auto* values = static_cast<Cached*>(layer.values);
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < step.rows; row++) {
-    float* q = qkv + row * width + layer.q;
-    float* k = qkv + row * width + layer.k;
-    const float* v = qkv + row * width + layer.v;
-    const int64_t place = step.places[row] * dim;
-    const float *cos = step.cos + place, *sin = step.sin + place;
-    const int64_t cell = step.cells[row] * layer.kv_heads * dim;
-    for (int64_t head = 0; head < layer.heads; head++, q += dim) {
-      if (layer.q_norm.weight) normalise(layer.q_norm, q, q, dim);
-      rotate(cos, sin, q, q, dim);
-    }
-    for (int64_t head = 0; head < layer.kv_heads; head++, k += dim) {
-      if (layer.k_norm.weight) normalise(layer.k_norm, k, k, dim);
-      rotate(cos, sin, k, k, dim);
-      keep(k, dim, keys + cell + head * dim);
-    }
-    keep(v, layer.kv_heads * dim, values + cell);
+  float* q = qkv + row * width + layer.q;
+  float* k = qkv + row * width + layer.k;
+  const float* v = qkv + row * width + layer.v;
+  const int64_t place = step.places[row] * dim;
+  const float *cos = step.cos + place, *sin = step.sin + place;
+  const int64_t cell = step.cells[row] * layer.kv_heads * dim;
+  auto* keys = static_cast<Cached*>(layer.keys) + cell;
+  auto* values = static_cast<Cached*>(layer.values) + cell;
+  for (int64_t head = 0; head < layer.heads; head++, q += dim) {
+    if (layer.q_norm.weight) normalise(layer.q_norm, q, q, dim);
+    rotate(cos, sin, q, q, dim);
   }
+  for (int64_t head = 0; head < layer.kv_heads; head++, k += dim) {
+    if (layer.k_norm.weight) normalise(layer.k_norm, k, k, dim);
+    rotate(cos, sin, k, k, dim);
+    keep(k, dim, keys + head * dim);
+  }
+  keep(v, layer.kv_heads * dim, values);
 }
 
 // Of columns [column, stop) of some rows.
 void activate(const Layer& layer, const float* gate_up, int64_t first, int64_t rows,
-              int64_t column, int64_t stop, float* out) {
+              int64_t column, int64_t stop, const Gated& to) {
   const int64_t dim = layer.down.base.k, width = layer.gate_up.base.n;
   for (int64_t row = first; row < first + rows; row++) {
     const float* gate = gate_up + row * width + layer.gate;
     const float* up = gate_up + row * width + layer.up;
+    float* y = to.y ? to.y + row * dim : nullptr;
+    int16_t* rounded = to.rounded ? to.rounded + row * row_stride<int16_t>(dim) : nullptr;
     int64_t i = column;
-    for (; i + kLanes <= stop; i += kLanes)
-      store(out + row * dim + i, silu(load(gate + i)) * load(up + i));
-    for (; i < stop; i++) out[row * dim + i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+    for (; i + kLanes <= stop; i += kLanes) {
+      const Vec activated = silu(load(gate + i)) * load(up + i);
+      if (y) store(y + i, activated);
+      if (rounded) store_brains(rounded + i, activated);
+    }
+    // Rows that end so are not rounded here.
+    for (; i < stop; i++) y[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
   }
 }
 
 // Is done for sure behind the next barrier.
-void share_activation(const Layer& layer, const float* gate_up, const Rows& rows, float* out) {
+void share_activation(const Layer& layer, const float* gate_up, const Rows& rows,
+                      const Gated& to) {
   const int64_t dim = layer.down.base.k, parts = (dim + kActivated - 1) / kActivated;
 #pragma omp for schedule(static) nowait
   for (int64_t item = rows.first * parts; item < rows.last * parts; item++) {
     const int64_t column = item % parts * kActivated;
-    activate(layer, gate_up, item / parts, 1, column, std::min(column + kActivated, dim), out);
+    activate(layer, gate_up, item / parts, 1, column, std::min(column + kActivated, dim), to);
   }
 }
 
-// The gated projection, activated: within the product, behind it together with the deltas of
-// factors in tiles, or once all is done.
-void share_gating(const Layer& layer, Scratch& scratch, const float* x, float* out,
+// Where activated values go: they are rounded as they are made if the next product reads them so, and
+// kept as they are for what does not.
+Gated activated_to(const Layer& layer, Scratch& scratch) {
+  const Projection& down = layer.down.base;
+  const bool rounded = down.rounds_to_brains() && down.k % (2 * kLanes) == 0;
+  const bool whole = !rounded || scratch.deltas[kDown].read_floats();
+  return {whole ? scratch.activated.data() : nullptr,
+          rounded ? scratch.copies_for(kDown).values.data() : nullptr};
+}
+
+// The gated projection, whose inputs have been copied, activated: within the product, behind it
+// together with the deltas of factors in tiles, or once all is done.
+void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Gated& to,
                   int64_t rows) {
   const Site& site = layer.gate_up;
   const SiteDeltas& deltas = scratch.deltas[kGateUp];
   const bool halves = site.base.halves, tiled = deltas.any_tiled();
   float* gate_up = scratch.gate_up.data();
-  share_copying(x, site.base, rows, scratch.copies);
-  share_site_shrinking(site, scratch, kGateUp, x, rows);
+  share_site_shrinking(site, scratch, kGateUp, x);
   if (halves && layer.gate == 0 && !tiled && deltas.apart.empty())
-    return share_multiplying(site, scratch, kGateUp, x, Gated{out}, rows);
+    return share_multiplying(site, scratch, kGateUp, x, to, rows);
   share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, rows);
   if (halves && tiled && deltas.once) {
-    for (const Rows& bare : deltas.bare) share_activation(layer, gate_up, bare, out);
+    for (const Rows& bare : deltas.bare) share_activation(layer, gate_up, bare, to);
     return share_tiled_halves(deltas.tiled, gate_up, site.base.n,
                               [&](int64_t row, int64_t count, int64_t column, int64_t stop) {
-                                activate(layer, gate_up, row, count, column, stop, out);
+                                activate(layer, gate_up, row, count, column, stop, to);
                               });
   }
   share_expanding_behind(site, scratch, kGateUp, gate_up);
-  share_activation(layer, gate_up, {0, rows}, out);
+  share_activation(layer, gate_up, {0, rows}, to);
 #pragma omp barrier
 }
 
+// Rotates, writes the cache, attends, and, where one thread has all of a row, copies what it gives
+// for the next projection.
 template <typename Cached>
-void share_cached(const Layer& layer, const Step& step, float* qkv, float* attended) {
-  share_rotation<Cached>(layer, step, qkv);
+void share_cached(const Layer& layer, const Step& step, Scratch& scratch, float* qkv,
+                  float* attended) {
+  const bool whole = attends_whole_rows(step.num_items), alone = whole && step.alone;
+  const int64_t width = layer.o.base.k;
+  if (!alone) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < step.rows; row++) rotate_row<Cached>(layer, step, qkv, row);
+  }
   const Attention<Cached> attention{qkv + layer.q,
                                     static_cast<const Cached*>(layer.keys),
                                     static_cast<const Cached*>(layer.values),
@@ -330,25 +381,36 @@ void share_cached(const Layer& layer, const Step& step, float* qkv, float* atten
                                     layer.dim,
                                     layer.scaling,
                                     0.0f};
-  share_attention(attention, step.items, step.num_items);
+  const auto begin = [&](int64_t row) {
+    if (alone) rotate_row<Cached>(layer, step, qkv, row);
+  };
+  const auto end = [&](int64_t row) {
+    if (whole) copy_inputs(layer.o, scratch, kO, attended + row * width, row, step.rows);
+  };
+  share_attention(attention, step.items, step.num_items, begin, end);
 }
 
 void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
                      float* qkv, float* attended) {
-  share_norm(layer.input_norm, hidden, scratch.normed.data(), step.rows, layer.qkv.base.k);
+  share_norm(layer.input_norm, layer.qkv, scratch, kQkv, hidden, step.rows);
   share_site(layer.qkv, scratch, kQkv, scratch.normed.data(), {nullptr, qkv}, step.rows);
   if (layer.brains)
-    share_cached<Brain>(layer, step, qkv, attended);
+    share_cached<Brain>(layer, step, scratch, qkv, attended);
   else
-    share_cached<float>(layer, step, qkv, attended);
+    share_cached<float>(layer, step, scratch, qkv, attended);
 }
 
+// `copied` says that what was attended to has been.
 void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
-                  const float* attended, float* out) {
-  share_site(layer.o, scratch, kO, attended, {hidden, out}, step.rows);
-  share_norm(layer.middle_norm, out, scratch.normed.data(), step.rows, layer.gate_up.base.k);
-  share_gating(layer, scratch, scratch.normed.data(), scratch.activated.data(), step.rows);
-  share_site(layer.down, scratch, kDown, scratch.activated.data(), {out, out}, step.rows);
+                  const float* attended, bool copied, float* out) {
+  const int64_t rows = step.rows;
+  if (!copied) share_copies(layer.o, scratch, kO, attended, rows);
+  share_site(layer.o, scratch, kO, attended, {hidden, out}, rows);
+  share_norm(layer.middle_norm, layer.gate_up, scratch, kGateUp, out, rows);
+  const Gated activated = activated_to(layer, scratch);
+  share_gating(layer, scratch, scratch.normed.data(), activated, rows);
+  if (!activated.rounded) share_copies(layer.down, scratch, kDown, activated.y, rows);
+  share_site(layer.down, scratch, kDown, activated.y, {out, out}, rows);
 }
 
 Scratch& prepare(const Layer& layer, const Step& step) {
@@ -357,17 +419,15 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   have_room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   have_room(scratch.activated, step.rows * layer.down.base.k);
   const Site* sites[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
-  for (const Site* site : sites) {
-    site->base.make_room(step.rows, scratch.copies);
-    have_room(scratch.shrunk, shrunk_numbers(*site, step));
-  }
+  for (const Site* site : sites) have_room(scratch.shrunk, shrunk_numbers(*site, step));
   for (int number = 0; number < kNumSites; number++) {
     SiteDeltas& deltas = scratch.deltas[number];
     // One projection's deltas are added before the next one's: they share the room.
     find_segments(*sites[number], step, deltas, scratch.shrunk.data());
     part_segments(deltas);
-    if (deltas.any_tiled())
-      scratch.copies.make_room(step.rows, sites[number]->base.k);
+    const Projection& base = sites[number]->base;
+    base.make_room(step.rows, scratch.copies_for(number));
+    if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
   return scratch;
@@ -395,7 +455,7 @@ void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* 
 #pragma omp parallel
     {
       share_attending(layer, *step, scratch, in, qkv, attended);
-      share_finish(layer, *step, scratch, in, attended, out);
+      share_finish(layer, *step, scratch, in, attended, attends_whole_rows(step->num_items), out);
     }
   }
 }
@@ -413,7 +473,7 @@ void dynamic_lora_layer_finish(const Layer* layer, const Step* step, const float
                                const float* attended, float* out) {
   Scratch& scratch = prepare(*layer, *step);
 #pragma omp parallel
-  share_finish(*layer, *step, scratch, hidden, attended, out);
+  share_finish(*layer, *step, scratch, hidden, attended, false, out);
 }
 
 }  // extern "C"

@@ -41,7 +41,7 @@ class _Run(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, _POINTER) for name in ("cos", "sin", "places", "cells", "items", "runs")],
-        *[(name, _SIZE) for name in ("rows", "num_items", "num_runs")],
+        *[(name, _SIZE) for name in ("rows", "num_items", "num_runs", "alone")],
     ]
 
 
@@ -84,10 +84,13 @@ class LayerStep:
     """What all layers of one step share: where its tokens and deltas are, and room for outputs.
 
     `cells` [rows] are written, `items` [num_items, 3] attended to, as
-    `NativeAttention.attend` has them.
+    `NativeAttention.attend` has them. Tokens that are each `alone` are of different sequences:
+    none sees what another writes.
     """
 
-    def __init__(self, cells: torch.Tensor, items: torch.Tensor, runs: "DeltaRuns") -> None:
+    def __init__(
+        self, cells: torch.Tensor, items: torch.Tensor, runs: "DeltaRuns", *, alone: bool = False
+    ) -> None:
         self.num_rows = len(cells)
         self.items = items
         self._cells = cells
@@ -102,6 +105,7 @@ class LayerStep:
             rows=self.num_rows,
             num_items=len(items),
             num_runs=runs.count,
+            alone=alone,
         )
         self.address = ctypes.addressof(self._c)
 

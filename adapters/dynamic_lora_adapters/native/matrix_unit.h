@@ -166,18 +166,16 @@ inline void bytes_tile(const int8_t* x, int64_t ldx, int64_t plane, const float*
   }
 }
 
-// Rounds x [rows, k] to sixteen bits, as `share_rounding` does, in bytes with the lower ones
-// `plane` behind the upper ones. Called by a whole team.
-inline void share_byte_rounding(const float* x, int64_t rows, int64_t k, int64_t plane,
-                                InputCopies& out) {
-  const int64_t groups = InputCopies::groups(k), stride = row_stride<int8_t>(k);
-#pragma omp for schedule(static)
-  for (int64_t item = 0; item < rows * groups; item++) {
-    const int64_t row = item / groups, start = item % groups * kGroup;
+// Rounds row number `row`, x [k], to sixteen bits, as `round_row` does, in bytes with the lower ones
+// `plane` behind the upper ones.
+inline void round_row_to_bytes(const float* x, int64_t k, int64_t plane, int64_t row,
+                               InputCopies& out) {
+  float* scales = out.scales.data() + row * InputCopies::groups(k);
+  for (int64_t start = 0; start < k; start += kGroup) {
     const int64_t count = std::min(kGroup, k - start);
     alignas(64) int16_t whole[kGroup];
-    out.scales[item] = round_group(x + row * k + start, count, whole);
-    int8_t* to = out.bytes.data() + row * stride + start;
+    *scales++ = round_group(x + start, count, whole);
+    int8_t* to = out.bytes.data() + row * row_stride<int8_t>(k) + start;
     for (int64_t i = 0; i < count; i += 2 * kLanes) {
       const __m512i values = _mm512_load_si512(whole + i);
       const auto put_bytes = [](int8_t* place, __m512i wide) {
@@ -198,7 +196,7 @@ inline void unit_tile(const int16_t*, int64_t, int64_t, const Brain*, int64_t, f
                       int64_t) {}
 inline void bytes_tile(const int8_t*, int64_t, int64_t, const float*, int64_t, int64_t,
                        const int8_t*, int64_t, bool, float*, const char*, int64_t) {}
-inline void share_byte_rounding(const float*, int64_t, int64_t, int64_t, InputCopies&) {}
+inline void round_row_to_bytes(const float*, int64_t, int64_t, int64_t, InputCopies&) {}
 
 #endif
 

@@ -69,6 +69,9 @@ struct Projection {
   // Whether products round their inputs first.
   bool rounds() const { return format == kBytes || rounds_to_brains(); }
 
+  // Whether products of so many rows read copies of their inputs.
+  bool copies(int64_t rows) const { return rounds() || crowded(rows, k); }
+
   // Bytes from the upper bytes of inputs to the lower ones, on the matrix unit.
   int64_t plane(int64_t rows) const { return whole_tiles(rows) * row_stride<int8_t>(k); }
 
@@ -299,9 +302,11 @@ struct Plain {
   float* y;               // [m, n]
 };
 
-// Where it goes activated: y [m, n / 2] = silu(gate) * up, the two halves of the product.
+// Where it goes activated: silu(gate) * up, the two halves of the product, to y [m, n / 2], or
+// rounded to bfloat16, laid out as inputs are, or both.
 struct Gated {
-  float* y;
+  float* y;          // or null
+  int16_t* rounded;  // or null
 };
 
 // The highest output of each row, of those that one thread has seen: lane by lane, how high and in
@@ -473,14 +478,20 @@ struct Product {
   // The sums of both halves' panels, for outputs from `column` on.
   void put(const Gated& to, const float (&sums)[2][kSums], const Group& group,
            int64_t column) const {
-    const int64_t half = p.n / 2;
-    float* y = to.y + group.row * half + column;
+    const int64_t half = p.n / 2, stride = row_stride<int16_t>(half);
     for (int64_t r = 0; r < group.rows; r++) {
+      Vec activated[kPanelVecs];
       UNROLL
-      for (int c = 0; c < kWidth; c += kLanes) {
-        const int64_t place = r * kWidth + c;
-        store(y + r * half + c, silu(load(sums[0] + place)) * load(sums[1] + place));
+      for (int v = 0; v < kPanelVecs; v++) {
+        const int64_t place = r * kWidth + v * kLanes;
+        activated[v] = silu(load(sums[0] + place)) * load(sums[1] + place);
       }
+      const int64_t row = group.row + r;
+      if (to.rounded) store_brains(to.rounded + row * stride + column, activated[0], activated[1]);
+      if (!to.y) continue;
+      UNROLL
+      for (int v = 0; v < kPanelVecs; v++)
+        store(to.y + row * half + column + v * kLanes, activated[v]);
     }
   }
 
@@ -546,25 +557,25 @@ struct Product {
   }
 };
 
-// Copies x [rows, k] to rows that are `row_stride` apart. Called by a whole team.
-inline void share_spreading(const float* x, int64_t rows, int64_t k, InputCopies& out) {
-  const int64_t stride = row_stride<float>(k);
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
-    std::memcpy(out.floats.data() + row * stride, x + row * k, k * sizeof(float));
+// Makes of row number `row` of m, x [k], what the product reads in its place, if it does; `copies`
+// has had room made for it by the projection.
+inline void copy_row(const float* x, const Projection& p, int64_t m, int64_t row,
+                     InputCopies& copies) {
+  if (p.format == kBytes && kMatrixUnit)
+    round_row_to_bytes(x, p.k, p.plane(m), row, copies);
+  else if (p.format == kBytes)
+    round_row(x, p.k, row, copies);
+  else if (p.rounds_to_brains())
+    round_row_to_brains(x, p.k, row, copies);
+  else if (Projection::crowded(m, p.k))
+    std::memcpy(copies.floats.data() + row * row_stride<float>(p.k), x, p.k * sizeof(float));
 }
 
-// Makes of x [m, k] what the product reads in its place, if it does; `copies` has had room made
-// for it by the projection. Called by a whole team of threads.
+// The same for all rows x [m, k]. Called by a whole team of threads.
 inline void share_copying(const float* x, const Projection& p, int64_t m, InputCopies& copies) {
-  if (p.format == kBytes && kMatrixUnit)
-    share_byte_rounding(x, m, p.k, p.plane(m), copies);
-  else if (p.format == kBytes)
-    share_rounding(x, m, p.k, copies);
-  else if (p.rounds_to_brains())
-    share_brain_rounding(x, m, p.k, copies);
-  else if (Projection::crowded(m, p.k))
-    share_spreading(x, m, p.k, copies);
+  if (!p.copies(m)) return;
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < m; row++) copy_row(x + row * p.k, p, m, row, copies);
 }
 
 // What `to` says, from x [m, k], of which there are the `copies` of `share_copying`. Called by a

@@ -201,15 +201,12 @@ inline float round_group(const float* x, int64_t count, int16_t* out) {
   return largest / kLargest + (sum(zero) + last_zero);
 }
 
-// Rounds x [rows, k]. Called by a whole team of threads.
-inline void share_rounding(const float* x, int64_t rows, int64_t k, InputCopies& out) {
-  const int64_t groups = InputCopies::groups(k), stride = row_stride<int16_t>(k);
-#pragma omp for schedule(static)
-  for (int64_t item = 0; item < rows * groups; item++) {
-    const int64_t row = item / groups, start = item % groups * kGroup;
-    out.scales[item] = round_group(x + row * k + start, std::min(kGroup, k - start),
-                                   out.values.data() + row * stride + start);
-  }
+// Rounds row number `row`, x [k].
+inline void round_row(const float* x, int64_t k, int64_t row, InputCopies& out) {
+  int16_t* to = out.values.data() + row * row_stride<int16_t>(k);
+  float* scales = out.scales.data() + row * InputCopies::groups(k);
+  for (int64_t start = 0; start < k; start += kGroup)
+    *scales++ = round_group(x + start, std::min(kGroup, k - start), to + start);
 }
 
 }  // namespace dynamic_lora

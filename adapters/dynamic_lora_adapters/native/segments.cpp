@@ -69,7 +69,9 @@ void dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, con
                       outs);
 #pragma omp parallel
   {
-    share_brain_rounding(x, rows, in, scratch.copies);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+      round_row_to_brains(x + row * in, in, row, scratch.copies);
     share_tiled_shrinking(scratch.tiled, scratch.copies.values.data(), in);
 #pragma omp barrier
     share_tiled_expanding(scratch.tiled, out, sizes[4], outs);

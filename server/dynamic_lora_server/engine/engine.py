@@ -160,8 +160,7 @@ class Engine:
         plain = self._sampling is not None and all(
             takes_highest(piece.sequence) for piece in pieces if piece.samples
         )
-        run = self.runner.run_greedily if plain else self.runner.run
-        sampled, scores = run(pieces, unread)
+        sampled, scores = self.runner.run(pieces, unread, greedily=plain)
         sequences = [piece.sequence for piece in sampled]
         if not sequences:
             return sequences, None

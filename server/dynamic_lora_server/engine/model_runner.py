@@ -1,7 +1,8 @@
 """The only caller of the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from transformers import PreTrainedModel
@@ -26,10 +27,6 @@ from dynamic_lora_server.engine.paged_attention import (
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.unread import UnreadTokens
 
-_Scores = Callable[
-    [AttentionStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | Highest
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRunner:
@@ -50,30 +47,31 @@ class ModelRunner:
     decoder: NativeDecoder
     graphs: DecodeGraphs | None = None
 
-    @torch.inference_mode()
+    @overload
     def run(
         self, pieces: Sequence[Piece], unread: UnreadTokens | None = None
-    ) -> tuple[Sequence[Piece], torch.Tensor]:
+    ) -> tuple[Sequence[Piece], torch.Tensor]: ...
+
+    @overload
+    def run(
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None = None, *, greedily: bool
+    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]: ...
+
+    @torch.inference_mode()
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        unread: UnreadTokens | None = None,
+        *,
+        greedily: bool = False,
+    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
         """Run the pieces; on CUDA, start to.
 
         `unread` has the tokens of sequences whose last one is not read yet. Returns the
         pieces that sample and their logits [num_sampled, vocab] in float32, which the
-        next step may overwrite.
+        next step may overwrite. `greedily` says that all of these take their highest
+        logit: where that is known without logits, it is returned in their place.
         """
-        sampled, logits = self._run(pieces, unread, self.decoder.logits)
-        assert isinstance(logits, torch.Tensor)
-        return sampled, logits
-
-    @torch.inference_mode()
-    def run_greedily(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None = None
-    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
-        """The same where all that sample take their highest logit: `Highest` will do for them."""
-        return self._run(pieces, unread, self.decoder.highest)
-
-    def _run(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None, scores: _Scores
-    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
         for piece in pieces:
             if piece.sequence.adapter is not None:
                 piece.sequence.adapter.await_upload()
@@ -83,10 +81,10 @@ class ModelRunner:
             logits = self.graphs.run(ordered, merged, unread)
             if logits is not None:
                 return ordered, logits
-        return self._run_packed(pieces, unread, scores)
+        return self._run_packed(pieces, unread, greedily=greedily)
 
     def _run_packed(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None, scores: _Scores
+        self, pieces: Sequence[Piece], unread: UnreadTokens | None, *, greedily: bool
     ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
         self._write_given(pieces)
@@ -98,7 +96,8 @@ class ModelRunner:
             batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.decoder.attention
         )
         try:
-            found = scores(step, batch.input_ids, batch.position_ids, batch.logit_rows)
+            compute = self.decoder.highest if greedily else self.decoder.logits
+            found = compute(step, batch.input_ids, batch.position_ids, batch.logit_rows)
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()

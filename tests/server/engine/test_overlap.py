@@ -213,10 +213,10 @@ def breaking(at: int) -> Callable[..., Any]:
     """`ModelRunner.run`, but that the call of this number raises."""
     run, calls = ModelRunner.run, iter(range(1000))
 
-    def replaced(self: ModelRunner, *args: Any) -> Any:
+    def replaced(self: ModelRunner, *args: Any, **options: Any) -> Any:
         if next(calls) == at:
             raise MemoryError("no room for the step")
-        return run(self, *args)
+        return run(self, *args, **options)
 
     return replaced
 
