@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -165,43 +166,58 @@ void with_heads(int64_t first, int64_t group, const Act& act) {
   }
 }
 
-// Attends with one token to cells [first_cell, first_cell + count) under KV heads [from, to).
-template <typename Cached>
-void attend(const Attention<Cached>& layer, int64_t row, int64_t first_cell, int64_t count,
-            int64_t from, int64_t to, std::vector<float>& scratch) {
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+// A token, and the cells [cell, cell + count) that it sees.
+struct Item {
+  int64_t row, cell, count;
+};
+
+// Calls act(heads as a type, first of them, KV head, first token, one behind the last), block by
+// block. These are of nearly equal size: while a short one is read, little could be asked for.
+template <typename Act>
+void for_each_block(int64_t count, int64_t group, int64_t from, int64_t to, const Act& act) {
+  const RowBlocks blocks((count + kScored - 1) / kScored, kBlockTokens / kScored);
+  for (int64_t b = 0; b < blocks.count; b++) {
+    const int64_t t = blocks.first(b) * kScored;
+    const int64_t stop = std::min(blocks.first(b + 1) * kScored, count);
+    for (int64_t kv = from; kv < to; kv++)
+      with_heads(kv * group, group, [&](auto num_heads, int64_t head) {
+        act(num_heads, head, kv, t, stop);
+      });
+  }
+}
+
+// Attends with one token under KV heads [from, to). `find_next` says which keys are read behind it:
+// they are asked for while its last values are read.
+template <typename Cached, typename FindNext>
+void attend(const Attention<Cached>& layer, const Item& item, int64_t from, int64_t to,
+            const FindNext& find_next, std::vector<float>& scratch) {
+  const int64_t count = item.count, padded = (count + kLanes - 1) / kLanes * kLanes;
   const int64_t group = layer.heads / layer.kv_heads, first = from * group;
   const int64_t heads = (to - from) * group, width = layer.value_dim;
   have_room(scratch, heads * (padded + 1));
-  const float* q = layer.q + row * layer.q_token;
+  const float* q = layer.q + item.row * layer.q_token;
   float* totals = scratch.data() + heads * padded;
-  float* out = layer.out + (row * layer.heads + first) * width;
-  const Cached* values_of_first = layer.values + first_cell * layer.kv_heads * width;
+  float* out = layer.out + (item.row * layer.heads + first) * width;
+  const Cached* values_of_first = layer.values + item.cell * layer.kv_heads * width;
   const auto scores = [&](int64_t head) { return scratch.data() + (head - first) * padded; };
-  // act(heads, first head, KV head, first token, tokens), block by block.
-  const auto go_through = [&](const auto& act) {
-    for (int64_t t = 0; t < count; t += kBlockTokens)
-      for (int64_t kv = from; kv < to; kv++)
-        with_heads(kv * group, group, [&](auto num_heads, int64_t head) {
-          act(num_heads, head, kv, t, std::min(kBlockTokens, count - t));
-        });
-  };
-  go_through([&](auto num_heads, int64_t head, int64_t kv, int64_t t, int64_t tokens) {
-    const Cached* keys = layer.keys + ((first_cell + t) * layer.kv_heads + kv) * layer.dim;
-    // What is asked for behind the last block would be another sequence's.
-    const int64_t ahead = t + kBlockTokens < count
-                              ? kBlockTokens * layer.kv_heads * layer.dim
-                              : values_of_first + kv * width - keys;
-    score<num_heads()>(layer, q + head * layer.q_head, keys, tokens, padded, ahead,
+  for_each_block(count, group, from, to, [&](auto num_heads, int64_t head, int64_t kv, int64_t t,
+                                             int64_t stop) {
+    const Cached* keys = layer.keys + ((item.cell + t) * layer.kv_heads + kv) * layer.dim;
+    const int64_t ahead = stop < count ? (stop - t) * layer.kv_heads * layer.dim
+                                       : values_of_first + kv * width - keys;
+    score<num_heads()>(layer, q + head * layer.q_head, keys, stop - t, padded, ahead,
                        scores(head) + t);
   });
   for (int64_t head = first; head < first + heads; head++)
     totals[head - first] = soften(scores(head), count, padded, layer, head);
   std::memset(out, 0, heads * width * sizeof(float));
-  go_through([&](auto num_heads, int64_t head, int64_t kv, int64_t t, int64_t tokens) {
+  const Cached* next = find_next();
+  for_each_block(count, group, from, to, [&](auto num_heads, int64_t head, int64_t kv, int64_t t,
+                                             int64_t stop) {
     const Cached* values = values_of_first + (t * layer.kv_heads + kv) * width;
-    const int64_t ahead = t + kBlockTokens < count ? kBlockTokens * layer.kv_heads * width : 0;
-    blend<num_heads()>(layer, scores(head) + t, values, tokens, padded, ahead,
+    const int64_t ahead = stop < count ? (stop - t) * layer.kv_heads * width
+                                       : next + (kv - from) * layer.dim - values;
+    blend<num_heads()>(layer, scores(head) + t, values, stop - t, padded, ahead,
                        out + (head - first) * width);
   });
   for (int64_t i = 0; i < heads * width; i += kLanes)
@@ -211,24 +227,36 @@ void attend(const Attention<Cached>& layer, int64_t row, int64_t first_cell, int
 // Whether one thread reads all KV heads of a token, which lie side by side: where there is work enough.
 inline bool attends_whole_rows(int64_t num_items) { return num_items >= kManyItems; }
 
-// items [num_items][3]: row of the token, first cell it sees, number of cells it sees. A thread that
-// attends with a token, or with some of its heads, calls `begin` with the row before it does, and
-// then `end`.
-// Called by a whole team of threads.
+// Works that threads claim one by one. A thread claims its next one while it has one at hand: so it
+// knows what to ask for.
+struct Claims {
+  std::atomic<int64_t> next{0};
+
+  int64_t claim() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
+// A thread that attends with a token, or with some of its heads, calls `begin` with its row before
+// it does, and then `end`. Called by a whole team of threads, with claims of which none was made.
 template <typename Cached, typename Begin, typename End>
-void share_attention(const Attention<Cached>& layer, const int64_t* items, int64_t num_items,
-                     const Begin& begin, const End& end) {
+void share_attention(const Attention<Cached>& layer, const Item* items, int64_t num_items,
+                     Claims& claims, const Begin& begin, const End& end) {
   static thread_local std::vector<float> scratch;
   const int64_t together = attends_whole_rows(num_items) ? layer.kv_heads : 1;
-  const int64_t parts = layer.kv_heads / together;
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t work = 0; work < num_items * parts; work++) {
-    const int64_t* item = items + work / parts * 3;
-    const int64_t kv_head = work % parts * together;
-    begin(item[0]);
-    attend(layer, item[0], item[1], item[2], kv_head, kv_head + together, scratch);
-    end(item[0]);
+  const int64_t parts = layer.kv_heads / together, works = num_items * parts;
+  const auto item_of = [&](int64_t work) -> const Item& { return items[work / parts]; };
+  const auto kv_of = [&](int64_t work) { return work % parts * together; };
+  for (int64_t work = claims.claim(), next; work < works; work = next) {
+    const auto find_next = [&] {
+      next = claims.claim();
+      const int64_t known = std::min(next, works - 1);
+      return layer.keys + (item_of(known).cell * layer.kv_heads + kv_of(known)) * layer.dim;
+    };
+    const Item& item = item_of(work);
+    begin(item.row);
+    attend(layer, item, kv_of(work), kv_of(work) + together, find_next, scratch);
+    end(item.row);
   }
+#pragma omp barrier
 }
 
 }  // namespace dynamic_lora

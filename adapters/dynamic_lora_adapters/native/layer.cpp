@@ -72,7 +72,7 @@ struct Step {
   const float* sin;
   const int64_t* places;  // [rows]: the position of each
   const int64_t* cells;  // [rows]
-  const int64_t* items;  // as `share_attention` has them
+  const Item* items;
   const Run* runs;
   int64_t rows, num_items, num_runs;
   int64_t alone;  // whether all are of different sequences: no token sees another's keys
@@ -103,6 +103,7 @@ struct Scratch {
   std::vector<float> shrunk;
   SiteDeltas deltas[kNumSites];
   InputCopies copies[2];
+  Claims attended;
 
   // Of a projection's inputs: they may be made while those of the one before are read.
   InputCopies& copies_for(int number) { return copies[number % 2]; }
@@ -387,7 +388,7 @@ void share_cached(const Layer& layer, const Step& step, Scratch& scratch, float*
   const auto end = [&](int64_t row) {
     if (whole) copy_inputs(layer.o, scratch, kO, attended + row * width, row, step.rows);
   };
-  share_attention(attention, step.items, step.num_items, begin, end);
+  share_attention(attention, step.items, step.num_items, scratch.attended, begin, end);
 }
 
 void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
@@ -430,6 +431,7 @@ Scratch& prepare(const Layer& layer, const Step& step) {
     if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
+  scratch.attended.next = 0;
   return scratch;
 }
 
