@@ -414,8 +414,13 @@ void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const 
   share_site(layer.down, scratch, kDown, activated.y, {out, out}, rows);
 }
 
-Scratch& prepare(const Layer& layer, const Step& step) {
+// That of the calling thread, for its team.
+Scratch& own_scratch() {
   static thread_local Scratch scratch;
+  return scratch;
+}
+
+void prepare(const Layer& layer, const Step& step, Scratch& scratch) {
   have_room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
   have_room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   have_room(scratch.activated, step.rows * layer.down.base.k);
@@ -432,7 +437,6 @@ Scratch& prepare(const Layer& layer, const Step& step) {
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
   scratch.attended.next = 0;
-  return scratch;
 }
 
 }  // namespace
@@ -450,22 +454,24 @@ int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
 // overwritten.
 void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* step,
                          const float* hidden, float* qkv, float* attended, float* out) {
+  Scratch& scratch = own_scratch();
+  const bool copied = attends_whole_rows(step->num_items);
+#pragma omp parallel
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = *layers[i];
     const float* in = i == 0 ? hidden : out;
-    Scratch& scratch = prepare(layer, *step);
-#pragma omp parallel
-    {
-      share_attending(layer, *step, scratch, in, qkv, attended);
-      share_finish(layer, *step, scratch, in, attended, attends_whole_rows(step->num_items), out);
-    }
+#pragma omp single
+    prepare(layer, *step, scratch);
+    share_attending(layer, *step, scratch, in, qkv, attended);
+    share_finish(layer, *step, scratch, in, attended, copied, out);
   }
 }
 
 // The first half of a layer: writes the cache, and attends for the tokens among the items.
 void dynamic_lora_layer_attend(const Layer* layer, const Step* step, const float* hidden,
                                float* qkv, float* attended) {
-  Scratch& scratch = prepare(*layer, *step);
+  Scratch& scratch = own_scratch();
+  prepare(*layer, *step, scratch);
 #pragma omp parallel
   share_attending(*layer, *step, scratch, hidden, qkv, attended);
 }
@@ -473,7 +479,8 @@ void dynamic_lora_layer_attend(const Layer* layer, const Step* step, const float
 // Its second half, once every row of `attended` is there.
 void dynamic_lora_layer_finish(const Layer* layer, const Step* step, const float* hidden,
                                const float* attended, float* out) {
-  Scratch& scratch = prepare(*layer, *step);
+  Scratch& scratch = own_scratch();
+  prepare(*layer, *step, scratch);
 #pragma omp parallel
   share_finish(*layer, *step, scratch, hidden, attended, false, out);
 }
