@@ -88,7 +88,7 @@ class _Running:
             assert cells is not None and cache is not None
             tables = cache.keys[number], cache.values[number]
             items, others = self.attention.native_items(layer.rule, *tables)
-            alone = all(span.num_new == 1 for span in self.attention.spans)
+            alone = not others and all(span.num_new == 1 for span in self.attention.spans)
             step = LayerStep(cells, items, self.runs, alone=alone)
             by = self.rotation
             step.rotate_by(by.cos, by.sin, by.places, layer.native.parts.dim)
