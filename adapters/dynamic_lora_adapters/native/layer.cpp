@@ -1,4 +1,4 @@
-// Decoder layers of the Llama family, one parallel region each:
+// Decoder layers of the Llama family, neighbours in one parallel region:
 //
 //   h = hidden + o(attention(rotate(qkv(norm(hidden)))))
 //   out = h + down(silu(gate(norm(h))) * up(norm(h)))

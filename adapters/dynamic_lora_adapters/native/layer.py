@@ -1,4 +1,4 @@
-"""Whole decoder layers of the Llama family in C++: one parallel region each."""
+"""Whole decoder layers of the Llama family in C++: neighbours in one parallel region."""
 
 import ctypes
 from collections.abc import Sequence

@@ -26,6 +26,7 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine import attention
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.native_decoder import NativeDecoder
+from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import (
@@ -252,6 +253,18 @@ def test_any_batch_gives_the_tokens_of_peft(
     prompts = [random_prompt(n, seed=n) for n in lengths]
     for task, prompt, actual in zip(tasks, prompts, tokens, strict=False):
         assert actual == expected_tokens(oracle, task, prompt)[:4]
+
+
+def test_a_token_attended_to_elsewhere_beside_many_that_are_not(
+    oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    """One whose keys lie in two pages decodes beside eleven whose keys lie in one."""
+    built = native_engine(tiny_llama(), mode=Mode.BYPASS, paged=True)
+    assert decoder_of(built).num_layers
+    prompts = [random_prompt(n, seed=n) for n in (PAGE_SIZE + 5, *range(3, 14))]
+    adapter = admit(built, folders["all"])
+    tokens = run_all(built, [make_sequence(prompt, adapter=adapter) for prompt in prompts])
+    assert tokens == [expected_tokens(oracle, "all", prompt) for prompt in prompts]
 
 
 def run_mixed(
