@@ -460,6 +460,8 @@ void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* 
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = *layers[i];
     const float* in = i == 0 ? hidden : out;
+// Behind the last product of the layer before, threads look whether it has deltas, which are made anew.
+#pragma omp barrier
 #pragma omp single
     prepare(layer, *step, scratch);
     share_attending(layer, *step, scratch, in, qkv, attended);
