@@ -1,6 +1,7 @@
 """Decoder layers in C++: whose are taken over, and that nothing changes by it."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,35 @@ def test_a_token_attended_to_elsewhere_beside_many_that_are_not(
     adapter = admit(built, folders["all"])
     tokens = run_all(built, [make_sequence(prompt, adapter=adapter) for prompt in prompts])
     assert tokens == [expected_tokens(oracle, "all", prompt) for prompt in prompts]
+
+
+def test_layers_with_and_without_deltas_in_turns_give_the_same_each_time(tmp_path: Path) -> None:
+    """Threads that are not done with a layer must not see what the next one's deltas are."""
+    model = partial(tiny_llama, num_hidden_layers=6)
+    folders = [
+        make_adapter(
+            tmp_path / str(number),
+            model(),
+            rank=4,
+            targets=["q_proj", "o_proj", "gate_proj", "down_proj"],
+            layers_to_transform=[number, number + 2],
+            magnitude=1.0,
+            seed=number,
+        )
+        for number in range(3)
+    ]
+    built = native_engine(model(), mode=Mode.BYPASS)
+    owners = [None, *(admit(built, folder) for folder in folders)]
+
+    def run() -> list[list[int]]:
+        prompts = [random_prompt(5 + number, seed=number) for number in range(9)]
+        return run_all(
+            built,
+            [make_sequence(prompt, adapter=owners[i % 4]) for i, prompt in enumerate(prompts)],
+        )
+
+    first = run()
+    assert all(run() == first for _ in range(150))
 
 
 def run_mixed(
