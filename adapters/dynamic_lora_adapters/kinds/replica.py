@@ -6,6 +6,7 @@ same names; their weights are placeholders without memory.
 """
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,13 +60,17 @@ def build_replica(
 
 @contextlib.contextmanager
 def calling_peft(spec: KindSpec) -> Iterator[None]:
-    """For code that calls PEFT: no warnings, no gradients, and its refusals as `InvalidAdapter`."""
+    """For code that calls PEFT: no warnings, no gradients, and its refusals as `InvalidAdapter`.
+
+    The environment is as before afterwards.
+    """
     # PEFT warns of what does not concern an adapter that is only read, starts its
     # parameters at random, and says no with whichever exception is at hand.
     import torch
 
     try:
         with (
+            _compilers_kept(),
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
@@ -78,6 +83,20 @@ def calling_peft(spec: KindSpec) -> Iterator[None]:
             field="adapter_config.json",
             fix="Upload an adapter that was trained on the served base model.",
         ) from None
+
+
+@contextlib.contextmanager
+def _compilers_kept() -> Iterator[None]:
+    """Undoes what PEFT's BOFT leaves behind where it finds no CUDA: CC and CXX are "gcc" then."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _wrap(spec: KindSpec, shapes: Mapping[str, LinearShape]) -> Any:

@@ -1,9 +1,11 @@
+import os
 from typing import Any
 
 import pytest
 
 from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.kinds import KINDS, KindSpec, canonical_kind
+from dynamic_lora_adapters.kinds.replica import calling_peft
 from dynamic_lora_adapters.kinds.table import REFUSED_KINDS
 
 
@@ -176,3 +178,22 @@ def test_the_adapter_says_what_its_base_is() -> None:
     assert spec.targets is not None
     assert spec.targets.target_modules == ("q_proj",)
     assert KindSpec.parse(config("P_TUNING")).targets is None
+
+
+@pytest.mark.parametrize("set_before", [True, False])
+def test_compilers_that_peft_leaves_in_the_environment_are_forgotten(
+    set_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its BOFT sets CC and CXX to compile for CUDA, and does not undo it where that fails."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    if set_before:
+        monkeypatch.setenv("CXX", "clang++")
+    expected = dict(os.environ)
+    with (
+        pytest.raises(InvalidAdapter, match="no compiler"),
+        calling_peft(KindSpec.parse(config("BOFT", boft_block_size=4))),
+    ):
+        os.environ.update(CC="gcc", CXX="gcc")
+        raise RuntimeError("no compiler")
+    assert dict(os.environ) == expected

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,9 @@ class NotInPeft(Exception):
 @contextlib.contextmanager
 def in_peft() -> Iterator[None]:
     """Code of PEFT's: quiet, with its own random stream, its refusals as `NotInPeft`."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    # BOFT leaves other compilers behind in the environment.
+    environment = mock.patch.dict(os.environ)
+    with environment, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
