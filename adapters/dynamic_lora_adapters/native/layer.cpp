@@ -211,13 +211,17 @@ void share_norm(const Norm& norm, const Site& site, Scratch& scratch, int number
 
 // Shrinks for all deltas of a projection, whose inputs have been copied: done where deltas are read
 // within the product, and else behind the next barrier.
-void share_site_shrinking(const Site& site, Scratch& scratch, int number, const float* x) {
+void share_site_shrinking(const Site& site, Scratch& scratch, int number, const float* x,
+                          int64_t rows) {
   const SiteDeltas& deltas = scratch.deltas[number];
+  const InputCopies& copies = scratch.copies_for(number);
   const int64_t in = site.base.k, outs = site.base.n;
-  const int16_t* rounded = scratch.copies_for(number).values.data();
+  const int16_t* rounded = copies.values.data();
+  int64_t ldx = in;
+  if (site.base.spreads(rows)) x = copies.spread.data(), ldx = spread_stride(in);
   if (deltas.any_tiled()) return share_tiled_shrinking(deltas.tiled, rounded, in);
   if (deltas.segments.empty()) return;
-  share_shrinking({x, nullptr, in, outs, in, outs, rounded, row_stride<int16_t>(in)},
+  share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
                   deltas.segments);
   if (!deltas.within.empty()) {
 #pragma omp barrier
@@ -248,7 +252,7 @@ void share_expanding_behind(const Site& site, Scratch& scratch, int number, floa
 // One projection with its deltas, whose inputs have been copied.
 void share_site(const Site& site, Scratch& scratch, int number, const float* x, const Plain& to,
                 int64_t rows) {
-  share_site_shrinking(site, scratch, number, x);
+  share_site_shrinking(site, scratch, number, x, rows);
   share_multiplying(site, scratch, number, x, to, rows);
   share_expanding_behind(site, scratch, number, to.y);
 }
@@ -300,16 +304,11 @@ void activate(const Layer& layer, const float* gate_up, int64_t first, int64_t r
   for (int64_t row = first; row < first + rows; row++) {
     const float* gate = gate_up + row * width + layer.gate;
     const float* up = gate_up + row * width + layer.up;
-    float* y = to.y ? to.y + row * dim : nullptr;
-    int16_t* rounded = to.rounded ? to.rounded + row * row_stride<int16_t>(dim) : nullptr;
     int64_t i = column;
-    for (; i + kLanes <= stop; i += kLanes) {
-      const Vec activated = silu(load(gate + i)) * load(up + i);
-      if (y) store(y + i, activated);
-      if (rounded) store_brains(rounded + i, activated);
-    }
-    // Rows that end so are not rounded here.
-    for (; i < stop; i++) y[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+    for (; i + kLanes <= stop; i += kLanes)
+      to.put(row, dim, i, silu(load(gate + i)) * load(up + i));
+    // Rows that end so are neither rounded nor spread here.
+    for (; i < stop; i++) to.y[row * dim + i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
   }
 }
 
@@ -324,14 +323,19 @@ void share_activation(const Layer& layer, const float* gate_up, const Rows& rows
   }
 }
 
-// Where activated values go: they are rounded as they are made if the next product reads them so, and
-// kept as they are for what does not.
-Gated activated_to(const Layer& layer, Scratch& scratch) {
+// Where activated values go: they are spread or rounded as they are made if the next product reads
+// them so, and kept as they are for what does not.
+Gated activated_to(const Layer& layer, Scratch& scratch, int64_t rows) {
   const Projection& down = layer.down.base;
-  const bool rounded = down.rounds_to_brains() && down.k % (2 * kLanes) == 0;
-  const bool whole = !rounded || scratch.deltas[kDown].read_floats();
-  return {whole ? scratch.activated.data() : nullptr,
-          rounded ? scratch.copies_for(kDown).values.data() : nullptr};
+  const SiteDeltas& deltas = scratch.deltas[kDown];
+  InputCopies& copies = scratch.copies_for(kDown);
+  Gated to{};
+  if (down.rounds_to_brains() && down.k % (2 * kLanes) == 0)
+    to.rounded = copies.values.data();
+  else if (down.spreads(rows) && down.k % kLanes == 0 && !deltas.any_tiled())
+    to.spread = copies.spread.data();
+  if (!to.spread && (!to.rounded || deltas.read_floats())) to.y = scratch.activated.data();
+  return to;
 }
 
 // The gated projection, whose inputs have been copied, activated: within the product, behind it
@@ -342,7 +346,7 @@ void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Ga
   const SiteDeltas& deltas = scratch.deltas[kGateUp];
   const bool halves = site.base.halves, tiled = deltas.any_tiled();
   float* gate_up = scratch.gate_up.data();
-  share_site_shrinking(site, scratch, kGateUp, x);
+  share_site_shrinking(site, scratch, kGateUp, x, rows);
   if (halves && layer.gate == 0 && !tiled && deltas.apart.empty())
     return share_multiplying(site, scratch, kGateUp, x, to, rows);
   share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, rows);
@@ -408,9 +412,9 @@ void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const 
   if (!copied) share_copies(layer.o, scratch, kO, attended, rows);
   share_site(layer.o, scratch, kO, attended, {hidden, out}, rows);
   share_norm(layer.middle_norm, layer.gate_up, scratch, kGateUp, out, rows);
-  const Gated activated = activated_to(layer, scratch);
+  const Gated activated = activated_to(layer, scratch, rows);
   share_gating(layer, scratch, scratch.normed.data(), activated, rows);
-  if (!activated.rounded) share_copies(layer.down, scratch, kDown, activated.y, rows);
+  if (!activated.rounded && !activated.spread) share_copies(layer.down, scratch, kDown, activated.y, rows);
   share_site(layer.down, scratch, kDown, activated.y, {out, out}, rows);
 }
 

@@ -34,7 +34,8 @@ constexpr int kWidth = kPanelVecs * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // Floats need no register for what is widened.
 constexpr int kFloatRows = kLanes == 16 ? 14 : 6;
-constexpr int64_t kUncrowdedRows = 4;
+constexpr int64_t kFurther = 1024;  // bytes
+constexpr int64_t kUnspreadRows = 4;
 constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-level cache repeat
 
 // What the panels of a weight hold: [k][kWidth] of floats, [ceil(k / n)][kWidth][n] of the others,
@@ -69,8 +70,16 @@ struct Projection {
   // Whether products round their inputs first.
   bool rounds() const { return format == kBytes || rounds_to_brains(); }
 
+  // Whether products of so many rows of floats spread them first. With AVX-512 they gain by it, else
+  // where a column of a tile's rows falls into one set of the first-level cache, which it is too
+  // many for.
+  bool spreads(int64_t rows) const {
+    const bool crowded = k * sizeof(float) % kSetStride == 0;
+    return !rounds() && rows > kUnspreadRows && (kLanes == 16 || crowded);
+  }
+
   // Whether products of so many rows read copies of their inputs.
-  bool copies(int64_t rows) const { return rounds() || crowded(rows, k); }
+  bool copies(int64_t rows) const { return rounds() || spreads(rows); }
 
   // Bytes from the upper bytes of inputs to the lower ones, on the matrix unit.
   int64_t plane(int64_t rows) const { return whole_tiles(rows) * row_stride<int8_t>(k); }
@@ -82,14 +91,8 @@ struct Projection {
       have_room(copies.scales, rows * InputCopies::groups(k));
     } else if (rounds())
       copies.make_room(whole_tiles(rows), k);
-    else if (crowded(rows, k))
-      have_room(copies.floats, rows * row_stride<float>(k));
-  }
-
-  // Whether rows of floats are so far apart that a column of a tile's falls into one set of the
-  // first-level cache, which it is too many for: they are copied first.
-  static bool crowded(int64_t rows, int64_t k) {
-    return rows > kUncrowdedRows && k * sizeof(float) % kSetStride == 0;
+    else if (spreads(rows))
+      have_room(copies.spread, rows * spread_stride(k));
   }
 };
 
@@ -110,7 +113,10 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const float* pa
       UNROLL
       for (int v = 0; v < kPanelVecs; v++) sums[r][v] += input * weights[v];
     }
-    ahead.ask();
+    if constexpr (kLanes == 16)
+      ahead.ask_twice(kFurther);
+    else
+      ahead.ask();
   }
   end_sums(sums, y, ldy);
 }
@@ -302,11 +308,20 @@ struct Plain {
   float* y;               // [m, n]
 };
 
-// Where it goes activated: silu(gate) * up, the two halves of the product, to y [m, n / 2], or
-// rounded to bfloat16, laid out as inputs are, or both.
+// Where it goes activated: silu(gate) * up, the two halves of the product, to y [m, n / 2], or laid
+// out as inputs are, spread or rounded to bfloat16. Each may be null.
 struct Gated {
-  float* y;          // or null
-  int16_t* rounded;  // or null
+  float* y;
+  float* spread;
+  int16_t* rounded;
+
+  // Stores activated outputs of a row of `width`, from `column` on: kLanes, or twice as many.
+  template <typename... Vecs>
+  void put(int64_t row, int64_t width, int64_t column, Vecs... activated) const {
+    if (y) store_each(y + row * width + column, activated...);
+    if (spread) store_each(spread + row * spread_stride(width) + column, activated...);
+    if (rounded) store_brains(rounded + row * row_stride<int16_t>(width) + column, activated...);
+  }
 };
 
 // The highest output of each row, of those that one thread has seen: lane by lane, how high and in
@@ -478,20 +493,13 @@ struct Product {
   // The sums of both halves' panels, for outputs from `column` on.
   void put(const Gated& to, const float (&sums)[2][kSums], const Group& group,
            int64_t column) const {
-    const int64_t half = p.n / 2, stride = row_stride<int16_t>(half);
+    static_assert(kPanelVecs == 2);
     for (int64_t r = 0; r < group.rows; r++) {
-      Vec activated[kPanelVecs];
-      UNROLL
-      for (int v = 0; v < kPanelVecs; v++) {
+      const auto activated = [&](int v) {
         const int64_t place = r * kWidth + v * kLanes;
-        activated[v] = silu(load(sums[0] + place)) * load(sums[1] + place);
-      }
-      const int64_t row = group.row + r;
-      if (to.rounded) store_brains(to.rounded + row * stride + column, activated[0], activated[1]);
-      if (!to.y) continue;
-      UNROLL
-      for (int v = 0; v < kPanelVecs; v++)
-        store(to.y + row * half + column + v * kLanes, activated[v]);
+        return silu(load(sums[0] + place)) * load(sums[1] + place);
+      };
+      to.put(group.row + r, p.n / 2, column, activated(0), activated(1));
     }
   }
 
@@ -567,8 +575,8 @@ inline void copy_row(const float* x, const Projection& p, int64_t m, int64_t row
     round_row(x, p.k, row, copies);
   else if (p.rounds_to_brains())
     round_row_to_brains(x, p.k, row, copies);
-  else if (Projection::crowded(m, p.k))
-    std::memcpy(copies.floats.data() + row * row_stride<float>(p.k), x, p.k * sizeof(float));
+  else if (p.spreads(m))
+    std::memcpy(copies.spread.data() + row * spread_stride(p.k), x, p.k * sizeof(float));
 }
 
 // The same for all rows x [m, k]. Called by a whole team of threads.
@@ -599,7 +607,7 @@ void share_product(const float* x, const Projection& p, const To& to, int64_t m,
     return multiply(Inputs{copies.values.data(), p.k});
   }
   int64_t ldx = p.k;
-  if (Projection::crowded(m, p.k)) x = copies.floats.data(), ldx = row_stride<float>(p.k);
+  if (p.spreads(m)) x = copies.spread.data(), ldx = spread_stride(p.k);
   if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});
   multiply(WholeBrainInputs{x, p.k, ldx});
 }

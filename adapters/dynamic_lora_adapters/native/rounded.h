@@ -47,6 +47,12 @@ int64_t row_stride(int64_t k) {
   return ((k + kLine - 1) / kLine | 1) * kLine;
 }
 
+// The same for rows of floats, and a quarter of a line more: rows that begin alike would all come to
+// the ends of their lines together, and a tile of them would wait for as many lines at once.
+inline int64_t spread_stride(int64_t k) {
+  return row_stride<float>(k) + kLineBytes / sizeof(float) / 4;
+}
+
 // Memory that begins at a cache line.
 template <typename Element>
 struct OnLines {
@@ -72,12 +78,12 @@ void have_room(Memory& memory, int64_t size) {
 }
 
 // Inputs as a product reads them where it cannot as they are: in sixteen bits (where k is odd, a
-// zero makes the last one a pair), or in float32, further apart.
+// zero makes the last one a pair), or in float32, spread.
 struct InputCopies {
   Lines<int16_t> values;  // [rows, row_stride]
   Lines<int8_t> bytes;    // in place of values, for the matrix unit
   Lines<float> scales;    // [rows, groups]
-  Lines<float> floats;    // [rows, row_stride]: see `crowded`
+  Lines<float> spread;    // [rows, spread_stride]
 
   static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
 

@@ -27,6 +27,13 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+inline void store_each(float* p, Vec v) { store(p, v); }
+inline void store_each(float* p, Vec one, Vec other) {
+  store(p, one);
+  store(p + kLanes, other);
+}
+
 inline Vec all(float value) { return value - Vec{}; }
 
 // Whether a comparison holds in some lane.
@@ -55,6 +62,13 @@ struct Ahead {
     __builtin_prefetch(line);
     if (step > kLineBytes) __builtin_prefetch(line + kLineBytes);
     line += step;
+  }
+
+  // The same, and what is `further` bytes away into the second-level cache: more lines are on their
+  // way so than the first-level one may wait for.
+  void ask_twice(int64_t further) {
+    __builtin_prefetch(line + further, 0, 2);
+    ask();
   }
 };
 
