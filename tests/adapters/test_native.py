@@ -1,5 +1,6 @@
 """The C++ against torch's operators, and what is said where it cannot be had."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +188,13 @@ def test_a_compiler_that_fails_is_quoted(no_cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(NativeUnavailable, match=r"failed on norm\.cpp: out of ideas"):
         load_library("norm")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+@pytest.mark.usefixtures("no_cache")
+def test_a_compiler_of_c_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "gcc")
+    load_library("layer")
 
 
 @needs_compiler

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,9 @@ _SOURCES = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums may be contracted to fused multiply-adds, but never reordered by the compiler.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-std=c++17")
+# C compilers understand C++ sources, but link what these need only if told to.
+_C_COMPILER = re.compile(r"(.*-)?(cc|gcc|clang)(-\d+)?")
+_CPP_RUNTIME = "-lstdc++"
 _TIMEOUT_S = 120
 # Linux gives a process the matrix unit of an x86 processor (AMX) when it asks for it.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
@@ -115,6 +119,8 @@ def _compile(compiler: str, flags: tuple[str, ...], source: Path, library: Path)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
             command = [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(made)]
+            if _C_COMPILER.fullmatch(Path(compiler).name):
+                command.append(_CPP_RUNTIME)
             logger.info("Compiling %s", source.name)
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
