@@ -35,7 +35,10 @@ _SOURCES = ("adapters", "server", "clients")
 # A team of threads that has nothing to do goes on spinning for a while: the next side waits for
 # that to end.
 _PAUSE_S = 0.002
-_PASSED_ON = ("model", "product", "mode", "clients", "rank", "prompt_tokens", "output_tokens")
+_PASSED_ON = (
+    *("model", "product", "mode", "clients", "rank", "saved_in", "prompt_tokens"),
+    "output_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,12 @@ def parser() -> argparse.ArgumentParser:
         ("output-tokens", 64, "length of answers"),
     ):
         root.add_argument(f"--{name}", type=int, default=number, help=f"{text} (%(default)s)")
+    root.add_argument(
+        "--saved-in",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype that the adapters' numbers come from (%(default)s)",
+    )
     root.add_argument("--output", type=Path, help="a JSON file to write")
     return root
 

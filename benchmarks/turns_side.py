@@ -44,7 +44,7 @@ class Side:
             ),
         )
         self._adapters = [
-            self._built.pool.admit(f"{number:064x}", _terms(self._built, number, options.rank))
+            self._built.pool.admit(f"{number:064x}", _terms(self._built, number, options))
             for number in range(options.adapters)
         ]
         self._rng = random.Random()
@@ -88,11 +88,12 @@ class Side:
         )
 
 
-def _terms(built: BuiltEngine, seed: int, rank: int) -> AdapterTerms:
+def _terms(built: BuiltEngine, seed: int, options: argparse.Namespace) -> AdapterTerms:
     generator = torch.Generator().manual_seed(seed)
+    rank, saved_in = options.rank, getattr(torch, options.saved_in)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.02
+        return (torch.randn(*shape, generator=generator) * 0.02).to(saved_in).float()
 
     return AdapterTerms(
         linears={
@@ -109,6 +110,7 @@ def main() -> None:
     for name in ("model", "product"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--mode", required=True)
+    parser.add_argument("--saved-in", default="float32")
     for name in ("adapters", "clients", "rank", "prompt-tokens", "output-tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)
     with torch.inference_mode():

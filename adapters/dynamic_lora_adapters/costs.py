@@ -19,6 +19,7 @@ import torch
 from dynamic_lora_adapters.factor_layout import layout_for
 from dynamic_lora_adapters.groups import PROBE_RANK, GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
+from dynamic_lora_adapters.kernels.native_segments import NativeSegments
 from dynamic_lora_adapters.segments import DeltaPlan, Run
 from dynamic_lora_adapters.slab_layout import SlabLayout
 
@@ -75,8 +76,15 @@ class KernelChooser:
         # Steps repeat, and this is asked before each.
         self._fastest = lru_cache(maxsize=1024)(self._find)
 
+    @property
+    def reads_mixed(self) -> bool:
+        """Whether factors may be in another dtype than inputs are."""
+        return NativeSegments.name in self._kernels
+
     def choose(self, run: Run) -> DeltaKernel:
-        """The kernel with the least measured cost for this run."""
+        """The kernel with the least measured cost for this run, of those that read its factors."""
+        if run.slab.mixed:
+            return self._kernels[NativeSegments.name]
         longest = run.num_rows / run.num_slots if run.uniform else run.max_length
         return self._fastest(run.num_slots, run.num_rows, longest)
 

@@ -165,6 +165,12 @@ class MemberTerms:
             bias=any(m.bias is not None for m in members),
         )
 
+    @property
+    def short(self) -> bool:
+        """Whether bfloat16 holds all factors without loss."""
+        factors = (part for one in self.members for part in (one.a, one.b))
+        return all(part is None or _is_short(part) for part in factors)
+
     def joined(self) -> GroupTerms:
         """The terms side by side, in float32."""
         shape, group = self.shape, self.group
@@ -259,6 +265,10 @@ def split_terms(
         MemberTerms(group, tuple(terms.get(path, _NOTHING) for path in group.paths))
         for group in groups
     ]
+
+
+def _is_short(values: torch.Tensor) -> bool:
+    return torch.equal(values.bfloat16().to(values.dtype), values)
 
 
 def _padded(rank: int) -> int:

@@ -18,7 +18,8 @@ class Slab:
     `columns` [num_slots, rank, 2] is where rows of b are not zero.
     `scale` and `bias` [num_slots, out] and `dense` [num_slots, out, in] have
     entries for the groups whose signature says so. The memory of the first `num_prepared`
-    slots was asked to be committed. Factors are in tiles if they are `tiled`.
+    slots was asked to be committed. Factors are in `factor_dtype`, and in tiles if they are
+    `tiled`; if that is `mixed`, another dtype than inputs have, C++ alone reads them.
     """
 
     number: int
@@ -32,6 +33,8 @@ class Slab:
     dense: dict[int, torch.Tensor] = field(default_factory=dict)
     bias: dict[int, torch.Tensor] = field(default_factory=dict)
     num_prepared: int = 0
+    factor_dtype: torch.dtype = torch.float32
+    mixed: bool = False
     tiled: bool = False
     _factors: dict[tuple[int, int, int], SlotFactors | None] = field(default_factory=dict)
     _addresses: torch.Tensor | None = None

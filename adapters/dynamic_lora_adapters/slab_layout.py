@@ -1,6 +1,7 @@
 """How slabs are laid out: what a slot of a shape takes, and new tables for it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -9,8 +10,7 @@ from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.slab import Signature, Slab
 
 
-def is_large(signature: Signature) -> bool:
-    """Whether there is a dense term, as large as its layer: no room is taken in advance."""
+def _is_large(signature: Signature) -> bool:
     return any(shape.dense for shape in signature)
 
 
@@ -38,6 +38,11 @@ class SlabLayout:
         self._layout = layout
         self._num_slots = num_slots
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """What low-rank factors are kept in."""
+        return self._factor_dtype
+
     def slot_bytes(self, signature: Signature) -> int:
         """Bytes of one slot."""
         factors = others = 0
@@ -49,7 +54,7 @@ class SlabLayout:
 
     def num_slots_for(self, signature: Signature, free_bytes: int) -> int:
         """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one."""
-        wanted = 1 if is_large(signature) else self._num_slots
+        wanted = 1 if _is_large(signature) else self._num_slots
         return min(free_bytes // max(self.slot_bytes(signature), 1), wanted)
 
     def new_slab(self, number: int, signature: Signature, num_slots: int) -> Slab:
@@ -68,6 +73,8 @@ class SlabLayout:
             b=[],
             num_bytes=self.slot_bytes(signature) * num_slots,
             tenants=[None] * num_slots,
+            factor_dtype=self._factor_dtype,
+            mixed=self._factor_dtype != self._dtype,
             tiled=self._layout is FactorLayout.TILES,
         )
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
@@ -91,3 +98,34 @@ class SlabLayout:
 
     def _b_width(self, group: ProjectionGroup) -> int:
         return self._layout.b_width(group.out_features, self._factor_dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class SlabKind:
+    """The slabs that can hold an adapter: of its signature, with factors laid out as its own."""
+
+    signature: Signature
+    layout: SlabLayout
+
+    @property
+    def is_large(self) -> bool:
+        """Whether there is a dense term, as large as its layer: no room is taken in advance."""
+        return _is_large(self.signature)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self.layout.slot_bytes(self.signature)
+
+    def num_slots_for(self, free_bytes: int) -> int:
+        """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one."""
+        return self.layout.num_slots_for(self.signature, free_bytes)
+
+    def new_slab(self, number: int, num_slots: int) -> Slab:
+        """Empty tables; their memory is not committed before it is written."""
+        return self.layout.new_slab(number, self.signature, num_slots)
+
+    def includes(self, slab: Slab) -> bool:
+        """Whether a slab is one of these."""
+        ours = self.signature, self.layout.factor_dtype
+        return (slab.signature, slab.factor_dtype) == ours

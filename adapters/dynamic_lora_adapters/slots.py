@@ -29,8 +29,8 @@ from dynamic_lora_adapters.groups import (
 )
 from dynamic_lora_adapters.populate import populate_soon
 from dynamic_lora_adapters.rows import RowTerms
-from dynamic_lora_adapters.slab import ResidentAdapter, Signature, Slab
-from dynamic_lora_adapters.slab_layout import SlabLayout, is_large
+from dynamic_lora_adapters.slab import ResidentAdapter, Slab
+from dynamic_lora_adapters.slab_layout import SlabKind, SlabLayout
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import Source, upload_for
@@ -64,7 +64,8 @@ class AdapterPool:
     A lease pins an adapter; only adapters without leases are evicted, the
     least recently used first. A new slab has `slab_slots` places, where the budget allows.
     Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
-    and laid out by `layout`, of which TILES are for bfloat16 beside float32.
+    and laid out by `layout`, of which TILES are for bfloat16 beside float32. With `shortens`,
+    factors that bfloat16 holds without loss are kept in that.
     """
 
     def __init__(
@@ -76,21 +77,26 @@ class AdapterPool:
         dtype: torch.dtype,
         factor_dtype: torch.dtype | None = None,
         layout: FactorLayout = FactorLayout.ROWS,
+        shortens: bool = False,
         slab_slots: int = SLAB_SLOTS,
     ) -> None:
         self._groups = list(groups)
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
-        self._factor_dtype = factor_dtype or dtype
-        self._layout = SlabLayout(
-            self._groups,
-            device=device,
-            dtype=dtype,
-            factor_dtype=self._factor_dtype,
-            layout=layout,
-            num_slots=slab_slots,
-        )
+        self._shortens = shortens
+
+        def layout_of(kept_in: torch.dtype) -> SlabLayout:
+            return SlabLayout(
+                self._groups,
+                device=device,
+                dtype=dtype,
+                factor_dtype=kept_in,
+                layout=layout,
+                num_slots=slab_slots,
+            )
+
+        self._layout, self._short = layout_of(factor_dtype or dtype), layout_of(torch.bfloat16)
         self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
@@ -102,8 +108,8 @@ class AdapterPool:
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """What low-rank factors are kept in."""
-        return self._factor_dtype
+        """What low-rank factors are kept in, if not shortened."""
+        return self._layout.factor_dtype
 
     def lease(self, digest: str) -> ResidentAdapter | None:
         """Pin the adapter if it is resident, else return None."""
@@ -121,8 +127,8 @@ class AdapterPool:
         """
         rows = RowTerms.of(terms, device=self._device, dtype=self._dtype)
         members = split_terms(self._groups, terms.linears)
-        signature = tuple(one.shape for one in members)
-        slot_bytes = self._layout.slot_bytes(signature)
+        kind = self._kind_of(members)
+        slot_bytes = kind.slot_bytes
         row_bytes = 0 if rows is None else rows.num_bytes
         if slot_bytes + row_bytes > self._budget_bytes:
             raise AdapterCapacityError(
@@ -134,7 +140,7 @@ class AdapterPool:
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
-            place = self._make_room(signature, row_bytes)
+            place = self._make_room(kind, row_bytes)
             if place is None:
                 return None
             slab, slot = place
@@ -156,8 +162,13 @@ class AdapterPool:
                 self._resident[digest] = adapter
             self._counters.loads += 1
             self._pin(adapter)
-        self._prepare_next(signature)
+        self._prepare_next(kind)
         return adapter
+
+    def _kind_of(self, members: Sequence[MemberTerms]) -> SlabKind:
+        signature = tuple(one.shape for one in members)
+        shortened = self._shortens and all(one.short for one in members)
+        return SlabKind(signature, self._short if shortened else self._layout)
 
     def _fill(self, adapter: ResidentAdapter, members: Sequence[MemberTerms]) -> None:
         """Write a slot that nobody else knows of: others need not wait for it."""
@@ -169,12 +180,12 @@ class AdapterPool:
     def _places(self, slab: Slab, slot: int) -> list[GroupTerms]:
         return [slab.terms(index, slot) for index in range(len(self._groups))]
 
-    def _prepare_next(self, signature: Signature) -> None:
+    def _prepare_next(self, kind: SlabKind) -> None:
         """Have the memory of the slot that the next adapter of this shape gets committed."""
         if self._device.type != "cpu":
             return
         with self._lock:
-            place = self._free_place(signature) or self._spare_place(signature)
+            place = self._free_place(kind) or self._spare_place(kind)
             if place is None:
                 return
             slab, slot = place
@@ -275,41 +286,41 @@ class AdapterPool:
         in_slabs = sum(slab.num_bytes for slab in self._slabs)
         return in_slabs + sum(t.rows.num_bytes for t in self._tenants() if t.rows is not None)
 
-    def _make_room(self, signature: Signature, row_bytes: int) -> tuple[Slab, int] | None:
+    def _make_room(self, kind: SlabKind, row_bytes: int) -> tuple[Slab, int] | None:
         while True:
             free = self._budget_bytes - self._used_bytes() - row_bytes
-            if free >= 0 and (place := self._free_place(signature)) is not None:
+            if free >= 0 and (place := self._free_place(kind)) is not None:
                 return place
-            num_slots = self._layout.num_slots_for(signature, free)
+            num_slots = kind.num_slots_for(free)
             if num_slots >= 1:
-                return self._add_slab(signature, num_slots), 0
+                return self._add_slab(kind, num_slots), 0
             if not self._evict_one():
                 return None
 
-    def _add_slab(self, signature: Signature, num_slots: int) -> Slab:
+    def _add_slab(self, kind: SlabKind, num_slots: int) -> Slab:
         # The room that there was for the spare one goes to whatever is added.
         spare, self._spare = self._spare, None
-        if spare is None or spare.signature != signature or len(spare.tenants) != num_slots:
-            spare = self._layout.new_slab(next(self._counters.slabs), signature, num_slots)
+        if spare is None or not kind.includes(spare) or len(spare.tenants) != num_slots:
+            spare = kind.new_slab(next(self._counters.slabs), num_slots)
         self._slabs.append(spare)
         return spare
 
-    def _free_place(self, signature: Signature) -> tuple[Slab, int] | None:
+    def _free_place(self, kind: SlabKind) -> tuple[Slab, int] | None:
         for slab in self._slabs:
-            if slab.signature == signature and (slot := slab.free_slot()) is not None:
+            if kind.includes(slab) and (slot := slab.free_slot()) is not None:
                 return slab, slot
         return None
 
-    def _spare_place(self, signature: Signature) -> tuple[Slab, int] | None:
+    def _spare_place(self, kind: SlabKind) -> tuple[Slab, int] | None:
         """The first slot of an empty slab for later, if the budget has room for that now."""
-        if is_large(signature):
+        if kind.is_large:
             return None
-        if self._spare is None or self._spare.signature != signature:
+        if self._spare is None or not kind.includes(self._spare):
             free = self._budget_bytes - self._used_bytes()
-            num_slots = self._layout.num_slots_for(signature, free)
+            num_slots = kind.num_slots_for(free)
             if num_slots < 1:
                 return None
-            self._spare = self._layout.new_slab(next(self._counters.slabs), signature, num_slots)
+            self._spare = kind.new_slab(next(self._counters.slabs), num_slots)
         return self._spare, 0
 
     def _evict_one(self) -> bool:

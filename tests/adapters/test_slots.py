@@ -88,6 +88,42 @@ def test_factors_may_be_kept_in_a_dtype_of_their_own() -> None:
     assert pool.stats().used_bytes == pool.stats().budget_bytes
 
 
+def test_factors_that_bfloat16_holds_are_shortened() -> None:
+    """Without loss, beside others of their shape; with one more digit they stay as they are."""
+    pool = AdapterPool(
+        GROUPS,
+        budget_bytes=100 * SLOT_BYTES,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        shortens=True,
+        slab_slots=2,
+    )
+    terms = factors(seed=3).linears["q"]
+    assert terms.a is not None and terms.b is not None
+    short = replace(terms, a=terms.a.bfloat16().float(), b=terms.b.bfloat16().float())
+    assert short.a is not None and short.b is not None
+    nearly = replace(short, b=short.b.clone())
+    assert nearly.b is not None
+    nearly.b[-1, -1] = 0.1
+    held = {}
+    for name, one in {"long": terms, "short": short, "nearly": nearly}.items():
+        adapter = pool.admit(name, AdapterTerms(linears={"q": one}))
+        assert adapter is not None
+        held[name] = adapter
+    assert held["long"].slab is held["nearly"].slab is not held["short"].slab
+    assert held["short"].slab.mixed and not held["long"].slab.mixed
+    assert held["short"].size == held["long"].size / 2
+    for name, one in {"short": short, "nearly": nearly}.items():
+        found = held[name].slab.terms(0, held[name].slot)
+        assert found.a is not None and found.b is not None
+        assert one.a is not None and one.b is not None
+        assert found.a.dtype == (torch.bfloat16 if name == "short" else torch.float32)
+        assert torch.equal(found.a.float(), one.a)
+        assert torch.equal(found.b[:, :16].T.float(), one.b)
+    assert pool.stats().used_bytes == 2 * SLOT_BYTES + 2 * SLOT_BYTES // 2
+    pool.check_integrity()
+
+
 def test_the_size_of_an_adapter_is_told_in_adapters_of_rank_16_on_every_layer() -> None:
     pool = make_pool(100)
     everything = {path: factors(16, path=path).linears[path] for path in ("q", "k", "o")}

@@ -126,7 +126,7 @@ def build_engine(
     decoder = adopt_native_layers(model, site, projections, cache, wanted=options.native)
     trial = decode_trial(model, cache, decoder)
     chooser, steps = _measured(model, groups, kind, merger, trial, options, on_step)
-    pool = _adapter_pool(model, groups, kind, options)
+    pool = _adapter_pool(model, groups, kind, chooser, options)
     runner = ModelRunner(
         model=model,
         site=site,
@@ -266,7 +266,11 @@ def _product_kind(
 
 
 def _adapter_pool(
-    model: PreTrainedModel, groups: list[ProjectionGroup], kind: ProductKind, options: EngineOptions
+    model: PreTrainedModel,
+    groups: list[ProjectionGroup],
+    kind: ProductKind,
+    chooser: KernelChooser,
+    options: EngineOptions,
 ) -> AdapterPool:
     memory = options.adapter_memory or share_of_free(model.device, 0.25)
     # Captured steps read their tables by the width of a layer.
@@ -279,6 +283,7 @@ def _adapter_pool(
         dtype=model.dtype,
         factor_dtype=kind.factor_dtype,
         layout=layout,
+        shortens=not plain and kind.factor_dtype is None and chooser.reads_mixed,
     )
 
 
