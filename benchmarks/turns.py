@@ -174,9 +174,10 @@ def measure(options: argparse.Namespace) -> list[Round]:
     names = distinct([str(traffic) for traffic in options.sides])
     rounds: list[Round] = []
     with ExitStack() as stack:
-        sides = [stack.enter_context(SideProcess(traffic, options)) for traffic in options.sides]
-        for side in sides:
-            side.answer()  # it is ready
+        sides = []
+        for traffic in options.sides:
+            sides.append(stack.enter_context(SideProcess(traffic, options)))
+            sides[-1].answer()  # it is ready: what it measures at its start nobody else disturbs
         take_turns(sides, 0, options.clients)
         for seed in track(range(1, options.rounds + 1), "Rounds"):
             rounds += summed_up(names, take_turns(sides, seed, options.requests))
