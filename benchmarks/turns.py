@@ -36,7 +36,13 @@ _SOURCES = ("adapters", "server", "clients")
 # that to end.
 _PAUSE_S = 0.002
 _PASSED_ON = (
-    *("model", "product", "mode", "clients", "rank", "saved_in", "prompt_tokens"),
+    "model",
+    "product",
+    "mode",
+    "clients",
+    "rank",
+    "saved_in",
+    "prompt_tokens",
     "output_tokens",
 )
 

@@ -194,7 +194,7 @@ def test_a_compiler_that_fails_is_quoted(no_cache: Path, monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("no_cache")
 def test_a_compiler_of_c_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "gcc")
-    load_library("layer")
+    assert load_library("layer").dynamic_lora_layers
 
 
 @needs_compiler

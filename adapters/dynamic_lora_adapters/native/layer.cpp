@@ -414,7 +414,8 @@ void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const 
   share_norm(layer.middle_norm, layer.gate_up, scratch, kGateUp, out, rows);
   const Gated activated = activated_to(layer, scratch, rows);
   share_gating(layer, scratch, scratch.normed.data(), activated, rows);
-  if (!activated.rounded && !activated.spread) share_copies(layer.down, scratch, kDown, activated.y, rows);
+  if (!activated.rounded && !activated.spread)
+    share_copies(layer.down, scratch, kDown, activated.y, rows);
   share_site(layer.down, scratch, kDown, activated.y, {out, out}, rows);
 }
 
@@ -464,7 +465,7 @@ void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* 
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = *layers[i];
     const float* in = i == 0 ? hidden : out;
-// Behind the last product of the layer before, threads look whether it has deltas, which are made anew.
+// Behind a layer's last product, threads look whether it has deltas: not while these are made anew.
 #pragma omp barrier
 #pragma omp single
     prepare(layer, *step, scratch);

@@ -34,8 +34,9 @@ constexpr int kWidth = kPanelVecs * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // Floats need no register for what is widened.
 constexpr int kFloatRows = kLanes == 16 ? 14 : 6;
-constexpr int64_t kFurther = 1024;  // bytes
-constexpr int64_t kUnspreadRows = 4;
+constexpr int64_t kUnspreadRows = 4;  // up to which rows of floats are read as they lie
+// Bytes between what is asked for into the first-level cache and into the second.
+constexpr int64_t kFurther = 1024;
 constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-level cache repeat
 
 // What the panels of a weight hold: [k][kWidth] of floats, [ceil(k / n)][kWidth][n] of the others,
