@@ -238,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
         root.add_argument(f"--{name}", type=int, default=number, help=f"{text} (%(default)s)")
     root.add_argument(
         "--saved-in",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="dtype that the adapters' numbers come from (%(default)s)",
     )

@@ -165,11 +165,10 @@ class MemberTerms:
             bias=any(m.bias is not None for m in members),
         )
 
-    @property
-    def short(self) -> bool:
-        """Whether bfloat16 holds all factors without loss."""
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether a dtype holds all factors without loss."""
         factors = (part for one in self.members for part in (one.a, one.b))
-        return all(part is None or _is_short(part) for part in factors)
+        return all(part is None or _fits(part, dtype) for part in factors)
 
     def joined(self) -> GroupTerms:
         """The terms side by side, in float32."""
@@ -267,8 +266,8 @@ def split_terms(
     ]
 
 
-def _is_short(values: torch.Tensor) -> bool:
-    return torch.equal(values.bfloat16().to(values.dtype), values)
+def _fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(values.to(dtype).to(values.dtype), values)
 
 
 def _padded(rank: int) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from dynamic_lora_adapters.groups import GroupShape, GroupTerms
 from dynamic_lora_adapters.kernels.base import SlotFactors
+from dynamic_lora_adapters.kernels.native_segments import FACTOR_FORMATS
 from dynamic_lora_adapters.rows import RowTerms
 
 Signature = tuple[GroupShape, ...]
@@ -52,8 +53,8 @@ class Slab:
     def addresses(self) -> torch.Tensor:
         """Where slot 0's factors lie: [num_groups, 7], int64, made once.
 
-        Addresses of a, b and columns, the rank, how far rows of b are apart, the bytes of
-        a factor, and whether they are in tiles; 0 where a group has none.
+        Addresses of a, b and columns, the rank, how far rows of b are apart, the format of
+        factors, and whether they are in tiles; 0 where a group has none.
         """
         if self._addresses is None:
             tables = zip(self.a, self.b, self.columns, strict=True)
@@ -63,7 +64,7 @@ class Slab:
                     if a is None or b is None or columns is None
                     else [
                         *(a.data_ptr(), b.data_ptr(), columns.data_ptr()),
-                        *(a.shape[1], b.stride(1), a.itemsize, self.tiled),
+                        *(a.shape[1], b.stride(1), FACTOR_FORMATS[a.dtype], self.tiled),
                     ]
                     for a, b, columns in tables
                 ]

@@ -36,6 +36,8 @@ from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import Source, upload_for
 
 SLAB_SLOTS = 8
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
+"""What factors are kept in beside float32: the first of these that holds them without loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class AdapterPool:
     least recently used first. A new slab has `slab_slots` places, where the budget allows.
     Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
     and laid out by `layout`, of which TILES are for bfloat16 beside float32. With `shortens`,
-    factors that bfloat16 holds without loss are kept in that.
+    factors that one of SHORT_DTYPES holds without loss are kept in that.
     """
 
     def __init__(
@@ -84,7 +86,6 @@ class AdapterPool:
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
-        self._shortens = shortens
 
         def layout_of(kept_in: torch.dtype) -> SlabLayout:
             return SlabLayout(
@@ -96,7 +97,8 @@ class AdapterPool:
                 num_slots=slab_slots,
             )
 
-        self._layout, self._short = layout_of(factor_dtype or dtype), layout_of(torch.bfloat16)
+        self._layout = layout_of(factor_dtype or dtype)
+        self._short = {kept_in: layout_of(kept_in) for kept_in in SHORT_DTYPES if shortens}
         self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
@@ -167,8 +169,10 @@ class AdapterPool:
 
     def _kind_of(self, members: Sequence[MemberTerms]) -> SlabKind:
         signature = tuple(one.shape for one in members)
-        shortened = self._shortens and all(one.short for one in members)
-        return SlabKind(signature, self._short if shortened else self._layout)
+        for dtype, layout in self._short.items():
+            if all(one.fits(dtype) for one in members):
+                return SlabKind(signature, layout)
+        return SlabKind(signature, self._layout)
 
     def _fill(self, adapter: ResidentAdapter, members: Sequence[MemberTerms]) -> None:
         """Write a slot that nobody else knows of: others need not wait for it."""

@@ -12,7 +12,7 @@ from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.factor_layout import FactorLayout
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_adapters.slots import SLAB_SLOTS, AdapterPool
+from dynamic_lora_adapters.slots import SHORT_DTYPES, SLAB_SLOTS, AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from tests.support.slabs import hold_writes
@@ -88,7 +88,8 @@ def test_factors_may_be_kept_in_a_dtype_of_their_own() -> None:
     assert pool.stats().used_bytes == pool.stats().budget_bytes
 
 
-def test_factors_that_bfloat16_holds_are_shortened() -> None:
+@pytest.mark.parametrize("dtype", SHORT_DTYPES)
+def test_factors_that_sixteen_bits_hold_are_shortened(dtype: torch.dtype) -> None:
     """Without loss, beside others of their shape; with one more digit they stay as they are."""
     pool = AdapterPool(
         GROUPS,
@@ -100,7 +101,7 @@ def test_factors_that_bfloat16_holds_are_shortened() -> None:
     )
     terms = factors(seed=3).linears["q"]
     assert terms.a is not None and terms.b is not None
-    short = replace(terms, a=terms.a.bfloat16().float(), b=terms.b.bfloat16().float())
+    short = replace(terms, a=terms.a.to(dtype).float(), b=terms.b.to(dtype).float())
     assert short.a is not None and short.b is not None
     nearly = replace(short, b=short.b.clone())
     assert nearly.b is not None
@@ -117,7 +118,7 @@ def test_factors_that_bfloat16_holds_are_shortened() -> None:
         found = held[name].slab.terms(0, held[name].slot)
         assert found.a is not None and found.b is not None
         assert one.a is not None and one.b is not None
-        assert found.a.dtype == (torch.bfloat16 if name == "short" else torch.float32)
+        assert found.a.dtype == (dtype if name == "short" else torch.float32)
         assert torch.equal(found.a.float(), one.a)
         assert torch.equal(found.b[:, :16].T.float(), one.b)
     assert pool.stats().used_bytes == 2 * SLOT_BYTES + 2 * SLOT_BYTES // 2

@@ -12,6 +12,8 @@ from dynamic_lora_adapters.segments import Run
 _POINTER = ctypes.c_void_p
 _Sizes = ctypes.c_int64 * 9
 _TiledSizes = ctypes.c_int64 * 5
+# What `segment_tiles.h` calls FactorFormat.
+FACTOR_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @cache
@@ -26,9 +28,9 @@ def reads_tiles() -> bool:
 class NativeSegments:
     """`out += (x @ a.T) @ b` segment by segment, in one parallel region (CPU, float32).
 
-    The factors may be bfloat16: they are widened as they are read. Those in tiles are multiplied
-    by inputs that are rounded to bfloat16, as is what they are shrunk to (AMX). Raises
-    NativeUnavailable where it cannot be compiled.
+    The factors may be in bfloat16 or float16: they are widened as they are read. Those in tiles
+    are in bfloat16, and multiplied by inputs that are rounded to it, as is what they are shrunk
+    to (AMX). Raises NativeUnavailable where it cannot be compiled.
     """
 
     name = "native_segments"
@@ -63,7 +65,7 @@ def _sizes(
     a, b = factors.a, factors.b
     return _Sizes(
         *(x.stride(0), out.stride(0), b.stride(1), b.stride(0)),
-        *(*a.shape, b.shape[2], a.itemsize),
+        *(*a.shape, b.shape[2], FACTOR_FORMATS[a.dtype]),
     )
 
 

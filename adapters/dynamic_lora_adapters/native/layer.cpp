@@ -40,17 +40,17 @@ struct Layer {
   float scaling;
 };
 
-// The factors of one group in slot 0 of a slab, each of `size` bytes, in tiles or as rows; a null a
-// says that there are none.
+// The factors of one group in slot 0 of a slab, in tiles or as rows; a null a says that there are
+// none.
 struct SlabFactors {
   const char* a;
   const char* b;
   const int64_t* columns;
-  int64_t rank, ldb, size, tiled;
+  int64_t rank, ldb, format, tiled;
 
   Factors kind(const Projection& base) const {
-    if (size == sizeof(float)) return Factors::kFloats;
-    return base.rounds_to_brains() ? Factors::kPaired : Factors::kWidened;
+    const bool paired = format == kBrainFactors && base.rounds_to_brains();
+    return paired ? Factors::kPaired : widened_factors(format);
   }
 };
 
@@ -148,8 +148,9 @@ void find_segments(const Site& site, const Step& step, SiteDeltas& deltas, float
                         run.sign, 0, 0},
                        outs);
     } else {
-      deltas.segments.push_back({factors.kind(site.base), factors.a + first * in * factors.size,
-                                 factors.b + first * factors.ldb * factors.size, columns, shrunk,
+      const int64_t size = factor_bytes(factors.format);
+      deltas.segments.push_back({factors.kind(site.base), factors.a + first * in * size,
+                                 factors.b + first * factors.ldb * size, columns, shrunk,
                                  factors.rank, row, rows, factors.ldb, run.sign});
     }
     shrunk += factors.rank * rows;

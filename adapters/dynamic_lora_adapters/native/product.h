@@ -179,20 +179,18 @@ struct WholeInputs {
   }
 };
 
-// x [m, k] in sixteen bits, for panels of pairs of weights in eight, or widened to sixteen.
+// x [m, k] in sixteen bits, for panels of pairs of weights in eight.
 struct RoundedInputs {
   using Way = InRegisters;
   using Weight = int8_t;
   static constexpr int64_t kSlice = kGroup;
-  static constexpr int64_t kPreparedRows = 6 * kTileRows;
   const int16_t* values;
   const float* scales;
   int64_t k;
 
   int64_t depth() const { return even(k); }
 
-  template <typename Wide>
-  void add(int64_t rows, int64_t row, int64_t i, const Wide* slice, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t i, const int8_t* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     const int64_t groups = InputCopies::groups(k), ldx = row_stride<int16_t>(k);
     with_rows<kTileRows>(rows, [&](auto count) {
@@ -200,17 +198,6 @@ struct RoundedInputs {
                                      scales + row * groups + i / kGroup, groups, slice, depth,
                                      i == 0, sums, kWidth, {ahead.line, 2 * ahead.step});
     });
-  }
-
-  // For many blocks of rows a panel is widened once, to one of two places.
-  const int16_t* prepared(const int8_t* panel, int place) const {
-    static thread_local Lines<int16_t> places[2];
-    Lines<int16_t>& wide = places[place];
-    const int64_t size = depth() * kWidth;
-    have_room(wide, size);
-    for (int64_t i = 0; i < size; i += 2 * kLanes)
-      *reinterpret_cast<PairVec*>(wide.data() + i) = pairs(panel + i);
-    return wide.data();
   }
 };
 
@@ -289,13 +276,6 @@ struct UnitInputs {
               kUnitDepth * ahead.step);
   }
 };
-
-// Whether panels are prepared once where rows are many: such inputs have `kPreparedRows`, beyond
-// which they are, and `prepared`.
-template <typename Inputs, typename = void>
-constexpr bool prepares = false;
-template <typename Inputs>
-constexpr bool prepares<Inputs, std::void_t<decltype(Inputs::kPreparedRows)>> = true;
 
 // Nothing is added to a product but its bias.
 struct NoDeltas {
@@ -394,15 +374,13 @@ struct Product {
     }
   }
 
-  // Sums of panel `number`, whose weights may have been widened to another type meanwhile; `panels`
-  // are multiplied group by group.
-  template <typename Wide>
-  void sum(const Wide* panel, int64_t number, int64_t panels, const Group& group,
-           float* sums) const {
+  // Sums of panel `number`; `panels` are multiplied group by group.
+  void sum(int64_t number, int64_t panels, const Group& group, float* sums) const {
     const typename Way::Blocks blocks(m, Way::kRows);
     const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight), count = blocks.count;
     const int64_t size = shares(count) ? Way::kShared : Inputs::kSlice;
-    const auto* own = reinterpret_cast<const char*>(packed(number));
+    const Weight* panel = packed(number);
+    const auto* own = reinterpret_cast<const char*>(panel);
     const int64_t step = (bytes + count - 1) / count;
     for (int64_t i = 0; i < depth; i += size) {
       const int64_t slice = std::min(size, depth - i);
@@ -508,16 +486,6 @@ struct Product {
     return static_cast<const Weight*>(p.packed) + number * inputs.depth() * kWidth;
   }
 
-  // Calls `act` with what panel `number` is read from: `place` is where one may be put that is
-  // widened first.
-  template <typename Act>
-  void with_panel(int64_t number, int place, const Act& act) const {
-    if constexpr (prepares<Inputs>) {
-      if (m > Inputs::kPreparedRows) return act(inputs.prepared(packed(number), place));
-    }
-    act(packed(number));
-  }
-
   void begin(int64_t number, int place) {
     const int64_t column = panel_column(number, p.n, p.halves);
     extra[place].begin(column, std::min<int64_t>(kWidth, p.n - column));
@@ -525,15 +493,13 @@ struct Product {
 
   template <typename To>
   void multiply(int64_t number, const To& to) {
+    const int64_t column = panel_column(number, p.n, p.halves);
     begin(number, 0);
-    with_panel(number, 0, [&](const auto* panel) {
-      for_each_group([&](const Group& group) {
-        alignas(64) float sums[kSums];  // begun by the first slice
-        const int64_t column = panel_column(number, p.n, p.halves);
-        sum(panel, number, 1, group, sums);
-        complete(sums, group, column, extra[0]);
-        put(to, sums, group, column);
-      });
+    for_each_group([&](const Group& group) {
+      alignas(64) float sums[kSums];  // begun by the first slice
+      sum(number, 1, group, sums);
+      complete(sums, group, column, extra[0]);
+      put(to, sums, group, column);
     });
   }
 
@@ -542,17 +508,13 @@ struct Product {
     const int64_t column = number * kWidth, first = 2 * number, second = first + 1;
     begin(first, 0);
     begin(second, 1);
-    with_panel(first, 0, [&](const auto* one) {
-      with_panel(second, 1, [&](const auto* other) {
-        for_each_group([&](const Group& group) {
-          alignas(64) float sums[2][kSums];
-          sum(one, first, 2, group, sums[0]);
-          sum(other, second, 2, group, sums[1]);
-          complete(sums[0], group, column, extra[0]);
-          complete(sums[1], group, p.n / 2 + column, extra[1]);
-          put(to, sums, group, column);
-        });
-      });
+    for_each_group([&](const Group& group) {
+      alignas(64) float sums[2][kSums];
+      sum(first, 2, group, sums[0]);
+      sum(second, 2, group, sums[1]);
+      complete(sums[0], group, column, extra[0]);
+      complete(sums[1], group, p.n / 2 + column, extra[1]);
+      put(to, sums, group, column);
     });
   }
 

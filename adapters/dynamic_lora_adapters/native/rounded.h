@@ -93,9 +93,7 @@ struct InputCopies {
   }
 };
 
-// kLanes pairs of weights.
-inline PairVec pairs(const int16_t* p) { return *reinterpret_cast<const PairVec*>(p); }
-
+// kLanes pairs of weights, widened.
 inline PairVec pairs(const int8_t* p) {
 #if defined(__AVX512BW__)
   return reinterpret_cast<PairVec>(
@@ -140,9 +138,9 @@ inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
 
 // Adds x [Rows, depth] of one group times a panel slice [depth, Vecs * kLanes] to y, or, where
 // that is `fresh`, writes it there.
-template <int Rows, int Vecs, typename Weight>
+template <int Rows, int Vecs>
 __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const float* scales,
-                                         int64_t groups, const Weight* panel, int64_t depth,
+                                         int64_t groups, const int8_t* panel, int64_t depth,
                                          bool fresh, float* y, int64_t ldy, Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   IntVec sums[Rows][Vecs];

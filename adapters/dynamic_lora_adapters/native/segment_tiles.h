@@ -1,4 +1,4 @@
-// The innermost loops of low-rank deltas, for factors in float32 and in bfloat16.
+// The innermost loops of low-rank deltas, for factors in float32, bfloat16 and float16.
 
 #pragma once
 
@@ -7,28 +7,45 @@
 #include <type_traits>
 
 #include "brain.h"
+#include "half.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
 
-// What the factors of a segment are kept in, and how they are multiplied: in bfloat16 they are
-// widened in registers, or multiplied in pairs (AVX-512-BF16) by inputs that are rounded too, as
-// is what they are shrunk to. Sums are float32.
-enum class Factors { kFloats, kWidened, kPaired };
+// What tables of factors are kept in.
+enum FactorFormat : int64_t { kFloatFactors, kBrainFactors, kHalfFactors };
+
+inline int64_t factor_bytes(int64_t format) {
+  return format == kFloatFactors ? sizeof(float) : sizeof(Brain);
+}
+
+// What the factors of a segment are kept in, and how they are multiplied: in sixteen bits they are
+// widened in registers or, those in bfloat16, multiplied in pairs (AVX-512-BF16) by inputs that are
+// rounded too, as is what they are shrunk to. Sums are float32.
+enum class Factors { kFloats, kBrains, kHalves, kPaired };
+
+// Of tables that are not multiplied in pairs.
+inline Factors widened_factors(int64_t format) {
+  return format == kFloatFactors ? Factors::kFloats
+         : format == kHalfFactors ? Factors::kHalves
+                                  : Factors::kBrains;
+}
+
+template <typename Kept>
+struct WidenedTypes {
+  using Factor = Kept;
+  using Input = float;
+  using Shrunk = float;
+};
 
 template <Factors>
-struct FactorTypes {
-  using Factor = Brain;
-  using Input = float;
-  using Shrunk = float;
-};
-
+struct FactorTypes;
 template <>
-struct FactorTypes<Factors::kFloats> {
-  using Factor = float;
-  using Input = float;
-  using Shrunk = float;
-};
+struct FactorTypes<Factors::kFloats> : WidenedTypes<float> {};
+template <>
+struct FactorTypes<Factors::kBrains> : WidenedTypes<Brain> {};
+template <>
+struct FactorTypes<Factors::kHalves> : WidenedTypes<Half> {};
 
 template <>
 struct FactorTypes<Factors::kPaired> {

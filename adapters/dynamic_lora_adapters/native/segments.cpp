@@ -26,15 +26,15 @@ int64_t dynamic_lora_reads_tiles() { return kMatrixUnit; }
 
 // a [slots, rank, in] and b [slots, rank, out], columns [slots, rank, 2] or null; slot i has
 // lengths[i] rows. sizes: row strides of x, out and b, slot stride of b, slots, rank, inputs,
-// outputs, and the bytes of a factor: float32 or bfloat16.
+// outputs, and the format of factors.
 void dynamic_lora_segments(const float* x, float* out, const char* a, const char* b,
                            const int64_t* lengths, const int64_t* columns, const int64_t* sizes,
                            float sign) {
   static thread_local Scratch own;
   Scratch& scratch = own;  // of the calling thread, for its team
   const Deltas deltas{x, out, sizes[0], sizes[1], sizes[6], sizes[7], nullptr, 0};
-  const int64_t slots = sizes[4], rank = sizes[5], size = sizes[8];
-  const Factors kind = size == sizeof(float) ? Factors::kFloats : Factors::kWidened;
+  const int64_t slots = sizes[4], rank = sizes[5], size = factor_bytes(sizes[8]);
+  const Factors kind = widened_factors(sizes[8]);
   int64_t rows = 0;
   for (int64_t i = 0; i < slots; i++) rows += lengths[i];
   have_room(scratch.shrunk, rows * rank);

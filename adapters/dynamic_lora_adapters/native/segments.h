@@ -77,7 +77,8 @@ template <typename Act>
 void with_kind(Factors kind, const Act& act) {
   switch (kind) {
     case Factors::kFloats: return act(OfKind<Factors::kFloats>{});
-    case Factors::kWidened: return act(OfKind<Factors::kWidened>{});
+    case Factors::kBrains: return act(OfKind<Factors::kBrains>{});
+    case Factors::kHalves: return act(OfKind<Factors::kHalves>{});
     case Factors::kPaired: return act(OfKind<Factors::kPaired>{});
   }
 }
@@ -209,10 +210,9 @@ inline void share_deltas(const Deltas& d, const std::vector<Segment>& segments) 
   for (int64_t strip = 0; strip < strips; strip++)
     for (const Segment& segment : segments) {
       const int64_t column = strip * kStrip, stop = std::min(column + kStrip, d.outs);
-      if (segment.kind == Factors::kFloats)
-        expand_segment<float>(d, segment, column, stop);
-      else
-        expand_segment<Brain>(d, segment, column, stop);
+      with_kind(segment.kind, [&](auto kind) {
+        expand_segment<typename FactorTypes<kind()>::Factor>(d, segment, column, stop);
+      });
     }
 }
 

@@ -1,4 +1,4 @@
-"""Adapters saved in bfloat16 are kept in it beside a model in float32, and give PEFT's tokens."""
+"""Adapters saved in sixteen bits are kept so beside a model in float32, and give PEFT's tokens."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tests.support.models import TINY_MODELS
 REASON = obstacle(ProductKind.NATIVE, torch.ones(8, 8))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-DTYPES = {"short": torch.bfloat16, "long": torch.float32}
+DTYPES = {"brain": torch.bfloat16, "sixteen": torch.float16, "whole": torch.float32}
 
 
 @pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.MERGED])
@@ -42,8 +42,8 @@ def test_beside_others_in_one_batch(family: str, mode: Mode, tmp_path: Path) -> 
         tables = [table for table in adapter.slab.a if table is not None]
         assert tables and all(table.dtype == DTYPES[name] for table in tables)
 
-    names: list[str | None] = ["short", "long", None, "short", "short"]
-    prompts = [random_prompt(length, seed=length) for length in (40, 5, 9, 3, 17)]
+    names: list[str | None] = ["brain", "whole", None, "sixteen", "brain", "sixteen"]
+    prompts = [random_prompt(length, seed=length) for length in (40, 5, 9, 3, 17, 33)]
     tokens = run_all(
         built,
         [
@@ -55,12 +55,13 @@ def test_beside_others_in_one_batch(family: str, mode: Mode, tmp_path: Path) -> 
         assert actual == peft_greedy(oracle, owner, prompt, NUM_TOKENS), owner
 
 
-def test_a_scaling_that_leaves_bfloat16_leaves_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scaling_that_leaves_sixteen_bits_leaves_float32(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     """Scaling is folded into b: by 8/4 it stays short, by 8/5 it does not."""
     make_model = TINY_MODELS["llama"]
     built = make_engine(make_model(), base_product=ProductKind.NATIVE)
-    for rank, dtype in ((4, torch.bfloat16), (5, torch.float32)):
-        folder = make_adapter(
-            tmp_path / str(rank), make_model(), rank=rank, alpha=8, dtype=torch.bfloat16
-        )
-        assert admit(built, folder).slab.factor_dtype == dtype
+    for rank, kept_in in ((4, dtype), (5, torch.float32)):
+        folder = make_adapter(tmp_path / str(rank), make_model(), rank=rank, alpha=8, dtype=dtype)
+        assert admit(built, folder).slab.factor_dtype == kept_in
