@@ -18,6 +18,14 @@ from dynamic_lora_adapters.pristine import Pristine
 from dynamic_lora_adapters.slab import ResidentAdapter
 
 
+class MergeFailed(Exception):
+    """A switch broke off; the weights are the base's again."""
+
+
+class WeightsLost(Exception):
+    """A switch broke off, and the base could not be brought back: nothing may be computed."""
+
+
 class Merger:
     """Holds at most one adapter in the weights. The engine's thread owns it.
 
@@ -45,8 +53,8 @@ class Merger:
         """Make the weights hold `adapter`, or nothing.
 
         It must be `mergeable`, and the caller keeps it leased meanwhile. If a
-        layer fails, for want of memory for instance, the base is restored and
-        the error raised.
+        layer fails, for want of memory for instance, the base is restored: raises
+        MergeFailed, or WeightsLost if that fails, too.
         """
         if adapter is self._merged:
             return
@@ -58,13 +66,21 @@ class Merger:
             try:
                 for index in range(len(self._projections)):
                     self._switch_group(index, before, after)
-            except BaseException:
+            except Exception as error:
                 self._merged = None
-                for index, projection in enumerate(self._projections):
-                    if _foldable(before, index) or _foldable(after, index):
-                        projection.base.replace(self._pristine.value(index, projection))
-                raise
+                self._restore(before, after)
+                raise MergeFailed(f"{type(error).__name__}: {error}") from error
         self._merged = adapter
+
+    def _restore(self, before: Sequence[GroupTerms], after: Sequence[GroupTerms]) -> None:
+        try:
+            for index, projection in enumerate(self._projections):
+                if _foldable(before, index) or _foldable(after, index):
+                    projection.base.replace(self._pristine.value(index, projection))
+        except Exception as error:
+            raise WeightsLost(
+                f"the base's weights cannot be brought back: {type(error).__name__}: {error}"
+            ) from error
 
     def _switch_group(
         self, index: int, before: Sequence[GroupTerms], after: Sequence[GroupTerms]

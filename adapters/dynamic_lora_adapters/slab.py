@@ -102,8 +102,13 @@ class Slab:
         )
 
     @property
+    def num_taken(self) -> int:
+        """How many slots have an adapter."""
+        return sum(tenant is not None for tenant in self.tenants)
+
+    @property
     def empty(self) -> bool:
-        return all(tenant is None for tenant in self.tenants)
+        return not self.num_taken
 
 
 @dataclass(slots=True, eq=False)

@@ -18,6 +18,7 @@ from itertools import count
 import torch
 
 from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.eviction import Wanted
 from dynamic_lora_adapters.factor_layout import FactorLayout
 from dynamic_lora_adapters.groups import (
     GroupTerms,
@@ -246,11 +247,14 @@ class AdapterPool:
             if not adapter.num_leases and not adapter.kept:
                 self._vacate(adapter)
 
+    def is_resident(self, digest: str) -> bool:
+        """Whether an adapter is on the device now."""
+        return digest in self._resident  # one look-up: no lock
+
     def resident_digests(self) -> list[str]:
-        """Adapters on the device now, least recently used first."""
+        """Adapters on the device now, in no order."""
         with self._lock:
-            by_use = sorted(self._resident.values(), key=lambda adapter: adapter.last_used)
-            return [adapter.digest for adapter in by_use]
+            return list(self._resident)
 
     def stats(self) -> PoolStats:
         """Counts and sizes at this moment."""
@@ -293,12 +297,15 @@ class AdapterPool:
     def _make_room(self, kind: SlabKind, row_bytes: int) -> tuple[Slab, int] | None:
         while True:
             free = self._budget_bytes - self._used_bytes() - row_bytes
-            if free >= 0 and (place := self._free_place(kind)) is not None:
+            place = self._free_place(kind)
+            if free >= 0 and place is not None:
                 return place
-            num_slots = kind.num_slots_for(free)
-            if num_slots >= 1:
+            if (num_slots := kind.num_slots_for(free)) >= 1:
                 return self._add_slab(kind, num_slots), 0
-            if not self._evict_one():
+            victims = Wanted(kind, free, place is not None).victims(self._idle())
+            for victim in victims:
+                self._evict(victim)
+            if not victims:
                 return None
 
     def _add_slab(self, kind: SlabKind, num_slots: int) -> Slab:
@@ -327,15 +334,14 @@ class AdapterPool:
             self._spare = kind.new_slab(next(self._counters.slabs), num_slots)
         return self._spare, 0
 
-    def _evict_one(self) -> bool:
+    def _idle(self) -> list[ResidentAdapter]:
         idle = [a for a in self._resident.values() if not a.num_leases and not a.kept]
-        if not idle:
-            return False
-        victim = min(idle, key=lambda adapter: adapter.last_used)
+        return sorted(idle, key=lambda adapter: adapter.last_used)
+
+    def _evict(self, victim: ResidentAdapter) -> None:
         del self._resident[victim.digest]
         self._vacate(victim)
         self._counters.evictions += 1
-        return True
 
     def _vacate(self, adapter: ResidentAdapter) -> None:
         adapter.slab.tenants[adapter.slot] = None

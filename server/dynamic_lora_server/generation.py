@@ -97,7 +97,8 @@ def _check(name: str, valid: bool, rule: str) -> None:
 class GenerationSpec:
     """One request, whatever wire it came over.
 
-    `prompt` is text, already rendered, or token ids. `adapter` is a composition
+    `prompt` is text, already rendered, or token ids; of a text, `keep_last` says how many tokens
+    are kept at most, those at its end. `adapter` is a composition
     or the text of one (a task name, to begin with), None for the base model. `n`
     asks for that many independent continuations; continuation i uses seed + i
     where a seed is given.
@@ -109,9 +110,11 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the stop string in the text
     add_special_tokens: bool = True
+    keep_last: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
+        _check("keep_last", self.keep_last is None or self.keep_last > 0, "must be above 0")
         _check("n", 1 <= self.n <= 32, "must lie between 1 and 32")
         _check("stop", all(self.stop), "must not hold an empty string")
         _check("stop", len(self.stop) <= 32, "must hold at most 32 strings")

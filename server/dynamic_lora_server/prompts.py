@@ -77,7 +77,6 @@ def generate_spec(
     *,
     adapter: str | Composition | None,
     card: TaskCard | None,
-    tokenizer: Tokenizer,
 ) -> GenerationSpec:
     """The spec of a `/generate` body; `card` is None for the base model and for raw requests.
 
@@ -87,11 +86,8 @@ def generate_spec(
     _check_combinations(own, stream=body.stream)
     text = body.inputs if card is None else card.render(body.inputs)
     merged = _merge(own, card)
-    prompt: str | tuple[int, ...] = text
-    if own.truncate is not None:
-        prompt = tuple(tokenizer.encode(text)[-own.truncate :])
     return GenerationSpec(
-        prompt=prompt,
+        prompt=text,
         adapter=adapter,
         sampling=SamplingParams(
             temperature=_temperature(own, card),
@@ -101,6 +97,7 @@ def generate_spec(
             **_given(merged, ("max_new_tokens", *_SAMPLING_FIELDS)),
         ),
         stop=tuple(merged.get("stop", ())),
+        keep_last=own.truncate,
         n=own.n or 1,
     )
 

@@ -15,6 +15,7 @@ from dynamic_lora_adapters.saved import SavedCompositions, check_version
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms
+from dynamic_lora_server.room_line import RoomLine
 
 T = TypeVar("T")
 
@@ -44,8 +45,8 @@ class Residency:
     adapters' versions in the store, one on the slot. A composition has a slot
     of its own, under a digest made of its parts' digests and weights: other
     content is never served from memory that is stale. Several requests for one
-    cold adapter share one load; a request that finds all room leased waits
-    until a lease ends.
+    cold adapter share one load; a request that finds all room leased waits in a
+    line (`RoomLine`) until leases end.
     """
 
     def __init__(
@@ -60,8 +61,7 @@ class Residency:
         self._pool = pool
         # As long as one waits for a load, who comes later waits for the same.
         self._loads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._released = asyncio.Condition()
-        self._num_releases = 0
+        self._line = RoomLine()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
         self._parts: dict[str, frozenset[str]] = {}
@@ -94,7 +94,7 @@ class Residency:
                 yield Held(wanted, version, resident)
             finally:
                 self._pool.release(resident)
-                await self._announce_release()
+                self._line.announce()
 
     def share(self, adapter: ResidentAdapter) -> Callable[[], None]:
         """A lease of its own for a sequence, of an adapter that is held; call it to end the lease.
@@ -142,30 +142,47 @@ class Residency:
                 self._parts[version] = frozenset(digests)
 
     async def _bring(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
+        if (adapter := self._resident(digest)) is not None:
+            return adapter
+        async with self._loads.setdefault(digest, asyncio.Lock()):
+            if (adapter := self._resident(digest)) is not None:
+                return adapter
+            if not self._line.waiting:
+                terms = await self._read(read)
+                if (adapter := await self._admit(digest, terms)) is not None:
+                    return adapter
+                del terms  # a line of those who keep theirs would fill the memory
+            async with self._line.first():
+                return await self._bring_first(digest, read)
+
+    def _resident(self, digest: str) -> ResidentAdapter | None:
+        return None if self._line.overdue else self._pool.lease(digest)
+
+    async def _bring_first(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
+        terms: AdapterTerms | None = None
         while True:
-            seen = self._num_releases
+            self._line.look()
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
-            async with self._loads.setdefault(digest, asyncio.Lock()):
-                adapter = await self._load(digest, read)
-            if adapter is not None:
+            if terms is None:
+                terms = await self._read(read)
+            if (adapter := await self._admit(digest, terms)) is not None:
                 return adapter
             self._ask_for_room()
-            async with self._released:
-                while self._num_releases == seen:
-                    await self._released.wait()
+            await self._line.wait()
 
-    async def _load(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter | None:
-        """Read and admit; None if all room is leased. The caller holds the load's lock."""
-        if (adapter := self._pool.lease(digest)) is not None:
-            return adapter
+    async def _read(self, read: Callable[[], AdapterTerms]) -> AdapterTerms:
         terms, seconds = await asyncio.to_thread(_timed, read)
         self.reads.num_reads += 1
         self.reads.seconds += seconds
+        return terms
+
+    async def _admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
+        """On the device; None if all room is leased."""
         try:
             return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
         except Exception:
-            await self._announce_release()  # of the room that it had taken
+            self._line.announce()  # the room that it had taken
             raise
 
     def _give_up(self, admitted: ResidentAdapter | None) -> None:
@@ -183,12 +200,7 @@ class Residency:
     def _announce_soon(self) -> None:
         """Announce from any thread."""
         if self._loop is not None and not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._announce_release(), self._loop)
-
-    async def _announce_release(self) -> None:
-        async with self._released:
-            self._num_releases += 1
-            self._released.notify_all()
+            self._loop.call_soon_threadsafe(self._line.announce)
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -154,7 +154,7 @@ class Runtime:
 
     def tier(self, digest: str) -> Tier:
         """Where a version's weights are now."""
-        return Tier.DEVICE if digest in self.built.pool.resident_digests() else Tier.DISK
+        return Tier.DEVICE if self.built.pool.is_resident(digest) else Tier.DISK
 
     def stats(self) -> EngineStats:
         """Counts and sizes at this moment."""

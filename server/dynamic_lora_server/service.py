@@ -101,10 +101,11 @@ class GenerationService:
         if self._recorder is not None:
             self._recorder.close()
 
-    @property
-    def alive(self) -> bool:
-        """Whether the step loop runs."""
-        return self._worker.alive
+    def check_alive(self) -> None:
+        """Raise NotReady unless the step loop runs."""
+        if self._loop is None or not self._worker.alive:
+            why = self._worker.failure or "the engine is not running"
+            raise NotReady(f"{why[0].upper()}{why[1:]}.", fix="See the server's log.")
 
     @property
     def capacity(self) -> int:
@@ -118,13 +119,11 @@ class GenerationService:
 
     async def stream(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
-
         Closing the iterator ends the generation at once and frees its place.
         Raises an AdapterError (not found, no composition, no room), ContextOverflow,
         InvalidParameter, QueueFull or NotReady before Started, EngineFailed at any time.
         """
-        if self._loop is None or not self._worker.alive:
-            raise NotReady("The engine is not running.")
+        self.check_alive()
         arrived_s = 0.0 if self._recorder is None else self._recorder.now()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(spec.n))
@@ -173,9 +172,10 @@ class GenerationService:
         if not isinstance(spec.prompt, str):
             return spec.prompt
         # The tokenizer releases the GIL: a long prompt does not hold up the loop.
-        return await asyncio.to_thread(
+        ids = await asyncio.to_thread(
             self._view.encode, spec.prompt, add_special_tokens=spec.add_special_tokens
         )
+        return ids if spec.keep_last is None else ids[-spec.keep_last :]
 
     def _check(self, spec: GenerationSpec, prompt_ids: tuple[int, ...]) -> None:
         if not prompt_ids:

@@ -25,6 +25,9 @@ class TokenizerView:
                 f"{type(tokenizer).__name__} has no fast (tokenizers) version; text cannot be "
                 "decoded piece by piece."
             )
+        # A file may say that texts are cut off or filled up, as they were for training.
+        backend.no_truncation()
+        backend.no_padding()
         self.backend: Tokenizer = backend
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)

@@ -9,7 +9,7 @@ import torch
 from dynamic_lora_adapters import BaseGeometry
 from dynamic_lora_adapters.factor_layout import layout_for
 from dynamic_lora_adapters.inject import head_group, inject, observe_groups
-from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.merge import MergeFailed, Merger, WeightsLost
 from dynamic_lora_adapters.pristine import CopiedWeights, PristineWeights, SubtractedWeights
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
 from dynamic_lora_adapters.slab import ResidentAdapter
@@ -178,10 +178,22 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch: pytest.MonkeyPatch) ->
         replace(weight)
 
     monkeypatch.setattr(broken, "replace", fail_once)
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(MergeFailed, match="MemoryError: no room"):
         rig.merger.switch(rig.admit("b", random_terms(rig.geometry, 2)))
     assert rig.merger.merged is None
     assert rig.digest() == before
+
+
+@torch.inference_mode()
+def test_a_base_that_cannot_be_restored_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+
+    def fail(_: torch.Tensor) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(rig.projections[3].base, "replace", fail)
+    with pytest.raises(WeightsLost, match=r"cannot be brought back: MemoryError: no room"):
+        rig.merger.switch(rig.admit("a", random_terms(rig.geometry, 1)))
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -37,12 +37,13 @@ def factors(rank: int = 8, *, seed: int = 0, path: str = "q") -> AdapterTerms:
     return AdapterTerms(linears=linears)
 
 
-def make_pool(num_slots: int) -> AdapterPool:
+def make_pool(num_slots: int, *, slab_slots: int = SLAB_SLOTS) -> AdapterPool:
     return AdapterPool(
         GROUPS,
         budget_bytes=SLOT_BYTES * num_slots,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        slab_slots=slab_slots,
     )
 
 
@@ -160,6 +161,33 @@ def test_leased_adapters_are_never_evicted() -> None:
     pool.release(a)
     assert pool.admit("b", factors()) is not None
     assert pool.lease("a") is None
+
+
+def test_nobody_is_evicted_in_vain() -> None:
+    """A slab gives its memory back only as a whole: one who is leased keeps it."""
+    pool = make_pool(4)
+    kept = admit(pool, "kept")
+    for name in "bc":
+        pool.release(admit(pool, name))
+    assert pool.admit("larger", factors(24)) is None
+    assert pool.stats().num_evictions == 0 and pool.stats().num_resident == 3
+    pool.release(kept)
+    assert pool.admit("larger", factors(24)) is not None
+    assert pool.resident_digests() == ["larger"]
+    pool.check_integrity()
+
+
+def test_who_is_in_nobodys_way_stays() -> None:
+    """The eldest has its slab in common with one who is leased: it would give nothing back."""
+    pool = make_pool(4, slab_slots=2)
+    adapters = {name: admit(pool, name) for name in "abcd"}
+    for name in "acd":
+        pool.release(adapters[name])
+    admit(pool, "larger", 16)
+    assert set(pool.resident_digests()) == {"a", "b", "larger"}
+    admit(pool, "as large")
+    assert set(pool.resident_digests()) == {"b", "larger", "as large"}
+    pool.check_integrity()
 
 
 def test_adapter_over_the_whole_budget_is_refused_with_both_numbers() -> None:

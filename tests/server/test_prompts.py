@@ -3,8 +3,6 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dynamic_lora_adapters.card import TaskCard
 from dynamic_lora_adapters.grammar import parse
@@ -39,7 +37,7 @@ def generate(
     body = GenerateRequest.model_validate(
         {"inputs": "the rain", "parameters": parameters or {}, "stream": stream}
     )
-    return generate_spec(body, adapter="ner", card=card, tokenizer=TOKENIZER)
+    return generate_spec(body, adapter="ner", card=card)
 
 
 def test_without_a_card_the_prompt_is_the_input_and_decoding_is_greedy() -> None:
@@ -114,11 +112,11 @@ def test_details_and_streams_ask_for_logprobs() -> None:
     assert generate(stream=True).sampling.logprobs
 
 
-@given(st.text(min_size=1), st.integers(1, 50))
-def test_truncate_keeps_the_last_tokens(text: str, keep: int) -> None:
-    body = GenerateRequest.model_validate({"inputs": text, "parameters": {"truncate": keep}})
-    spec = generate_spec(body, adapter=None, card=None, tokenizer=TOKENIZER)
-    assert spec.prompt == tuple(TOKENIZER.encode(text))[-keep:]
+def test_truncate_is_for_the_service() -> None:
+    """The text stays whole: nothing is tokenised on the event loop."""
+    spec = generate({"truncate": 3}, card=CARD)
+    assert (spec.prompt, spec.keep_last) == ("Text: the rain\nEntities:", 3)
+    assert generate().keep_last is None
 
 
 def test_the_base_model_has_several_names() -> None:

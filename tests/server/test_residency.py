@@ -10,6 +10,7 @@ from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
 from dynamic_lora_adapters.factor_layout import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
+from dynamic_lora_server import room_line
 from dynamic_lora_server.generation import Started
 from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
@@ -91,6 +92,35 @@ async def test_who_found_no_room_joins_a_load_that_is_under_way(
         go_on.set()
         assert all(map(finishes, await asyncio.gather(*both)))
         assert reads[wanted] == 2
+
+
+async def test_a_busy_adapter_makes_room_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that overlap never let their adapter go by themselves; and nobody reads in vain."""
+    monkeypatch.setattr(room_line, "PATIENCE_S", 0.3)
+    room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_one) as runtime:
+        for i, name in enumerate(["hot", "cold-1", "cold-2"]):
+            path = make_adapter(tmp_path / name, tiny_llama(), targets=["q_proj"], seed=i)
+            publish(runtime, name, path)
+
+        async def keep_busy(after_s: float) -> None:
+            await asyncio.sleep(after_s)
+            while True:
+                async with runtime.residencies.hold("hot"):
+                    await asyncio.sleep(0.06)
+
+        busy = [asyncio.create_task(keep_busy(0.02 * number)) for number in range(3)]
+        await asyncio.sleep(0.1)
+        cold = [collect(runtime, spec(adapter=name)) for name in ("cold-1", "cold-2") * 2]
+        answers = await asyncio.wait_for(asyncio.gather(*cold), 20)
+        assert all(map(finishes, answers))
+        for task in busy:
+            task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+        # One try of each before there is a line, one for whose turn it is, and what came again.
+        assert runtime.stats().reads.num_reads <= 10
 
 
 async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
+from dynamic_lora_adapters.merge import MergeFailed, Merger
 from dynamic_lora_server.engine.engine import EngineEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.errors import (
     ContextOverflow,
     EngineFailed,
@@ -16,10 +18,11 @@ from dynamic_lora_server.errors import (
     QueueFull,
 )
 from dynamic_lora_server.generation import FinishReason, Started, TokenPiece
+from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.trace import read_trace
 from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
-from tests.support.models import tiny_llama
+from tests.support.models import tiny_llama, tiny_tokenizer
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
 
 
@@ -177,6 +180,53 @@ async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
         with pytest.raises(EngineFailed, match="the device is on fire"):
             await collect(runtime, spec(adapter="ner"))
     assert finishes(await collect(runtime, spec(adapter="ner")))
+
+
+async def test_a_broken_engine_is_told_to_all_and_to_whom_looks_after_it(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the books do not balance")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "schedule", broken)
+        with pytest.raises(EngineFailed, match="has stopped: RuntimeError: the books"):
+            await collect(runtime, spec(adapter="ner"))
+    with pytest.raises(NotReady, match="The engine has stopped: RuntimeError: the books"):
+        await collect(runtime, spec())
+    with pytest.raises(NotReady, match="The engine has stopped"):
+        runtime.service.check_alive()
+    assert runtime.stats().adapters.num_leased == 0
+
+
+async def test_an_adapter_whose_merge_fails_is_served_unmerged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merges: list[object] = []
+
+    def fail(_: Merger, adapter: object) -> None:
+        merges.append(adapter)
+        raise MergeFailed("MemoryError: no room")
+
+    async with serving(tmp_path, mode=Mode.MERGED) as runtime:
+        publish(runtime, "a", make_adapter(tmp_path / "a", tiny_llama(), targets="all-linear"))
+        expected = token_ids(await collect(runtime, spec(adapter="a")))
+        assert runtime.stats().modes.num_switches == 1
+        await collect(runtime, spec())
+        publish(runtime, "b", make_adapter(tmp_path / "b", tiny_llama(), seed=5))
+        monkeypatch.setattr(Merger, "switch", fail)
+        assert token_ids(await collect(runtime, spec(adapter="a"))) == expected
+        assert finishes(await collect(runtime, spec(adapter="b", max_new_tokens=20)))
+        assert len(merges) == 1  # and not before each step again
+
+
+async def test_truncate_keeps_the_last_tokens(runtime: Runtime) -> None:
+    prompt = "the rain in the plain"
+    last = tuple(tiny_tokenizer().encode(prompt))[-3:]
+    expected = token_ids(await collect(runtime, spec(last)))
+    events = await collect(runtime, spec(prompt, keep_last=3))
+    assert isinstance(events[0], Started) and events[0].num_prompt_tokens == 3
+    assert token_ids(events) == expected
 
 
 async def test_a_deleted_adapter_serves_out_its_requests(runtime: Runtime) -> None:

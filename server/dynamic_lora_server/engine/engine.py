@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.merge import WeightsLost
 from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
@@ -118,13 +119,15 @@ class Engine:
     def step(self) -> list[EngineEvent]:
         """Run one step and return what happened to whom.
 
-        With `overlap`, start one step and return what came of the one before.
+        With `overlap`, start one step and return what came of the one before. Raises WeightsLost.
         """
         pieces = self.scheduler.schedule()
         started, error = None, None
         if pieces:
             try:
                 started = self._start(pieces)
+            except WeightsLost:
+                raise  # no later step would be right
             except Exception as caught:  # whatever broke, the sequences of this step must end
                 error = caught
             else:

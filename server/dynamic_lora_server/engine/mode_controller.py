@@ -1,16 +1,22 @@
 """Carries the policy's choice out, before every step, on the engine's thread."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.merge import MergeFailed, Merger
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy
+
+logger = logging.getLogger(__name__)
+
+# How long an adapter is left unmerged whose merge has failed.
+_BARRED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +51,7 @@ class ModeController:
     """Keeps what is merged in line with the policy. The engine's thread owns it.
 
     The merged adapter is kept in the pool, because the rows of others need its
-    factors. `make_room` lets it go.
+    factors. `make_room` lets it go. One whose merge fails is served unmerged for a while.
     """
 
     def __init__(self, costs: StepCosts, mode: Mode, merger: Merger, pool: AdapterPool) -> None:
@@ -53,6 +59,7 @@ class ModeController:
         self._present: dict[str, ResidentAdapter] = {}
         self._merger = merger
         self._pool = pool
+        self._barred: dict[str, float] = {}  # until when, by digest
         self._counts = _Counts()
 
     def before_step(self, pieces: Sequence[Piece], requests: Mapping[str | None, int]) -> None:
@@ -91,6 +98,8 @@ class ModeController:
     def _may_merge(self, digest: str) -> bool:
         # One that only waits may not be on the device yet.
         adapter = self._present.get(digest)
+        if time.monotonic() < self._barred.get(digest, 0.0):
+            return False
         return adapter is not None and adapter.mergeable and not adapter.doomed
 
     def make_room(self, *, doomed_only: bool = False) -> bool:
@@ -131,6 +140,9 @@ class ModeController:
         begin = time.perf_counter()
         try:
             self._merger.switch(adapter)
+        except MergeFailed as error:
+            self._bar(adapter, error)
+            return
         finally:  # a switch that failed has left the base
             for kept in (before, adapter):
                 if kept is not None and kept is not self._merger.merged:
@@ -140,6 +152,18 @@ class ModeController:
         self._counts.switch_s += self._counts.last_switch_s
         if adapter is not None:
             self._counts.switches[adapter.digest] += 1
+
+    def _bar(self, adapter: ResidentAdapter | None, error: MergeFailed) -> None:
+        """The weights are the base's: who asked is served in bypass."""
+        if adapter is None:
+            logger.warning("unmerging failed, and the base was restored: %s", error)
+            return
+        logger.error(
+            "adapter %.12s is served unmerged, its merge failed: %s", adapter.digest, error
+        )
+        now = time.monotonic()
+        self._barred = {one: until for one, until in self._barred.items() if until > now}
+        self._barred[adapter.digest] = now + _BARRED_S
 
     def _count(self, rows: Mapping[str | None, int]) -> None:
         # What is merged, not what was chosen: a switch may not have come about.

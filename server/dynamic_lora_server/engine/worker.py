@@ -69,8 +69,9 @@ EventSink = Callable[[list[EngineEvent]], None]
 class Worker:
     """Owns the engine thread. `sink` is called on that thread with the events of each step.
 
-    Messages are handled between steps, in the order in which they were sent. Where the
-    model runs on the processor, the thread and those that it starts to compute with give
+    Messages are handled between steps, in the order in which they were sent. Should the loop
+    break, beyond what a step answers for, everything fails by name, also what is sent later.
+    Where the model runs on the processor, the thread and those that it starts to compute with give
     way to what is short and somebody waits for: HTTP, tokenising, reading an adapter.
     """
 
@@ -79,6 +80,7 @@ class Worker:
         self._sink = sink
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._live: dict[int, Submit] = {}
+        self._failure: str | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -97,16 +99,27 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the step loop runs."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self._failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the step loop broke, if it did."""
+        return self._failure
 
     @torch.inference_mode()
     def _loop(self) -> None:
         if self._engine.on_host:
             _give_way()
-        while self._read_mail():
-            self._deliver(self._engine.step())
-        self._deliver(self._engine.finish())
-        self._fail_the_rest()
+        try:
+            while self._read_mail():
+                self._deliver(self._engine.step())
+            self._deliver(self._engine.finish())
+        except Exception as error:  # nobody waits for this thread: it must say so itself
+            logger.exception("The engine has stopped")
+            self._failure = f"the engine has stopped: {type(error).__name__}: {error}"
+            self._refuse_all(self._failure)
+        else:
+            self._fail_the_rest()
 
     def _deliver(self, events: list[EngineEvent]) -> None:
         for event in events:
@@ -142,19 +155,30 @@ class Worker:
         if (submitted := self._live.pop(sequence_id, None)) is not None:
             submitted.left()
 
+    def _refuse_all(self, why: str) -> None:
+        """Fail what runs and all that is sent, until the server stops; the engine is left alone."""
+        self._fail(why)
+        while not isinstance(message := self._inbox.get(), Stop):
+            if isinstance(message, Submit):
+                self._live[message.sequence.id] = message
+                self._fail(why)
+
     def _fail_the_rest(self) -> None:
         while not self._inbox.empty():
             late = self._inbox.get()
             if isinstance(late, Submit):
                 self._live[late.sequence.id] = late
                 self._engine.add(late.sequence)
-        events: list[EngineEvent] = []
-        for sequence_id, submitted in list(self._live.items()):
+        for submitted in self._live.values():
             self._engine.cancel(submitted.sequence)
+        self._fail("the server is shutting down")
+
+    def _fail(self, why: str) -> None:
+        ended = list(self._live)
+        for sequence_id in ended:
             self._let_go(sequence_id)
-            events.append(FailedEvent(sequence_id, "the server is shutting down"))
-        if events:
-            self._sink(events)
+        if ended:
+            self._sink([FailedEvent(sequence_id, why) for sequence_id in ended])
 
 
 def _give_way() -> None:

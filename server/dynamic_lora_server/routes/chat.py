@@ -1,5 +1,7 @@
 """`POST /v1/chat/completions`: OpenAI's chat completions."""
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.chat import ChatAnswer
@@ -27,7 +29,9 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 )
 async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready) -> Response:
     """The messages go through the base model's chat template; task cards are not applied."""
-    spec = chat_spec(
+    # Rendering and tokenising a long conversation would hold up everybody's streams.
+    spec = await asyncio.to_thread(
+        chat_spec,
         body,
         adapter=adapter_name(body.model, model_id=runtime.model_id),
         tokenizer=runtime.tokenizer,

@@ -119,7 +119,7 @@ def _prepare(
     card = None
     if not (body.raw or query.raw):
         card = card_of(adapter, [saved.version(part) for part in adapter.parts])
-    spec = generate_spec(body, adapter=adapter, card=card, tokenizer=runtime.tokenizer)
+    spec = generate_spec(body, adapter=adapter, card=card)
     answer = TgiAnswer(
         prefix=_rendered(body, card) if body.parameters.return_full_text else "",
         num_top=body.parameters.top_n_tokens or 0,

@@ -21,7 +21,8 @@ async def health() -> wire.Health:
 
 @router.get("/ready", responses=problems(503), summary="Whether the model is loaded")
 async def ready(runtime: Ready) -> wire.Ready:
-    """200 once generations are served, 503 before and while shutting down."""
+    """200 once generations are served, 503 before, while shutting down, and if the engine broke."""
+    runtime.service.check_alive()
     return wire.Ready(model_id=runtime.model_id, num_adapters=len(runtime.registry.list()))
 
 

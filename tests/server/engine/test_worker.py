@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -55,6 +56,33 @@ def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
         assert worker.alive
     worker.stop()
     assert order == ["token", "token", "left", "end"]
+
+
+def test_a_loop_that_breaks_fails_everybody_by_name_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[EngineEvent] = []
+    left: list[int] = []
+    engine = make_engine(tiny_llama()).engine
+
+    def broken() -> list[EngineEvent]:
+        raise RuntimeError("the books do not balance")
+
+    monkeypatch.setattr(engine.scheduler, "schedule", broken)
+    worker = Worker(engine, events.extend)
+    sequences = [make_sequence([1, 2, 3]) for _ in range(2)]
+    early, late = (Submit(one, partial(left.append, one.id)) for one in sequences)
+    worker.send(early)
+    worker.start()
+    while not events:
+        pass
+    worker.send(late)  # as of a request that was on its way
+    worker.send(Cancel(late.sequence))
+    worker.stop()
+    why = "the engine has stopped: RuntimeError: the books do not balance"
+    assert events == [FailedEvent(one.id, why) for one in sequences]
+    assert left == [one.id for one in sequences]
+    assert worker.failure == why and not worker.alive
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priorities here")
