@@ -6,11 +6,12 @@ grid point; a padding kernel is charged for its longest segment, the others
 for the mean.
 """
 
+import itertools
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -50,6 +51,12 @@ class KernelCosts:
         # Beyond the grid cost grows with the number of rows.
         grown = (num_adapters * length) / (nearest[0] * nearest[1])
         return points[nearest] * max(grown, 1.0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether some kernel was measured at every point of the grid."""
+        found = {point for points in self.seconds.values() for point in points}
+        return all(point in found for point in _grid())
 
     def to_json(self) -> str:
         """The table as text, for a cache between starts."""
@@ -142,15 +149,24 @@ def measure_costs(
         contenders = dict(kernels)
         for length in LENGTH_GRID:
             tick()
-            if num_adapters * length > MAX_ROWS:
-                continue
-            if time.monotonic() > deadline:
+            if not _on_grid(num_adapters, length):
                 continue
             point = (num_adapters, length)
+            if time.monotonic() > deadline and point != (1, 1):
+                continue
             for name, kernel in contenders.items():
                 seconds[name][point] = bench.time(kernel, *point)
             contenders = _within_reach(contenders, seconds, point)
     return KernelCosts(seconds)
+
+
+def _on_grid(num_adapters: int, length: int) -> bool:
+    return num_adapters * length <= MAX_ROWS
+
+
+def _grid() -> Iterator[Point]:
+    pairs = itertools.product(NUM_ADAPTERS_GRID, LENGTH_GRID)
+    return (pair for pair in pairs if _on_grid(*pair))
 
 
 def _within_reach(

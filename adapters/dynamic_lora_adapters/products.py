@@ -10,7 +10,7 @@ fastest is measured on the spot.
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -176,7 +176,7 @@ def fastest_kind(
     NATIVE is taken unless it is clearly slower.
     """
     inputs = [torch.randn(n, weight.shape[1]).to(weight.dtype) for n in _PROBE_ROWS]
-    seconds = {kind: _seconds(make_product(kind, weight, None), inputs) for kind in kinds}
+    seconds = _seconds({kind: make_product(kind, weight, None) for kind in kinds}, inputs)
     logger.debug("Base products, seconds: %s", seconds)
     best = min(kinds, key=seconds.__getitem__)
     native = seconds.get(ProductKind.NATIVE, math.inf)
@@ -185,12 +185,22 @@ def fastest_kind(
     return best
 
 
-def _seconds(product: BaseProduct, inputs: list[torch.Tensor]) -> float:
-    """The least of several runs: what disturbs a measurement only ever adds to it."""
+def _seconds(
+    products: Mapping[ProductKind, BaseProduct], inputs: list[torch.Tensor]
+) -> dict[ProductKind, float]:
+    """In turns, so that all have had the same; of each the least of several runs: what disturbs
+    a measurement only ever adds to it."""
 
-    def once(x: torch.Tensor) -> float:
+    def once(product: BaseProduct, x: torch.Tensor) -> float:
         begin = time.perf_counter()
         product(x)
         return time.perf_counter() - begin
 
-    return sum(min(once(x) for _ in range(_SAMPLES)) for x in inputs)
+    rounds = [
+        {kind: [once(product, x) for x in inputs] for kind, product in products.items()}
+        for _ in range(_SAMPLES)
+    ]
+    return {
+        kind: sum(min(times) for times in zip(*(one[kind] for one in rounds), strict=True))
+        for kind in products
+    }

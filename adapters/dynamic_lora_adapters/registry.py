@@ -1,6 +1,5 @@
 """The adapters a server knows: from an upload's folder to factors under a name."""
 
-import difflib
 import hashlib
 import logging
 import threading
@@ -36,6 +35,7 @@ from dynamic_lora_adapters.inspection import (
     folder_digest,
 )
 from dynamic_lora_adapters.names import check_adapter_name, model_leaf
+from dynamic_lora_adapters.near_names import near_names
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.terms import AdapterTerms
@@ -108,6 +108,7 @@ class AdapterRegistry:
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
         self._versions: dict[str, AdapterVersion] = {}
+        self._forgotten: set[str] = set()  # left by a name, and leased
         # Told the digest of a content that is gone for good, by the thread that ended it and
         # under the registry's lock: it must neither wait nor raise.
         self.on_removed: Callable[[str], object] | None = None
@@ -167,8 +168,12 @@ class AdapterRegistry:
         """The version a name means now; raises `AdapterNotFound` with the near misses."""
         version = self._versions.get(name)
         if version is None:
-            raise AdapterNotFound(name, difflib.get_close_matches(name, list(self._versions)))
+            raise AdapterNotFound(name, near_names(name, self._versions.copy()))
         return version
+
+    def has(self, name: str) -> bool:
+        """Whether a name means a version now."""
+        return name in self._versions
 
     def list(self) -> Sequence[Passport]:
         """The passports of all adapters that fit the base, by name."""
@@ -196,8 +201,12 @@ class AdapterRegistry:
             if lease.released:
                 return
             lease.released = True
-            self._num_leases[lease.version.digest] -= 1
-            self._collect(lease.version.digest)
+            digest = lease.version.digest
+            self._num_leases[digest] -= 1
+            if self._num_leases[digest] == 0:
+                del self._num_leases[digest]
+                if digest in self._forgotten:
+                    self._collect_quietly(digest)
 
     def load(self, digest: str) -> AdapterTerms:
         """Read what a version does, checked again.
@@ -279,13 +288,25 @@ class AdapterRegistry:
             return Publication(version.passport, created=True)
 
     def _collect(self, digest: str) -> None:
-        """Remove a content that nothing needs any more."""
-        if self._num_leases[digest] == 0:
-            del self._num_leases[digest]
-            if not self._index.is_used(digest):
-                self._store.remove(digest)
-                if self.on_removed is not None:
-                    self.on_removed(digest)
+        """Remove a content that a name has left, unless something else needs it."""
+        if digest in self._num_leases:
+            self._forgotten.add(digest)
+            return
+        self._forgotten.discard(digest)
+        if not self._index.is_used(digest):
+            self._store.remove(digest)
+            if self.on_removed is not None:
+                self.on_removed(digest)
+
+    def _collect_quietly(self, digest: str) -> None:
+        """The same for whom has had its answer, which is right even if the index cannot be asked.
+
+        The next start finds files that no name needs.
+        """
+        try:
+            self._collect(digest)
+        except Exception:
+            logger.exception("content %.12s stays until the next start", digest)
 
     def _recover(self) -> None:
         base = _base_key(self._geometry)

@@ -1,6 +1,5 @@
 """Which adapters a text means: names, sums of names, and compositions saved under a name."""
 
-import difflib
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
 from dynamic_lora_adapters.index import AdapterIndex, StoredComposition
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.names import check_adapter_name
+from dynamic_lora_adapters.near_names import near_names
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.terms import AdapterTerms
 
@@ -147,7 +147,7 @@ class SavedCompositions:
         try:
             return self._saved[name]
         except KeyError:
-            near = difflib.get_close_matches(name, list(self._saved))
+            near = near_names(name, self._saved.copy())
             raise CompositionNotFound(name, near) from None
 
     def list(self) -> Sequence[StoredComposition]:
@@ -187,15 +187,11 @@ class SavedCompositions:
         return name in self._saved
 
     def _is_adapter(self, name: str) -> bool:
-        try:
-            self._registry.resolve(name)
-        except AdapterNotFound:
-            return False
-        return True
+        return self._registry.has(name)
 
     def _near(self, name: str) -> Sequence[str]:
         names = {*self._saved, *(passport.name for passport in self._registry.list())}
-        return difflib.get_close_matches(name, sorted(names))
+        return near_names(name, names)
 
 
 def _not_an_adapter(part: Part, saved: StoredComposition) -> InvalidComposition:

@@ -6,8 +6,7 @@ every projection group), stacked so that neighbouring slots are one view:
     a[group]: [num_slots, rank, in]      b[group]: [num_slots, rank, out]
 
 and the other terms likewise. Nothing about ranks or target modules is fixed at
-start: a slab is made when an adapter of a new signature arrives, and given back
-when its last leaves.
+start: a slab is made for the first adapter of a signature, and goes with its last.
 """
 
 import threading
@@ -249,7 +248,7 @@ class AdapterPool:
 
     def is_resident(self, digest: str) -> bool:
         """Whether an adapter is on the device now."""
-        return digest in self._resident  # one look-up: no lock
+        return digest in self._resident
 
     def resident_digests(self) -> list[str]:
         """Adapters on the device now, in no order."""
@@ -303,10 +302,10 @@ class AdapterPool:
             if (num_slots := kind.num_slots_for(free)) >= 1:
                 return self._add_slab(kind, num_slots), 0
             victims = Wanted(kind, free, place is not None).victims(self._idle())
-            for victim in victims:
-                self._evict(victim)
             if not victims:
                 return None
+            for victim in victims:
+                self._evict(victim)
 
     def _add_slab(self, kind: SlabKind, num_slots: int) -> Slab:
         # The room that there was for the spare one goes to whatever is added.
@@ -335,8 +334,8 @@ class AdapterPool:
         return self._spare, 0
 
     def _idle(self) -> list[ResidentAdapter]:
-        idle = [a for a in self._resident.values() if not a.num_leases and not a.kept]
-        return sorted(idle, key=lambda adapter: adapter.last_used)
+        by_use = sorted(self._resident.values(), key=lambda adapter: adapter.last_used)
+        return [one for one in by_use if not one.num_leases and not one.kept]
 
     def _evict(self, victim: ResidentAdapter) -> None:
         del self._resident[victim.digest]

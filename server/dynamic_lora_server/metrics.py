@@ -5,7 +5,7 @@ Each application has its own registry, so that several can live in one process.
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -63,6 +63,12 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def forget(self, adapter: str) -> None:
+        """Drop the series of an adapter that is no more: names would come and never go."""
+        for metric in (self.prompt_tokens, self.generated_tokens, self.ttft, self.tpot):
+            with suppress(KeyError):  # nobody asked for it
+                metric.remove(adapter)
 
     async def observed(
         self, events: AsyncGenerator[GenerationEvent, None]

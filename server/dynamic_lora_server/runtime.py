@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from dynamic_lora_adapters.archive import UploadLimits
-from dynamic_lora_adapters.native import sources_digest
+from dynamic_lora_adapters.native import processor, sources_digest
 from dynamic_lora_adapters.pristine import Restore
 from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
@@ -239,6 +239,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Pa
         sources_digest(),
         base.name,
         str(base.path),
+        (base.path / "config.json").read_text(),
         str(dtype),
         config.device,
         config.base_product,
@@ -249,7 +250,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Pa
         config.mode == "bypass",
         torch.get_num_threads(),
         torch.__version__,
-        torch.backends.cpu.get_cpu_capability(),
+        processor(),
         torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     )
     key = sha256(repr(conditions).encode()).hexdigest()[:16]

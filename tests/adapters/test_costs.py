@@ -67,6 +67,16 @@ def test_measured_costs_survive_the_cache() -> None:
     assert KernelCosts.from_json(measured.to_json()).seconds == measured.seconds
 
 
+def test_what_a_busy_machine_left_out_is_not_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure() -> KernelCosts:
+        groups = [ProjectionGroup(("q",), 16, (16,))]
+        return measure_costs(groups, KERNELS, device=torch.device("cpu"), dtype=torch.float32)
+
+    assert measure().whole
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
+    assert not measure().whole
+
+
 def test_a_cache_for_other_kernels_is_refused() -> None:
     """As on a device that runs more of them, or fewer."""
     text = costs().to_json()

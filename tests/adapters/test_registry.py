@@ -33,6 +33,7 @@ from dynamic_lora_adapters import (
 )
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.index import AdapterIndex
+from dynamic_lora_adapters.near_names import near_names
 from tests.support.adapters import edit_config, save_adapter
 from tests.support.models import TINY_MODELS
 from tests.support.uploads import WEIGHTS_FILE, copy_adapter, edit_tensors
@@ -272,6 +273,43 @@ def test_a_release_keeps_what_a_name_still_needs(
     assert_clean(home, {digest})
 
 
+def test_a_release_asks_the_index_for_what_a_name_has_left_alone(
+    registry: AdapterRegistry,
+    geometry: BaseGeometry,
+    adapter: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A database that is away fails no answer that is made, and leaves nothing for ever."""
+    publish(registry, "ner", adapter)
+
+    def away(*_: object) -> bool:
+        raise ConnectionError("the database is away")
+
+    kept, left = registry.lease("ner"), registry.lease("ner")
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterIndex, "is_used", away)
+        registry.release(kept)
+        registry.release(registry.lease("ner"))
+    registry.delete("ner")
+    monkeypatch.setattr(AdapterIndex, "is_used", away)
+    registry.release(left)
+    assert blobs(home) == {left.version.digest}
+    registry.close()
+    monkeypatch.undo()
+    AdapterRegistry(home, geometry).close()
+    assert_clean(home, set())
+
+
+def test_near_names_are_found_among_many(registry: AdapterRegistry, adapter: Path) -> None:
+    for name in ("sentiment", "sentiments-2"):
+        publish(registry, name, adapter)
+    with pytest.raises(AdapterNotFound, match="Did you mean 'sentiment'"):
+        registry.resolve("sentimnt")
+    many = [f"s-{number}" for number in range(5000)]
+    assert near_names("sentimnt", [*many, "sentiment"])[0] == "sentiment"
+
+
 def test_everything_survives_a_restart(home: Path, geometry: BaseGeometry, adapter: Path) -> None:
     (adapter / "task.json").write_text('{"prompt_template": "<{input}>"}')
     with AdapterRegistry(home, geometry) as registry:
@@ -367,7 +405,10 @@ def test_limits_are_kept(home: Path, geometry: BaseGeometry, adapter: Path) -> N
 
 
 def test_a_failing_index_leaves_no_files(
-    registry: AdapterRegistry, adapter: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    registry: AdapterRegistry,
+    adapter: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def failing(*_: object, **__: object) -> None:
         raise sqlite3.OperationalError("disk full")

@@ -49,6 +49,16 @@ async def test_a_generation_is_counted_under_its_adapter() -> None:
     assert value(metrics, "time_per_output_token_seconds_sum", adapter="ner") == 0.5
 
 
+async def test_the_series_of_a_deleted_adapter_go() -> None:
+    metrics = Metrics()
+    async for _ in metrics.observed(play()):
+        pass
+    assert b'adapter="ner"' in metrics.render()
+    metrics.forget("ner")
+    metrics.forget("nobody asked for it")
+    assert b'adapter="ner"' not in metrics.render()
+
+
 async def test_closing_an_observed_generation_closes_it() -> None:
     closed = []
 

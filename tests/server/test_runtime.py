@@ -113,15 +113,35 @@ def test_a_prefix_cache_that_is_nothing_or_everything_is_refused(
 def test_costs_are_measured_once_for_each_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
     load_runtime(tmp_path).registry.close()
     (costs,) = (tmp_path / "home" / "costs").iterdir()
     monkeypatch.setattr("dynamic_lora_server.engine.startup_costs.measure_costs", None)
     load_runtime(tmp_path).registry.close()
     monkeypatch.undo()
     costs.write_text("[]")
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
     load_runtime(tmp_path).registry.close()
     assert costs.read_text() != "[]"
     shutil.rmtree(tmp_path / "home")
+
+
+def test_costs_of_one_kind_of_products_are_not_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no option names the kind: what is free in memory decides, too."""
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
+    load_runtime(tmp_path, base_product="plain").registry.close()
+    (costs,) = (tmp_path / "home" / "costs").iterdir()
+    assert costs.stem.endswith("-plain")
+
+
+def test_costs_of_a_busy_machine_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
+    load_runtime(tmp_path).registry.close()
+    assert not (tmp_path / "home" / "costs").exists()
 
 
 def test_dtype_by_name_and_by_measurement() -> None:

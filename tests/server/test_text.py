@@ -15,6 +15,17 @@ def encode(text: str) -> tuple[int, ...]:
     return VIEW.encode(text, add_special_tokens=False)
 
 
+def test_what_a_file_says_of_training_is_not_for_prompts() -> None:
+    """Truncation and padding lie in tokenizer.json, and tokenizers obey in silence."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    text = "the rain in the plain " * 3
+    expected = encode(text)
+    assert 8 < len(expected) < 64
+    assert TokenizerView(tokenizer).encode(text, add_special_tokens=False) == expected
+
+
 def push_all(detokenizer: Detokenizer, token_ids: tuple[int, ...]) -> list[str]:
     pieces = []
     for token_id in token_ids:

@@ -4,6 +4,11 @@ Nothing here is needed but for weights that are rounded on request: every other 
 torch's own operators to fall back to, and the log says at level info why it does.
 """
 
-from dynamic_lora_adapters.native.library import NativeUnavailable, load_library, sources_digest
+from dynamic_lora_adapters.native.library import (
+    NativeUnavailable,
+    load_library,
+    processor,
+    sources_digest,
+)
 
-__all__ = ["NativeUnavailable", "load_library", "sources_digest"]
+__all__ = ["NativeUnavailable", "load_library", "processor", "sources_digest"]

@@ -61,7 +61,7 @@ def _flags() -> tuple[str, ...]:
 @cache
 def has_matrix_unit() -> bool:
     """Whether this process may use a matrix unit of the processor (AMX); asks the system for it."""
-    if "amx_tile" not in _processor():
+    if "amx_tile" not in processor():
         return False
     arguments = map(ctypes.c_long, (_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA))
     if ctypes.CDLL(None).syscall(*arguments) == 0:
@@ -91,7 +91,7 @@ def _library_path(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
     content = hashlib.sha256()
     for source in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{name}.cpp"):
         content.update(source.read_bytes())
-    content.update(" ".join([*flags, _version(compiler), _processor()]).encode())
+    content.update(" ".join([*flags, _version(compiler), processor()]).encode())
     return user_cache_path("dynamic-lora") / "native" / f"{name}-{content.hexdigest()[:16]}.so"
 
 
@@ -101,7 +101,7 @@ def _version(compiler: str) -> str:
     ).stdout
 
 
-def _processor() -> str:
+def processor() -> str:
     """What `-march=native` depends on: the processor's name and abilities."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

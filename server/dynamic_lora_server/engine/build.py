@@ -177,10 +177,15 @@ def _measured(
         dtype=model.dtype,
         factor_dtype=kind.factor_dtype,
         merges=options.mode is not Mode.BYPASS,
-        file=options.costs_file,
+        file=_costs_file(options.costs_file, kind),
         on_step=on_step,
     )
     return KernelChooser(costs.kernels, kernels), costs.steps
+
+
+def _costs_file(file: Path | None, kind: ProductKind) -> Path | None:
+    """Of these products alone: which of them run may differ from one start to the next."""
+    return None if file is None else file.with_stem(f"{file.stem}-{kind}")
 
 
 def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[LayerGeometry]:
@@ -252,9 +257,15 @@ def _product_kind(
         return wanted
     # Packed weights leave the parameters as they are: nothing to subtract from.
     # Their copies may take half of what is free; the rest is for the caches.
-    if options.restore is Restore.SUBTRACT or 2 * sum(
-        p.nbytes for p in model.parameters()
-    ) >= free_memory(model.device):
+    if options.restore is Restore.SUBTRACT:
+        return ProductKind.PLAIN
+    taken, free = sum(p.nbytes for p in model.parameters()), free_memory(model.device)
+    if 2 * taken >= free:
+        logger.warning(
+            "Weights are not packed, and products are slower for it: a copy takes %d MiB, and of "
+            "free memory (%d MiB) half is for the caches",
+            *(taken >> 20, free >> 20),
+        )
         return ProductKind.PLAIN
     kinds = [k for k in EXACT_KINDS if options.native or k is not ProductKind.NATIVE]
     obstacles = {kind: obstacle(kind, weight) for kind in kinds}

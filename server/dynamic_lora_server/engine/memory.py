@@ -1,18 +1,62 @@
-"""Memory that is free on a device."""
+"""Memory that may be taken on a device."""
 
-import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import torch
+
+_ROOT = Path("/")
+# Of control groups, versions 2 and 1: the limit, what is used, and which of that is file cache
+# that nobody reads at the moment.
+_LIMITS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses."""
+    """Bytes that can be had without swapping, within the limits of a container if there are any."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([psutil.virtual_memory().available, *_left_of_limits(_ROOT)])
 
 
 def share_of_free(device: torch.device, share: float) -> int:
     """So large a share of it, in bytes."""
     return int(free_memory(device) * share)
+
+
+def _left_of_limits(root: Path) -> Iterator[int]:
+    """What each control group that this process is in, or one around it, has left (Linux)."""
+    for controller, limit, used, cache in _LIMITS:
+        top = root / "sys/fs/cgroup" / controller
+        own = _group(root / "proc/self/cgroup", controller)
+        # In a container the group may be shown at the top, though its name is longer.
+        for folder in {top, *((top / own, *_between(top, top / own)) if own else ())}:
+            try:
+                most = int((folder / limit).read_text())  # "max": no limit
+                taken = int((folder / used).read_text())
+                kept = (folder / "memory.stat").read_text().split()
+            except (OSError, ValueError):
+                continue
+            idle = int(kept[kept.index(cache) + 1]) if cache in kept else 0
+            yield max(most - taken + idle, 0)
+
+
+def _group(file: Path, controller: str) -> str:
+    """The path of this process's group of a controller, below the top; empty if there is none."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path.strip("/")
+    return ""
+
+
+def _between(top: Path, folder: Path) -> list[Path]:
+    return [parent for parent in folder.parents if top in parent.parents]

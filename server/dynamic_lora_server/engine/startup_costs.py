@@ -1,6 +1,7 @@
 """What is measured at the first start, and kept for the next ones."""
 
 import json
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def startup_costs(
 
     `trial` runs a step of the base model with so many rows. Without `merges` no
     switch is measured: on plain weights even one would leave a copy of the base
-    in host memory.
+    in host memory. What a busy machine left no time to measure whole is not written.
     """
     if file is not None and file.is_file():
         try:
@@ -77,7 +78,15 @@ def startup_costs(
             factor_dtype=factor_dtype,
         )
     costs = StartupCosts(measured, steps)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(costs.to_json())
+    if file is not None and measured.whole:
+        _write(costs.to_json(), file)
     return costs
+
+
+def _write(text: str, file: Path) -> None:
+    """Moved into place: another server that starts reads all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        made.write_text(text)
+        made.replace(file)

@@ -11,7 +11,7 @@ from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import Publication
 from dynamic_lora_server.problems import parse_body
-from dynamic_lora_server.routes._deps import Ready, problems
+from dynamic_lora_server.routes._deps import Ready, State, problems
 from dynamic_lora_server.routes.compositions import CONFLICT
 from dynamic_lora_server.schemas.adapters import (
     UPLOAD_BODY,
@@ -66,7 +66,7 @@ async def upload(request: Request, runtime: Ready) -> Response:
 
 
 @router.get("", responses=problems(503), summary="List the adapters")
-async def list_adapters(runtime: Ready) -> AdapterList:
+def list_adapters(runtime: Ready) -> AdapterList:
     """The passports of all adapters, by name."""
     adapters = [_adapter(runtime, p) for p in runtime.registry.list()]
     return AdapterList(adapters=adapters, modes=_modes(runtime))
@@ -81,9 +81,10 @@ async def get_adapter(name: str, runtime: Ready) -> Adapter:
 @router.delete(
     "/{name}", status_code=204, responses=problems(404, 503), summary="Delete an adapter"
 )
-async def delete_adapter(name: str, runtime: Ready) -> None:
+async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
     """Forget the name at once; requests that use the adapter finish with it."""
     await run_in_threadpool(_delete, runtime, name)
+    state.metrics.forget(name)
 
 
 async def _publish_upload(
