@@ -5,19 +5,13 @@ Everything is counted while it is written, so a header that lies about a size
 gains nothing.
 """
 
-import gzip
-import stat
-import struct
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO
 
 from dynamic_lora_adapters.card import CARD_FILE
 from dynamic_lora_adapters.errors import AdapterTooLarge, InvalidAdapter, UnsafeArchive
+from dynamic_lora_adapters.unpacking import BROKEN_ARCHIVE, CHUNK_BYTES, member_reader, too_large
 from dynamic_lora_adapters.weights import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,21 +51,7 @@ IGNORED_FILES = frozenset(
 )
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-_CHUNK_BYTES = 1 << 20
-# What a tar header with its long names may take; far above what real ones do.
-_MAX_TAR_HEADER_BYTES = 1 << 20
 _MAX_NAME_LENGTH = 255
-_BROKEN_ARCHIVE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    gzip.BadGzipFile,
-    EOFError,
-    NotImplementedError,
-    OverflowError,
-    ValueError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,18 +100,18 @@ class Intake:
         if leaf and (leaf[0] in ADAPTER_FILES or _is_ignored(leaf) or _is_pickle(leaf[0])):
             self._take(leaf, stream)
             return
-        unpack = _archive_reader(stream)
+        unpack = member_reader(stream)
         if unpack is None:
             raise _unexpected(filename)
         top_folders: set[str] = set()
         try:
-            for name, member in unpack(self._limits, stream):
+            for name, member in unpack(self._limits.max_bytes, stream):
                 parts = _checked_parts(name)
                 if member is None:
                     self._count_file()
                 else:
                     self._take(_below_top(parts, top_folders), member)
-        except _BROKEN_ARCHIVE as error:
+        except BROKEN_ARCHIVE as error:
             raise InvalidAdapter(
                 f"The archive {filename!r} is broken: {error}.",
                 field=filename,
@@ -155,7 +135,7 @@ class Intake:
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
         if self._num_bytes > self._limits.max_bytes:
-            raise _too_large(self._limits.max_bytes)
+            raise too_large(self._limits.max_bytes)
 
     def _count_file(self) -> None:
         self._num_files += 1
@@ -183,7 +163,7 @@ class Intake:
             raise UnsafeArchive(f"The file {leaf!r} comes twice.", field=leaf)
         self._seen.add(leaf)
         with (self._folder / leaf).open("xb") as target:
-            while chunk := stream.read(_CHUNK_BYTES):
+            while chunk := stream.read(CHUNK_BYTES):
                 self._count(len(chunk))
                 target.write(chunk)
 
@@ -232,119 +212,4 @@ def _unexpected(name: str) -> InvalidAdapter:
         f"The file {name!r} belongs to no adapter and is no archive.",
         field=name,
         fix=f"Upload {', '.join(sorted(ADAPTER_FILES))}, or a .zip, .tar or .tar.gz of them.",
-    )
-
-
-# Names of members with their data; None for a folder.
-_Members = Iterator[tuple[str, IO[bytes] | None]]
-
-
-def _archive_reader(stream: BinaryIO) -> Callable[[UploadLimits, BinaryIO], _Members] | None:
-    stream.seek(0)
-    head = stream.read(512)
-    stream.seek(0)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _zip_members
-    if head.startswith(b"\x1f\x8b"):
-        return _gzip_members
-    if head[257:262] == b"ustar":
-        return _tar_members
-    return None
-
-
-def _zip_members(_: UploadLimits, stream: BinaryIO) -> _Members:
-    with zipfile.ZipFile(stream) as archive:
-        for info in archive.infolist():
-            mode = info.external_attr >> 16
-            # Without Unix attributes the type bits are 0.
-            if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _not_a_file(info.filename)
-            if info.flag_bits & 1:
-                raise InvalidAdapter(
-                    f"The archive's member {info.filename!r} is encrypted.", field=info.filename
-                )
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InvalidAdapter(
-                    f"The archive's member {info.filename!r} is packed in a way that is not read.",
-                    field=info.filename,
-                    fix="Pack the files with plain 'zip'.",
-                )
-            if info.filename.endswith("/"):  # `is_dir` fails for a name of no length
-                yield info.filename, None
-                continue
-            with archive.open(info) as member:
-                yield info.filename, member
-
-
-def _gzip_members(limits: UploadLimits, stream: BinaryIO) -> _Members:
-    with gzip.GzipFile(fileobj=stream) as unzipped:
-        yield from _tar_members(limits, cast(BinaryIO, unzipped))
-
-
-def _tar_members(limits: UploadLimits, stream: BinaryIO) -> _Members:
-    source = _MeteredReader(stream, limits.max_bytes)
-    # "r|" reads strictly forwards, so the meter sees each byte once.
-    with tarfile.open(fileobj=cast(BinaryIO, source), mode="r|") as archive:
-        while True:
-            source.limit(_MAX_TAR_HEADER_BYTES)
-            info = archive.next()
-            if info is None:
-                return
-            source.limit(None)
-            if info.isdir():
-                yield info.name, None
-                continue
-            member = archive.extractfile(info) if info.isreg() and not info.issparse() else None
-            if member is None:
-                raise _not_a_file(info.name)
-            yield info.name, member
-            # Skipping what was not read would count as the next header.
-            while member.read(_CHUNK_BYTES):
-                pass
-
-
-def _not_a_file(name: str) -> UnsafeArchive:
-    return UnsafeArchive(
-        f"The archive's member {name!r} is a link or a device.",
-        field=name,
-        fix="Pack the files themselves, for example with 'tar --dereference'.",
-    )
-
-
-class _MeteredReader:
-    """Reads a tar stream within bounds, whatever its headers say.
-
-    `tarfile` reads long names whole into memory and unpacks members only to
-    skip them: headers must stay within `limit`, all of the stream within the
-    upload's cap.
-    """
-
-    def __init__(self, stream: BinaryIO, max_bytes: int) -> None:
-        self._stream = stream
-        self._max_bytes = self._left = max_bytes
-        # Opening the archive reads the first header already.
-        self._header_left: int | None = _MAX_TAR_HEADER_BYTES
-
-    def limit(self, num_bytes: int | None) -> None:
-        """Allow so many bytes until the next call; None for no bound of their own."""
-        self._header_left = num_bytes
-
-    def read(self, size: int = -1) -> bytes:
-        """Read as a file does; raises once a bound is passed."""
-        data = self._stream.read(size)
-        if self._header_left is not None:
-            self._header_left -= len(data)
-            if self._header_left < 0:
-                raise UnsafeArchive("The archive has an oversized header.", field="files")
-        self._left -= len(data)
-        if self._left < 0:
-            raise _too_large(self._max_bytes)
-        return data
-
-
-def _too_large(max_bytes: int) -> AdapterTooLarge:
-    return AdapterTooLarge(
-        f"The upload is larger than {max_bytes} bytes when unpacked.",
-        field="files",
-        fix="Upload a smaller adapter, or raise the server's upload limit.",
     )

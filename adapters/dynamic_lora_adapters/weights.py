@@ -57,6 +57,7 @@ def read_with_notes(
 ) -> tuple[AdapterTerms, list[str]]:
     """`read_adapter`, and what the uploader should know about the files."""
     base = base or NoWeights()
+    _check_invocation(spec, geometry)
     targets = find_targets(spec, geometry)
     notes = [
         f"{key} lists {name!r}, which the base does not have."
@@ -75,6 +76,17 @@ def read_with_notes(
     checkpoint.finish()
     notes += [_copy_note(name, name.rpartition(".")[0] in changes) for name in copies]
     return terms, notes
+
+
+def _check_invocation(spec: LoraSpec, geometry: BaseGeometry) -> None:
+    """With a token that no prompt has, the adapter would never act."""
+    known = max((shape.num_tokens for shape in geometry.embeddings.values()), default=None)
+    beyond = [i for i in spec.invocation_ids if known is not None and i >= known]
+    if beyond:
+        raise InvalidAdapter(
+            f"alora_invocation_tokens lists {beyond[0]}, but the base has {known} tokens.",
+            field="alora_invocation_tokens",
+        )
 
 
 class Canonical(Protocol):

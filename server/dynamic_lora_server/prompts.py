@@ -18,6 +18,7 @@ from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, S
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.inspection import AdapterVersion
+    from dynamic_lora_server.text import TokenizerView
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
@@ -39,9 +40,6 @@ class Tokenizer(Protocol):
     """What prompts need of a transformers tokenizer."""
 
     chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
@@ -103,9 +101,9 @@ def generate_spec(
 
 
 def _check_combinations(own: GenerateParameters, *, stream: bool) -> None:
-    if own.do_sample and own.temperature == 0:
+    if own.do_sample and own.temperature is not None and not _floored(own.temperature):
         raise InvalidParameter(
-            "do_sample asks to sample, but temperature 0 is greedy.",
+            f"do_sample asks to sample, but temperature {own.temperature:g} is greedy.",
             field="parameters.temperature",
             fix="Leave one of the two out.",
         )
@@ -183,7 +181,12 @@ def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
 
 
 def chat_spec(
-    body: ChatRequest, *, adapter: str | None, tokenizer: Tokenizer, context_length: int
+    body: ChatRequest,
+    *,
+    adapter: str | None,
+    tokenizer: Tokenizer,
+    view: "TokenizerView",
+    context_length: int,
 ) -> GenerationSpec:
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
 
@@ -191,7 +194,7 @@ def chat_spec(
     context has left. Raises InvalidParameter when the template refuses the
     messages or the base model has none.
     """
-    prompt = tuple(tokenizer.encode(_render(body, tokenizer), add_special_tokens=False))
+    prompt = view.encode(_render(body, tokenizer), add_special_tokens=False)
     left = max(1, context_length - len(prompt))
     return GenerationSpec(
         prompt=prompt,

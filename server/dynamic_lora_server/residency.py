@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +19,10 @@ from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.room_line import RoomLine
 
 T = TypeVar("T")
+
+# Adapters that are read and compositions that are computed at a time: each takes a core, and as
+# much memory as its terms.
+_NUM_READERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Residency:
         # As long as one waits for a load, who comes later waits for the same.
         self._loads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._line = RoomLine()
+        # Of their own: computing a composition takes seconds, and tokenising waits for nobody.
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="adapters")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
         self._parts: dict[str, frozenset[str]] = {}
@@ -108,6 +115,10 @@ class Residency:
             self._announce_soon()
 
         return end
+
+    def close(self) -> None:
+        """Read no more."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def forget(self, digest: str) -> None:
         """Free the device memory of a deleted version, at once or after its last request."""
@@ -172,7 +183,8 @@ class Residency:
             await self._line.wait()
 
     async def _read(self, read: Callable[[], AdapterTerms]) -> AdapterTerms:
-        terms, seconds = await asyncio.to_thread(_timed, read)
+        loop = asyncio.get_running_loop()
+        terms, seconds = await loop.run_in_executor(self._readers, _timed, read)
         self.reads.num_reads += 1
         self.reads.seconds += seconds
         return terms

@@ -26,6 +26,7 @@ from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
 from dynamic_lora_adapters.targets import import_peft
+from dynamic_lora_server.admission import ServiceLimits
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype, named_dtype
@@ -36,7 +37,7 @@ from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.trace import TraceRecorder
 from dynamic_lora_server.residency import ReadStats, Residency
-from dynamic_lora_server.service import GenerationService, ServiceLimits
+from dynamic_lora_server.service import GenerationService
 from dynamic_lora_server.text import TokenizerView
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Runtime:
     config: ServerConfig
     model_id: str
     tokenizer: PreTrainedTokenizerBase
+    view: TokenizerView
     registry: AdapterRegistry
     service: GenerationService
     built: BuiltEngine
@@ -130,6 +132,7 @@ class Runtime:
             config=config,
             model_id=base.name,
             tokenizer=tokenizer,
+            view=view,
             registry=registry,
             service=service,
             built=built,
@@ -150,6 +153,7 @@ class Runtime:
     def close(self) -> None:
         """Fail what runs, end the engine thread and let the store go."""
         self.service.close()
+        self.residencies.close()
         self.registry.close()
 
     def tier(self, digest: str) -> Tier:

@@ -10,11 +10,11 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
 from dynamic_lora_server.errors import (
-    ContextOverflow,
     EngineFailed,
     InvalidParameter,
     NotReady,
@@ -35,16 +35,6 @@ from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
 _SEED_SPACE = 2**64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceLimits:
-    """What a request may ask for, in tokens and in places."""
-
-    context_length: int
-    max_running: int
-    max_waiting: int
-    eos_ids: frozenset[int]
 
 
 @dataclass(slots=True)
@@ -82,6 +72,7 @@ class GenerationService:
         self._recorder = recorder
         self._view = view
         self._limits = limits
+        self._admission = Admission(view, limits)
         self._ids = itertools.count()
         self._inboxes: dict[int, asyncio.Queue[EngineEvent]] = {}
         self._num_open = 0
@@ -119,7 +110,9 @@ class GenerationService:
 
     async def stream(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
-        Closing the iterator ends the generation at once and frees its place.
+
+        Closing the iterator ends the generation at once and frees its place. The adapter's slot
+        is free once the engine is done, also where nobody reads what it made.
         Raises an AdapterError (not found, no composition, no room), ContextOverflow,
         InvalidParameter, QueueFull or NotReady before Started, EngineFailed at any time.
         """
@@ -127,17 +120,19 @@ class GenerationService:
         arrived_s = 0.0 if self._recorder is None else self._recorder.now()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(spec.n))
-            prompt_ids = await self._prompt_ids(spec)
-            self._check(spec, prompt_ids)
-            held = None
-            if spec.adapter is not None:
-                held = await stack.enter_async_context(self._residency.hold(spec.adapter))
-            resident = None if held is None else held.adapter
-            continuations = self._continuations(spec, prompt_ids, resident)
-            self._check_length(spec, continuations.values())
-            started = _started(held, len(prompt_ids))
-            yield started
-            inbox = stack.enter_context(self._submitted(continuations))
+            prompt_ids = await self._admission.prompt_ids(spec)
+            async with AsyncExitStack() as until_submitted:
+                held = None
+                if spec.adapter is not None:
+                    hold = self._residency.hold(spec.adapter)
+                    held = await until_submitted.enter_async_context(hold)
+                resident = None if held is None else held.adapter
+                continuations = self._continuations(spec, prompt_ids, resident)
+                self._check_length(spec, continuations.values())
+                started = _started(held, len(prompt_ids))
+                yield started
+                # From here on each sequence has a lease of its own.
+                inbox = stack.enter_context(self._submitted(continuations))
             async for event in self._events(inbox, continuations):
                 if isinstance(event, Finish):
                     self._record(started, event, arrived_s)
@@ -168,44 +163,11 @@ class GenerationService:
             self._num_open -= n
             self._pace.record(time.monotonic() - begin)
 
-    async def _prompt_ids(self, spec: GenerationSpec) -> tuple[int, ...]:
-        if not isinstance(spec.prompt, str):
-            return spec.prompt
-        # The tokenizer releases the GIL: a long prompt does not hold up the loop.
-        ids = await asyncio.to_thread(
-            self._view.encode, spec.prompt, add_special_tokens=spec.add_special_tokens
-        )
-        return ids if spec.keep_last is None else ids[-spec.keep_last :]
-
-    def _check(self, spec: GenerationSpec, prompt_ids: tuple[int, ...]) -> None:
-        if not prompt_ids:
-            raise InvalidParameter(
-                "The prompt is empty.", field="inputs", fix="Send at least one character."
-            )
-        if not all(0 <= token_id < self._view.vocab_size for token_id in prompt_ids):
-            raise InvalidParameter(
-                f"The prompt holds a token id outside 0 to {self._view.vocab_size - 1}.",
-                field="inputs",
-            )
-        self._check_fits(spec, len(prompt_ids), 0)
-
     def _check_length(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""
         for continuation in found:
             sequence = continuation.sequence
-            self._check_fits(spec, sequence.num_prompt, sequence.num_virtual)
-
-    def _check_fits(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> None:
-        wanted = num_virtual + num_prompt + spec.sampling.max_new_tokens
-        if wanted > self._limits.context_length:
-            virtual = f", the adapter adds {num_virtual}" if num_virtual else ""
-            raise ContextOverflow(
-                f"The prompt has {num_prompt} tokens{virtual} and max_new_tokens is "
-                f"{spec.sampling.max_new_tokens}: {wanted} together, but the context holds "
-                f"{self._limits.context_length}.",
-                field="max_new_tokens",
-                fix="Shorten the prompt or ask for fewer tokens.",
-            )
+            self._admission.check_fits(spec, sequence.num_prompt, sequence.num_virtual)
 
     def _continuations(
         self, spec: GenerationSpec, prompt_ids: tuple[int, ...], adapter: ResidentAdapter | None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
@@ -31,6 +31,7 @@ class TokenizerView:
         self.backend: Tokenizer = backend
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
+        self._longest = _longest_token(backend)
         known = len(tokenizer)
         self._vocab_size = known if num_embeddings is None else min(known, num_embeddings)
         self._text_of = lru_cache(maxsize=65536)(self._decode_one)
@@ -42,7 +43,13 @@ class TokenizerView:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text."""
-        return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # As a batch of one: `encode` alone keeps the GIL.
+        (found,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        return tuple(found.ids)
+
+    def least_tokens(self, text: str) -> int:
+        """So many tokens at least has a text: known without encoding it, 0 where it is not."""
+        return 0 if self._longest is None else -(-len(text) // self._longest)
 
     def text_of(self, token_id: int) -> str:
         """One token decoded alone, special tokens included."""
@@ -54,6 +61,17 @@ class TokenizerView:
 
     def _decode_one(self, token_id: int) -> str:
         return self.backend.decode([token_id], skip_special_tokens=False)
+
+
+def _longest_token(backend: Tokenizer) -> int | None:
+    """The most characters that one token stands for; None where that has no bound.
+
+    Tokens of bytes stand for what they are written with, one character for each byte. Elsewhere
+    a token for what is not known may be a whole word, and a normalizer may drop characters.
+    """
+    if backend.normalizer is not None or not isinstance(backend.decoder, ByteLevel):
+        return None
+    return max(map(len, backend.get_vocab(with_added_tokens=True)), default=None)
 
 
 class Detokenizer:

@@ -174,6 +174,12 @@ class _Form:
         options = parse_options_header(self._headers.get(b"content-disposition"))[1]
         name = options.get(b"name", b"").decode("utf-8", "replace")
         filename = options.get(b"filename")
+        if name == "files" and filename is None:
+            raise InvalidParameter(
+                "A part named files has no file name.",
+                field="files",
+                fix='Send it as a file, with filename="adapter_model.safetensors" for example.',
+            )
         if name == "files" and filename is not None:
             self._open_file(filename)
         elif name in _TEXT_FIELDS and filename is None:

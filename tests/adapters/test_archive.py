@@ -252,6 +252,13 @@ def test_a_bomb_of_a_tar_header_is_stopped(tmp_path: Path) -> None:
         take(tmp_path, "a.tar.gz", bomb)
 
 
+def test_a_zip_of_endless_entries_is_not_read_whole(tmp_path: Path) -> None:
+    """Folders take no room in it but in its directory, of which an object is made for each."""
+    entries = pack_zip({f"folder-{number:06}/": b"" for number in range(30_000)})
+    with pytest.raises(UnsafeArchive, match="directory is oversized"):
+        take(tmp_path, "a.zip", entries)
+
+
 def test_a_zip_that_lies_about_sizes_gains_nothing(tmp_path: Path) -> None:
     data = bytearray(pack_zip({WEIGHTS: bytes(1_000_000)}))
     directory = data.index(b"PK\x01\x02")

@@ -375,6 +375,14 @@ def test_alora_carries_its_invocation(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, terms, prompt), expected, rtol=0, atol=1e-4)
 
 
+def test_alora_of_a_token_that_the_base_does_not_have_is_refused(tmp_path: Path) -> None:
+    model = TINY_MODELS["llama"]()
+    folder = save_adapter(tmp_path, model, lora(target_modules=QV))
+    edit_config(folder, alora_invocation_tokens=[3, 10**12])
+    with pytest.raises(InvalidAdapter, match=r"lists 1000000000000, but the base has \d+"):
+        read(folder, model)
+
+
 def test_alora_on_the_embedding_is_refused(tmp_path: Path) -> None:
     model = TINY_MODELS["llama"]()
     folder = save_adapter(tmp_path, model, lora(target_modules=["embed_tokens"]))

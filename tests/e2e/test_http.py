@@ -285,7 +285,7 @@ BAD: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/generate?adaptr=ner", body_of(), 422, "adaptr: is not a field", "adaptr"),
     ("/generate?adapter=a", body_of(parameters={"adapter_id": "b"}), 422, "'a'", "adapter"),
     ("/generate?adapter=nre", body_of(), 404, "No adapter is named 'nre'", "adapter"),
-    ("/generate", body_of(inputs="x " * 600), 422, "context holds 512", "max_new_tokens"),
+    ("/generate", body_of(inputs="x " * 600), 422, "context holds 512", "inputs"),
     ("/generate", {"content": b'{"inputs":'}, 400, "The body is not JSON", None),
     ("/generate", {"content": b'{"inputs":"\xff"}'}, 400, "not UTF-8", None),
     ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "unicode", "inputs"),
@@ -453,3 +453,31 @@ async def test_two_adapters_in_one_address_are_refused(client: httpx.AsyncClient
     assert answer.status_code == 422
     assert answer.json()["field"] == "adapter"
     assert "more than once" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/adapters"])
+async def test_a_wish_in_an_address_that_takes_none_is_refused(
+    client: httpx.AsyncClient, route: str
+) -> None:
+    body = {"model": "base", "prompt": "x", "messages": [{"role": "user", "content": "Hi"}]}
+    response = await client.post(route, params={"adapter": "ner"}, json=body)
+    assert response.status_code in (400, 422)
+    assert f"{route} takes no adapter in its address" in response.text
+
+
+async def test_null_is_the_same_as_nothing(client: httpx.AsyncClient) -> None:
+    body = {"inputs": "the rain", "parameters": None, "stream": None, "raw": None}
+    answer = await client.post("/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    plain = await client.post("/generate", json={"inputs": "the rain"})
+    assert answer.json() == plain.json()
+
+
+async def test_deleted_adapters_leave_the_metrics(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "ner", adapter_files)
+    await generate(client, adapter="ner")
+    assert 'adapter="ner"' in (await client.get("/metrics")).text
+    await client.delete("/adapters/ner")
+    assert 'adapter="ner"' not in (await client.get("/metrics")).text

@@ -20,9 +20,11 @@ from dynamic_lora_server.prompts import (
 )
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest
+from dynamic_lora_server.text import TokenizerView
 from tests.support.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+VIEW = TokenizerView(TOKENIZER)
 CARD = TaskCard.model_validate(
     {
         "prompt_template": "Text: {input}\nEntities:",
@@ -93,6 +95,7 @@ def test_when_decoding_is_greedy(
     ("parameters", "stream", "field", "text"),
     [
         ({"do_sample": True, "temperature": 0.0}, False, "parameters.temperature", "greedy"),
+        ({"do_sample": True, "temperature": 1e-9}, False, "parameters.temperature", "1e-09 is"),
         ({"n": 2}, False, "parameters.n", "details"),
         ({"n": 2, "details": True}, True, "parameters.n", "one continuation"),
         ({"top_n_tokens": 2}, False, "parameters.top_n_tokens", "details"),
@@ -176,7 +179,7 @@ def test_completion_prompts(prompt: Any, prompts: list[Any]) -> None:
 def chat(**fields: Any) -> GenerationSpec:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     body = ChatRequest.model_validate({"model": "m", "messages": messages} | fields)
-    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, context_length=512)
+    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW, context_length=512)
 
 
 def test_chat_uses_the_template_and_what_the_context_has_left() -> None:
@@ -208,7 +211,7 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InvalidParameter, match="no users here"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, context_length=512)
+        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
     tokenizer.chat_template = None
     with pytest.raises(InvalidParameter, match="no chat template"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, context_length=512)
+        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)

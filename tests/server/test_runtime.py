@@ -114,14 +114,14 @@ def test_costs_are_measured_once_for_each_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
-    load_runtime(tmp_path).registry.close()
+    load_runtime(tmp_path, base_product="plain").registry.close()
     (costs,) = (tmp_path / "home" / "costs").iterdir()
     monkeypatch.setattr("dynamic_lora_server.engine.startup_costs.measure_costs", None)
-    load_runtime(tmp_path).registry.close()
+    load_runtime(tmp_path, base_product="plain").registry.close()
     monkeypatch.undo()
     costs.write_text("[]")
     monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
-    load_runtime(tmp_path).registry.close()
+    load_runtime(tmp_path, base_product="plain").registry.close()
     assert costs.read_text() != "[]"
     shutil.rmtree(tmp_path / "home")
 

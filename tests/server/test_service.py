@@ -21,6 +21,7 @@ from dynamic_lora_server.generation import FinishReason, Started, TokenPiece
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.trace import read_trace
 from dynamic_lora_server.runtime import Runtime
+from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama, tiny_tokenizer
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
@@ -147,10 +148,35 @@ async def test_more_continuations_than_places_are_no_reason_to_wait(runtime: Run
 
 
 async def test_a_request_over_the_context_is_refused_with_both_numbers(runtime: Runtime) -> None:
-    with pytest.raises(ContextOverflow, match=r"has 2 tokens .* is 511: 513 .* holds 512"):
+    with pytest.raises(ContextOverflow, match=r"has 2 tokens and up to 511 .* 513 .* holds 512"):
         await collect(runtime, spec((5, 6), max_new_tokens=511))
     events = await collect(runtime, spec((5, 6), max_new_tokens=3))
     assert finishes(events)
+
+
+async def test_a_prompt_that_is_too_long_alone_is_to_blame(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ContextOverflow, match=r"has 512 tokens, but the context holds 512") as one:
+        await collect(runtime, spec((5,) * 512))
+    assert one.value.field == "inputs"
+    monkeypatch.setattr(TokenizerView, "encode", None)  # so long that this would take seconds
+    with pytest.raises(ContextOverflow, match=r"has at least \d{4,} tokens, but the context"):
+        await collect(runtime, spec("the rain " * 100_000))
+
+
+async def test_stop_tokens_that_no_model_makes_are_refused(runtime: Runtime) -> None:
+    with pytest.raises(InvalidParameter, match="stop_token_ids holds a token id outside 0 to"):
+        await collect(runtime, spec(stop_token_ids=(5, 2**70)))
+
+
+async def test_whom_nobody_reads_keeps_no_adapter_from_others(runtime: Runtime) -> None:
+    stream = runtime.service.stream(spec(adapter="ner", max_new_tokens=40))
+    await anext(stream)
+    await anext(stream)
+    await quiet(runtime)
+    assert runtime.stats().adapters.num_leased == 0
+    assert len([event async for event in stream]) == 40  # the rest, and the end
 
 
 @pytest.mark.parametrize(

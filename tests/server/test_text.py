@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import Strip
 from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
@@ -24,6 +25,19 @@ def test_what_a_file_says_of_training_is_not_for_prompts() -> None:
     expected = encode(text)
     assert 8 < len(expected) < 64
     assert TokenizerView(tokenizer).encode(text, add_special_tokens=False) == expected
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_a_text_has_no_fewer_tokens_than_said(text: str) -> None:
+    assert VIEW.least_tokens(text) <= len(encode(text))
+    assert VIEW.least_tokens("x" * 1000) > 0
+
+
+def test_where_characters_may_vanish_nothing_is_said() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Strip()
+    assert TokenizerView(tokenizer).least_tokens(" " * 10**6) == 0
 
 
 def push_all(detokenizer: Detokenizer, token_ids: tuple[int, ...]) -> list[str]:

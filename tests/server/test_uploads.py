@@ -67,7 +67,7 @@ async def test_any_content_in_any_chunks(
         ([*GOOD, ("force", None, b"yes")], "force", "true or false"),
         ([*GOOD, ("colour", None, b"x")], "colour", "no field 'colour'"),
         ([*GOOD, ("name", "f", b"x")], "name", "no file field 'name'"),
-        ([("files", None, b"x")], "files", "no field 'files'"),
+        ([("files", None, b"x")], "files", "no file name"),
         ([("name", None, b"\xff"), GOOD[1]], "name", "not UTF-8"),
         ([("name", None, b"x" * 2000), GOOD[1]], "name", "longer than 1024"),
     ],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dynamic_lora_adapters.config_values import is_unset, read_text, refusal
+from dynamic_lora_adapters.config_values import invalid, is_unset, read_text, refusal
 from dynamic_lora_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.kinds.table import (
     HARMLESS_KEYS,
@@ -92,7 +92,9 @@ def _one_spelling(value: Any) -> Any:
 
 def _kind(config: Mapping[str, Any]) -> tuple[str, Kind]:
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or not peft_type:
+    if peft_type is not None and not isinstance(peft_type, str):
+        raise invalid("peft_type", peft_type, "a name")
+    if not peft_type:
         raise InvalidAdapter(
             "peft_type is missing: this is not PEFT's adapter_config.json.", field="peft_type"
         )

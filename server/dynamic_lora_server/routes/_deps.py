@@ -8,6 +8,7 @@ from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
 from dynamic_lora_adapters.json_file import unique_keys
+from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.problems import PROBLEM_MEDIA_TYPE
 from dynamic_lora_server.schemas.openai import ErrorAnswer
 from dynamic_lora_server.sse import EVENT_STREAM
@@ -42,6 +43,20 @@ def _runtime(state: State) -> Any:
 
 # Loading the runtime's module imports torch; its name is enough here.
 Ready = Annotated["Runtime", Depends(_runtime)]
+
+
+def no_query(request: Request) -> None:
+    """For routes without query parameters. Raises InvalidParameter: a wish would be ignored."""
+    for name in request.query_params:
+        fixes = {"adapter": "Below /v1, the field model of the body names the adapter."}
+        raise InvalidParameter(
+            f"{request.url.path} takes no {name} in its address.",
+            field=name,
+            fix=fixes.get(name, "Send it in the body, if it is a field of that."),
+        )
+
+
+NoQuery = Depends(no_query)
 
 
 class _StrictRequest(Request):

@@ -11,7 +11,7 @@ from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import Publication
 from dynamic_lora_server.problems import parse_body
-from dynamic_lora_server.routes._deps import Ready, State, problems
+from dynamic_lora_server.routes._deps import NoQuery, Ready, State, problems
 from dynamic_lora_server.routes.compositions import CONFLICT
 from dynamic_lora_server.schemas.adapters import (
     UPLOAD_BODY,
@@ -39,6 +39,7 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
         **problems(400, 413, 415, 422, 502, 503),
         **CONFLICT,
     },
+    dependencies=[NoQuery],
     openapi_extra=UPLOAD_BODY,
     summary="Upload a LoRA adapter, or name where the server finds it",
 )

@@ -9,13 +9,20 @@ from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import adapter_name, chat_spec
-from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, openai_errors
+from dynamic_lora_server.routes._deps import (
+    NoQuery,
+    Ready,
+    State,
+    StrictRoute,
+    event_stream,
+    openai_errors,
+)
 from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import begin, collect
 
-router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[NoQuery])
 
 
 @router.post(
@@ -35,6 +42,7 @@ async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready
         body,
         adapter=adapter_name(body.model, model_id=runtime.model_id),
         tokenizer=runtime.tokenizer,
+        view=runtime.view,
         context_length=runtime.context_length,
     )
     answer = ChatAnswer(

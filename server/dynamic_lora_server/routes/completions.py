@@ -8,13 +8,20 @@ from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import adapter_name, completion_specs
-from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, openai_errors
+from dynamic_lora_server.routes._deps import (
+    NoQuery,
+    Ready,
+    State,
+    StrictRoute,
+    event_stream,
+    openai_errors,
+)
 from dynamic_lora_server.schemas.openai import Completion, CompletionRequest
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin_all, collect_all
 
-router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[NoQuery])
 
 
 @router.post(

@@ -1,8 +1,14 @@
 """What all wire models share: strict types, no unknown field, no NaN."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -10,6 +16,15 @@ class Wire(BaseModel):
     """A request body or part of one. Unknown fields and wrong types are refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+def null_is(default: object, kind: type) -> BeforeValidator:
+    """Annotates a field of a kind: null is the same as leaving it out, which is `default`."""
+
+    def fill(value: object) -> object:
+        return default if value is None else value
+
+    return BeforeValidator(fill, json_schema_input_type=Optional[kind])  # noqa: UP045
 
 
 class Answer(BaseModel):

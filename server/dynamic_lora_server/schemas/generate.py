@@ -12,6 +12,7 @@ from dynamic_lora_server.schemas._base import (
     UnsetOrFalse,
     UnsetOrOne,
     Wire,
+    null_is,
 )
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapters
 
@@ -97,10 +98,14 @@ class GenerateRequest(Wire):
     )
 
     inputs: str = Field(min_length=1, description="The text; the task card's template wraps it.")
-    parameters: GenerateParameters = GenerateParameters()
+    parameters: Annotated[GenerateParameters, null_is({}, GenerateParameters)] = (
+        GenerateParameters()
+    )
     adapters: WeightedAdapters | None = Field(default=None, description="As `parameters.adapters`.")
-    stream: bool = Field(default=False, description="Answer as server-sent events.")
-    raw: bool = Field(
+    stream: Annotated[bool, null_is(False, bool)] = Field(
+        default=False, description="Answer as server-sent events."
+    )
+    raw: Annotated[bool, null_is(False, bool)] = Field(
         default=False, description="Skip the task card: its template and its defaults."
     )
 

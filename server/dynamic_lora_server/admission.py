@@ -1,0 +1,83 @@
+"""What a request must be to be admitted: a prompt of known tokens that fits the context."""
+
+import asyncio
+from dataclasses import dataclass
+
+from dynamic_lora_server.errors import ContextOverflow, InvalidParameter
+from dynamic_lora_server.generation import GenerationSpec
+from dynamic_lora_server.text import TokenizerView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLimits:
+    """What a request may ask for, in tokens and in places."""
+
+    context_length: int
+    max_running: int
+    max_waiting: int
+    eos_ids: frozenset[int]
+
+
+class Admission:
+    """Tokenises prompts and refuses what cannot be served."""
+
+    def __init__(self, view: TokenizerView, limits: ServiceLimits) -> None:
+        self._view = view
+        self._limits = limits
+
+    async def prompt_ids(self, spec: GenerationSpec) -> tuple[int, ...]:
+        """The prompt's token ids. Raises InvalidParameter or ContextOverflow."""
+        self._check_ids("stop_token_ids", spec.sampling.stop_token_ids)
+        ids = spec.prompt
+        if isinstance(ids, str):
+            if spec.keep_last is None:
+                least = self._view.least_tokens(ids)
+                if least > self._limits.context_length:
+                    raise self._too_long(f"at least {least}")
+            # A long text takes seconds, and the tokenizer releases the GIL.
+            ids = await asyncio.to_thread(
+                self._view.encode, ids, add_special_tokens=spec.add_special_tokens
+            )
+            if spec.keep_last is not None:
+                ids = ids[-spec.keep_last :]
+        if not ids:
+            raise InvalidParameter(
+                "The prompt is empty.", field="inputs", fix="Send at least one character."
+            )
+        self._check_ids("inputs", ids)
+        self.check_fits(spec, len(ids), 0)
+        return ids
+
+    def check_fits(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> None:
+        """Raise ContextOverflow unless prompt, an adapter's virtual tokens and output fit."""
+        length = self._limits.context_length
+        if num_virtual + num_prompt >= length:
+            raise self._too_long(str(num_prompt), num_virtual)
+        wanted = num_virtual + num_prompt + spec.sampling.max_new_tokens
+        if wanted > length:
+            raise ContextOverflow(
+                f"The prompt has {num_prompt} tokens{_added(num_virtual)} and up to "
+                f"{spec.sampling.max_new_tokens} new ones are asked for: {wanted} together, but "
+                f"the context holds {length}.",
+                field="max_new_tokens",
+                fix="Shorten the prompt or ask for fewer tokens.",
+            )
+
+    def _too_long(self, number: str, num_virtual: int = 0) -> ContextOverflow:
+        return ContextOverflow(
+            f"The prompt has {number} tokens{_added(num_virtual)}, but the context holds "
+            f"{self._limits.context_length}, the answer included.",
+            field="inputs",
+            fix="Shorten the prompt.",
+        )
+
+    def _check_ids(self, field: str, ids: tuple[int, ...]) -> None:
+        if not all(0 <= token_id < self._view.vocab_size for token_id in ids):
+            what = "The prompt" if field == "inputs" else field
+            raise InvalidParameter(
+                f"{what} holds a token id outside 0 to {self._view.vocab_size - 1}.", field=field
+            )
+
+
+def _added(num_virtual: int) -> str:
+    return f", the adapter adds {num_virtual}" if num_virtual else ""
