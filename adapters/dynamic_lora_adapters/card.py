@@ -31,7 +31,7 @@ class CardParameters(_Strict):
 
     max_new_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     temperature: _Finite | None = Field(default=None, ge=0, le=100)
-    top_k: int | None = Field(default=None, ge=1, lt=2**31)
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: _Finite | None = Field(default=None, ge=0.01, le=100)
@@ -39,7 +39,7 @@ class CardParameters(_Strict):
     frequency_penalty: _Penalty | None = None
     stop: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, max_length=32)
     do_sample: bool | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
     ignore_eos: bool | None = None
 
 

@@ -25,6 +25,7 @@ from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server import errors
 from dynamic_lora_server.disconnect import ClientDisconnected
+from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
 from dynamic_lora_server.sources import SourceUnavailable
@@ -118,6 +119,9 @@ _OPENAI_FIELDS: Mapping[str, str] = {
     "inputs": "prompt",
     "max_new_tokens": "max_tokens",
 }
+_GENERATE_PATHS = ("/", "/generate", "/generate_stream")
+# What these have in `parameters`, of the names that errors have for it.
+_PARAMETERS = frozenset({*(one.name for one in dataclasses.fields(SamplingParams)), "n", "stop"})
 _BY_STATUS: Mapping[int, Kind] = {
     kind.status: kind
     for kind in (
@@ -200,6 +204,8 @@ def answer(fault: Fault, *, path: str) -> Response:
             media_type="application/json",
             headers=fault.headers,
         )
+    if fault.field in _PARAMETERS and path in _GENERATE_PATHS:
+        fault = dataclasses.replace(fault, field=f"parameters.{fault.field}")
     return Response(
         _dump(problem(fault)),
         status_code=fault.kind.status,
