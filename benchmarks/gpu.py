@@ -16,7 +16,6 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -81,14 +80,13 @@ def measure_shape(
     def spent(share: float) -> Callable[[], bool]:
         return lambda: time.monotonic() - begin > share * seconds
 
-    with tempfile.TemporaryDirectory() as folder:
-        bench = StepBench(shape, plan, device, dtype, Path(folder), compiled=compiled)
-        rounds = []
-        for found in bench.rounds():
-            rounds.append(found)
-            if spent(_ENGINE_SHARE)():
-                break
-        kernels, graphs = bench.kernel_table(), bench.graphs()
+    bench = StepBench(shape, plan, device, dtype, compiled=compiled)
+    rounds = []
+    for found in bench.rounds():
+        rounds.append(found)
+        if spent(_ENGINE_SHARE)():
+            break
+    kernels, graphs = bench.kernel_table(), bench.graphs()
     weight_bytes = bench.weight_bytes
     del bench
     _free(device)

@@ -1,13 +1,11 @@
 """Decoding steps of this engine, timed by what the rows of a batch ask for."""
 
-import json
 import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,12 +80,10 @@ class StepBench:
         plan: Plan,
         device: torch.device,
         dtype: torch.dtype,
-        folder: Path,
         *,
         compiled: bool = False,
     ) -> None:
         self._plan = plan
-        self._costs_file = folder / f"{shape.name}.json"
         self.model = shape.build(device, dtype)
         self.built: BuiltEngine = build_engine(
             self.model,
@@ -98,7 +94,6 @@ class StepBench:
                 kv_memory=plan.kv_memory,
                 adapter_memory=plan.adapter_memory,
                 prefix_cache_memory=0,
-                costs_file=self._costs_file,
                 mode=Mode.BYPASS,
                 compile_layers=compiled,
             ),
@@ -133,10 +128,10 @@ class StepBench:
 
     def kernel_table(self) -> list[dict[str, Any]]:
         """Microseconds a step of every delta kernel, as the engine measured them at start."""
-        document = json.loads(json.loads(self._costs_file.read_text())["kernels"])
         points: dict[tuple[int, int], dict[str, float]] = {}
-        for name, adapters, length, seconds in document:
-            points.setdefault((adapters, length), {})[name] = round(seconds * 1e6, 2)
+        for name, measured in self.built.engine.runner.chooser.costs.seconds.items():
+            for point, seconds in measured.items():
+                points.setdefault(point, {})[name] = round(seconds * 1e6, 2)
         return [
             {"adapters": adapters, "rows_each": length, "best": min(us, key=us.__getitem__)} | us
             for (adapters, length), us in sorted(points.items())

@@ -84,6 +84,11 @@ class KernelChooser:
         self._fastest = lru_cache(maxsize=1024)(self._find)
 
     @property
+    def costs(self) -> KernelCosts:
+        """What it chooses by."""
+        return self._costs
+
+    @property
     def reads_mixed(self) -> bool:
         """Whether factors may be in another dtype than inputs are."""
         return NativeSegments.name in self._kernels

@@ -62,6 +62,9 @@ class Registry(AdapterRegistry):
         passport = Passport.model_construct(name=name)
         return AdapterVersion(name=name, digest=self.digests[name], passport=passport, card=None)
 
+    def has(self, name: str) -> bool:
+        return name in self.digests
+
     def list(self) -> list[Passport]:
         return [Passport.model_construct(name=name) for name in self.digests]
 
