@@ -130,7 +130,7 @@ async def test_a_busy_adapter_makes_room_after_a_while(
         enough.set()
         await asyncio.gather(*busy)
         # One try of each before there is a line, one for whose turn it is, and what came again.
-        assert runtime.stats().reads.num_reads <= 10
+        assert runtime.stats().reads.num_reads <= 20
 
 
 async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:
