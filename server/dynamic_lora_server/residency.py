@@ -46,8 +46,9 @@ class ReadStats:
 class Residency:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
-    A request holds leases from admission to its end: one on each of its
-    adapters' versions in the store, one on the slot. A composition has a slot
+    A request holds leases until its sequences are with the engine: one on each
+    of its adapters' versions in the store, one on the slot. From then on each
+    sequence has one on the slot (`share`), to its end. A composition has a slot
     of its own, under a digest made of its parts' digests and weights: other
     content is never served from memory that is stale. Several requests for one
     cold adapter share one load; a request that finds all room leased waits in a
