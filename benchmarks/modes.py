@@ -140,6 +140,7 @@ class Bench:
             device=device,
             dtype=dtype,
             merges=True,
+            drafts=False,
             file=None,
             on_step=lambda _: None,
         ).steps

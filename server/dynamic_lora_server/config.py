@@ -6,6 +6,7 @@ from pathlib import Path
 
 from platformdirs import user_data_dir
 
+from dynamic_lora_server.engine.drafts import MAX_DRAFT
 from dynamic_lora_server.errors import InvalidParameter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,9 +66,9 @@ class ServerConfig:
     multiplies by the base's weights, "auto" what measures fastest;
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
-    answers. `quantize` rounds the base's weights to
-    "bf16" or "int8"; nothing is merged into eight bits. `mode` says whether adapters are
-    merged into the weights, `restore` how the base comes back afterwards.
+    answers. Up to `speculate` tokens of a sequence are drafted in a step, on a CPU. `quantize`
+    rounds the base's weights to "bf16" or "int8"; nothing is merged into eight bits. `mode` says
+    whether adapters are merged into the weights, `restore` how the base comes back afterwards.
     `record_trace` names a new file for who asked for what and when, without any text.
 
     Raises InvalidParameter, naming the field.
@@ -95,6 +96,7 @@ class ServerConfig:
     native: bool = True
     compile: bool = False
     overlap: bool = True
+    speculate: int = 0
     quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"
@@ -111,6 +113,7 @@ class ServerConfig:
             _check(name, value is None or value >= 1, "must be at least 1")
         prefixes = self.prefix_cache_memory
         _check("prefix_cache_memory", prefixes is None or prefixes >= 0, "must be 0 or more")
+        _check("speculate", 0 <= self.speculate <= MAX_DRAFT, f"must lie between 0 and {MAX_DRAFT}")
         _check("max_waiting", self.max_waiting >= 0, "must be 0 or more")
         for name, choices in (
             ("dtype", DTYPES),

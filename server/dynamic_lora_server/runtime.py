@@ -32,6 +32,7 @@ from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype, named_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.decode_graphs import GraphStats
+from dynamic_lora_server.engine.drafts import DraftStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.modes import Mode
@@ -62,6 +63,7 @@ class EngineStats:
     kv_used_tokens: int
     kv_total_tokens: int
     prefixes: PrefixStats
+    drafts: DraftStats
     adapters: PoolStats
     reads: ReadStats
     modes: ModeStats
@@ -173,6 +175,7 @@ class Runtime:
             kv_used_tokens=scheduler.num_used_cells,
             kv_total_tokens=space.num_cells,
             prefixes=scheduler.prefix_stats(),
+            drafts=scheduler.draft_stats(),
             adapters=self.built.pool.stats(),
             reads=replace(self.residencies.reads),
             modes=self.built.modes.stats(),
@@ -227,6 +230,7 @@ def _options(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Engin
         costs_file=_costs_file(config, base, dtype),
         compile_layers=config.compile,
         overlap=None if config.overlap else False,
+        speculate=config.speculate,
     )
 
 
@@ -252,6 +256,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Pa
         config.kv_dtype,
         config.native,
         config.mode == "bypass",
+        config.speculate > 0,
         torch.get_num_threads(),
         torch.__version__,
         processor(),

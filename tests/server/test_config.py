@@ -39,6 +39,7 @@ def test_the_defaults_are_valid() -> None:
         ({"kv_memory": 0}, "kv_memory must be at least 1"),
         ({"prefix_cache_memory": -1}, "prefix_cache_memory must be 0 or more"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"speculate": -1}, "speculate must lie between 0 and 7"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16"),
         ({"kv_dtype": "fp8"}, "kv_dtype must be one of auto, float32, bfloat16, float16"),
         ({"quantize": "q4"}, "quantize must be one of none, bf16, int8"),

@@ -73,10 +73,10 @@ def make_sequence(
     )
 
 
-def advance(scheduler: Scheduler, piece: Piece, token_id: int | None) -> FinishReason | None:
-    """A piece is started and has run at once, with this token if it samples."""
+def advance(scheduler: Scheduler, piece: Piece, *token_ids: int) -> FinishReason | None:
+    """A piece is started and has run at once, with these tokens if it samples."""
     scheduler.begin(piece)
-    return scheduler.settle(piece, token_id)
+    return scheduler.settle(piece, token_ids)[1]
 
 
 def run_all(built: BuiltEngine, sequences: Sequence[sequence.Sequence]) -> list[list[int]]:

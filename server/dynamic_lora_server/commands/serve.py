@@ -4,10 +4,10 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -35,6 +35,14 @@ _GRACE_SECONDS = 10
 _START_FAILED = 1
 _INTERRUPTED = 130  # as shells have it for SIGINT
 _DEFAULT = ServerConfig()
+# Options that are sizes in bytes, written with a unit.
+_SIZES = (
+    "max_upload_bytes",
+    "max_body_bytes",
+    "adapter_memory",
+    "kv_memory",
+    "prefix_cache_memory",
+)
 
 
 # One alias for each option, so that the command's signature can be read.
@@ -59,6 +67,7 @@ _AdapterRoot = Annotated[
     typer.Option(help="Folder below which POST /adapters may read a source. Repeatable."),
 ]
 _MaxUploadBytes = Annotated[str, typer.Option(help="Cap on one upload.")]
+_MaxBodyBytes = Annotated[str, typer.Option(help="Cap on any other request.")]
 _AdapterMemory = Annotated[
     str | None, typer.Option(help="Device memory for adapters.", show_default="by free memory")
 ]
@@ -121,6 +130,13 @@ _Overlap = Annotated[
         help="Start a step before the answers of the one before have been read (GPU).",
     ),
 ]
+_Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Most tokens of each sequence to draft in a step from what its adapter has said "
+        "before, where that is faster (CPU); 0 drafts none."
+    ),
+]
 _Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
 _Restore = Annotated[
     str,
@@ -144,6 +160,7 @@ def serve(
     database_url: _DatabaseUrl = None,
     adapter_root: _AdapterRoot = None,
     max_upload_bytes: _MaxUploadBytes = "2GiB",
+    max_body_bytes: _MaxBodyBytes = "8MiB",
     adapter_memory: _AdapterMemory = None,
     kv_memory: _KvMemory = None,
     kv_dtype: _KvDtype = _DEFAULT.kv_dtype,
@@ -158,6 +175,7 @@ def serve(
     native: _Native = _DEFAULT.native,
     compile: _Compile = _DEFAULT.compile,
     overlap: _Overlap = _DEFAULT.overlap,
+    speculate: _Speculate = _DEFAULT.speculate,
     quantize: _Quantize = _DEFAULT.quantize,
     mode: _Mode = _DEFAULT.mode,
     restore: _Restore = _DEFAULT.restore,
@@ -165,36 +183,21 @@ def serve(
     log_level: _LogLevel = _DEFAULT.log_level,
 ) -> None:
     """Serve a base model and its LoRA adapters over HTTP, in the foreground."""
+    options = locals()
     with _refusals():
-        config = ServerConfig(
-            model=model,
-            host=host,
-            port=port,
-            home=home or default_home(),
-            database_url=database_url,
-            adapter_roots=tuple(adapter_root or ()),
-            max_upload_bytes=parse_bytes(max_upload_bytes),
-            adapter_memory=_bytes(adapter_memory),
-            kv_memory=_bytes(kv_memory),
-            kv_dtype=kv_dtype,
-            prefix_cache_memory=_bytes(prefix_cache_memory),
-            max_running=max_running,
-            max_waiting=max_waiting,
-            prefill_chunk=prefill_chunk,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            base_product=base_product,
-            native=native,
-            compile=compile,
-            overlap=overlap,
-            quantize=quantize,
-            mode=mode,
-            restore=restore,
-            record_trace=record_trace,
-            log_level=log_level,
-        )
+        config = _config(options)
     run_server(config, Console(stderr=True))
+
+
+def _config(options: Mapping[str, Any]) -> ServerConfig:
+    """The configuration that the command's options, by name, ask for."""
+    found = {name: value for name, value in options.items() if name != "adapter_root"}
+    found["home"] = options["home"] or default_home()
+    found["adapter_roots"] = tuple(options["adapter_root"] or ())
+    for name in _SIZES:
+        if options[name] is not None:
+            found[name] = parse_bytes(options[name])
+    return ServerConfig(**found)
 
 
 @contextmanager
@@ -204,10 +207,6 @@ def _refusals() -> Iterator[None]:
         yield
     except ServerError as error:
         raise typer.BadParameter(" ".join(filter(None, (error.message, error.fix)))) from error
-
-
-def _bytes(text: str | None) -> int | None:
-    return None if text is None else parse_bytes(text)
 
 
 def run_server(config: ServerConfig, console: Console) -> None:

@@ -39,8 +39,8 @@ class Batch:
 
     Shapes: input_ids, position_ids [1, num_tokens]; cells [num_tokens], the
     KV cell each token is written to; logit_rows [num_sampled], the rows whose
-    logits are needed, in the order of `sampled`. `plan` is for all rows,
-    `head_plan` for those of `logit_rows`.
+    logits are needed, for each of `sampled` as many as it samples, in their order. `plan` is
+    for all rows, `head_plan` for those of `logit_rows`.
     """
 
     pieces: list[Piece]
@@ -88,11 +88,10 @@ class Batch:
                 unread_rows.append((len(tokens), sequence.id))
                 tokens.append(0)
             else:
-                tokens += sequence.tokens(start, stop)
+                tokens += [*sequence.tokens(start, start + piece.num_pending), *piece.draft]
             positions += range(start, stop)
             cells += allocation.cells(start, stop)
-            if piece.samples:
-                logit_rows.append(len(tokens) - 1)
+            logit_rows += range(len(tokens) - piece.num_sampled, len(tokens))
         input_ids = to_device(tokens, device)
         if unread_rows:
             assert unread is not None, "a token that nobody has"
@@ -106,7 +105,9 @@ class Batch:
             cells=to_device(cells, device),
             logit_rows=to_device(logit_rows, device, torch.long),
             plan=DeltaPlan.of(owners, merged),
-            head_plan=DeltaPlan.of([(_owners(piece)[-1][0], 1) for piece in sampled], merged),
+            head_plan=DeltaPlan.of(
+                [(_owners(piece)[-1][0], piece.num_sampled) for piece in sampled], merged
+            ),
             segments=_segments(ordered, spans),
         )
 

@@ -21,6 +21,7 @@ from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kin
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
+from dynamic_lora_server.engine.drafts import MAX_DRAFT, Drafter
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.kv_cache import LayerGeometry
 from dynamic_lora_server.engine.kv_layout import KVLayout
@@ -54,7 +55,8 @@ class EngineOptions:
     CUDA, contiguous on a CPU. `decode_graphs` None means: where they can be captured; True runs
     the same steps uncaptured elsewhere. With `compile_layers`, those steps run decoder
     layers that torch has compiled. `overlap` starts a step before the one before is
-    read; None means: on CUDA, for elsewhere the host does the step's work itself.
+    read; None means: on CUDA, for elsewhere the host does the step's work itself. Up to
+    `speculate` tokens of each decoding sequence are drafted in a step, 0 for none; only on a CPU.
     `base_product` None takes the fastest that there is memory for; without `native`
     nothing runs in the project's own C++.
     `costs_file` keeps what is measured at start for the next one. `mode` says
@@ -72,6 +74,7 @@ class EngineOptions:
     decode_graphs: bool | None = None
     compile_layers: bool = False
     overlap: bool | None = None
+    speculate: int = 0
     base_product: ProductKind | None = None
     native: bool = True
     costs_file: Path | None = None
@@ -82,6 +85,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.base_product is ProductKind.INT8 and self.mode is not Mode.BYPASS:
             raise ValueError("adapters are not merged into quantised weights")
+        if not 0 <= self.speculate <= MAX_DRAFT:
+            raise ValueError(f"speculate must lie between 0 and {MAX_DRAFT}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +145,7 @@ def build_engine(
     runner = replace(runner, graphs=_decode_graphs(runner, groups, kv, options, on_step))
     modes = ModeController(steps, options.mode, merger, pool)
     return BuiltEngine(
-        engine=_engine(kv, runner, modes, options),
+        engine=_engine(kv, runner, modes, steps, options),
         modes=modes,
         pool=pool,
         groups=groups,
@@ -177,6 +182,7 @@ def _measured(
         dtype=model.dtype,
         factor_dtype=kind.factor_dtype,
         merges=options.mode is not Mode.BYPASS,
+        drafts=options.speculate > 0,
         file=_costs_file(options.costs_file, kind),
         on_step=on_step,
     )
@@ -191,6 +197,13 @@ def _costs_file(file: Path | None, kind: ProductKind) -> Path | None:
 def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[LayerGeometry]:
     """The KV geometry of a model's layers, once their attention, and norms, are the engine's."""
     refuse_quantised(model)
+    if options.speculate and model.device.type != "cpu":
+        raise InvalidParameter(
+            "speculate is for models on a CPU: decoding on a GPU runs captured steps of one token "
+            "a sequence.",
+            field="speculate",
+            fix="Leave --speculate out.",
+        )
     model.requires_grad_(False)
     layers = adopt_attention(model)
     if options.native:
@@ -216,13 +229,18 @@ def _decode_graphs(
 
 
 def _engine(
-    kv: KVLayout, runner: ModelRunner, modes: ModeController, options: EngineOptions
+    kv: KVLayout,
+    runner: ModelRunner,
+    modes: ModeController,
+    steps: StepCosts,
+    options: EngineOptions,
 ) -> Engine:
     scheduler = Scheduler(
         kv.space,
         max_running=options.max_running,
         max_step_tokens=options.prefill_chunk,
         prefixes=kv.prefixes,
+        drafter=Drafter(steps, options.speculate) if options.speculate else None,
     )
     on_cuda = runner.model.device.type == "cuda"
     sampling = native_sampling(wanted=options.native and not on_cuda)

@@ -84,6 +84,9 @@ class DecodeGraphs:
         if any(piece.sequence.phase is not Phase.DECODE for piece in pieces):
             self._decline("prompts")
             return None
+        if any(piece.draft for piece in pieces):
+            self._decline("drafts")
+            return None
         rows = [_row(piece, merged) for piece in pieces]
         adapters = list(dict.fromkeys(row.adapter for row in rows if row.adapter is not None))
         reason = self._refusal(pieces, adapters, merged)

@@ -8,8 +8,8 @@ reads it.
 (The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,9 +18,17 @@ from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
+from dynamic_lora_server.engine.drafts import Draft
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.sampler import Choice, Sampled, choose, taken, takes_highest
+from dynamic_lora_server.engine.sampler import (
+    Choice,
+    Sampled,
+    ScoredRow,
+    choose,
+    taken,
+    takes_highest,
+)
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.engine.sequence import Sequence as Continuation
@@ -52,7 +60,8 @@ EngineEvent = TokenEvent | FailedEvent
 class _Started:
     """A step that was given to the device.
 
-    `choice` is for the sequences of `places`, by id; `merged` was in the weights.
+    `choice` is for the sequences of `places`, by id: the first of their rows in it. `merged`
+    was in the weights.
     """
 
     pieces: Sequence[Piece]
@@ -66,18 +75,35 @@ class _Started:
         """The tokens it chooses."""
         return None if self.choice is None else UnreadTokens(self.choice.token_ids, self.places)
 
-    def read(self) -> dict[int, Sampled | None]:
-        """Wait for the step, and the tokens of those that sample, by sequence id."""
+    def read(self) -> dict[int, list[Sampled | None]]:
+        """Wait for the step, and the tokens of those that sample, by sequence id.
+
+        Of those that were chosen after a draft's tokens, the ones whose draft is right.
+        """
         self.wait()
         tokens = [] if self.choice is None else self.choice.read()
-        return {sequence_id: tokens[place] for sequence_id, place in self.places.items()}
+        drafts = {piece.sequence.id: piece.draft for piece in self.pieces}
+        return {
+            sequence_id: _borne_out(tokens[place:], drafts[sequence_id])
+            for sequence_id, place in self.places.items()
+        }
+
+
+def _borne_out(tokens: Sequence[Sampled | None], draft: Draft) -> list[Sampled | None]:
+    """The first of a sequence's tokens, and those behind it for as long as it was foreseen."""
+    for number, guess in enumerate(draft):
+        token = tokens[number]
+        if token is None or token.token_id != guess:
+            return list(tokens[: number + 1])
+    return list(tokens[: len(draft) + 1])
 
 
 class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
     `sampling` is what chooses tokens, where not torch. With `overlap` a step is
-    started before the one before is read.
+    started before the one before is read. Raises ValueError with that and a scheduler that
+    drafts, which must know a step's tokens before the next one.
     """
 
     def __init__(
@@ -89,6 +115,8 @@ class Engine:
         *,
         overlap: bool = False,
     ) -> None:
+        if overlap and scheduler.drafter is not None:
+            raise ValueError("steps that overlap cannot draft")
         self.scheduler = scheduler
         self.modes = modes
         self.runner = runner
@@ -144,32 +172,37 @@ class Engine:
         unread = None if self._started is None else self._started.unread
         self.modes.before_step(pieces, self.scheduler.num_by_adapter)
         self.runner.cache.copy(self.scheduler.take_copies())
-        sequences, choice = self._run(pieces, unread)
+        places, choice = self._run(pieces, unread)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece)
         return _Started(
             pieces=pieces,
             choice=choice,
-            places={sequence.id: place for place, sequence in enumerate(sequences)},
+            places=places,
             merged=self.runner.merger.merged,
             wait=wait,
         )
 
     def _run(
         self, pieces: list[Piece], unread: UnreadTokens | None
-    ) -> tuple[list[Continuation], Choice | None]:
-        """The sequences that sample, and the tokens chosen for them."""
+    ) -> tuple[dict[int, int], Choice | None]:
+        """The tokens chosen, and where those of each sequence that samples begin."""
         plain = self._sampling is not None and all(
             takes_highest(piece.sequence) for piece in pieces if piece.samples
         )
         sampled, scores = self.runner.run(pieces, unread, greedily=plain)
-        sequences = [piece.sequence for piece in sampled]
-        if not sequences:
-            return sequences, None
+        rows = [
+            ScoredRow(piece.sequence, ahead)
+            for piece in sampled
+            for ahead in range(piece.num_sampled)
+        ]
+        places = {row.sequence.id: place for place, row in enumerate(rows) if not row.ahead}
+        if not rows:
+            return places, None
         if isinstance(scores, Highest):
-            return sequences, taken(scores)
-        return sequences, choose(scores, sequences, self._sampling, unread)
+            return places, taken(scores)
+        return places, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:
         """Wait for the step under way, if there is one, and return what came of it."""
@@ -187,16 +220,24 @@ class Engine:
         return events
 
     def _settle(
-        self, piece: Piece, tokens: dict[int, Sampled | None], merged: ResidentAdapter | None
+        self,
+        piece: Piece,
+        tokens: Mapping[int, Sequence[Sampled | None]],
+        merged: ResidentAdapter | None,
     ) -> list[EngineEvent]:
         sequence = piece.sequence
-        sampled = tokens.get(sequence.id)
-        if sampled is None and sequence.id in tokens:
+        chosen = tokens.get(sequence.id, ())
+        sampled = [token for token in chosen if token is not None]
+        if len(sampled) < len(chosen):
             return self._fail([piece], ArithmeticError("its logits are no finite numbers"))
+        num_run = sequence.num_run
+        num_taken, reason = self.scheduler.settle(piece, [token.token_id for token in sampled])
         if merged is not None and sequence.adapter is merged:
-            sequence.num_merged += piece.num_tokens
-        reason = self.scheduler.settle(piece, None if sampled is None else sampled.token_id)
-        return [] if sampled is None else [TokenEvent(sequence.id, sampled, reason)]
+            sequence.num_merged += sequence.num_run - num_run
+        events = [TokenEvent(sequence.id, token, None) for token in sampled[:num_taken]]
+        if reason is not None:
+            events[-1] = replace(events[-1], reason=reason)
+        return list(events)
 
     def _fail(self, pieces: Sequence[Piece], error: Exception) -> list[EngineEvent]:
         message = f"{type(error).__name__}: {error}"

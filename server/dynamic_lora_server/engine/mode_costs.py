@@ -1,5 +1,6 @@
-"""Measures, at start-up, what the choice between bypass and merged depends on."""
+"""Measures, at start-up, what the choices between bypass and merged, and of drafts, depend on."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +13,7 @@ from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.modes.costs import Points, StepCosts, rising
 
-_ROWS = (1, 8, 32, 128)
+_ROWS = (1, 4, 8, 16, 32, 64, 128)
 # Rows of each adapter, of those in `costs.LENGTH_GRID`: between two of them the nearer one counts,
 # with all that it costs to read the adapter's tables.
 _LENGTHS = (1, 4, 32)
@@ -28,11 +29,13 @@ def measure_mode_costs(
     device: torch.device,
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
+    merges: bool = True,
 ) -> StepCosts:
     """Time steps of the base model and a switch, and add up what the kernels cost.
 
     `trial` runs a step of so many rows, one new token for each sequence. The
-    switch is one to an adapter of rank 16 on every layer. Takes a few
+    switch is one to an adapter of rank 16 on every layer; without `merges` there is
+    none: on plain weights even one would leave a copy of the base in host memory. Takes a few
     steps' time: one to two seconds for a small model on a CPU. Layers that run
     whole in C++ add their deltas for somewhat less than the kernels alone take.
     """
@@ -44,7 +47,7 @@ def measure_mode_costs(
     return StepCosts(
         base=rising(tuple((rows, step(rows)) for rows in _ROWS)),
         deltas=tuple((count, _delta_points(kernels, count)) for count in NUM_ADAPTERS_GRID),
-        switch_s=_switch_s(groups, merger, device, dtype, factor_dtype),
+        switch_s=_switch_s(groups, merger, device, dtype, factor_dtype) if merges else math.inf,
     )
 
 

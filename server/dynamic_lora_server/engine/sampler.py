@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -71,6 +72,13 @@ class Choice:
         ]
 
 
+class ScoredRow(NamedTuple):
+    """Whose next token a row of logits tells, and how many drafted tokens it takes to have come."""
+
+    sequence: Sequence
+    ahead: int = 0
+
+
 def takes_highest(sequence: Sequence) -> bool:
     """Whether all that is wanted of a sequence's logits is where they are highest."""
     sampling = sequence.sampling
@@ -85,23 +93,27 @@ def taken(highest: Highest) -> Choice:
 
 def choose(
     logits: torch.Tensor,
-    sequences: Seq[Sequence],
+    owners: Seq[ScoredRow],
     native: NativeSampling | None = None,
     unread: UnreadTokens | None = None,
 ) -> Choice:
-    """Choose the next token of each sequence from its row of logits [num_rows, vocab], float32.
+    """Choose the next token from each row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
     else in the batch. Log-probabilities are those of the untouched logits. `native`
     is used where it can be; `unread` has the tokens of sequences whose last one is not
     read yet. Nothing here waits for a GPU.
     """
-    scores = _penalise(logits, sequences, unread)
+    scores = _penalise(logits, owners, unread)
     if native is not None and not native.serves(scores):
         native = None
     found = None if native is None else native.peaks(scores)
     chosen = scores.argmax(dim=-1) if found is None else found.positions
-    draws = [_draw_of(row, s) for row, s in enumerate(sequences) if not s.sampling.greedy]
+    draws = [
+        _draw_of(row, owner)
+        for row, owner in enumerate(owners)
+        if not owner.sequence.sampling.greedy
+    ]
     if draws:
         rows = to_device([draw.row for draw in draws], logits.device)
         chosen[rows] = _draw(scores[rows], draws) if native is None else native.draws(scores, draws)
@@ -109,17 +121,18 @@ def choose(
     # the log mass does.
     telling = scores.gather(1, chosen[:, None])[:, 0] if found is None else found.log_masses
     sound = telling.isfinite()
-    reports = _reports(logits, sequences, chosen, found if scores is logits else None)
+    reports = _reports(logits, owners, chosen, found if scores is logits else None)
     return Choice(chosen, to_host(torch.stack((chosen, sound.long()))), reports)
 
 
 def _penalise(
-    logits: torch.Tensor, sequences: Seq[Sequence], unread: UnreadTokens | None
+    logits: torch.Tensor, owners: Seq[ScoredRow], unread: UnreadTokens | None
 ) -> torch.Tensor:
-    rows = [(row, s) for row, s in enumerate(sequences) if s.sampling.penalised]
+    rows = [(row, s) for row, (s, _) in enumerate(owners) if s.sampling.penalised]
     if not rows:
         return logits
     scores = logits.clone()
+    assert not any(owners[row].ahead for row, _ in rows), "a penalty on what is not known yet"
     for row, sequence in rows:
         _penalise_row(scores[row], sequence, unread)
     return scores
@@ -148,11 +161,12 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
         scores[output] = scores[output] - less
 
 
-def _draw_of(row: int, sequence: Sequence) -> Draw:
+def _draw_of(row: int, owner: ScoredRow) -> Draw:
+    sequence, ahead = owner
     sampling = sequence.sampling
     return Draw(
         row=row,
-        key=draw_key(sequence.seed, sequence.num_output),
+        key=draw_key(sequence.seed, sequence.num_output + ahead),
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -209,21 +223,21 @@ def _filter(scores: torch.Tensor, draws: Seq[Draw]) -> torch.Tensor:
 
 
 def _reports(
-    logits: torch.Tensor, sequences: Seq[Sequence], chosen: torch.Tensor, peaks: Peaks | None
+    logits: torch.Tensor, owners: Seq[ScoredRow], chosen: torch.Tensor, peaks: Peaks | None
 ) -> _Reports | None:
     """What the rows that ask for log-probabilities get; `peaks` of the logits if they are known."""
     wanted = [
-        row for row, s in enumerate(sequences) if s.sampling.logprobs or s.sampling.top_logprobs
+        row for row, (s, _) in enumerate(owners) if s.sampling.logprobs or s.sampling.top_logprobs
     ]
     if not wanted:
         return None
-    if len(wanted) < len(sequences):
+    if len(wanted) < len(owners):
         rows = to_device(wanted, logits.device)
         logits, chosen = logits[rows], chosen[rows]
         peaks = None if peaks is None else Peaks(*(found[rows] for found in peaks))
     heights, log_masses = _divisors(logits) if peaks is None else peaks[1:]
     picked = logits.gather(1, chosen[:, None]).squeeze(1) - heights - log_masses
-    num_top = tuple(sequences[row].sampling.top_logprobs for row in wanted)
+    num_top = tuple(owners[row].sequence.sampling.top_logprobs for row in wanted)
     best = logits.topk(min(max(num_top), logits.shape[-1]), dim=-1)
     return _Reports(
         rows=tuple(wanted),

@@ -2,8 +2,10 @@
 
 from collections import Counter, deque
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from dynamic_lora_server.engine.drafts import Draft, Drafter, DraftStats
 from dynamic_lora_server.engine.kv_space import KVSpace
 from dynamic_lora_server.engine.prefix_cache import CellCopy, PrefixCache, PrefixStats
 from dynamic_lora_server.engine.prefix_reuse import PrefixReuse
@@ -13,15 +15,29 @@ from dynamic_lora_server.generation import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The next `num_tokens` pending tokens of a sequence; `samples` if its last one is known."""
+    """The next `num_pending` tokens of a sequence, and behind its last one those of a `draft`.
+
+    Only a piece that `samples` has a draft.
+    """
 
     sequence: Sequence
-    num_tokens: int
+    num_pending: int
+    draft: Draft = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Token rows that the piece takes in the step."""
+        return self.num_pending + len(self.draft)
 
     @property
     def samples(self) -> bool:
-        """Whether the model's answer to this piece's last token is the next token."""
-        return self.num_tokens == self.sequence.num_pending
+        """Whether the model's answer to the last pending token is the next token."""
+        return self.num_pending == self.sequence.num_pending
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows whose answers are wanted: the last pending token's, and those of the draft."""
+        return 1 + len(self.draft) if self.samples else 0
 
 
 class Scheduler:
@@ -32,7 +48,8 @@ class Scheduler:
     sequence is admitted when its whole KV need is free; it then runs to its
     end, so nobody is preempted and the head of the queue is never overtaken.
     With `prefixes`, the beginning of a prompt that is in the KV cache already
-    is not computed again.
+    is not computed again. A `drafter` adds guessed tokens to decoding sequences; it
+    needs each step's tokens to be settled before the next is scheduled.
 
     A step's pieces `begin` when it is started and are `settle`d when its tokens are
     known. The next step may be scheduled in between: sequences are then taken to go on,
@@ -47,9 +64,11 @@ class Scheduler:
         max_running: int,
         max_step_tokens: int,
         prefixes: PrefixCache | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._space = space
         self._prefixes = PrefixReuse(prefixes or PrefixCache.off())
+        self.drafter = drafter
         self._max_running = max_running
         self._max_step_tokens = max(max_step_tokens, max_running + 1)
         self._waiting: deque[Sequence] = deque()
@@ -89,8 +108,8 @@ class Scheduler:
         self._admit()
         budget = self._max_step_tokens
         decoding = [s for s in self._running.values() if _may_go_on(s)]
-        pieces = [Piece(sequence, 1) for sequence in decoding]
-        budget -= len(pieces)
+        budget -= len(decoding)
+        pieces: list[Piece] = []
         self._prefixes.begin_step()
         for sequence in self._running.values():
             if sequence.phase is Phase.PREFILL and budget:
@@ -100,7 +119,14 @@ class Scheduler:
                 pieces.append(Piece(sequence, num_tokens))
                 budget -= num_tokens
                 self._prefixes.expect(sequence, num_tokens)
-        return pieces
+        return [*self._decodes(decoding, pieces, budget), *pieces]
+
+    def _decodes(self, decoding: Seq[Sequence], others: Seq[Piece], room: int) -> list[Piece]:
+        """The pieces of decoding sequences, beside those of prompts."""
+        drafts: Mapping[int, Draft] = {}
+        if self.drafter is not None and decoding:
+            drafts = self.drafter.draft(decoding, sum(p.num_tokens for p in others), room)
+        return [Piece(sequence, 1, drafts.get(sequence.id, ())) for sequence in decoding]
 
     def take_copies(self) -> list[CellCopy]:
         """What is to be copied in the KV cache before anything else is written; once each."""
@@ -120,6 +146,10 @@ class Scheduler:
         """Counts of the prefix cache."""
         return self._prefixes.cache.stats()
 
+    def draft_stats(self) -> DraftStats:
+        """Counts of drafted tokens."""
+        return DraftStats(0, 0) if self.drafter is None else self.drafter.stats()
+
     def begin(self, piece: Piece) -> None:
         """Record that a piece is on its way: later steps find its KV entries."""
         sequence, samples = piece.sequence, piece.samples
@@ -130,21 +160,27 @@ class Scheduler:
             sequence.phase = Phase.DECODE
             sequence.num_unread += 1
 
-    def settle(self, piece: Piece, token_id: int | None) -> FinishReason | None:
-        """Record that a piece of a sequence that has not ended has run; and its token, if any.
+    def settle(self, piece: Piece, token_ids: Seq[int] = ()) -> tuple[int, FinishReason | None]:
+        """Record that a piece of a sequence that has not ended has run; and its tokens, if any.
 
-        Ends the sequence, and says why, if this token is its last.
+        These are what the model chose after the last pending token and, one by one, after
+        those of the draft that it chose, too. Returns how many of them the sequence takes;
+        with the last one it ends if there is a reason.
         """
         sequence = piece.sequence
-        sequence.num_run += piece.num_tokens
-        if token_id is None:
-            return None
+        num_kept = max(len(token_ids) - 1, 0)  # of the draft
+        # What lies in the cache of the others is written over by the next step.
+        sequence.num_computed -= len(piece.draft) - num_kept
+        sequence.num_run += piece.num_pending + num_kept
+        if not token_ids:
+            return 0, None
         sequence.num_unread -= 1
-        sequence.output_ids.append(token_id)
-        reason = sequence.finish_reason()
+        num_taken, reason = _take(sequence, token_ids)
+        if self.drafter is not None:
+            self.drafter.hear(sequence, token_ids[:num_taken], len(piece.draft))
         if reason is not None:
             self.end(sequence)
-        return reason
+        return num_taken, reason
 
     def end(self, sequence: Sequence) -> bool:
         """Take a sequence out, wherever it is; False if it had ended already."""
@@ -159,6 +195,8 @@ class Scheduler:
             self._space.free(sequence.allocation)
             sequence.allocation = None
         sequence.phase = Phase.ENDED
+        if self.drafter is not None:
+            self.drafter.forget(sequence)
         return True
 
     def check_integrity(self) -> None:
@@ -188,6 +226,16 @@ class Scheduler:
             sequence.phase = Phase.PREFILL
             sequence.num_computed = sequence.num_given
             self._running[sequence.id] = sequence
+
+
+def _take(sequence: Sequence, token_ids: Seq[int]) -> tuple[int, FinishReason | None]:
+    """Add tokens up to the one with which the sequence ends; how many, and why."""
+    for number, token_id in enumerate(token_ids, start=1):
+        sequence.output_ids.append(token_id)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            return number, reason
+    return len(token_ids), None
 
 
 def _may_go_on(sequence: Sequence) -> bool:

@@ -49,14 +49,15 @@ def startup_costs(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
     merges: bool,
+    drafts: bool,
     file: Path | None,
     on_step: Callable[[str], object],
 ) -> StartupCosts:
     """Read the costs from `file`, or measure them and write it.
 
-    `trial` runs a step of the base model with so many rows. Without `merges` no
-    switch is measured: on plain weights even one would leave a copy of the base
-    in host memory. What a busy machine left no time to measure whole is not written.
+    `trial` runs a step of the base model with so many rows. Steps are measured where
+    something `merges` or `drafts`, a switch only with `merges`. What a busy machine left no
+    time to measure whole is not written.
     """
     if file is not None and file.is_file():
         try:
@@ -66,8 +67,8 @@ def startup_costs(
     on_step("Measuring the delta kernels")
     measured = measure_costs(groups, kernels, device=device, dtype=dtype, factor_dtype=factor_dtype)
     steps = StepCosts.never_merging()
-    if merges:
-        on_step("Measuring steps and switches")
+    if merges or drafts:
+        on_step("Measuring steps and switches" if merges else "Measuring steps")
         steps = measure_mode_costs(
             groups,
             measured,
@@ -76,6 +77,7 @@ def startup_costs(
             device=device,
             dtype=dtype,
             factor_dtype=factor_dtype,
+            merges=merges,
         )
     costs = StartupCosts(measured, steps)
     if file is not None and measured.whole:

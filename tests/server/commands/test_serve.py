@@ -1,5 +1,6 @@
 """`dynamic-lora serve`: options, one clear line when ready, and a start that fails."""
 
+import inspect
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from dynamic_lora_server.commands.serve import serve
+from dynamic_lora_server.config import ServerConfig
 from tests.support.models import save_tiny_base
 
 APP = typer.Typer()
@@ -30,12 +33,18 @@ APP.command()(serve)
         (["--kv-memory", "lots"], "not a number of bytes"),
         (["--prefix-cache-memory", "-1"], "is not a number of bytes"),
         (["--dtype", "int3"], "dtype must be one of"),
+        (["--speculate", "8"], "speculate must lie between 0 and 7"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(arguments: list[str], text: str) -> None:
     result = CliRunner().invoke(APP, arguments)
     assert result.exit_code == 2
     assert text in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_every_option_of_the_server_can_be_given() -> None:
+    given = set(inspect.signature(serve).parameters)
+    assert given == {f.name for f in fields(ServerConfig)} - {"adapter_roots"} | {"adapter_root"}
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:

@@ -39,7 +39,7 @@ def test_pieces_of_a_prompt_name_their_cells_and_what_is_cached() -> None:
     first = Batch.build([piece], CPU)
     assert first.sampled == []
     assert first.logit_rows.tolist() == []
-    advance(scheduler, piece, None)
+    advance(scheduler, piece)
     second = Batch.build(scheduler.schedule(), CPU)
     assert second.input_ids.tolist() == [[15, 16]]
     assert second.position_ids.tolist() == [[5, 6]]

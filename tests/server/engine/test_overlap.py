@@ -14,17 +14,14 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from dynamic_lora_server.generation import FinishReason
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import VOCAB_SIZE, tiny_llama
+from tests.support.traffic import assert_same, requests, serve
 
-TASKS = [None, "all", "attention"]
 EVERYTHING = tuple(range(VOCAB_SIZE))
-# One in five, so that some sequences end early.
-STOPS = EVERYTHING[::5]
 
 
 def pair(**options: Any) -> list[BuiltEngine]:
@@ -43,76 +40,13 @@ def steps(built: BuiltEngine, number: int) -> list[EngineEvent]:
     return [event for _ in range(number) for event in built.engine.step()]
 
 
-@st.composite
-def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """What one request asks for, and the step at which it comes."""
-    params: dict[str, Any] = {
-        "max_new_tokens": draw(st.integers(1, 8)),
-        "stop_token_ids": draw(st.sampled_from([(), STOPS])),
-        "logprobs": draw(st.booleans()),
-        "top_logprobs": draw(st.integers(0, 3)),
-    }
-    if draw(st.booleans()):
-        params |= {
-            "temperature": draw(st.sampled_from([0.7, 3.0])),
-            "seed": draw(st.integers(0, 9)),
-        }
-    if draw(st.sampled_from([False, False, True])):
-        params |= {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5}
-    return {
-        "at": draw(st.integers(0, 6)),
-        "task": draw(st.sampled_from(TASKS)),
-        "shared": draw(st.booleans()),
-        "length": draw(st.integers(1, 70)),
-        "params": params,
-    }
-
-
-def serve(
-    built: BuiltEngine, wanted: list[dict[str, Any]], folders: dict[str, Path]
-) -> list[list[TokenEvent]]:
-    """Every request's events; requests come at their steps."""
-    sequences: list[Sequence] = []
-    for number, one in enumerate(wanted):
-        # Half of the prompts begin alike, so that prefixes are found.
-        seed = 0 if one["shared"] else number + 1
-        adapter = None if one["task"] is None else admit(built, folders[one["task"]])
-        prompt = random_prompt(70, seed=seed)[: one["length"]]
-        sequences.append(make_sequence(prompt, adapter=adapter, **one["params"]))
-    found: dict[int, list[TokenEvent]] = {one.id: [] for one in sequences}
-    step = 0
-    while step <= 6 or built.engine.has_work:
-        for one, sequence in zip(wanted, sequences, strict=True):
-            if one["at"] == step:
-                built.engine.add(sequence)
-        for event in built.engine.step():
-            assert isinstance(event, TokenEvent), event
-            found[event.sequence_id].append(event)
-        step += 1
-    built.engine.scheduler.check_integrity()
-    for sequence in sequences:
-        assert [e.sampled.token_id for e in found[sequence.id]] == sequence.output_ids
-        assert (sequence.num_unread, sequence.phase) == (0, Phase.ENDED) or sequence.num_unread == 1
-        if sequence.adapter is not None:
-            built.pool.release(sequence.adapter)
-    return [found[one.id] for one in sequences]
-
-
 @given(wanted=st.lists(requests(), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_request_gets_the_same(
     engines: list[BuiltEngine], folders: dict[str, Path], wanted: list[dict[str, Any]]
 ) -> None:
     one_by_one, overlapping = (serve(built, wanted, folders) for built in engines)
-    for expected, actual in zip(one_by_one, overlapping, strict=True):
-        assert [(e.sampled.token_id, e.reason) for e in actual] == [
-            (e.sampled.token_id, e.reason) for e in expected
-        ]
-        for found, wished in zip(actual, expected, strict=True):
-            assert found.sampled.logprob == pytest.approx(wished.sampled.logprob, abs=1e-4)
-            assert [token for token, _ in found.sampled.top] == [
-                token for token, _ in wished.sampled.top
-            ]
+    assert_same(overlapping, one_by_one)
 
 
 def test_a_step_is_started_before_the_one_before_is_read() -> None:

@@ -101,7 +101,7 @@ class Machine:
         for piece in pieces:
             self.check(piece.sequence, piece.sequence.num_computed + piece.num_tokens)
         for piece in pieces:
-            advance(self.scheduler, piece, 0 if piece.samples else None)
+            advance(self.scheduler, piece, *([0] if piece.samples else []))
         self.scheduler.check_integrity()
 
     def write(self, sequence: Sequence, start: int, stop: int) -> None:

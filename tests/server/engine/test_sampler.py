@@ -19,7 +19,7 @@ from transformers import (
 from dynamic_lora_adapters.native.draws import Draw
 from dynamic_lora_adapters.native.sampling import NativeSampling, native_sampling
 from dynamic_lora_server.engine import sampler
-from dynamic_lora_server.engine.sampler import Sampled, _filter
+from dynamic_lora_server.engine.sampler import Sampled, ScoredRow, _filter
 from dynamic_lora_server.engine.sequence import Sequence
 from tests.support.engines import make_sequence
 
@@ -37,7 +37,7 @@ def _sampling(request: pytest.FixtureRequest) -> None:
 
 
 def sample(scores: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
-    return sampler.choose(scores, sequences, SAMPLING[0]).read()
+    return sampler.choose(scores, list(map(ScoredRow, sequences)), SAMPLING[0]).read()
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:

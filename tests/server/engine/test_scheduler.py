@@ -21,7 +21,7 @@ def step(scheduler: Scheduler, token: int = TOKEN) -> list[tuple[int, int]]:
     pieces = scheduler.schedule()
     summary = [(piece.sequence.id, piece.num_tokens) for piece in pieces]
     for piece in pieces:
-        advance(scheduler, piece, token if piece.samples else None)
+        advance(scheduler, piece, *([token] if piece.samples else []))
     return summary
 
 

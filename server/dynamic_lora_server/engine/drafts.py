@@ -1,0 +1,114 @@
+"""Drafts: tokens that are run before they are known to come, in case they do.
+
+Speculative decoding (Leviathan et al. 2023) without a second model: a sequence's next tokens
+are guessed (`phrases.py`), run behind its last one in the same step, and kept as far as the
+model, whose choice after each of them is then known, chooses the same. What is generated is
+what would have been without. Imports no torch.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dynamic_lora_server.engine.phrases import Speakers, Text
+from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.modes.costs import StepCosts
+
+# With the token before them no more than attention in C++ takes one by one.
+MAX_DRAFT = 7
+# A token that comes with less chance is worth no row on any machine.
+_LEAST_CHANCE = 0.05
+
+Draft = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStats:
+    """Tokens that were drafted and run, and those of them that came."""
+
+    num_drafted: int
+    num_accepted: int
+
+
+class Drafter:
+    """Drafts at most `most` tokens a sequence and step, and only while that brings more a second.
+
+    What a step of so many rows takes is known from `costs`. The engine's thread owns it.
+    """
+
+    def __init__(self, costs: StepCosts, most: int) -> None:
+        if not 1 <= most <= MAX_DRAFT:
+            raise ValueError(f"most must lie between 1 and {MAX_DRAFT}, got {most}")
+        self._step_s = lru_cache(maxsize=4096)(costs.step_s)
+        self._most = most
+        self._speakers = Speakers()
+        self._texts: dict[int, Text] = {}
+        self._num_drafted = 0
+        self._num_accepted = 0
+
+    def draft(self, decoding: Seq[Sequence], num_others: int, room: int) -> dict[int, Draft]:
+        """What to run behind the last tokens of these sequences, by sequence id.
+
+        `decoding` have a row each in the next step, beside which `num_others` rows of
+        prompts run; it has room for so many rows more.
+        """
+        offers = [
+            (chance, sequence.id, token_id)
+            for sequence in decoding
+            for token_id, chance in self._expected(sequence)
+        ]
+        # Along a draft chances fall, and equal ones stay in their order.
+        offers.sort(key=lambda offer: offer[0], reverse=True)
+        chances = [chance for chance, _, _ in offers[:room]]
+        drafts: dict[int, Draft] = {}
+        for _, sequence_id, token_id in offers[: self._worth(chances, len(decoding), num_others)]:
+            drafts[sequence_id] = (*drafts.get(sequence_id, ()), token_id)
+        return drafts
+
+    def _worth(self, chances: Seq[float], num_rows: int, num_others: int) -> int:
+        """How many of these tokens bring most a second.
+
+        Prompts beside them are run in any case, and their time is not counted.
+        """
+        others_s = self._step_s(num_others)
+        expected, best, most = float(num_rows), 0, 0.0
+        for count in range(len(chances) + 1):
+            if count:
+                expected += chances[count - 1]
+            rate = expected / max(self._step_s(num_others + num_rows + count) - others_s, 1e-9)
+            if rate > most:
+                best, most = count, rate
+        return best
+
+    def _expected(self, sequence: Sequence) -> list[tuple[int, float]]:
+        left = sequence.sampling.max_new_tokens - sequence.num_output - 1
+        # A penalty depends on the tokens before, the drafted ones among them.
+        if left <= 0 or sequence.sampling.penalised:
+            return []
+        return self._text(sequence).expected(min(self._most, left), _LEAST_CHANCE)
+
+    def _text(self, sequence: Sequence) -> Text:
+        """What there is of a sequence."""
+        if sequence.id not in self._texts:
+            speaker = self._speakers.of(sequence.adapter_digest)
+            prompt = sequence.prompt_ids[sequence.num_virtual :]
+            self._texts[sequence.id] = Text(speaker, prompt)
+        return self._texts[sequence.id]
+
+    def hear(self, sequence: Sequence, token_ids: Seq[int], num_drafted: int) -> None:
+        """A sequence got these tokens, all but the last of them drafted, as were so many."""
+        self._num_drafted += num_drafted
+        self._num_accepted += len(token_ids) - 1
+        if sequence.sampling.penalised:
+            return
+        text = self._text(sequence)
+        for token_id in token_ids:
+            text.hear(token_id)
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended. What it said stays known of its adapter."""
+        self._texts.pop(sequence.id, None)
+
+    def stats(self) -> DraftStats:
+        """Counts since the start; may be read from any thread."""
+        return DraftStats(self._num_drafted, self._num_accepted)
