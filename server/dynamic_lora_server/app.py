@@ -51,7 +51,8 @@ def create_app(
     """The application of one server. It serves at once and loads the model meanwhile.
 
     `load` makes the runtime (default: `Runtime.load` of `config`) on a thread of
-    its own. `on_ready` or `on_failure` is called on the event loop with the outcome.
+    its own. `on_ready` or `on_failure` is called on the event loop with the outcome, and
+    `on_failure` also when the engine breaks later on; without it the log says so.
     """
     state = ServerState(config)
     bring_up = partial(_bring_up, state, load or partial(_load, config), on_ready, on_failure)
@@ -107,6 +108,9 @@ async def _bring_up(
         return
     if on_ready is not None:
         on_ready(state.runtime)
+    broken = await state.runtime.service.until_broken()
+    if on_failure is not None:
+        on_failure(broken)
 
 
 def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Residency:
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="adapters")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
+        self._why_none: Exception | None = None
         self._parts: dict[str, frozenset[str]] = {}
         self._parts_lock = threading.Lock()
         # Also what was deleted while it was being loaded, and what a new upload replaced.
@@ -116,6 +117,11 @@ class Residency:
             self._announce_soon()
 
         return end
+
+    def give_up(self, why: Exception) -> None:
+        """No more room will be made: who waits for some, now or later, gets this error."""
+        self._why_none = why
+        self._line.announce()
 
     def close(self) -> None:
         """Read no more."""
@@ -180,6 +186,8 @@ class Residency:
                 terms = await self._read(read)
             if (adapter := await self._admit(digest, terms)) is not None:
                 return adapter
+            if self._why_none is not None:
+                raise self._why_none
             self._ask_for_room()
             await self._line.wait()
 

@@ -78,7 +78,8 @@ class GenerationService:
         self._num_open = 0
         self._pace = _Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._worker = Worker(engine, self._receive)
+        self._broken = asyncio.Event()
+        self._worker = Worker(engine, self._receive, self._on_broken)
         residency.make_room = self._make_room
 
     def start(self) -> None:
@@ -97,6 +98,11 @@ class GenerationService:
         if self._loop is None or not self._worker.alive:
             why = self._worker.failure or "the engine is not running"
             raise NotReady(f"{why[0].upper()}{why[1:]}.", fix="See the server's log.")
+
+    async def until_broken(self) -> EngineFailed:
+        """Wait until the step loop breaks, for which there is no remedy; the reason."""
+        await self._broken.wait()
+        return EngineFailed(f"{self._worker.failure}.", fix="Start the server again.")
 
     @property
     def capacity(self) -> int:
@@ -130,9 +136,10 @@ class GenerationService:
                 continuations = self._continuations(spec, prompt_ids, resident)
                 self._check_length(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
-                yield started
-                # From here on each sequence has a lease of its own.
+                # From here on each sequence has a lease of its own. One that nobody drives would
+                # be kept for ever by a request that waits for room for its next prompt.
                 inbox = stack.enter_context(self._submitted(continuations))
+            yield started
             async for event in self._events(inbox, continuations):
                 if isinstance(event, Finish):
                     self._record(started, event, arrived_s)
@@ -282,6 +289,17 @@ class GenerationService:
     def _make_room(self, doomed_only: bool, done: Callable[[], object]) -> None:
         """Have the engine unmerge; `done` is called on its thread if it did."""
         self._worker.send(MakeRoom(doomed_only, done))
+
+    def _on_broken(self) -> None:
+        """Called on the engine thread."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._give_up)
+
+    def _give_up(self) -> None:
+        self._broken.set()
+        assert self._worker.failure is not None
+        self._residency.give_up(EngineFailed(f"{self._worker.failure}."))
 
     def _receive(self, events: list[EngineEvent]) -> None:
         """Called on the engine thread with the events of a step."""

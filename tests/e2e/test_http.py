@@ -5,12 +5,14 @@ import io
 import json
 import zipfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from dynamic_lora_server.residency import Residency
 from tests.support.adapters import make_adapter
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.models import tiny_llama, tiny_tokenizer
@@ -128,6 +130,34 @@ async def test_the_card_wraps_the_prompt_unless_raw(
     assert full["generated_text"] == prompt + carded["generated_text"]
     by_id = await generate(client, parameters={"adapter_id": "ner"})
     assert by_id == full | {"generated_text": carded["generated_text"]}
+
+
+async def test_a_prompt_is_rendered_by_the_card_of_the_version_that_answers(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the adapter is replaced just before it is leased."""
+    card = {**CARD, "prompt_template": "Another text, a longer one: {input}\nAnswer:"}
+    newer = adapter_files | {"task.json": json.dumps(card).encode()}
+    await upload(client, "echo", newer)
+    asked: dict[str, Any] = {"inputs": "the rain", "parameters": {"return_full_text": True}}
+    expected = await client.post("/generate?adapter=echo", json=asked)
+    await upload(client, "echo", adapter_files)
+    hold = Residency.hold
+    replaced: list[httpx.Response] = []
+
+    @asynccontextmanager
+    async def late(self: Residency, adapter: Any) -> AsyncIterator[Any]:
+        if not replaced:  # here on the server's event loop
+            async with httpx.AsyncClient(base_url=client.base_url) as other:
+                replaced.append(await upload(other, "echo", newer))
+        async with hold(self, adapter) as held:
+            yield held
+
+    monkeypatch.setattr(Residency, "hold", late)
+    answer = await client.post("/generate?adapter=echo", json=asked)
+    assert replaced[0].status_code == 201
+    assert answer.json() == expected.json()
+    assert answer.headers["x-adapter-version"] == expected.headers["x-adapter-version"]
 
 
 async def test_adapter_and_base_differ_and_a_mixed_batch_does_not_mix_them(

@@ -1,9 +1,10 @@
-"""The application before, without and beside a model: no model is loaded here."""
+"""The application before, without and beside a model."""
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +14,9 @@ from fastapi import FastAPI
 
 from dynamic_lora_server.app import create_app
 from dynamic_lora_server.config import ServerConfig
+from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.errors import UnsupportedModel
+from tests.support.runtimes import load_runtime, tiny_config
 
 
 @asynccontextmanager
@@ -63,6 +66,31 @@ async def test_a_load_that_fails_is_told_and_explained(tmp_path: Path) -> None:
         assert isinstance(error, UnsupportedModel)
         assert "Falcon" in (await client.get("/ready")).json()["detail"]
         assert (await client.get("/health")).status_code == 200
+
+
+async def test_an_engine_that_breaks_is_told_like_a_load_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: asyncio.Queue[Exception] = asyncio.Queue()
+    ready = asyncio.Event()
+    app = create_app(
+        tiny_config(tmp_path),
+        load=partial(load_runtime, tmp_path),
+        on_ready=lambda _: ready.set(),
+        on_failure=told.put_nowait,
+    )
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the books do not balance")
+
+    async with client_of(app) as client:
+        await asyncio.wait_for(ready.wait(), 60)
+        monkeypatch.setattr(Scheduler, "schedule", broken)
+        response = await client.post("/generate", json={"inputs": "the king"})
+        assert response.status_code == 500
+        error = await asyncio.wait_for(told.get(), 5)
+        assert str(error) == "the engine has stopped: RuntimeError: the books do not balance."
+        assert (await client.get("/ready")).status_code == 503
 
 
 @pytest.mark.parametrize("declared", [True, False])

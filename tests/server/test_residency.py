@@ -11,8 +11,11 @@ from dynamic_lora_adapters.factor_layout import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from dynamic_lora_server import room_line
+from dynamic_lora_server.engine.scheduler import Scheduler
+from dynamic_lora_server.errors import EngineFailed
 from dynamic_lora_server.generation import Started
 from dynamic_lora_server.runtime import Runtime
+from dynamic_lora_server.streams import begin_all, collect_all
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
@@ -131,6 +134,55 @@ async def test_a_busy_adapter_makes_room_after_a_while(
         await asyncio.gather(*busy)
         # One try of each before there is a line, one for whose turn it is, and what came again.
         assert runtime.stats().reads.num_reads <= 20
+
+
+async def test_prompts_of_one_request_do_not_wait_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is served before there is room for the second, behind another adapter's."""
+    monkeypatch.setattr(room_line, "PATIENCE_S", 0.0)
+    room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_one, max_waiting=64) as runtime:
+        for seed, name in enumerate(names(3)):
+            source = make_adapter(
+                tmp_path / name, tiny_llama(), rank=8, targets=["q_proj"], seed=seed
+            )
+            publish(runtime, name, source)
+
+        async def ask(name: str) -> int:
+            wanted = [runtime.service.stream(spec(adapter=name)) for _ in range(3)]
+            return len(await collect_all(await begin_all(wanted)))
+
+        asked = asyncio.gather(*(ask(name) for name in names(3) * 3))
+        assert await asyncio.wait_for(asked, 60) == [3] * 9
+        assert runtime.stats().adapters.num_evictions >= 2
+
+
+async def test_who_waits_for_room_is_told_that_the_engine_broke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_one, mode="merged") as runtime:
+        for seed, name in enumerate(names(2)):
+            source = make_adapter(
+                tmp_path / name, tiny_llama(), rank=8, targets=["q_proj"], seed=seed
+            )
+            publish(runtime, name, source)
+        first, second = names(2)
+        await collect(runtime, spec(adapter=first))
+        await none_leased(runtime)
+        assert runtime.stats().modes.merged is not None  # and keeps its slot
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("the books do not balance")
+
+        monkeypatch.setattr(Scheduler, "schedule", broken)
+        with pytest.raises(EngineFailed, match="the books do not balance"):
+            await collect(runtime, spec())
+        with pytest.raises(EngineFailed, match="the books do not balance"):
+            async with asyncio.timeout(10), runtime.residencies.hold(second):
+                pass
+        assert isinstance(await runtime.service.until_broken(), EngineFailed)
 
 
 async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:

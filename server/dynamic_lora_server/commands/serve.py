@@ -210,7 +210,10 @@ def _refusals() -> Iterator[None]:
 
 
 def run_server(config: ServerConfig, console: Console) -> None:
-    """Serve until interrupted. Exits with 1 if the model cannot be loaded or the port is taken."""
+    """Serve until interrupted.
+
+    Exits with 1 if the model cannot be loaded, the port is taken, or the engine breaks.
+    """
     handler = RichHandler(console=console, show_path=False)
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
     session = _Session(config, console)

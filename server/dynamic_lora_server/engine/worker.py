@@ -70,14 +70,18 @@ class Worker:
     """Owns the engine thread. `sink` is called on that thread with the events of each step.
 
     Messages are handled between steps, in the order in which they were sent. Should the loop
-    break, beyond what a step answers for, everything fails by name, also what is sent later.
+    break, beyond what a step answers for, everything fails by name, also what is sent later,
+    and `on_broken` is called once on that thread.
     Where the model runs on the processor, the thread and those that it starts to compute with give
     way to what is short and somebody waits for: HTTP, tokenising, reading an adapter.
     """
 
-    def __init__(self, engine: Engine, sink: EventSink) -> None:
+    def __init__(
+        self, engine: Engine, sink: EventSink, on_broken: Callable[[], object] = _nothing
+    ) -> None:
         self._engine = engine
         self._sink = sink
+        self._on_broken = on_broken
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._live: dict[int, Submit] = {}
         self._failure: str | None = None
@@ -158,6 +162,7 @@ class Worker:
     def _refuse_all(self, why: str) -> None:
         """Fail what runs and all that is sent, until the server stops; the engine is left alone."""
         self._fail(why)
+        self._on_broken()
         while not isinstance(message := self._inbox.get(), Stop):
             if isinstance(message, Submit):
                 self._live[message.sequence.id] = message

@@ -1,5 +1,8 @@
 """`POST /generate` and `POST /generate_stream`: TGI's and LoRAX's API."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -15,7 +18,7 @@ from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateRespon
 from dynamic_lora_server.selection import select
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import begin, collect
+from dynamic_lora_server.streams import Generation, begin, collect
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.card import TaskCard
@@ -53,11 +56,11 @@ async def generate(
 ) -> Response:
     """The whole text at once, or with `stream` as server-sent events, one for each token."""
     _refuse_repeated(request)
-    spec, answer = _prepare(body, query, runtime)
+    prepare = partial(_prepare, body, query, runtime)
     if body.stream:
-        return await _stream(request, state, spec, answer)
+        return await _stream(request, state, prepare)
     return await until_disconnect(
-        request.receive, _whole(state, spec, answer, details=bool(body.parameters.details))
+        request.receive, _whole(state, prepare, details=bool(body.parameters.details))
     )
 
 
@@ -94,8 +97,7 @@ async def generate_stream(
     """As `/generate` with `stream`; the last event has the whole text."""
     _refuse_repeated(request)
     streamed = body.model_copy(update={"stream": True})
-    spec, answer = _prepare(streamed, query, runtime)
-    return await _stream(request, state, spec, answer)
+    return await _stream(request, state, partial(_prepare, streamed, query, runtime))
 
 
 def _refuse_repeated(request: Request) -> None:
@@ -111,31 +113,50 @@ def _refuse_repeated(request: Request) -> None:
             )
 
 
-def _prepare(
-    body: GenerateRequest, query: GenerateQuery, runtime: "Runtime"
-) -> tuple[GenerationSpec, TgiAnswer]:
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is asked for, how it is answered, and of which version the prompt was rendered."""
+
+    spec: GenerationSpec
+    answer: TgiAnswer
+    version: str | None
+
+
+def _prepare(body: GenerateRequest, query: GenerateQuery, runtime: "Runtime") -> _Prepared:
     saved = runtime.residencies.saved
     adapter = select(query.adapter, body, saved=saved, model_id=runtime.model_id)
-    card = None
-    if not (body.raw or query.raw):
-        card = card_of(adapter, [saved.version(part) for part in adapter.parts])
+    versions = [saved.version(part) for part in adapter.parts]
+    card = None if body.raw or query.raw else card_of(adapter, versions)
     spec = generate_spec(body, adapter=adapter, card=card)
     answer = TgiAnswer(
         prefix=_rendered(body, card) if body.parameters.return_full_text else "",
         num_top=body.parameters.top_n_tokens or 0,
         special_ids=runtime.tokenizer.all_special_ids,
     )
-    return spec, answer
+    version = None if adapter.is_base else adapter.digest([found.digest for found in versions])
+    return _Prepared(spec, answer, version)
 
 
 def _rendered(body: GenerateRequest, card: "TaskCard | None") -> str:
     return body.inputs if card is None else card.render(body.inputs)
 
 
+async def _begun(
+    state: ServerState, prepare: Callable[[], _Prepared]
+) -> tuple[Generation, TgiAnswer]:
+    """A generation that was admitted, with the version that its prompt was rendered for."""
+    while True:
+        prepared = prepare()
+        generation = await begin(state.generate(prepared.spec))
+        if generation.started.version == prepared.version:
+            return generation, prepared.answer
+        await generation.events.aclose()  # it was replaced in between
+
+
 async def _whole(
-    state: ServerState, spec: GenerationSpec, answer: TgiAnswer, *, details: bool
+    state: ServerState, prepare: Callable[[], _Prepared], *, details: bool
 ) -> Response:
-    generation = await begin(state.generate(spec))
+    generation, answer = await _begun(state, prepare)
     whole = answer.whole(await collect(generation), details=details)
     return Response(
         whole.model_dump_json(exclude_none=not details),
@@ -145,9 +166,9 @@ async def _whole(
 
 
 async def _stream(
-    request: Request, state: ServerState, spec: GenerationSpec, answer: TgiAnswer
+    request: Request, state: ServerState, prepare: Callable[[], _Prepared]
 ) -> Response:
-    generation = await until_disconnect(request.receive, begin(state.generate(spec)))
+    generation, answer = await until_disconnect(request.receive, _begun(state, prepare))
     return EventStream(answer.stream(generation), _headers(generation.started))
 
 
