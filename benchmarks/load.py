@@ -94,7 +94,7 @@ async def send_streaming(http: aiohttp.ClientSession, wire: Wire, request: Reque
         async with http.post(
             wire.path, json=wire.body(request), params=wire.params(request)
         ) as response:
-            async for event in _events(response):
+            async for event in events_of(response):
                 delta = wire.read(event)
                 if delta.num_tokens:
                     arrivals.append(time.perf_counter())
@@ -111,7 +111,8 @@ async def send_streaming(http: aiohttp.ClientSession, wire: Wire, request: Reque
     )
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def events_of(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The server-sent events of an answer. Raises RequestFailed where there are none."""
     if response.status != 200:
         text = await response.text(errors="replace")
         raise RequestFailed(f"status {response.status}: {text[:300]}")
