@@ -31,6 +31,7 @@ from benchmarks.peers.dynamic_lora import serving
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.quality import RECIPES
 from benchmarks.stats import percentile
+from dynamic_lora_server.base_model import DEFAULT_BASE
 from dynamic_lora_server.training.config import load_config
 from dynamic_lora_server.training.datasets import load_examples
 
@@ -150,7 +151,7 @@ async def measure_all(url: str, prompts: dict[str, list[str]]) -> list[Cell]:
 
 
 def rounds(
-    base: Path, folder: Path, options: argparse.Namespace, prompts: dict[str, list[str]]
+    folder: Path, options: argparse.Namespace, prompts: dict[str, list[str]]
 ) -> Iterator[dict[str, list[Cell]]]:
     """The cells of each round, by `plain` and `drafting`."""
     own = tuple(options.flags.split())
@@ -158,7 +159,7 @@ def rounds(
     for number in range(options.rounds):
         found = {}
         for side in sorted(flags, reverse=number % 2 == 0):
-            with serving(base, folder / side, folder / f"{side}.log", flags[side]) as (url, _):
+            with serving(None, folder / side, folder / f"{side}.log", flags[side]) as (url, _):
                 found[side] = asyncio.run(measure_all(url, prompts))
         yield found
 
@@ -200,7 +201,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--data", type=Path, required=True, help="folder with the data sets")
-    root.add_argument("--base", help="base model: folder or Hub id (default: the embedded one)")
     root.add_argument("--speculate", type=int, default=7, help="tokens drafted at most")
     root.add_argument("--flags", default="", help="further options of both servers")
     root.add_argument("--limit", type=int, default=400, help="prompts of a task at most")
@@ -211,8 +211,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure, print one line for each cell, write the JSON."""
-    from dynamic_lora_server.base_model import resolve_base
-
     options = parser().parse_args()
     end_on_sigterm()
     prompts = {
@@ -224,11 +222,10 @@ def main() -> None:
         ]
         for task in TASKS
     }
-    base = resolve_base(options.base)
     started = datetime.now(UTC).replace(microsecond=0)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            measured = list(rounds(base.path, Path(scratch), options, prompts))
+            measured = list(rounds(Path(scratch), options, prompts))
         except BenchmarkError as error:
             raise SystemExit(f"benchmarks.speculation: {error}") from error
     cells = summary(measured)
@@ -240,7 +237,7 @@ def main() -> None:
         )
     document = {
         "machine": asdict(describe_machine()),
-        "base": base.name,
+        "base": DEFAULT_BASE,
         "started_at": started.isoformat(),
         "flags": options.flags,
         "speculate": options.speculate,

@@ -67,9 +67,11 @@ class DynamicLora:
 
 @contextmanager
 def serving(
-    base: Path, home: Path, log: Path, flags: Sequence[str] = ()
+    base: Path | None, home: Path, log: Path, flags: Sequence[str] = ()
 ) -> Iterator[tuple[str, ServerProcess]]:
     """`dynamic-lora serve` on a free port until the block ends: its address and its process.
+
+    `base` None is the default model, with the shipped adapters.
 
     Raises PeerUnavailable with the reason.
     """
@@ -77,7 +79,7 @@ def serving(
     url = f"http://127.0.0.1:{port}"
     command = [str(Path(sys.executable).with_name("dynamic-lora")), "serve"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--home", str(home)]
-    command += ["--model", str(base), *flags]
+    command += [*flags] if base is None else ["--model", str(base), *flags]
     with running(command, ready_url=f"{url}/ready", log=log) as process:
         yield url, process
 

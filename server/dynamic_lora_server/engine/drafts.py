@@ -8,16 +8,18 @@ what would have been without. Imports no torch.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import lru_cache
 
 from dynamic_lora_server.engine.phrases import Speakers, Text
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.step_times import StepTimes
 from dynamic_lora_server.modes.costs import StepCosts
 
 # With the token before them no more than attention in C++ takes one by one.
 MAX_DRAFT = 7
 # A token that comes with less chance is worth no row on any machine.
 _LEAST_CHANCE = 0.05
+# What drafts must bring to be made: less lies within what times are known to.
+_MIN_GAIN = 1.05
 
 Draft = tuple[int, ...]
 
@@ -33,13 +35,14 @@ class DraftStats:
 class Drafter:
     """Drafts at most `most` tokens a sequence and step, and only while that brings more a second.
 
-    What a step of so many rows takes is known from `costs`. The engine's thread owns it.
+    What a step of so many rows takes is known from `costs` and from the steps that were. The
+    engine's thread owns it.
     """
 
     def __init__(self, costs: StepCosts, most: int) -> None:
         if not 1 <= most <= MAX_DRAFT:
             raise ValueError(f"most must lie between 1 and {MAX_DRAFT}, got {most}")
-        self._step_s = lru_cache(maxsize=4096)(costs.step_s)
+        self._times = StepTimes(costs.base)
         self._most = most
         self._speakers = Speakers()
         self._texts: dict[int, Text] = {}
@@ -70,14 +73,15 @@ class Drafter:
 
         Prompts beside them are run in any case, and their time is not counted.
         """
-        others_s = self._step_s(num_others)
+        others_s = self._times.of(num_others)
         expected, best, most = float(num_rows), 0, 0.0
         for count in range(len(chances) + 1):
             if count:
                 expected += chances[count - 1]
-            rate = expected / max(self._step_s(num_others + num_rows + count) - others_s, 1e-9)
+            taken_s = self._times.of(num_others + num_rows + count) - others_s
+            rate = expected / max(taken_s, 1e-9)
             if rate > most:
-                best, most = count, rate
+                best, most = count, rate if count else rate * _MIN_GAIN
         return best
 
     def _expected(self, sequence: Sequence) -> list[tuple[int, float]]:
@@ -104,6 +108,10 @@ class Drafter:
         text = self._text(sequence)
         for token_id in token_ids:
             text.hear(token_id)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """A step of nothing but decoding sequences, drafts included, took so long."""
+        self._times.observe(num_rows, seconds)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended. What it said stays known of its adapter."""

@@ -8,6 +8,7 @@ reads it.
 (The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -149,6 +150,7 @@ class Engine:
 
         With `overlap`, start one step and return what came of the one before. Raises WeightsLost.
         """
+        begin = time.perf_counter()
         pieces = self.scheduler.schedule()
         started, error = None, None
         if pieces:
@@ -165,7 +167,12 @@ class Engine:
         self._started = started
         if error is not None:
             events += self._fail(pieces, error)
-        return events if self.overlap else events + self.finish()
+        if self.overlap:
+            return events
+        events += self.finish()
+        if error is None:
+            self.scheduler.observe(pieces, time.perf_counter() - begin)
+        return events
 
     @torch.inference_mode()
     def _start(self, pieces: list[Piece]) -> _Started:

@@ -74,6 +74,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._num_by_adapter: Counter[str | None] = Counter()
+        self._num_prompts = 0  # with a piece in the step that was scheduled last
 
     @property
     def num_waiting(self) -> int:
@@ -119,6 +120,7 @@ class Scheduler:
                 pieces.append(Piece(sequence, num_tokens))
                 budget -= num_tokens
                 self._prefixes.expect(sequence, num_tokens)
+        self._num_prompts = len(pieces)
         return [*self._decodes(decoding, pieces, budget), *pieces]
 
     def _decodes(self, decoding: Seq[Sequence], others: Seq[Piece], room: int) -> list[Piece]:
@@ -149,6 +151,11 @@ class Scheduler:
     def draft_stats(self) -> DraftStats:
         """Counts of drafted tokens."""
         return DraftStats(0, 0) if self.drafter is None else self.drafter.stats()
+
+    def observe(self, pieces: Seq[Piece], seconds: float) -> None:
+        """Record how long the step of the pieces took that were scheduled last."""
+        if self.drafter is not None and pieces and not self._num_prompts:
+            self.drafter.observe(sum(piece.num_tokens for piece in pieces), seconds)
 
     def begin(self, piece: Piece) -> None:
         """Record that a piece is on its way: later steps find its KV entries."""

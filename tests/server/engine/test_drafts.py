@@ -282,3 +282,31 @@ def test_a_piece_of_a_prompt_samples_nothing() -> None:
     sequence = make_sequence([1, 2, 3])
     assert Piece(sequence, 2).num_sampled == 0
     assert Piece(sequence, 3).num_sampled == 1
+
+
+def test_steps_that_take_longer_than_measured_end_the_drafts() -> None:
+    drafter = Drafter(costs(*((rows, 1.0) for rows in (1, 4, 8, 16, 32))), MAX_DRAFT)
+    heard(drafter)
+    sequences = [decoding(drafter) for _ in range(4)]
+    assert sum(map(len, drafter.draft(sequences, 0, 100).values())) == 28
+    for _ in range(100):
+        for num_rows in (4, 8, 16, 32):
+            drafter.observe(num_rows, num_rows * 1.0)
+    assert drafter.draft(sequences, 0, 100) == {}
+
+
+def test_only_steps_without_prompts_are_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    built = drafting()
+    drafter = built.engine.scheduler.drafter
+    monkeypatch.setattr(drafter, "observe", lambda num_rows, _: seen.append(num_rows))
+    monkeypatch.setattr(drafter, "draft", lambda *_: {})
+    first, late = make_sequence([5, 6], max_new_tokens=4), make_sequence([7], max_new_tokens=2)
+    built.engine.add(first)
+    built.engine.step()
+    assert seen == []
+    built.engine.step()
+    built.engine.add(late)
+    built.engine.step()
+    built.engine.step()
+    assert seen == [1, 2]
