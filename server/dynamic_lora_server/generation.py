@@ -126,6 +126,7 @@ class TokenLogprob:
 
     token_id: int
     text: str
+    token_bytes: bytes
     logprob: float
 
 
@@ -135,7 +136,8 @@ class TokenPiece:
 
     `text` is what this token adds to the visible text: empty while a character
     is incomplete or while the text may turn out to be a stop string.
-    `token_text` is the token decoded alone. `logprob` is set when asked for.
+    `token_text` is the token decoded alone, `token_bytes` what it adds to the text in UTF-8.
+    `logprob` is set when asked for.
     `is_last` says that the continuation's Finish comes next.
     """
 
@@ -143,6 +145,7 @@ class TokenPiece:
     token_id: int
     text: str
     token_text: str
+    token_bytes: bytes
     special: bool
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
