@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pydantic import ValidationError
-
 from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
 from dynamic_lora_adapters.base_weights import BaseWeights
 from dynamic_lora_adapters.errors import (
@@ -25,7 +23,6 @@ from dynamic_lora_adapters.index import (
     AdapterEvent,
     AdapterIndex,
     EventKind,
-    StoredVersion,
     shipped_digests,
 )
 from dynamic_lora_adapters.inspection import (
@@ -37,6 +34,7 @@ from dynamic_lora_adapters.inspection import (
 from dynamic_lora_adapters.names import check_adapter_name, model_leaf
 from dynamic_lora_adapters.near_names import near_names
 from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_adapters.recovery import recover
 from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.terms import AdapterTerms
 
@@ -105,14 +103,17 @@ class AdapterRegistry:
         self._index = AdapterIndex(
             database_url or f"sqlite:///{home / 'index.sqlite'}", _base_key(geometry)
         )
+        # Held while store and index change, which waits for the disk; the other one, for what
+        # requests read, never does. Whoever takes both takes this one first.
+        self._changing = threading.RLock()
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
-        self._versions: dict[str, AdapterVersion] = {}
+        found = recover(self._store, self._index, self._inspector, _base_key(geometry))
+        self._versions, self._unreadable = found.versions, found.unreadable
         self._forgotten: set[str] = set()  # left by a name, and leased
-        # Told the digest of a content that is gone for good, by the thread that ended it and
-        # under the registry's lock: it must neither wait nor raise.
+        # Told the digest of a content that is gone for good, by the thread that ended it, while
+        # nothing else changes: it must neither wait nor raise.
         self.on_removed: Callable[[str], object] | None = None
-        self._recover()
 
     def __enter__(self) -> Self:
         return self
@@ -165,9 +166,15 @@ class AdapterRegistry:
         return self._commit(version, folder)
 
     def resolve(self, name: str) -> AdapterVersion:
-        """The version a name means now; raises `AdapterNotFound` with the near misses."""
+        """The version a name means now.
+
+        Raises `AdapterNotFound` with the near misses, `UnsupportedAdapter` for a version that
+        another release stored and this one cannot read.
+        """
         version = self._versions.get(name)
         if version is None:
+            if (unreadable := self._unreadable.get(name)) is not None:
+                raise unreadable.error()
             raise AdapterNotFound(name, near_names(name, self._versions.copy()))
         return version
 
@@ -182,11 +189,13 @@ class AdapterRegistry:
 
     def delete(self, name: str) -> None:
         """Forget a name. Its files go when no other name and no lease needs them."""
-        with self._lock:
-            version = self.resolve(name)
+        with self._changing:
+            digest = self._digest(name) or self.resolve(name).digest
             self._index.drop(name, EventKind.DELETED)
-            del self._versions[name]
-            self._collect(version.digest)
+            with self._lock:
+                self._versions.pop(name, None)
+                self._unreadable.pop(name, None)
+            self._collect(digest)
 
     def lease(self, name: str) -> Lease:
         """Resolve a name and keep that version's files until `release`."""
@@ -203,10 +212,12 @@ class AdapterRegistry:
             lease.released = True
             digest = lease.version.digest
             self._num_leases[digest] -= 1
-            if self._num_leases[digest] == 0:
-                del self._num_leases[digest]
-                if digest in self._forgotten:
-                    self._collect_quietly(digest)
+            if self._num_leases[digest]:
+                return
+            del self._num_leases[digest]
+            left_over = digest in self._forgotten
+        if left_over:
+            self._collect_quietly(digest)
 
     def load(self, digest: str) -> AdapterTerms:
         """Read what a version does, checked again.
@@ -235,10 +246,10 @@ class AdapterRegistry:
 
     def _import_one(self, name: str, source: Path) -> bool:
         shipped = shipped_digests(self._index.history(name))
-        current = self._versions.get(name)
+        current = self._digest(name)
         if shipped and current is None:
             return False
-        if current is not None and current.digest not in shipped:
+        if current is not None and current not in shipped:
             logger.info("shipped adapter %r skipped: the name is taken", name)
             return False
         declared = declared_base(source)
@@ -246,7 +257,7 @@ class AdapterRegistry:
             logger.info("shipped adapter %r skipped: The adapter was trained on %s", name, declared)
             return False
         # Not reading the factors keeps PEFT out of an ordinary start.
-        if current is not None and current.digest == folder_digest(source):
+        if name in self._versions and current == folder_digest(source):
             return False
         with self.staging() as folder:
             intake = Intake(folder, self.limits)
@@ -264,10 +275,12 @@ class AdapterRegistry:
     def _commit(
         self, version: AdapterVersion, folder: Path, *, shipped: bool = False
     ) -> Publication:
-        with self._lock:
+        self._store.prepare(folder)
+        with self._changing:
             current = self._versions.get(version.name)
             if current is not None and current.digest == version.digest:
                 return Publication(current.passport, created=False)
+            before = self._digest(version.name)
             # Files first: a crash in between leaves files that no row knows,
             # which the next start removes.
             self._store.publish(folder, version.digest)
@@ -282,17 +295,25 @@ class AdapterRegistry:
             except Exception:
                 self._collect(version.digest)
                 raise
-            self._versions[version.name] = version
-            if current is not None:
-                self._collect(current.digest)
+            with self._lock:
+                self._versions[version.name] = version
+                self._unreadable.pop(version.name, None)
+            if before not in (None, version.digest):
+                self._collect(before)
             return Publication(version.passport, created=True)
+
+    def _digest(self, name: str) -> str | None:
+        """The content that a name means, whether or not it can be read."""
+        found = self._versions.get(name) or self._unreadable.get(name)
+        return None if found is None else found.digest
 
     def _collect(self, digest: str) -> None:
         """Remove a content that a name has left, unless something else needs it."""
-        if digest in self._num_leases:
-            self._forgotten.add(digest)
-            return
-        self._forgotten.discard(digest)
+        with self._lock:
+            if digest in self._num_leases:
+                self._forgotten.add(digest)
+                return
+            self._forgotten.discard(digest)
         if not self._index.is_used(digest):
             self._store.remove(digest)
             if self.on_removed is not None:
@@ -304,33 +325,10 @@ class AdapterRegistry:
         The next start finds files that no name needs.
         """
         try:
-            self._collect(digest)
+            with self._changing:
+                self._collect(digest)
         except Exception:
             logger.exception("content %.12s stays until the next start", digest)
-
-    def _recover(self) -> None:
-        base = _base_key(self._geometry)
-        current = self._index.names()
-        for stored in self._index.versions():
-            if self._store.sizes(stored.digest) != stored.sizes:
-                logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
-                self._index.drop(stored.name, EventKind.LOST, base=stored.base)
-            elif stored.base == base and current.get(stored.name) == stored.digest:
-                self._versions[stored.name] = self._restore(stored)
-        known = {stored.digest for stored in self._index.versions()}
-        for digest in self._store.digests() - known:
-            self._store.remove(digest)
-
-    def _restore(self, stored: StoredVersion) -> AdapterVersion:
-        try:
-            passport = Passport.model_validate_json(stored.passport)
-        except ValidationError:
-            # Written by a release whose passports had other fields.
-            folder = self._store.path(stored.digest)
-            return self._inspector.inspect(stored.name, folder, force=True, ignored_files=())
-        return AdapterVersion(
-            name=stored.name, digest=stored.digest, passport=passport, card=passport.card
-        )
 
 
 def _base_key(geometry: BaseGeometry) -> str:

@@ -31,7 +31,7 @@ if sys.platform != "win32":
 
 
 class BlobStore:
-    """The folders under one home; not thread-safe but for `staging` and reads.
+    """The folders under one home; not thread-safe but for `staging`, `prepare` and reads.
 
     Opening takes the home for this process: raises `AdapterError` if another
     holds it. `close` gives it back.
@@ -71,19 +71,22 @@ class BlobStore:
         """Bytes of each file of an adapter; empty if there is no such adapter."""
         return _file_sizes(self.path(digest))
 
-    def publish(self, folder: Path, digest: str) -> None:
-        """Move a staged folder to its place; a whole one that is already there stays."""
-        target = self.path(digest)
-        if target.exists():
-            if _file_sizes(target) == _file_sizes(folder):
-                return
-            self.remove(digest)
+    def prepare(self, folder: Path) -> None:
+        """Flush a staged folder to disk, for `publish`; other folders may change meanwhile."""
         for path in folder.iterdir():
             if path.name in ADAPTER_FILES:
                 _flush(path)
             else:
                 path.unlink()
         _flush(folder)
+
+    def publish(self, folder: Path, digest: str) -> None:
+        """Move a folder that is prepared to its place; a whole one that is there stays."""
+        target = self.path(digest)
+        if target.exists():
+            if _file_sizes(target) == _file_sizes(folder):
+                return
+            self.remove(digest)
         os.replace(folder, target)
         _flush(self._blobs)
 

@@ -29,10 +29,12 @@ from dynamic_lora_adapters import (
     InvalidAdapterName,
     Lease,
     Publication,
+    UnsupportedAdapter,
     UploadLimits,
 )
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.index import AdapterIndex
+from dynamic_lora_adapters.inspection import Inspector
 from dynamic_lora_adapters.near_names import near_names
 from tests.support.adapters import edit_config, save_adapter
 from tests.support.models import TINY_MODELS
@@ -368,6 +370,101 @@ def test_a_passport_of_another_release_is_written_anew(
         after = registry.resolve("ner").passport
     unchanging = {"created_at"}
     assert after.model_dump(exclude=unchanging) == before.model_dump(exclude=unchanging)
+
+
+def rewrite_passports(home: Path, passport: str) -> None:
+    with sqlite3.connect(home / "index.sqlite") as connection:
+        connection.execute("UPDATE adapter_versions SET passport = ?", (passport,))
+    connection.close()
+
+
+def test_a_passport_that_says_more_is_read_for_what_is_known(
+    home: Path, geometry: BaseGeometry, adapter: Path
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        before = publish(registry, "ner", adapter).passport
+    rewrite_passports(home, json.dumps(json.loads(before.model_dump_json()) | {"colour": "blue"}))
+    with AdapterRegistry(home, geometry) as registry:
+        assert registry.resolve("ner").passport == before
+
+
+@pytest.mark.parametrize("remedy", ["upload", "delete", "another release"])
+def test_what_cannot_be_read_any_more_is_kept_and_keeps_nobody_from_starting(
+    remedy: str,
+    home: Path,
+    geometry: BaseGeometry,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        digest = publish(registry, "ner", adapter).passport.version
+    rewrite_passports(home, "{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UnsupportedAdapter("layer_replication = [[0, 2]] is not served.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inspector, "inspect", refuse)
+        registry = AdapterRegistry(home, geometry)
+    with registry:
+        assert "'ner' is not served: layer_replication" in caplog.text
+        assert names(registry) == []
+        assert not registry.has("ner")
+        why = "'ner' was stored by another release and cannot be read: layer_replication"
+        for ask in (registry.resolve, registry.lease):
+            with pytest.raises(UnsupportedAdapter, match=why):
+                ask("ner")
+        if remedy == "upload":
+            assert publish(registry, "ner", adapter).created
+        elif remedy == "delete":
+            registry.delete("ner")
+            with pytest.raises(AdapterNotFound):
+                registry.resolve("ner")
+    assert_clean(home, set() if remedy == "delete" else {digest})
+    with AdapterRegistry(home, geometry) as registry:
+        assert names(registry) == ([] if remedy == "delete" else ["ner"])
+
+
+def test_a_new_release_replaces_what_it_shipped_and_cannot_read(
+    home: Path, geometry: BaseGeometry, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        registry.import_shipped(shipped)
+    rewrite_passports(home, "{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UnsupportedAdapter("not served")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inspector, "inspect", refuse)
+        registry = AdapterRegistry(home, geometry)
+    with registry:
+        assert registry.import_shipped(shipped) == ["ner"]
+        assert names(registry) == ["ner"]
+
+
+def test_who_waits_for_no_disk_is_not_held_up_by_an_upload(
+    registry: AdapterRegistry, adapter: Path, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, "ner", adapter)
+    flushing, go_on = threading.Event(), threading.Event()
+
+    def slowly(_: int) -> None:
+        flushing.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(os, "fsync", slowly)
+    upload = threading.Thread(target=publish, args=(registry, "other", changed))
+    upload.start()
+    assert flushing.wait(30)
+    served = threading.Thread(target=lambda: registry.lease("ner").__exit__(None, None, None))
+    served.start()
+    served.join(10)
+    assert not served.is_alive()
+    go_on.set()
+    upload.join()
+    assert names(registry) == ["ner", "other"]
 
 
 def test_each_base_keeps_its_own_names(

@@ -32,7 +32,8 @@ def fill(folder: Path) -> Path:
 
 def publish(store: BlobStore) -> None:
     with store.staging() as folder:
-        store.publish(fill(folder), DIGEST)
+        store.prepare(fill(folder))
+        store.publish(folder, DIGEST)
 
 
 def staged(home: Path) -> list[Path]:
@@ -66,6 +67,7 @@ def test_publishing_mends_a_damaged_folder(store: BlobStore) -> None:
 def test_other_files_are_left_behind(store: BlobStore) -> None:
     with store.staging() as folder:
         (fill(folder) / "junk").write_bytes(b"x")
+        store.prepare(folder)
         store.publish(folder, DIGEST)
     assert set(os.listdir(store.path(DIGEST))) == set(FILES)
 

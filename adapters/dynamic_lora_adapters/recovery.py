@@ -1,0 +1,95 @@
+"""What a start finds in a home: adapters that are served, and some that cannot be read."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
+from dynamic_lora_adapters.index import AdapterIndex, EventKind, StoredVersion
+from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
+from dynamic_lora_adapters.passport import Passport
+from dynamic_lora_adapters.store import BlobStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A version that a name means and that cannot be served: it was stored by another release."""
+
+    name: str
+    digest: str
+    why: str
+
+    def error(self) -> UnsupportedAdapter:
+        """What who asks for it is told."""
+        return UnsupportedAdapter(
+            f"{self.name!r} was stored by another release and cannot be read: {self.why}",
+            field="adapter",
+            fix="Upload it again or delete it, or serve it with the release that stored it.",
+        )
+
+
+@dataclass(slots=True)
+class Recovered:
+    """The names of one base."""
+
+    versions: dict[str, AdapterVersion] = field(default_factory=dict)
+    unreadable: dict[str, Unreadable] = field(default_factory=dict)
+
+
+def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: str) -> Recovered:
+    """Bring store and index together after whatever ended the last run.
+
+    Rows whose files are damaged or gone are dropped, files that no row knows are removed. An
+    adapter that cannot be read is kept as it is: the release that stored it still can.
+    """
+    found = Recovered()
+    current = index.names()
+    for stored in index.versions():
+        if store.sizes(stored.digest) != stored.sizes:
+            logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
+            index.drop(stored.name, EventKind.LOST, base=stored.base)
+        elif stored.base == base and current.get(stored.name) == stored.digest:
+            _restore(stored, store, inspector, found)
+    known = {stored.digest for stored in index.versions()}
+    for digest in store.digests() - known:
+        store.remove(digest)
+    return found
+
+
+def _restore(
+    stored: StoredVersion, store: BlobStore, inspector: Inspector, found: Recovered
+) -> None:
+    try:
+        found.versions[stored.name] = _version(stored, store, inspector)
+    except AdapterError as error:
+        unreadable = Unreadable(stored.name, stored.digest, error.message)
+        logger.warning("adapter %r is not served: %s", stored.name, unreadable.why)
+        found.unreadable[stored.name] = unreadable
+
+
+def _version(stored: StoredVersion, store: BlobStore, inspector: Inspector) -> AdapterVersion:
+    try:
+        passport = _passport(stored.passport)
+    except ValidationError:
+        # Written by a release whose passports lacked some fields, or had others in their place.
+        folder = store.path(stored.digest)
+        version = inspector.inspect(stored.name, folder, force=True, ignored_files=())
+        if version.digest != stored.digest:
+            raise InvalidAdapter("its content has another digest by now") from None
+        return version
+    return AdapterVersion(
+        name=stored.name, digest=stored.digest, passport=passport, card=passport.card
+    )
+
+
+def _passport(text: str) -> Passport:
+    """A passport as it was written; a newer release may have said more in it."""
+    document: Mapping[str, object] = json.loads(text)
+    return Passport.model_validate_json(
+        json.dumps({name: document[name] for name in Passport.model_fields if name in document})
+    )
