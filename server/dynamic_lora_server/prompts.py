@@ -211,9 +211,6 @@ def chat_spec(
 
 
 def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
-    # Imported late: jinja2 comes with transformers, which start-up loads in the background.
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise InvalidParameter(
             "The base model has no chat template.",
@@ -222,13 +219,18 @@ def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
         )
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         )
-    except TemplateError as error:
+        text.encode()  # a template can write half of a character, which no tokenizer takes
+    except Exception as error:
+        # A template is a program: on messages it was not written for, any error can come of it.
         raise InvalidParameter(
-            f"The base model's chat template refuses these messages: {error}.", field="messages"
+            "The base model's chat template refuses these messages: "
+            f"{str(error) or type(error).__name__}.",
+            field="messages",
         ) from error
+    return text
 
 
 def _chat_limit(body: ChatRequest) -> int | None:

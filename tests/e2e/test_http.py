@@ -295,7 +295,14 @@ BAD: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ),
     ("/generate", {"content": b'{"inputs":'}, 400, "The body is not JSON", None),
     ("/generate", {"content": b'{"inputs":"\xff"}'}, 400, "not UTF-8", None),
-    ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "unicode", "inputs"),
+    ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "half of a character", "inputs"),
+    (
+        "/generate?adapter=base",
+        {"content": b'{"inputs":"x","parameters":{"adapter_id":"\\ud800"}}'},
+        422,
+        "half of a character",
+        "parameters.adapter_id",
+    ),
     ("/generate", {"content": b"[" * 10**5}, 400, "The body is nested too deeply", None),
     ("/generate", {"content": b'{"inputs":"a","inputs":"b"}'}, 400, "'inputs' appears twice", None),
     (
@@ -445,6 +452,36 @@ async def test_a_key_that_comes_twice_is_refused_in_openais_shape(
     answer = await client.post(path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert "the key 'model' appears twice" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ude00"}]}]},
+            "messages.0.content",
+        ),
+        ({"stop": "\ud83d"}, "stop"),
+        ({"stop": ["x", "\ud83d"]}, "stop"),
+        ({"model": "ner\ud83d"}, "model"),
+        ({"user": "\ud83d"}, "user"),
+    ],
+)
+async def test_half_a_character_in_a_chat_is_the_clients_fault(
+    client: httpx.AsyncClient, changes: dict[str, Any], param: str
+) -> None:
+    """JavaScript sends one where it cuts an emoji in two."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    answer = await client.post(
+        "/v1/chat/completions",
+        content=json.dumps(body | changes),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"].startswith(param)
+    assert "half of a character" in error["message"]
 
 
 async def test_more_continuations_than_the_server_ever_takes(client: httpx.AsyncClient) -> None:

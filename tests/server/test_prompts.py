@@ -212,6 +212,16 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InvalidParameter, match="no users here"):
         chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+    for broken in (
+        "{{ messages[0]['content'] + 1 }}",  # TypeError
+        "{{ messages[0]['content'] / 0 }}",
+        "{% for a in range(10**9) %}x{% endfor %}",  # OverflowError
+        r"{{ '\ud83d' }}",
+    ):
+        tokenizer.chat_template = broken
+        with pytest.raises(InvalidParameter, match="template refuses") as caught:
+            chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+        assert caught.value.field == "messages"
     tokenizer.chat_template = None
     with pytest.raises(InvalidParameter, match="no chat template"):
         chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)

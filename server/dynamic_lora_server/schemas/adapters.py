@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_server.schemas._base import Answer, Wire
+from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Text, Wire
 
 
 class AdapterSource(Wire):
@@ -15,9 +15,8 @@ class AdapterSource(Wire):
         json_schema_extra={"examples": [{"name": "ner", "source": "checkpoints/ner"}]}
     )
 
-    name: str
-    source: str = Field(
-        min_length=1,
+    name: Text
+    source: NonEmptyText = Field(
         description="`hf://organisation/repository`, with `@revision` if need be, or a folder "
         "or archive below a folder that the server was started with (`--adapter-root`).",
     )

@@ -7,6 +7,8 @@ from pydantic import ConfigDict, Field
 from dynamic_lora_server.generation import ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,
+    NonEmptyText,
+    Text,
     Unset,
     UnsetOrEmptyList,
     UnsetOrFalse,
@@ -19,9 +21,7 @@ from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAda
 MAX_N = 32
 MAX_STOP_STRINGS = 32
 
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
-]
+StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
@@ -33,7 +33,7 @@ class GenerateParameters(Wire):
     is above 0.
     """
 
-    adapter_id: str | None = Field(
+    adapter_id: Text | None = Field(
         default=None,
         description="Task name, or a sum such as `ner*0.7+tone*0.3`; none: the base model.",
     )
@@ -97,7 +97,7 @@ class GenerateRequest(Wire):
         }
     )
 
-    inputs: str = Field(min_length=1, description="The text; the task card's template wraps it.")
+    inputs: NonEmptyText = Field(description="The text; the task card's template wraps it.")
     parameters: Annotated[GenerateParameters, null_is({}, GenerateParameters)] = (
         GenerateParameters()
     )

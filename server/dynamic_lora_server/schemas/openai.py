@@ -7,6 +7,8 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from dynamic_lora_server.schemas._base import (
     Answer,
     Neutral,
+    NonEmptyText,
+    Text,
     Unset,
     UnsetOrEmptyList,
     UnsetOrEmptyMap,
@@ -16,7 +18,6 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
 
-_Text = Annotated[str, Field(min_length=1)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
@@ -33,7 +34,7 @@ class StreamOptions(Wire):
 class SamplingRequest(Wire):
     """What completions and chat completions share. Null is the same as leaving a field out."""
 
-    model: _Text = Field(
+    model: NonEmptyText = Field(
         description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or the base "
         "model's id."
     )
@@ -50,14 +51,14 @@ class SamplingRequest(Wire):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     n: int | None = Field(default=None, ge=1, le=32)
-    stop: _Text | StopStrings | None = None
+    stop: NonEmptyText | StopStrings | None = None
     stop_token_ids: TokenIds | None = Field(
         default=None, max_length=32, description="Not in OpenAI's API."
     )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
-    user: str | None = Field(
+    user: Text | None = Field(
         default=None, description="A label of the caller's own; changes nothing."
     )
     logit_bias: UnsetOrEmptyMap = None
@@ -73,8 +74,8 @@ class CompletionRequest(SamplingRequest):
     )
 
     prompt: (
-        _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=64)]
+        NonEmptyText
+        | Annotated[list[NonEmptyText], Field(min_length=1, max_length=64)]
         | _PromptIds
         | Annotated[list[_PromptIds], Field(min_length=1, max_length=64)]
     ) = Field(description="Text, token ids, or up to 64 of either.")
@@ -89,14 +90,14 @@ class TextPart(Wire):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Wire):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Unset = None
     refusal: Unset = None
     tool_calls: UnsetOrEmptyList = None
