@@ -9,7 +9,7 @@ chat template, with OpenAI's defaults.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_adapters.card import CardParameters, TaskCard
 from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
@@ -137,18 +137,28 @@ def _given(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _temperature(own: GenerateParameters, card: TaskCard | None) -> float:
-    """Greedy unless `do_sample` or a temperature above 0 asks otherwise, as TGI does."""
+    """What asks to sample, as in TGI: `do_sample`, a temperature above 0, or a filter.
+
+    The request's temperature counts before its `do_sample`, and both before the card's. Its
+    filters count where neither says anything; those of a card alone, and a seed, ask for nothing.
+    """
     if own.temperature is not None:
         return _floored(own.temperature)
     if own.do_sample is False:
         return 0.0
-    defaults = None if card is None else card.parameters
-    by_card = defaults.temperature if defaults is not None else None
+    defaults = CardParameters() if card is None else card.parameters
     if own.do_sample:
-        return _floored(by_card or 0.0) or 1.0
-    if by_card is not None:
-        return _floored(by_card)
-    return 1.0 if defaults is not None and defaults.do_sample else 0.0
+        return _floored(defaults.temperature or 0.0) or 1.0
+    if defaults.temperature is not None:
+        return _floored(defaults.temperature)
+    if defaults.do_sample is None:
+        return 1.0 if _filters(own) else 0.0
+    return float(defaults.do_sample)
+
+
+def _filters(own: GenerateParameters) -> bool:
+    """Whether a request leaves out unlikely tokens, which means nothing to greedy decoding."""
+    return bool(own.top_k) or bool(own.min_p) or (own.top_p is not None and own.top_p < 1)
 
 
 def _floored(temperature: float) -> float:

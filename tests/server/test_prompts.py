@@ -82,6 +82,17 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
         ({"do_sample": True}, {"temperature": 0.0}, 1.0),
         ({"temperature": 0.0}, {"do_sample": True}, 0.0),
         ({"temperature": 5e-324}, {}, 0.0),
+        ({"top_p": 0.9}, {}, 1.0),
+        ({"top_k": 5}, {}, 1.0),
+        ({"min_p": 0.1}, {}, 1.0),
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {}, 0.0),
+        ({"seed": 3}, {}, 0.0),
+        ({"top_p": 0.9, "temperature": 0.0}, {}, 0.0),
+        ({"top_p": 0.9, "do_sample": False}, {}, 0.0),
+        ({"top_p": 0.9}, {"temperature": 0.3}, 0.3),
+        ({"top_p": 0.9}, {"temperature": 0.0}, 0.0),
+        ({"top_p": 0.9}, {"do_sample": False}, 0.0),
+        ({}, {"top_p": 0.9}, 0.0),
     ],
 )
 def test_when_decoding_is_greedy(

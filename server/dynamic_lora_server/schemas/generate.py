@@ -29,8 +29,9 @@ class GenerateParameters(Wire):
     """How to generate. Null is the same as leaving a field out.
 
     What is left out comes from the adapter's task card, then from the defaults
-    named here. Decoding is greedy unless `do_sample` is true or `temperature`
-    is above 0.
+    named here. Decoding is greedy unless `do_sample` is true, `temperature` is
+    above 0, or, with neither of them given, `top_k`, `top_p` or `min_p` leaves
+    tokens out. A `seed` alone leaves it greedy.
     """
 
     adapter_id: Text | None = Field(
