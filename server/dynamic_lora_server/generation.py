@@ -111,6 +111,7 @@ class GenerationSpec:
     include_stop: bool = False  # keep the stop string in the text
     add_special_tokens: bool = True
     keep_last: int | None = None
+    clip_output: bool = False
     n: int = 1
 
     def __post_init__(self) -> None:

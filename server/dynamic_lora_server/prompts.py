@@ -3,7 +3,8 @@
 What decides a parameter of `/generate`: the request, else the adapter's task
 card, else the default of `SamplingParams`. The card belongs to `/generate`
 alone: `/v1` sends prompts as they are and messages through the base model's
-chat template, with OpenAI's defaults.
+chat template, with OpenAI's defaults. A default of `max_new_tokens` gives way to
+the context; a number that the request names does not.
 """
 
 from collections.abc import Sequence
@@ -96,6 +97,7 @@ def generate_spec(
         ),
         stop=tuple(merged.get("stop", ())),
         keep_last=own.truncate,
+        clip_output=own.max_new_tokens is None,
         n=own.n or 1,
     )
 
@@ -175,7 +177,12 @@ def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[Ge
     )
     return [
         GenerationSpec(
-            prompt=prompt, adapter=adapter, sampling=sampling, stop=_stop(body), n=body.n or 1
+            prompt=prompt,
+            adapter=adapter,
+            sampling=sampling,
+            stop=_stop(body),
+            clip_output=body.max_tokens is None,
+            n=body.n or 1,
         )
         for prompt in _prompts(body.prompt)
     ]
@@ -196,26 +203,25 @@ def chat_spec(
     adapter: str | None,
     tokenizer: Tokenizer,
     view: "TokenizerView",
-    context_length: int,
 ) -> GenerationSpec:
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
 
-    Without a limit of its own a chat may generate CHAT_TOKENS, or what the
-    context has left. Raises InvalidParameter when the template refuses the
-    messages or the base model has none.
+    Raises InvalidParameter when the template refuses the messages or the base
+    model has none.
     """
     prompt = view.encode(_render(body, tokenizer), add_special_tokens=False)
-    left = max(1, context_length - len(prompt))
+    limit = _chat_limit(body)
     return GenerationSpec(
         prompt=prompt,
         adapter=adapter,
         sampling=_openai_sampling(
             body,
-            max_new_tokens=_chat_limit(body) or min(CHAT_TOKENS, left),
+            max_new_tokens=limit or CHAT_TOKENS,
             logprobs=bool(body.logprobs),
             top_logprobs=_top_logprobs(body),
         ),
         stop=_stop(body),
+        clip_output=limit is None,
         n=body.n or 1,
     )
 

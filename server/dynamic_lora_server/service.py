@@ -128,7 +128,7 @@ class GenerationService:
                     held = await until_submitted.enter_async_context(hold)
                 resident = None if held is None else held.adapter
                 continuations = self._continuations(spec, prompt_ids, resident)
-                self._check_length(spec, continuations.values())
+                self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 yield started
                 # From here on each sequence has a lease of its own.
@@ -163,11 +163,13 @@ class GenerationService:
             self._num_open -= n
             self._pace.record(time.monotonic() - begin)
 
-    def _check_length(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
+    def _fit(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""
         for continuation in found:
             sequence = continuation.sequence
-            self._admission.check_fits(spec, sequence.num_prompt, sequence.num_virtual)
+            sequence.sampling = self._admission.fitted(
+                spec, sequence.num_prompt, sequence.num_virtual
+            )
 
     def _continuations(
         self, spec: GenerationSpec, prompt_ids: tuple[int, ...], adapter: ResidentAdapter | None

@@ -249,6 +249,23 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
     assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
 
 
+async def test_a_limit_that_nobody_asked_for_refuses_nothing(client: httpx.AsyncClient) -> None:
+    """500 tokens of the context's 512 are the prompt."""
+    left = 12
+    details = await generate(
+        client, inputs="x " * 250, parameters={"details": True, "ignore_eos": True}
+    )
+    assert details["details"]["prompt_tokens"] == 512 - left
+    assert details["details"]["generated_tokens"] == left
+    body = {"model": "base", "prompt": "x " * 250, "ignore_eos": True}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    assert answer["usage"]["completion_tokens"] == left
+    assert answer["choices"][0]["finish_reason"] == "length"
+    refused = await client.post("/v1/completions", json=body | {"max_tokens": 16})
+    assert refused.status_code == 400
+    assert "up to 16 new ones are asked for" in refused.json()["error"]["message"]
+
+
 async def test_models_info_and_metrics(
     client: httpx.AsyncClient, adapter_files: dict[str, bytes], folder: Path
 ) -> None:

@@ -120,6 +120,21 @@ def test_contradictions_are_refused_by_name(
     assert caught.value.field == field
 
 
+def test_only_a_limit_that_was_asked_for_is_kept_to() -> None:
+    """A card's is a default, as the server's own are."""
+    assert generate().clip_output
+    assert generate(card=CARD).clip_output
+    assert not generate({"max_new_tokens": 9}, card=CARD).clip_output
+    assert chat().clip_output
+    assert not chat(max_tokens=9).clip_output
+    body = {"model": "m", "prompt": "hi"}
+    asked = [
+        completion_specs(CompletionRequest.model_validate(body | more), adapter=None)[0].clip_output
+        for more in ({}, {"max_tokens": 9})
+    ]
+    assert asked == [True, False]
+
+
 def test_details_and_streams_ask_for_logprobs() -> None:
     assert generate({"details": True, "top_n_tokens": 4}).sampling.top_logprobs == 4
     assert generate({"details": True}).sampling.logprobs
@@ -190,14 +205,14 @@ def test_completion_prompts(prompt: Any, prompts: list[Any]) -> None:
 def chat(**fields: Any) -> GenerationSpec:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     body = ChatRequest.model_validate({"model": "m", "messages": messages} | fields)
-    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW, context_length=512)
+    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW)
 
 
-def test_chat_uses_the_template_and_what_the_context_has_left() -> None:
+def test_chat_uses_the_template() -> None:
     spec = chat()
     assert isinstance(spec.prompt, tuple)
     assert TOKENIZER.decode(list(spec.prompt)) == "[user] hi\n[assistant]"
-    assert spec.sampling.max_new_tokens == min(CHAT_TOKENS, 512 - len(spec.prompt))
+    assert spec.sampling.max_new_tokens == CHAT_TOKENS
     assert chat(max_completion_tokens=3).sampling.max_new_tokens == 3
 
 
@@ -222,7 +237,7 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InvalidParameter, match="no users here"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
     for broken in (
         "{{ messages[0]['content'] + 1 }}",  # TypeError
         "{{ messages[0]['content'] / 0 }}",
@@ -231,8 +246,8 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     ):
         tokenizer.chat_template = broken
         with pytest.raises(InvalidParameter, match="template refuses") as caught:
-            chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+            chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
         assert caught.value.field == "messages"
     tokenizer.chat_template = None
     with pytest.raises(InvalidParameter, match="no chat template"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)

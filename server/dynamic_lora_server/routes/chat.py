@@ -43,7 +43,6 @@ async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready
         adapter=adapter_name(body.model, model_id=runtime.model_id),
         tokenizer=runtime.tokenizer,
         view=runtime.view,
-        context_length=runtime.context_length,
     )
     answer = ChatAnswer(
         model=body.model,

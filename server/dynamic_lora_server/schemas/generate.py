@@ -40,7 +40,9 @@ class GenerateParameters(Wire):
     )
     adapters: WeightedAdapters | None = Field(default=None, description="A sum, as a list.")
     merged_adapters: MergedAdapters | None = None
-    max_new_tokens: int | None = Field(default=None, ge=1, description="Default 100.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Default 100, or what the context has left."
+    )
     do_sample: bool | None = Field(
         default=None, description="True: sample, at temperature 1 if none set."
     )

@@ -79,7 +79,9 @@ class CompletionRequest(SamplingRequest):
         | _PromptIds
         | Annotated[list[_PromptIds], Field(min_length=1, max_length=64)]
     ) = Field(description="Text, token ids, or up to 64 of either.")
-    max_tokens: int | None = Field(default=None, ge=1, description="Default 16.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Default 16, or what the context has left."
+    )
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: UnsetOrOne = None
     echo: UnsetOrFalse = None
