@@ -7,7 +7,8 @@ chat template, with OpenAI's defaults. A default of `max_new_tokens` gives way t
 the context; a number that the request names does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamic_lora_adapters.card import CardParameters, TaskCard
@@ -15,7 +16,12 @@ from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
-from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
+from dynamic_lora_server.schemas.openai import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    SamplingRequest,
+)
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.inspection import AdapterVersion
@@ -24,9 +30,10 @@ if TYPE_CHECKING:
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
 BASE = "base"  # names the base model wherever an adapter can be named
+# What TGI's and the Hub's clients send as a chat's model where their caller named none.
+_UNNAMED = frozenset({"tgi", "dummy"})
 
 _SAMPLING_FIELDS = (
-    "top_k",
     "top_p",
     "min_p",
     "repetition_penalty",
@@ -43,7 +50,12 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        **variables: Any,
     ) -> Any:
         """The conversation as the text the model was trained on."""
 
@@ -51,6 +63,13 @@ class Tokenizer(Protocol):
 def adapter_name(name: str | None, *, model_id: str) -> str | None:
     """The adapter a request names; None where it names the base model or nothing."""
     return None if name in (None, BASE, model_id) else name
+
+
+def chat_adapter_name(name: str, *, model_id: str, known: Callable[[str], bool]) -> str | None:
+    """As `adapter_name`, for a chat: a client's stand-in for a name is one if `known` has it."""
+    if name in _UNNAMED and not known(name):
+        return None
+    return adapter_name(name, model_id=model_id)
 
 
 def card_of(composition: Composition, versions: "Sequence[AdapterVersion]") -> TaskCard | None:
@@ -93,7 +112,7 @@ def generate_spec(
             logprobs=bool(own.details) or body.stream,
             top_logprobs=own.top_n_tokens or 0,
             stop_token_ids=tuple(own.stop_token_ids or ()),
-            **_given(merged, ("max_new_tokens", *_SAMPLING_FIELDS)),
+            **_given(merged, ("max_new_tokens", "top_k", *_SAMPLING_FIELDS)),
         ),
         stop=tuple(merged.get("stop", ())),
         keep_last=own.truncate,
@@ -233,10 +252,14 @@ def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
             field="messages",
             fix="Write the whole prompt yourself and use /v1/completions or /generate.",
         )
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    variables = body.chat_template_kwargs or {}
+    _check_variables(variables)
+    messages = [{"role": _role(message), "content": message.text} for message in body.messages]
     try:
         text = str(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **variables
+            )
         )
         text.encode()  # a template can write half of a character, which no tokenizer takes
     except Exception as error:
@@ -247,6 +270,25 @@ def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
             field="messages",
         ) from error
     return text
+
+
+def _role(message: Message) -> str:
+    """What OpenAI renamed for its newer models; templates know the old name."""
+    return "system" if message.role == "developer" else message.role
+
+
+def _check_variables(variables: dict[str, Any]) -> None:
+    """Raise InvalidParameter for what is no variable, but would change how a template is used."""
+    from transformers import PreTrainedTokenizerBase
+
+    settings = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in variables:
+        if name in settings or name == "messages":
+            raise InvalidParameter(
+                f"chat_template_kwargs holds {name!r}, which is no variable of a template's own.",
+                field="chat_template_kwargs",
+                fix="Leave it out.",
+            )
 
 
 def _chat_limit(body: ChatRequest) -> int | None:
@@ -280,6 +322,7 @@ def _openai_sampling(
         temperature=1.0 if body.temperature is None else _floored(body.temperature),
         logprobs=logprobs,
         top_logprobs=top_logprobs,
+        top_k=max(0, body.top_k or 0),  # vLLM's -1 is off
         stop_token_ids=tuple(body.stop_token_ids or ()),
         **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
     )

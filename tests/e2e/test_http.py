@@ -249,6 +249,21 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
     assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
 
 
+async def test_a_chat_whose_client_names_no_model(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
+
+    async def ask(model: str) -> str:
+        answer = await client.post("/v1/chat/completions", json=body | {"model": model})
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    assert await ask("tgi") == await ask("dummy") == await ask("base")
+    await upload(client, "tgi", adapter_files)
+    await upload(client, "ner", adapter_files)
+    assert await ask("tgi") == await ask("ner") != await ask("base")
+
+
 async def test_a_limit_that_nobody_asked_for_refuses_nothing(client: httpx.AsyncClient) -> None:
     """500 tokens of the context's 512 are the prompt."""
     left = 12

@@ -14,6 +14,7 @@ from dynamic_lora_server.prompts import (
     CHAT_TOKENS,
     adapter_name,
     card_of,
+    chat_adapter_name,
     chat_spec,
     completion_specs,
     generate_spec,
@@ -214,6 +215,57 @@ def test_chat_uses_the_template() -> None:
     assert TOKENIZER.decode(list(spec.prompt)) == "[user] hi\n[assistant]"
     assert spec.sampling.max_new_tokens == CHAT_TOKENS
     assert chat(max_completion_tokens=3).sampling.max_new_tokens == 3
+
+
+def test_a_developer_speaks_as_the_system() -> None:
+    spec = chat(messages=[{"role": "developer", "content": "be brief"}])
+    assert isinstance(spec.prompt, tuple)
+    assert TOKENIZER.decode(list(spec.prompt)) == "[system] be brief\n[assistant]"
+
+
+@pytest.mark.parametrize(("asked", "top_k"), [(-1, 0), (0, 0), (5, 5), (None, 0)])
+def test_top_k_is_off_by_two_numbers(asked: int | None, top_k: int) -> None:
+    assert chat(top_k=asked).sampling.top_k == top_k
+    body = CompletionRequest.model_validate({"model": "m", "prompt": "hi", "top_k": asked})
+    assert completion_specs(body, adapter=None)[0].sampling.top_k == top_k
+
+
+def test_variables_of_the_template() -> None:
+    body = ChatRequest.model_validate(
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "hi"}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'thinking' if enable_thinking is not false else 'plain' }}"
+    spec = chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+    assert spec.prompt == VIEW.encode("plain", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tools", "tokenize", "messages", "self"])
+def test_a_setting_is_no_variable_of_the_template(name: str) -> None:
+    with pytest.raises(InvalidParameter, match=name) as caught:
+        chat(chat_template_kwargs={name: None})
+    assert caught.value.field == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy"])
+def test_what_clients_send_where_no_model_is_named(name: str) -> None:
+    def called(known: set[str]) -> str | None:
+        return chat_adapter_name(name, model_id="org/m", known=known.__contains__)
+
+    assert called({"ner"}) is None
+    assert called({name}) == name
+
+
+def test_a_chats_model_is_otherwise_a_name_like_any() -> None:
+    names = {
+        name: chat_adapter_name(name, model_id="org/m", known=lambda _: False)
+        for name in ("base", "org/m", "ner")
+    }
+    assert names == {"base": None, "org/m": None, "ner": "ner"}
 
 
 @pytest.mark.parametrize(

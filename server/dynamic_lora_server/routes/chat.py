@@ -8,7 +8,7 @@ from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import adapter_name, chat_spec
+from dynamic_lora_server.prompts import chat_adapter_name, chat_spec
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -40,7 +40,9 @@ async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready
     spec = await asyncio.to_thread(
         chat_spec,
         body,
-        adapter=adapter_name(body.model, model_id=runtime.model_id),
+        adapter=chat_adapter_name(
+            body.model, model_id=runtime.model_id, known=runtime.residencies.saved.has
+        ),
         tokenizer=runtime.tokenizer,
         view=runtime.view,
     )

@@ -31,20 +31,33 @@ def null_is(default: object, kind: type) -> BeforeValidator:
 def _whole_characters(value: object) -> object:
     """JSON can escape half of a surrogate pair, as where a client cuts an emoji in two.
 
-    No tokenizer takes such a text, and no answer can hold it.
+    No tokenizer takes such a text, and no answer can hold it. Looks into lists and objects too.
     """
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise ValueError(f"holds {half!r}, which is half of a character") from None
+    waiting = [value]
+    while waiting:
+        match one := waiting.pop():
+            case str():
+                _check_encodable(one)
+            case list():
+                waiting.extend(one)
+            case dict():
+                waiting.extend([*one, *one.values()])
     return value
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"holds {half!r}, which is half of a character") from None
 
 
 # What every text of a request is.
 Text = Annotated[str, BeforeValidator(_whole_characters)]
 NonEmptyText = Annotated[str, Field(min_length=1), BeforeValidator(_whole_characters)]
+# An object of any content.
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_whole_characters)]
 
 
 class Answer(BaseModel):

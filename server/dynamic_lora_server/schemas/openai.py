@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 
 from dynamic_lora_server.schemas._base import (
     Answer,
+    JsonObject,
     Neutral,
     NonEmptyText,
     Text,
@@ -42,7 +43,9 @@ class SamplingRequest(Wire):
         default=None, ge=0, le=2, description="Default 1; 0 is greedy."
     )
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, description="0 is off. Not in OpenAI's API.")
+    top_k: int | None = Field(
+        default=None, ge=-1, description="0 and -1 are off. Not in OpenAI's API."
+    )
     min_p: float | None = Field(default=None, ge=0, le=1, description="Not in OpenAI's API.")
     repetition_penalty: float | None = Field(
         default=None, ge=0.01, le=100, description="Not in OpenAI's API."
@@ -98,7 +101,9 @@ class TextPart(Wire):
 class Message(Wire):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="`developer` is `system`."
+    )
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Unset = None
     refusal: Unset = None
@@ -115,7 +120,11 @@ class Message(Wire):
 
 
 class ChatRequest(SamplingRequest):
-    """The body of `POST /v1/chat/completions`. The base model's chat template is applied."""
+    """The body of `POST /v1/chat/completions`. The base model's chat template is applied.
+
+    As `model`, `tgi` and `dummy` are the base model too unless something has that name: TGI's
+    and the Hub's clients send them where none is given.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -137,6 +146,13 @@ class ChatRequest(SamplingRequest):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs `logprobs`.")
+    chat_template_kwargs: JsonObject | None = Field(
+        default=None,
+        description="Variables for the chat template, such as `enable_thinking`. Not in OpenAI's "
+        "API.",
+    )
+    prompt_cache_key: Text | None = Field(default=None, description="As `user`.")
+    safety_identifier: Text | None = Field(default=None, description="As `user`.")
     response_format: Annotated[Any, Neutral(None, {"type": "text"})] = None
     tools: UnsetOrEmptyList = None
     tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None
