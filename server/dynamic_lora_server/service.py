@@ -309,6 +309,10 @@ def _served_mode(sequence: Sequence) -> ServedMode:
 def _started(held: Held | None, num_prompt_tokens: int) -> Started:
     if held is None:
         return Started(adapter=None, version=None, num_prompt_tokens=num_prompt_tokens)
+    plain = held.composition.plain
     return Started(
-        adapter=str(held.composition), version=held.version, num_prompt_tokens=num_prompt_tokens
+        adapter=str(held.composition),
+        version=held.version,
+        num_prompt_tokens=num_prompt_tokens,
+        name=None if plain is None else plain.name,
     )

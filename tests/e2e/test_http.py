@@ -557,3 +557,16 @@ async def test_deleted_adapters_leave_the_metrics(
     assert 'adapter="ner"' in (await client.get("/metrics")).text
     await client.delete("/adapters/ner")
     assert 'adapter="ner"' not in (await client.get("/metrics")).text
+
+
+async def test_an_adapter_at_a_fixed_version_counts_under_its_name(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    version = (await upload(client, "pinned", adapter_files)).json()["version"]
+    await generate(
+        client,
+        adapter=f"pinned@{version[:8]}",
+        parameters={"max_new_tokens": 3, "ignore_eos": True},
+    )
+    metrics = (await client.get("/metrics")).text
+    assert 'dynamic_lora_generated_tokens_total{adapter="pinned"} 3.0' in metrics
