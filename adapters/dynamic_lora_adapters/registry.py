@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
 from dynamic_lora_adapters.base_weights import BaseWeights
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.errors import (
     AdapterNotFound,
     IncompatibleAdapter,
@@ -270,6 +271,8 @@ class AdapterRegistry:
                 return Publication(current.passport, created=False)
             # Files first: a crash in between leaves files that no row knows,
             # which the next start removes.
+            if version.chat is not None:
+                version.chat.save(folder)
             self._store.publish(folder, version.digest)
             try:
                 self._index.put(
@@ -322,14 +325,18 @@ class AdapterRegistry:
             self._store.remove(digest)
 
     def _restore(self, stored: StoredVersion) -> AdapterVersion:
+        folder = self._store.path(stored.digest)
         try:
             passport = Passport.model_validate_json(stored.passport)
         except ValidationError:
             # Written by a release whose passports had other fields.
-            folder = self._store.path(stored.digest)
             return self._inspector.inspect(stored.name, folder, force=True, ignored_files=())
         return AdapterVersion(
-            name=stored.name, digest=stored.digest, passport=passport, card=passport.card
+            name=stored.name,
+            digest=stored.digest,
+            passport=passport,
+            card=passport.card,
+            chat=ChatFormat.read(folder),
         )
 
 

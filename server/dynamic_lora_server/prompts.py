@@ -2,9 +2,9 @@
 
 What decides a parameter of `/generate`: the request, else the adapter's task
 card, else the default of `SamplingParams`. The card belongs to `/generate`
-alone: `/v1` sends prompts as they are and messages through the base model's
-chat template, with OpenAI's defaults. A default of `max_new_tokens` gives way to
-the context; a number that the request names does not.
+alone: `/v1` sends prompts as they are and messages through a chat template, that of
+one adapter alone or the base model's, with OpenAI's defaults. A default of
+`max_new_tokens` gives way to the context; a number that the request names does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from dynamic_lora_server.schemas.openai import (
 )
 
 if TYPE_CHECKING:
+    from dynamic_lora_adapters.chat import ChatFormat
     from dynamic_lora_adapters.inspection import AdapterVersion
     from dynamic_lora_server.text import TokenizerView
 
@@ -53,6 +54,7 @@ class Tokenizer(Protocol):
         self,
         conversation: list[dict[str, str]],
         *,
+        chat_template: str | None,
         add_generation_prompt: bool,
         tokenize: bool,
         **variables: Any,
@@ -219,16 +221,17 @@ def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
 def chat_spec(
     body: ChatRequest,
     *,
-    adapter: str | None,
+    adapter: str | Composition | None,
     tokenizer: Tokenizer,
     view: "TokenizerView",
+    chat: "ChatFormat | None" = None,
 ) -> GenerationSpec:
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
 
-    Raises InvalidParameter when the template refuses the messages or the base
-    model has none.
+    `chat` is the adapter's, if it is one alone; its template goes before the base model's.
+    Raises InvalidParameter when the template refuses the messages or there is none.
     """
-    prompt = view.encode(_render(body, tokenizer), add_special_tokens=False)
+    prompt = view.encode(_render(body, tokenizer, chat), add_special_tokens=False)
     limit = _chat_limit(body)
     return GenerationSpec(
         prompt=prompt,
@@ -245,28 +248,35 @@ def chat_spec(
     )
 
 
-def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
-    if not tokenizer.chat_template:
+def _render(body: ChatRequest, tokenizer: Tokenizer, chat: "ChatFormat | None") -> str:
+    own = None if chat is None else chat.template
+    if own is None and not tokenizer.chat_template:
         raise InvalidParameter(
-            "The base model has no chat template.",
+            "The base model has no chat template, nor has the adapter.",
             field="messages",
             fix="Write the whole prompt yourself and use /v1/completions or /generate.",
         )
     variables = body.chat_template_kwargs or {}
     _check_variables(variables)
+    if chat is not None and own is not None:
+        variables = chat.special_tokens | variables
     messages = [{"role": _role(message), "content": message.text} for message in body.messages]
     try:
         text = str(
             tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **variables
+                messages,
+                chat_template=own,
+                add_generation_prompt=True,
+                tokenize=False,
+                **variables,
             )
         )
         text.encode()  # a template can write half of a character, which no tokenizer takes
     except Exception as error:
         # A template is a program: on messages it was not written for, any error can come of it.
         raise InvalidParameter(
-            "The base model's chat template refuses these messages: "
-            f"{str(error) or type(error).__name__}.",
+            f"The {'base model' if own is None else 'adapter'}'s chat template refuses these "
+            f"messages: {str(error) or type(error).__name__}.",
             field="messages",
         ) from error
     return text

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
-from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
@@ -126,8 +125,7 @@ class GenerationService:
                 if spec.adapter is not None:
                     hold = self._residency.hold(spec.adapter)
                     held = await until_submitted.enter_async_context(hold)
-                resident = None if held is None else held.adapter
-                continuations = self._continuations(spec, prompt_ids, resident)
+                continuations = self._continuations(spec, prompt_ids, held)
                 self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 yield started
@@ -172,23 +170,30 @@ class GenerationService:
             )
 
     def _continuations(
-        self, spec: GenerationSpec, prompt_ids: tuple[int, ...], adapter: ResidentAdapter | None
+        self, spec: GenerationSpec, prompt_ids: tuple[int, ...], held: Held | None
     ) -> dict[int, _Continuation]:
         seed = spec.sampling.seed
         first = secrets.randbits(64) if seed is None else seed
+        stop_ids = self._stop_ids(held)
         continuations = {}
         for index in range(spec.n):
             sequence = Sequence(
                 id=next(self._ids),
                 prompt_ids=prompt_ids,
                 sampling=spec.sampling,
-                stop_ids=self._limits.eos_ids,
+                stop_ids=stop_ids,
                 seed=(first + index) % _SEED_SPACE,
-                adapter=adapter,
+                adapter=None if held is None else held.adapter,
             )
             detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
             continuations[sequence.id] = _Continuation(index, sequence, detokenizer)
         return continuations
+
+    def _stop_ids(self, held: Held | None) -> frozenset[int]:
+        """What ends an answer: the base's end tokens, and an adapter's that the base knows."""
+        if held is None or held.chat is None:
+            return self._limits.eos_ids
+        return self._limits.eos_ids | self._view.known_ids(held.chat.end_tokens, held.chat.end_ids)
 
     @contextmanager
     def _submitted(

@@ -1,6 +1,6 @@
 """From token ids to visible text, as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer
@@ -46,6 +46,11 @@ class TokenizerView:
         # As a batch of one: `encode` alone keeps the GIL.
         (found,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return tuple(found.ids)
+
+    def known_ids(self, tokens: Iterable[str], ids: Iterable[int]) -> frozenset[int]:
+        """Of tokens, by their text or their id, the ids of those that there are."""
+        found = {self.backend.token_to_id(token) for token in tokens} | set(ids)
+        return frozenset(i for i in found if i is not None and i < self._vocab_size)
 
     def least_tokens(self, text: str) -> int:
         """So many tokens at least has a text: known without encoding it, 0 where it is not."""

@@ -249,6 +249,64 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
     assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+)
+
+
+async def test_an_adapter_chats_by_its_own_template(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    tokenizer = json.dumps({"eos_token": "[end]", "chat_template": TEMPLATE}).encode()
+    created = await upload(client, "own", adapter_files | {"tokenizer_config.json": tokenizer})
+    assert created.status_code == 201, created.text
+    passport = (await client.get("/adapters/own")).json()
+    assert (passport["chat_template"], passport["end_tokens"]) == (True, ["[end]"])
+    assert passport["ignored_files"] == ["README.md"]
+    await upload(client, "plain", adapter_files)
+
+    async def chat(model: str) -> str:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+        answer = await client.post("/v1/chat/completions", json=body | {"temperature": 0})
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    async def told(adapter: str, prompt: str) -> str:
+        body = {"inputs": prompt, "raw": True, "parameters": {"max_new_tokens": 5}}
+        answer = await client.post("/generate", params={"adapter": adapter}, json=body)
+        return str(answer.json()["generated_text"])
+
+    own, base = "<user>hi[end]<assistant>", "[user] hi\n[assistant]"
+    assert await chat("own") == await told("own", own) != await told("own", base)
+    assert await chat("own*0.5") == await told("own*0.5", own)
+    assert await chat("plain") == await told("plain", base)
+    assert await chat("own*0.5+plain*0.5") == await told("own*0.5+plain*0.5", base)
+    assert await chat("base") == await told("base", base)
+
+
+async def test_an_adapters_end_token_ends_its_answers(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "endless", adapter_files)
+
+    async def details(adapter: str) -> Any:
+        parameters = {"max_new_tokens": 8, "details": True}
+        answer = await generate(client, adapter=adapter, raw=True, parameters=parameters)
+        return answer["details"]
+
+    free = [token["id"] for token in (await details("endless"))["tokens"]]
+    assert len(free) == 8
+    config = json.dumps({"eos_token_id": [free[3], 10**6]}).encode()
+    await upload(client, "ended", adapter_files | {"generation_config.json": config})
+    ended = await details("ended")
+    assert ended["finish_reason"] == "eos_token"
+    assert [token["id"] for token in ended["tokens"]] == free[: free.index(free[3]) + 1]
+    token = tiny_tokenizer().convert_ids_to_tokens(free[3])
+    config = json.dumps({"eos_token": token}).encode()
+    await upload(client, "ended", adapter_files | {"tokenizer_config.json": config})
+    assert (await details("ended"))["tokens"] == ended["tokens"]
+    assert (await details("ended*0.5+endless*0.5"))["finish_reason"] == "length"
+
+
 async def test_a_chat_whose_client_names_no_model(
     client: httpx.AsyncClient, adapter_files: dict[str, bytes]
 ) -> None:
@@ -407,6 +465,7 @@ async def test_bad_requests_are_problems(
         ("a", {"adapter_config.json": None}, 422, "invalid-adapter", "adapter_config.json"),
         ("a", {"adapter_model.bin": b"x"}, 422, "unsafe-archive", "pickle"),
         ("a", {"other.txt": b"x"}, 422, "invalid-adapter", "other.txt"),
+        ("a", {"chat_template.jinja": b"{% if %}"}, 422, "invalid-adapter", "chat template"),
         ("a", {"big.zip": b"x" * 200_000}, 413, "adapter-too-large", "larger than 100,000"),
     ],
 )

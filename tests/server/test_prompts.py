@@ -301,5 +301,5 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
             chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
         assert caught.value.field == "messages"
     tokenizer.chat_template = None
-    with pytest.raises(InvalidParameter, match="no chat template"):
+    with pytest.raises(InvalidParameter, match="has no chat template"):
         chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)

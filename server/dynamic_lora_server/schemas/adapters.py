@@ -85,8 +85,9 @@ UPLOAD_BODY: dict[str, Any] = {
                             "type": "array",
                             "minItems": 1,
                             "items": {"type": "string", "format": "binary"},
-                            "description": "adapter_config.json, adapter_model.safetensors and "
-                            "task.json, or one .zip, .tar or .tar.gz of them.",
+                            "description": "adapter_config.json, adapter_model.safetensors, "
+                            "task.json, chat_template.jinja, tokenizer_config.json and "
+                            "generation_config.json, or one .zip, .tar or .tar.gz of them.",
                         },
                     },
                 }

@@ -120,7 +120,8 @@ class Message(Wire):
 
 
 class ChatRequest(SamplingRequest):
-    """The body of `POST /v1/chat/completions`. The base model's chat template is applied.
+    """The body of `POST /v1/chat/completions`. The chat template of the
+    adapter is applied, if it is one alone and has one, or that of the base model.
 
     As `model`, `tgi` and `dummy` are the base model too unless something has that name: TGI's
     and the Hub's clients send them where none is given.
