@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from dynamic_lora_adapters.card import CARD_FILE
+from dynamic_lora_adapters.chat import CHAT_SOURCES
 from dynamic_lora_adapters.errors import AdapterTooLarge, InvalidAdapter, UnsafeArchive
 from dynamic_lora_adapters.unpacking import BROKEN_ARCHIVE, CHUNK_BYTES, member_reader, too_large
 from dynamic_lora_adapters.weights import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE})
+ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}) | CHAT_SOURCES
 
 # What trainers and the Hub put beside an adapter. Nothing here is read or kept,
 # not even looked into: training_args.bin is a pickle.
@@ -31,17 +32,14 @@ IGNORED_FILES = frozenset(
         "README.md",
         "added_tokens.json",
         "all_results.json",
-        "chat_template.jinja",
         "chat_template.json",
         "config.json",
         "eval_results.json",
-        "generation_config.json",
         "merges.txt",
         "special_tokens_map.json",
         "spiece.model",
         "tokenizer.json",
         "tokenizer.model",
-        "tokenizer_config.json",
         "train_results.json",
         "trainer_state.json",
         "training_args.bin",

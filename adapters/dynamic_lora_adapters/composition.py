@@ -156,6 +156,13 @@ class Composition:
             return self.parts[0]
         return None
 
+    @property
+    def alone(self) -> Part | None:
+        """The only part, if one adapter is added to the base, at any weight above 0."""
+        if self.merge is None and len(self.parts) == 1 and self.parts[0].weight > 0:
+            return self.parts[0]
+        return None
+
     def scaled(self, factor: float) -> Self:
         """The composition with all weights multiplied, in decimals as in `of`."""
         exact = _decimal(factor)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dynamic_lora_adapters.archive import CONFIG_FILE
 from dynamic_lora_adapters.base_weights import BaseWeights, NoWeights
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.config_values import read_text
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.json_file import read_json_object
@@ -36,6 +37,7 @@ class AdapterVersion:
     digest: str
     passport: Passport
     card: TaskCard | None
+    chat: ChatFormat | None = None
 
 
 def declared_base(folder: Path) -> str | None:
@@ -47,7 +49,8 @@ def folder_digest(folder: Path) -> str:
     """The content digest of an adapter's files. Raises an `AdapterError` for a broken config."""
     card = folder / CARD_FILE
     content = read_json_object(card) if card.exists() else None
-    return content_digest(_parse(_config(folder)), folder / WEIGHTS_FILE, content)
+    spec = _parse(_config(folder))
+    return content_digest(spec, folder / WEIGHTS_FILE, content, ChatFormat.read(folder))
 
 
 class Inspector:
@@ -99,7 +102,9 @@ class Inspector:
         """
         config = _config(folder)
         spec = _parse(config)
-        card = TaskCard.read(folder)
+        card, chat = TaskCard.read(folder), ChatFormat.read(folder)
+        if chat is not None:
+            chat.check()
         declared = read_text(config, _BASE_KEY)
         notes = check_base_model(declared, self._geometry.model_id, force=force)
         if revision := read_text(config, "revision"):
@@ -119,10 +124,11 @@ class Inspector:
             self_check=difference,
             dtype=self._format(),
             card=card,
+            chat=chat,
             notes=[*notes, *told],
             ignored_files=ignored_files,
         )
-        return AdapterVersion(name=name, digest=digest, passport=passport, card=card)
+        return AdapterVersion(name=name, digest=digest, passport=passport, card=card, chat=chat)
 
     def _format(self) -> str:
         """What adapters are served in, in words."""

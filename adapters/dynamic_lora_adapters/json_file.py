@@ -18,29 +18,29 @@ class DuplicateKey(ValueError):
     """A JSON object that has one key twice; the message names it."""
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read one JSON object from a file.
 
     Raises `InvalidAdapter`, with the file's name as its field, when the file is
-    missing, over 1 MiB, not UTF-8, not JSON, not an object, or holds a repeated
+    missing, over `max_bytes`, not UTF-8, not JSON, not an object, or holds a repeated
     key, half a surrogate pair, NaN or an infinity.
     """
     try:
         with path.open("rb") as stream:
-            data = stream.read(MAX_JSON_BYTES + 1)
+            data = stream.read(max_bytes + 1)
     except FileNotFoundError:
         raise InvalidAdapter(
             f"{path.name} is missing.",
             field=path.name,
             fix="Upload every file that PEFT's save_pretrained wrote.",
         ) from None
-    return parse_json_object(data, path.name)
+    return parse_json_object(data, path.name, max_bytes=max_bytes)
 
 
-def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
+def parse_json_object(data: bytes, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Parse one JSON object; `name` is what the errors call the document."""
-    if len(data) > MAX_JSON_BYTES:
-        raise InvalidAdapter(f"{name} is larger than {MAX_JSON_BYTES} bytes.", field=name)
+    if len(data) > max_bytes:
+        raise InvalidAdapter(f"{name} is larger than {max_bytes} bytes.", field=name)
     try:
         value = json.loads(
             data.decode(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.safetensors_file import WEIGHTS_FILE, read_header
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms
 
@@ -36,6 +37,8 @@ class Passport(BaseModel):
     differ. `target_modules` are the modules with factors (all that change, if
     none has), `num_modules` counts all that change. `features` names what the
     adapter does beside A and B. `bytes` is the size of the weights file.
+    `chat_template` says that the adapter has one of its own, `end_tokens` what
+    ends its answers besides the base's own.
     `self_check` is the largest relative difference between a layer's delta as
     it is served and in double precision, on a probe batch. `checks` lists what
     held for this upload, `notes` what the uploader should know,
@@ -60,6 +63,8 @@ class Passport(BaseModel):
     base_model: str | None
     created_at: datetime
     card: TaskCard | None = None
+    chat_template: bool = False
+    end_tokens: list[str | int] = []
     self_check: float
     checks: list[str]
     notes: list[str]
@@ -78,6 +83,7 @@ def write_passport(
     self_check: float,
     dtype: str,
     card: TaskCard | None,
+    chat: ChatFormat | None,
     notes: Iterable[str],
     ignored_files: Iterable[str],
 ) -> Passport:
@@ -87,6 +93,7 @@ def write_passport(
     ranks = sorted({term.rank for term in factored.values()}) or [0]
     scalings = sorted({term.scaling for term in factored.values()}) or [0.0]
     paths = {*changed, *terms.overrides}
+    chat = chat or ChatFormat()
     weights = folder / WEIGHTS_FILE
     entries = read_header(weights)
     dtypes = sorted({entry.dtype for entry in entries.values()})
@@ -107,6 +114,8 @@ def write_passport(
         base_model=base_model,
         created_at=created_at,
         card=card,
+        chat_template=chat.template is not None,
+        end_tokens=[*chat.end_tokens, *chat.end_ids],
         self_check=self_check,
         checks=[*CHECKS, _self_check_line(self_check, dtype)],
         notes=list(notes),

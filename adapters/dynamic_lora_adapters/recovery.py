@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.index import AdapterIndex, EventKind, StoredVersion
 from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
@@ -73,17 +74,21 @@ def _restore(
 
 
 def _version(stored: StoredVersion, store: BlobStore, inspector: Inspector) -> AdapterVersion:
+    folder = store.path(stored.digest)
     try:
         passport = _passport(stored.passport)
     except ValidationError:
         # Written by a release whose passports lacked some fields, or had others in their place.
-        folder = store.path(stored.digest)
         version = inspector.inspect(stored.name, folder, force=True, ignored_files=())
         if version.digest != stored.digest:
             raise InvalidAdapter("its content has another digest by now") from None
         return version
     return AdapterVersion(
-        name=stored.name, digest=stored.digest, passport=passport, card=passport.card
+        name=stored.name,
+        digest=stored.digest,
+        passport=passport,
+        card=passport.card,
+        chat=ChatFormat.read(folder),
     )
 
 

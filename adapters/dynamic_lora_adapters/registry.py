@@ -275,6 +275,8 @@ class AdapterRegistry:
     def _commit(
         self, version: AdapterVersion, folder: Path, *, shipped: bool = False
     ) -> Publication:
+        if version.chat is not None:
+            version.chat.save(folder)
         self._store.prepare(folder)
         with self._changing:
             current = self._versions.get(version.name)

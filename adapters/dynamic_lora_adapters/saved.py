@@ -45,7 +45,7 @@ class SavedCompositions:
     A saved name is used like an adapter's and stands for its text, so that a
     part without a version follows its adapter. Adapters and compositions share
     one space of names; where a race put a name into both, the adapter counts.
-    All methods may be called from any thread; `resolve`, `get` and `list` touch
+    All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
     no disk. `index` is where they are kept; without one none can be saved.
     """
 
@@ -54,6 +54,10 @@ class SavedCompositions:
         self._index = index
         self._lock = threading.Lock()
         self._saved = {one.name: one for one in ([] if index is None else index.compositions())}
+
+    def has(self, name: str) -> bool:
+        """Whether a name is an adapter's or a saved composition's."""
+        return self._is_adapter(name) or self._is_saved(name)
 
     def resolve(self, text: str) -> Composition:
         """What a text means now: a name, a saved name, or a sum of either.

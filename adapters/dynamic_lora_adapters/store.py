@@ -7,6 +7,7 @@
             adapter_config.json
             adapter_model.safetensors
             task.json                 if the adapter has a card
+            chat.json                 if it has a chat template or end tokens
         staging/<random>/             uploads in progress, and folders on their way out
 
 A folder enters `adapters/` by one rename, after its files were flushed to disk,
@@ -23,11 +24,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from dynamic_lora_adapters.archive import ADAPTER_FILES
+from dynamic_lora_adapters.archive import CONFIG_FILE
+from dynamic_lora_adapters.card import CARD_FILE
+from dynamic_lora_adapters.chat import CHAT_FILE
 from dynamic_lora_adapters.errors import AdapterError
+from dynamic_lora_adapters.safetensors_file import WEIGHTS_FILE
 
 if sys.platform != "win32":
     import fcntl
+
+_KEPT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CHAT_FILE})
 
 
 class BlobStore:
@@ -74,7 +80,7 @@ class BlobStore:
     def prepare(self, folder: Path) -> None:
         """Flush a staged folder to disk, for `publish`; other folders may change meanwhile."""
         for path in folder.iterdir():
-            if path.name in ADAPTER_FILES:
+            if path.name in _KEPT_FILES:
                 _flush(path)
             else:
                 path.unlink()
@@ -105,7 +111,7 @@ class BlobStore:
 def _file_sizes(folder: Path) -> dict[str, int]:
     if not folder.is_dir():
         return {}
-    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name in ADAPTER_FILES}
+    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name in _KEPT_FILES}
 
 
 def _take_home(home: Path) -> IO[bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamic_lora_adapters.base_weights import BaseWeights, NoWeights
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.checkpoint import Checkpoint, Part
 from dynamic_lora_adapters.errors import InvalidAdapter
 from dynamic_lora_adapters.experts import merged_parameter
@@ -97,16 +98,24 @@ class Canonical(Protocol):
         ...
 
 
-def content_digest(spec: Canonical, weights: Path, card: Mapping[str, Any] | None) -> str:
+def content_digest(
+    spec: Canonical,
+    weights: Path,
+    card: Mapping[str, Any] | None,
+    chat: ChatFormat | None = None,
+) -> str:
     """SHA-256, in hex, of everything that changes the adapter's answers.
 
     That is the canonical config, all tensors in order of name (dtype, shape
-    and bytes), and the task card, whose template and defaults shape the prompt.
+    and bytes), the task card, whose template and defaults shape the prompt, and,
+    if there are any, the chat template and the end tokens.
     File layout, metadata and the order of keys do not count.
     """
     digest = hashlib.sha256()
     for part in (spec.canonical(), card):
         digest.update(canonical_json(part))
+    if chat is not None:
+        digest.update(canonical_json(["chat", chat.model_dump(mode="json")]))
     hash_tensors(weights, digest)
     return digest.hexdigest()
 

@@ -11,7 +11,8 @@ WeightedAdapters = Sequence[tuple[str, float]]
 class Parameters(TypedDict, total=False):
     """How to generate. What is left out falls to the adapter's task card, then the server.
 
-    Greedy unless `do_sample` is true or `temperature` is above 0.
+    Greedy unless `do_sample` is true, `temperature` is above 0, or, with neither given,
+    `top_k`, `top_p` or `min_p` leaves tokens out.
     """
 
     do_sample: bool

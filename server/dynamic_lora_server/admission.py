@@ -1,10 +1,10 @@
 """What a request must be to be admitted: a prompt of known tokens that fits the context."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynamic_lora_server.errors import ContextOverflow, InvalidParameter
-from dynamic_lora_server.generation import GenerationSpec
+from dynamic_lora_server.generation import GenerationSpec, SamplingParams
 from dynamic_lora_server.text import TokenizerView
 
 
@@ -45,23 +45,30 @@ class Admission:
                 "The prompt is empty.", field="inputs", fix="Send at least one character."
             )
         self._check_ids("inputs", ids)
-        self.check_fits(spec, len(ids), 0)
+        self.fitted(spec, len(ids), 0)
         return ids
 
-    def check_fits(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> None:
-        """Raise ContextOverflow unless prompt, an adapter's virtual tokens and output fit."""
-        length = self._limits.context_length
-        if num_virtual + num_prompt >= length:
+    def fitted(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> SamplingParams:
+        """The spec's sampling, with as many new tokens as the context has left at most.
+
+        The prompt and an adapter's virtual tokens count. Raises ContextOverflow if these alone
+        fill the context, or if more new tokens were asked for than are left.
+        """
+        sampling, length = spec.sampling, self._limits.context_length
+        left = length - num_virtual - num_prompt
+        if left <= 0:
             raise self._too_long(str(num_prompt), num_virtual)
-        wanted = num_virtual + num_prompt + spec.sampling.max_new_tokens
-        if wanted > length:
-            raise ContextOverflow(
-                f"The prompt has {num_prompt} tokens{_added(num_virtual)} and up to "
-                f"{spec.sampling.max_new_tokens} new ones are asked for: {wanted} together, but "
-                f"the context holds {length}.",
-                field="max_new_tokens",
-                fix="Shorten the prompt or ask for fewer tokens.",
-            )
+        if sampling.max_new_tokens <= left:
+            return sampling
+        if spec.clip_output:
+            return replace(sampling, max_new_tokens=left)
+        raise ContextOverflow(
+            f"The prompt has {num_prompt} tokens{_added(num_virtual)} and up to "
+            f"{sampling.max_new_tokens} new ones are asked for: "
+            f"{length - left + sampling.max_new_tokens} together, but the context holds {length}.",
+            field="max_new_tokens",
+            fix="Shorten the prompt or ask for fewer tokens.",
+        )
 
     def _too_long(self, number: str, num_virtual: int = 0) -> ContextOverflow:
         return ContextOverflow(

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dynamic_lora_adapters.composition import Composition
-from dynamic_lora_adapters.grammar import is_expression
 from dynamic_lora_server.errors import InvalidParameter
 
 # Below this a temperature is greedy: the division would leave the range of float32.
@@ -111,6 +110,7 @@ class GenerationSpec:
     include_stop: bool = False  # keep the stop string in the text
     add_special_tokens: bool = True
     keep_last: int | None = None
+    clip_output: bool = False
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -177,20 +177,14 @@ class Started:
     """First event of a generation: who serves it; None twice for the base model.
 
     `adapter` is the canonical text of the composition, `version` the adapter's
-    content hash or that of the composition. `label` names it where names must
-    be few: of compositions, `composition`.
+    content hash or that of the composition. `name` is set where one adapter
+    serves it as it was trained, pinned to a version or not.
     """
 
     adapter: str | None
     version: str | None
     num_prompt_tokens: int
-
-    @property
-    def label(self) -> str | None:
-        """The adapter's name if it is one alone, `composition` if not."""
-        if self.adapter is None or not is_expression(self.adapter):
-            return self.adapter
-        return "composition"
+    name: str | None = None
 
 
 GenerationEvent = Started | TokenPiece | Finish

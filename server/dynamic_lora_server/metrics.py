@@ -17,16 +17,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
 from dynamic_lora_server.prompts import BASE
 
+# Sums of adapters count under one label: theirs would come and never go.
+_COMPOSITION = "composition"
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """The counters and histograms of one application; `clock` is in seconds."""
+    """The counters and histograms of one application; `clock` is in seconds.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    `knows` tells whether there is an adapter of a name. What a request of a deleted one still
+    does is not recorded: its series would stay for good.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        knows: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         self.registry = CollectorRegistry()
         self.clock = clock
+        self.knows = knows
         self.requests = Counter(
             "dynamic_lora_requests",
             "HTTP requests by method, route and status.",
@@ -86,33 +98,46 @@ class _Observation:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._adapter = BASE
-        self._tokens = metrics.generated_tokens.labels(BASE)
+        self._name: str | None = None
+        self._label = BASE
         self._asked = metrics.clock()
         self._first: dict[int, float] = {}
 
     def record(self, event: GenerationEvent) -> None:
         if isinstance(event, Started):
-            self._adapter = event.label or BASE
-            self._tokens = self._metrics.generated_tokens.labels(self._adapter)
-            self._metrics.prompt_tokens.labels(self._adapter).inc(event.num_prompt_tokens)
+            self._start(event)
         elif isinstance(event, TokenPiece):
             self._token(event)
         else:
             self._finish(event)
 
+    @property
+    def _gone(self) -> bool:
+        return self._name is not None and not self._metrics.knows(self._name)
+
+    def _start(self, started: Started) -> None:
+        self._name = started.name
+        if started.adapter is not None:
+            self._label = started.name or _COMPOSITION
+        if not self._gone:
+            self._metrics.prompt_tokens.labels(self._label).inc(started.num_prompt_tokens)
+
     def _token(self, piece: TokenPiece) -> None:
-        self._tokens.inc()
-        if piece.index not in self._first:
+        is_first = piece.index not in self._first
+        if is_first:
             self._first[piece.index] = self._metrics.clock()
+        if self._gone:
+            return
+        self._metrics.generated_tokens.labels(self._label).inc()
+        if is_first:
             waited = self._first[piece.index] - self._asked
-            self._metrics.ttft.labels(self._adapter).observe(waited)
+            self._metrics.ttft.labels(self._label).observe(waited)
 
     def _finish(self, finish: Finish) -> None:
         num_gaps = finish.num_output_tokens - 1
-        if num_gaps > 0:
+        if num_gaps > 0 and not self._gone:
             span = self._metrics.clock() - self._first[finish.index]
-            self._metrics.tpot.labels(self._adapter).observe(span / num_gaps)
+            self._metrics.tpot.labels(self._label).observe(span / num_gaps)
 
 
 class RequestCounter:

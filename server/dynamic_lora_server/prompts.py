@@ -2,30 +2,39 @@
 
 What decides a parameter of `/generate`: the request, else the adapter's task
 card, else the default of `SamplingParams`. The card belongs to `/generate`
-alone: `/v1` sends prompts as they are and messages through the base model's
-chat template, with OpenAI's defaults.
+alone: `/v1` sends prompts as they are and messages through a chat template, that of
+one adapter alone or the base model's, with OpenAI's defaults. A default of
+`max_new_tokens` gives way to the context; a number that the request names does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_adapters.card import CardParameters, TaskCard
 from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
-from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
+from dynamic_lora_server.schemas.openai import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    SamplingRequest,
+)
 
 if TYPE_CHECKING:
+    from dynamic_lora_adapters.chat import ChatFormat
     from dynamic_lora_adapters.inspection import AdapterVersion
     from dynamic_lora_server.text import TokenizerView
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
 BASE = "base"  # names the base model wherever an adapter can be named
+# What TGI's and the Hub's clients send as a chat's model where their caller named none.
+_UNNAMED = frozenset({"tgi", "dummy"})
 
 _SAMPLING_FIELDS = (
-    "top_k",
     "top_p",
     "min_p",
     "repetition_penalty",
@@ -42,7 +51,13 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        **variables: Any,
     ) -> Any:
         """The conversation as the text the model was trained on."""
 
@@ -50,6 +65,13 @@ class Tokenizer(Protocol):
 def adapter_name(name: str | None, *, model_id: str) -> str | None:
     """The adapter a request names; None where it names the base model or nothing."""
     return None if name in (None, BASE, model_id) else name
+
+
+def chat_adapter_name(name: str, *, model_id: str, known: Callable[[str], bool]) -> str | None:
+    """As `adapter_name`, for a chat: a client's stand-in for a name is one if `known` has it."""
+    if name in _UNNAMED and not known(name):
+        return None
+    return adapter_name(name, model_id=model_id)
 
 
 def card_of(composition: Composition, versions: "Sequence[AdapterVersion]") -> TaskCard | None:
@@ -92,10 +114,11 @@ def generate_spec(
             logprobs=bool(own.details) or body.stream,
             top_logprobs=own.top_n_tokens or 0,
             stop_token_ids=tuple(own.stop_token_ids or ()),
-            **_given(merged, ("max_new_tokens", *_SAMPLING_FIELDS)),
+            **_given(merged, ("max_new_tokens", "top_k", *_SAMPLING_FIELDS)),
         ),
         stop=tuple(merged.get("stop", ())),
         keep_last=own.truncate,
+        clip_output=own.max_new_tokens is None,
         n=own.n or 1,
     )
 
@@ -137,18 +160,28 @@ def _given(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _temperature(own: GenerateParameters, card: TaskCard | None) -> float:
-    """Greedy unless `do_sample` or a temperature above 0 asks otherwise, as TGI does."""
+    """What asks to sample, as in TGI: `do_sample`, a temperature above 0, or a filter.
+
+    The request's temperature counts before its `do_sample`, and both before the card's. Its
+    filters count where neither says anything; those of a card alone, and a seed, ask for nothing.
+    """
     if own.temperature is not None:
         return _floored(own.temperature)
     if own.do_sample is False:
         return 0.0
-    defaults = None if card is None else card.parameters
-    by_card = defaults.temperature if defaults is not None else None
+    defaults = CardParameters() if card is None else card.parameters
     if own.do_sample:
-        return _floored(by_card or 0.0) or 1.0
-    if by_card is not None:
-        return _floored(by_card)
-    return 1.0 if defaults is not None and defaults.do_sample else 0.0
+        return _floored(defaults.temperature or 0.0) or 1.0
+    if defaults.temperature is not None:
+        return _floored(defaults.temperature)
+    if defaults.do_sample is None:
+        return 1.0 if _filters(own) else 0.0
+    return float(defaults.do_sample)
+
+
+def _filters(own: GenerateParameters) -> bool:
+    """Whether a request leaves out unlikely tokens, which means nothing to greedy decoding."""
+    return bool(own.top_k) or bool(own.min_p) or (own.top_p is not None and own.top_p < 1)
 
 
 def _floored(temperature: float) -> float:
@@ -165,7 +198,12 @@ def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[Ge
     )
     return [
         GenerationSpec(
-            prompt=prompt, adapter=adapter, sampling=sampling, stop=_stop(body), n=body.n or 1
+            prompt=prompt,
+            adapter=adapter,
+            sampling=sampling,
+            stop=_stop(body),
+            clip_output=body.max_tokens is None,
+            n=body.n or 1,
         )
         for prompt in _prompts(body.prompt)
     ]
@@ -183,52 +221,84 @@ def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
 def chat_spec(
     body: ChatRequest,
     *,
-    adapter: str | None,
+    adapter: str | Composition | None,
     tokenizer: Tokenizer,
     view: "TokenizerView",
-    context_length: int,
+    chat: "ChatFormat | None" = None,
 ) -> GenerationSpec:
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
 
-    Without a limit of its own a chat may generate CHAT_TOKENS, or what the
-    context has left. Raises InvalidParameter when the template refuses the
-    messages or the base model has none.
+    `chat` is the adapter's, if it is one alone; its template goes before the base model's.
+    Raises InvalidParameter when the template refuses the messages or there is none.
     """
-    prompt = view.encode(_render(body, tokenizer), add_special_tokens=False)
-    left = max(1, context_length - len(prompt))
+    prompt = view.encode(_render(body, tokenizer, chat), add_special_tokens=False)
+    limit = _chat_limit(body)
     return GenerationSpec(
         prompt=prompt,
         adapter=adapter,
         sampling=_openai_sampling(
             body,
-            max_new_tokens=_chat_limit(body) or min(CHAT_TOKENS, left),
+            max_new_tokens=limit or CHAT_TOKENS,
             logprobs=bool(body.logprobs),
             top_logprobs=_top_logprobs(body),
         ),
         stop=_stop(body),
+        clip_output=limit is None,
         n=body.n or 1,
     )
 
 
-def _render(body: ChatRequest, tokenizer: Tokenizer) -> str:
-    # Imported late: jinja2 comes with transformers, which start-up loads in the background.
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
+def _render(body: ChatRequest, tokenizer: Tokenizer, chat: "ChatFormat | None") -> str:
+    own = None if chat is None else chat.template
+    if own is None and not tokenizer.chat_template:
         raise InvalidParameter(
-            "The base model has no chat template.",
+            "The base model has no chat template, nor has the adapter.",
             field="messages",
             fix="Write the whole prompt yourself and use /v1/completions or /generate.",
         )
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    variables = body.chat_template_kwargs or {}
+    _check_variables(variables)
+    if chat is not None and own is not None:
+        variables = chat.special_tokens | variables
+    messages = [{"role": _role(message), "content": message.text} for message in body.messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = str(
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=own,
+                add_generation_prompt=True,
+                tokenize=False,
+                **variables,
+            )
         )
-    except TemplateError as error:
+        text.encode()  # a template can write half of a character, which no tokenizer takes
+    except Exception as error:
+        # A template is a program: on messages it was not written for, any error can come of it.
         raise InvalidParameter(
-            f"The base model's chat template refuses these messages: {error}.", field="messages"
+            f"The {'base model' if own is None else 'adapter'}'s chat template refuses these "
+            f"messages: {str(error) or type(error).__name__}.",
+            field="messages",
         ) from error
+    return text
+
+
+def _role(message: Message) -> str:
+    """What OpenAI renamed for its newer models; templates know the old name."""
+    return "system" if message.role == "developer" else message.role
+
+
+def _check_variables(variables: dict[str, Any]) -> None:
+    """Raise InvalidParameter for what is no variable, but would change how a template is used."""
+    from transformers import PreTrainedTokenizerBase
+
+    settings = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in variables:
+        if name in settings or name == "messages":
+            raise InvalidParameter(
+                f"chat_template_kwargs holds {name!r}, which is no variable of a template's own.",
+                field="chat_template_kwargs",
+                fix="Leave it out.",
+            )
 
 
 def _chat_limit(body: ChatRequest) -> int | None:
@@ -262,6 +332,7 @@ def _openai_sampling(
         temperature=1.0 if body.temperature is None else _floored(body.temperature),
         logprobs=logprobs,
         top_logprobs=top_logprobs,
+        top_k=max(0, body.top_k or 0),  # vLLM's -1 is off
         stop_token_ids=tuple(body.stop_token_ids or ()),
         **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.registry import AdapterRegistry, Lease
 from dynamic_lora_adapters.saved import SavedCompositions, check_version
@@ -27,11 +28,15 @@ _NUM_READERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a request is served with; `version` is the hash of what is computed."""
+    """What a request is served with; `version` is the hash of what is computed.
+
+    `chat` is that of the adapter, if it is one alone.
+    """
 
     composition: Composition
     version: str
     adapter: ResidentAdapter
+    chat: ChatFormat | None = None
 
 
 @dataclass(slots=True)
@@ -100,7 +105,8 @@ class Residency:
             try:
                 # Again: while it waited for room, nobody knew of it.
                 self._remember(version, digests)
-                yield Held(wanted, version, resident)
+                chat = None if wanted.alone is None else leases[0].version.chat
+                yield Held(wanted, version, resident, chat)
             finally:
                 self._pool.release(resident)
                 self._line.announce()

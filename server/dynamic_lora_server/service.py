@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
-from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
@@ -132,9 +131,8 @@ class GenerationService:
                 if spec.adapter is not None:
                     hold = self._residency.hold(spec.adapter)
                     held = await until_submitted.enter_async_context(hold)
-                resident = None if held is None else held.adapter
-                continuations = self._continuations(spec, prompt_ids, resident)
-                self._check_length(spec, continuations.values())
+                continuations = self._continuations(spec, prompt_ids, held)
+                self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 # From here on each sequence has a lease of its own. One that nobody drives would
                 # be kept for ever by a request that waits for room for its next prompt.
@@ -170,26 +168,29 @@ class GenerationService:
             self._num_open -= n
             self._pace.record(time.monotonic() - begin)
 
-    def _check_length(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
+    def _fit(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""
         for continuation in found:
             sequence = continuation.sequence
-            self._admission.check_fits(spec, sequence.num_prompt, sequence.num_virtual)
+            sequence.sampling = self._admission.fitted(
+                spec, sequence.num_prompt, sequence.num_virtual
+            )
 
     def _continuations(
-        self, spec: GenerationSpec, prompt_ids: tuple[int, ...], adapter: ResidentAdapter | None
+        self, spec: GenerationSpec, prompt_ids: tuple[int, ...], held: Held | None
     ) -> dict[int, _Continuation]:
         seed = spec.sampling.seed
         first = secrets.randbits(64) if seed is None else seed
+        stop_ids = self._stop_ids(held)
         continuations = {}
         for index in range(spec.n):
             sequence = Sequence(
                 id=next(self._ids),
                 prompt_ids=prompt_ids,
                 sampling=spec.sampling,
-                stop_ids=self._limits.eos_ids,
+                stop_ids=stop_ids,
                 seed=(first + index) % _SEED_SPACE,
-                adapter=adapter,
+                adapter=None if held is None else held.adapter,
             )
             detokenizer = Detokenizer(
                 self._view,
@@ -199,6 +200,12 @@ class GenerationService:
             )
             continuations[sequence.id] = _Continuation(index, sequence, detokenizer)
         return continuations
+
+    def _stop_ids(self, held: Held | None) -> frozenset[int]:
+        """What ends an answer: the base's end tokens, and an adapter's that the base knows."""
+        if held is None or held.chat is None:
+            return self._limits.eos_ids
+        return self._limits.eos_ids | self._view.known_ids(held.chat.end_tokens, held.chat.end_ids)
 
     @contextmanager
     def _submitted(
@@ -336,6 +343,10 @@ def _served_mode(sequence: Sequence) -> ServedMode:
 def _started(held: Held | None, num_prompt_tokens: int) -> Started:
     if held is None:
         return Started(adapter=None, version=None, num_prompt_tokens=num_prompt_tokens)
+    plain = held.composition.plain
     return Started(
-        adapter=str(held.composition), version=held.version, num_prompt_tokens=num_prompt_tokens
+        adapter=str(held.composition),
+        version=held.version,
+        num_prompt_tokens=num_prompt_tokens,
+        name=None if plain is None else plain.name,
     )

@@ -24,7 +24,7 @@ class ServerState:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.started_at = time.time()
-        self.metrics = Metrics()
+        self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
@@ -66,6 +66,9 @@ class ServerState:
         if self._runtime is None:
             return []
         return readings_of(self._runtime.stats())
+
+    def _knows(self, adapter: str) -> bool:
+        return self._runtime is not None and self._runtime.registry.has(adapter)
 
     def _resident(self) -> Mapping[str, bool]:
         if self._runtime is None:

@@ -1,7 +1,7 @@
 """From token ids to visible text, as they come."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer
@@ -68,6 +68,11 @@ class TokenizerView:
         end = tuple(prompt_ids[-_NUM_BEFORE:])
         text = self.backend.decode(end, skip_special_tokens=True)
         return () if text.endswith(_INCOMPLETE) else end
+
+    def known_ids(self, tokens: Iterable[str], ids: Iterable[int]) -> frozenset[int]:
+        """Of tokens, by their text or their id, the ids of those that there are."""
+        found = {self.backend.token_to_id(token) for token in tokens} | set(ids)
+        return frozenset(i for i in found if i is not None and i < self._vocab_size)
 
     def least_tokens(self, text: str) -> int:
         """So many tokens at least has a text: known without encoding it, 0 where it is not."""

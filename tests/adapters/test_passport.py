@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dynamic_lora_adapters import BaseGeometry, LoraSpec, Passport, TaskCard, read_adapter
+from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.json_file import read_json_object
 from dynamic_lora_adapters.passport import CHECKS, find_features, write_passport
 from dynamic_lora_adapters.terms import (
@@ -34,6 +35,7 @@ def passport_of(folder: Path, geometry: BaseGeometry) -> Passport:
         self_check=1.25e-7,
         dtype="float32",
         card=TaskCard(description="d"),
+        chat=ChatFormat(template="x", end_tokens=("</s>",), end_ids=(1,)),
         notes=["n"],
         ignored_files=["README.md"],
     )
@@ -55,6 +57,8 @@ def test_a_uniform_adapter(model: LlamaForCausalLM, geometry: BaseGeometry, tmp_
         "bytes": (folder / "adapter_model.safetensors").stat().st_size,
         "dtype": "float32",
         "base_model": "org/Tiny-Llama",
+        "chat_template": True,
+        "end_tokens": ["</s>", 1],
         "features": [],
         "self_check": 1.25e-7,
         "notes": ["n"],
@@ -109,8 +113,10 @@ def test_an_adapter_without_factors_has_rank_0(model: LlamaForCausalLM, tmp_path
         self_check=0.0,
         dtype="bfloat16",
         card=None,
+        chat=None,
         notes=[],
         ignored_files=[],
     )
     assert (passport.rank, passport.scaling, passport.num_modules) == (0, 0.0, 1)
     assert passport.target_modules == ["up_proj"]
+    assert (passport.chat_template, passport.end_tokens) == (False, [])

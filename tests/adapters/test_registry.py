@@ -139,6 +139,33 @@ def test_a_card_makes_another_version(registry: AdapterRegistry, adapter: Path) 
     assert publish(registry, "ner", adapter).passport.version != plain.passport.version
 
 
+def test_a_chat_template_is_kept_and_makes_another_version(
+    home: Path, geometry: BaseGeometry, adapter: Path
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        plain = publish(registry, "plain", adapter)
+        (adapter / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+        first = publish(registry, "ner", adapter)
+        assert first.passport.version != plain.passport.version
+        assert (first.passport.chat_template, plain.passport.chat_template) == (True, False)
+        # The same template in another file, beside what does not count.
+        (adapter / "tokenizer_config.json").write_text('{"model_max_length": 9}')
+        (adapter / "chat_template.jinja").write_text("{{ messages }}")
+        again = publish(registry, "twin", adapter)
+        assert again.passport.version == first.passport.version
+        assert {path.name for path in (home / "adapters" / again.passport.version).iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "chat.json",
+        }
+        kept = registry.resolve("ner")
+    with AdapterRegistry(home, geometry) as registry:
+        assert registry.resolve("ner") == kept
+        assert kept.chat is not None
+        assert kept.chat.template == "{{ messages }}"
+        assert registry.resolve("plain").chat is None
+
+
 def test_unknown_names_get_the_near_misses(registry: AdapterRegistry, adapter: Path) -> None:
     publish(registry, "sentiment", adapter)
     for action in (registry.resolve, registry.delete, registry.lease):

@@ -279,6 +279,96 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
     assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+)
+
+
+async def test_an_adapter_chats_by_its_own_template(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    tokenizer = json.dumps({"eos_token": "[end]", "chat_template": TEMPLATE}).encode()
+    created = await upload(client, "own", adapter_files | {"tokenizer_config.json": tokenizer})
+    assert created.status_code == 201, created.text
+    passport = (await client.get("/adapters/own")).json()
+    assert (passport["chat_template"], passport["end_tokens"]) == (True, ["[end]"])
+    assert passport["ignored_files"] == ["README.md"]
+    await upload(client, "plain", adapter_files)
+
+    async def chat(model: str) -> str:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+        answer = await client.post("/v1/chat/completions", json=body | {"temperature": 0})
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    async def told(adapter: str, prompt: str) -> str:
+        body = {"inputs": prompt, "raw": True, "parameters": {"max_new_tokens": 5}}
+        answer = await client.post("/generate", params={"adapter": adapter}, json=body)
+        return str(answer.json()["generated_text"])
+
+    own, base = "<user>hi[end]<assistant>", "[user] hi\n[assistant]"
+    assert await chat("own") == await told("own", own) != await told("own", base)
+    assert await chat("own*0.5") == await told("own*0.5", own)
+    assert await chat("plain") == await told("plain", base)
+    assert await chat("own*0.5+plain*0.5") == await told("own*0.5+plain*0.5", base)
+    assert await chat("base") == await told("base", base)
+
+
+async def test_an_adapters_end_token_ends_its_answers(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "endless", adapter_files)
+
+    async def details(adapter: str) -> Any:
+        parameters = {"max_new_tokens": 8, "details": True}
+        answer = await generate(client, adapter=adapter, raw=True, parameters=parameters)
+        return answer["details"]
+
+    free = [token["id"] for token in (await details("endless"))["tokens"]]
+    assert len(free) == 8
+    config = json.dumps({"eos_token_id": [free[3], 10**6]}).encode()
+    await upload(client, "ended", adapter_files | {"generation_config.json": config})
+    ended = await details("ended")
+    assert ended["finish_reason"] == "eos_token"
+    assert [token["id"] for token in ended["tokens"]] == free[: free.index(free[3]) + 1]
+    token = tiny_tokenizer().convert_ids_to_tokens(free[3])
+    config = json.dumps({"eos_token": token}).encode()
+    await upload(client, "ended", adapter_files | {"tokenizer_config.json": config})
+    assert (await details("ended"))["tokens"] == ended["tokens"]
+    assert (await details("ended*0.5+endless*0.5"))["finish_reason"] == "length"
+
+
+async def test_a_chat_whose_client_names_no_model(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
+
+    async def ask(model: str) -> str:
+        answer = await client.post("/v1/chat/completions", json=body | {"model": model})
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    assert await ask("tgi") == await ask("dummy") == await ask("base")
+    await upload(client, "tgi", adapter_files)
+    await upload(client, "ner", adapter_files)
+    assert await ask("tgi") == await ask("ner") != await ask("base")
+
+
+async def test_a_limit_that_nobody_asked_for_refuses_nothing(client: httpx.AsyncClient) -> None:
+    """500 tokens of the context's 512 are the prompt."""
+    left = 12
+    details = await generate(
+        client, inputs="x " * 250, parameters={"details": True, "ignore_eos": True}
+    )
+    assert details["details"]["prompt_tokens"] == 512 - left
+    assert details["details"]["generated_tokens"] == left
+    body = {"model": "base", "prompt": "x " * 250, "ignore_eos": True}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    assert answer["usage"]["completion_tokens"] == left
+    assert answer["choices"][0]["finish_reason"] == "length"
+    refused = await client.post("/v1/completions", json=body | {"max_tokens": 16})
+    assert refused.status_code == 400
+    assert "up to 16 new ones are asked for" in refused.json()["error"]["message"]
+
+
 async def test_models_info_and_metrics(
     client: httpx.AsyncClient, adapter_files: dict[str, bytes], folder: Path
 ) -> None:
@@ -325,7 +415,14 @@ BAD: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ),
     ("/generate", {"content": b'{"inputs":'}, 400, "The body is not JSON", None),
     ("/generate", {"content": b'{"inputs":"\xff"}'}, 400, "not UTF-8", None),
-    ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "unicode", "inputs"),
+    ("/generate", {"content": b'{"inputs":"\\ud800"}'}, 422, "half of a character", "inputs"),
+    (
+        "/generate?adapter=base",
+        {"content": b'{"inputs":"x","parameters":{"adapter_id":"\\ud800"}}'},
+        422,
+        "half of a character",
+        "parameters.adapter_id",
+    ),
     ("/generate", {"content": b"[" * 10**5}, 400, "The body is nested too deeply", None),
     ("/generate", {"content": b'{"inputs":"a","inputs":"b"}'}, 400, "'inputs' appears twice", None),
     (
@@ -398,6 +495,7 @@ async def test_bad_requests_are_problems(
         ("a", {"adapter_config.json": None}, 422, "invalid-adapter", "adapter_config.json"),
         ("a", {"adapter_model.bin": b"x"}, 422, "unsafe-archive", "pickle"),
         ("a", {"other.txt": b"x"}, 422, "invalid-adapter", "other.txt"),
+        ("a", {"chat_template.jinja": b"{% if %}"}, 422, "invalid-adapter", "chat template"),
         ("a", {"big.zip": b"x" * 200_000}, 413, "adapter-too-large", "larger than 100,000"),
     ],
 )
@@ -477,6 +575,36 @@ async def test_a_key_that_comes_twice_is_refused_in_openais_shape(
     assert "the key 'model' appears twice" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ude00"}]}]},
+            "messages.0.content",
+        ),
+        ({"stop": "\ud83d"}, "stop"),
+        ({"stop": ["x", "\ud83d"]}, "stop"),
+        ({"model": "ner\ud83d"}, "model"),
+        ({"user": "\ud83d"}, "user"),
+    ],
+)
+async def test_half_a_character_in_a_chat_is_the_clients_fault(
+    client: httpx.AsyncClient, changes: dict[str, Any], param: str
+) -> None:
+    """JavaScript sends one where it cuts an emoji in two."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    answer = await client.post(
+        "/v1/chat/completions",
+        content=json.dumps(body | changes),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"].startswith(param)
+    assert "half of a character" in error["message"]
+
+
 async def test_more_continuations_than_the_server_ever_takes(client: httpx.AsyncClient) -> None:
     body = {"model": "base", "prompt": ["a", "b"], "n": 21, "max_tokens": 1}
     answer = await client.post("/v1/completions", json=body)
@@ -518,3 +646,16 @@ async def test_deleted_adapters_leave_the_metrics(
     assert 'adapter="ner"' in (await client.get("/metrics")).text
     await client.delete("/adapters/ner")
     assert 'adapter="ner"' not in (await client.get("/metrics")).text
+
+
+async def test_an_adapter_at_a_fixed_version_counts_under_its_name(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    version = (await upload(client, "pinned", adapter_files)).json()["version"]
+    await generate(
+        client,
+        adapter=f"pinned@{version[:8]}",
+        parameters={"max_new_tokens": 3, "ignore_eos": True},
+    )
+    metrics = (await client.get("/metrics")).text
+    assert 'dynamic_lora_generated_tokens_total{adapter="pinned"} 3.0' in metrics

@@ -28,7 +28,7 @@ FINISH = Finish(
 
 
 async def play() -> AsyncGenerator[GenerationEvent, None]:
-    yield Started(adapter="ner", version="abc", num_prompt_tokens=4)
+    yield Started(adapter="ner", version="abc", num_prompt_tokens=4, name="ner")
     yield PIECE
     yield PIECE
     yield PIECE
@@ -57,6 +57,32 @@ async def test_the_series_of_a_deleted_adapter_go() -> None:
     metrics.forget("ner")
     metrics.forget("nobody asked for it")
     assert b'adapter="ner"' not in metrics.render()
+
+
+async def test_a_request_that_outlives_its_adapter_brings_no_series_back() -> None:
+    names = {"ner"}
+    metrics = Metrics(knows=names.__contains__)
+    events = metrics.observed(play())
+    for _ in range(2):  # the start and one token
+        await anext(events)
+    names.remove("ner")
+    metrics.forget("ner")
+    async for _ in events:
+        pass
+    assert b'adapter="ner"' not in metrics.render()
+
+
+async def test_sums_and_the_base_count_under_names_of_their_own() -> None:
+    async def begin(started: Started) -> AsyncGenerator[GenerationEvent, None]:
+        yield started
+
+    metrics = Metrics(knows=lambda _: False)
+    for adapter in ("ner*0.5", None):
+        started = Started(adapter=adapter, version=None, num_prompt_tokens=4)
+        async for _ in metrics.observed(begin(started)):
+            pass
+    assert value(metrics, "prompt_tokens_total", adapter="composition") == 4
+    assert value(metrics, "prompt_tokens_total", adapter="base") == 4
 
 
 async def test_closing_an_observed_generation_closes_it() -> None:

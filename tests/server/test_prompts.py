@@ -14,6 +14,7 @@ from dynamic_lora_server.prompts import (
     CHAT_TOKENS,
     adapter_name,
     card_of,
+    chat_adapter_name,
     chat_spec,
     completion_specs,
     generate_spec,
@@ -82,6 +83,17 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
         ({"do_sample": True}, {"temperature": 0.0}, 1.0),
         ({"temperature": 0.0}, {"do_sample": True}, 0.0),
         ({"temperature": 5e-324}, {}, 0.0),
+        ({"top_p": 0.9}, {}, 1.0),
+        ({"top_k": 5}, {}, 1.0),
+        ({"min_p": 0.1}, {}, 1.0),
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {}, 0.0),
+        ({"seed": 3}, {}, 0.0),
+        ({"top_p": 0.9, "temperature": 0.0}, {}, 0.0),
+        ({"top_p": 0.9, "do_sample": False}, {}, 0.0),
+        ({"top_p": 0.9}, {"temperature": 0.3}, 0.3),
+        ({"top_p": 0.9}, {"temperature": 0.0}, 0.0),
+        ({"top_p": 0.9}, {"do_sample": False}, 0.0),
+        ({}, {"top_p": 0.9}, 0.0),
     ],
 )
 def test_when_decoding_is_greedy(
@@ -107,6 +119,21 @@ def test_contradictions_are_refused_by_name(
     with pytest.raises(InvalidParameter, match=text) as caught:
         generate(parameters, stream=stream)
     assert caught.value.field == field
+
+
+def test_only_a_limit_that_was_asked_for_is_kept_to() -> None:
+    """A card's is a default, as the server's own are."""
+    assert generate().clip_output
+    assert generate(card=CARD).clip_output
+    assert not generate({"max_new_tokens": 9}, card=CARD).clip_output
+    assert chat().clip_output
+    assert not chat(max_tokens=9).clip_output
+    body = {"model": "m", "prompt": "hi"}
+    asked = [
+        completion_specs(CompletionRequest.model_validate(body | more), adapter=None)[0].clip_output
+        for more in ({}, {"max_tokens": 9})
+    ]
+    assert asked == [True, False]
 
 
 def test_details_and_streams_ask_for_logprobs() -> None:
@@ -179,15 +206,66 @@ def test_completion_prompts(prompt: Any, prompts: list[Any]) -> None:
 def chat(**fields: Any) -> GenerationSpec:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     body = ChatRequest.model_validate({"model": "m", "messages": messages} | fields)
-    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW, context_length=512)
+    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW)
 
 
-def test_chat_uses_the_template_and_what_the_context_has_left() -> None:
+def test_chat_uses_the_template() -> None:
     spec = chat()
     assert isinstance(spec.prompt, tuple)
     assert TOKENIZER.decode(list(spec.prompt)) == "[user] hi\n[assistant]"
-    assert spec.sampling.max_new_tokens == min(CHAT_TOKENS, 512 - len(spec.prompt))
+    assert spec.sampling.max_new_tokens == CHAT_TOKENS
     assert chat(max_completion_tokens=3).sampling.max_new_tokens == 3
+
+
+def test_a_developer_speaks_as_the_system() -> None:
+    spec = chat(messages=[{"role": "developer", "content": "be brief"}])
+    assert isinstance(spec.prompt, tuple)
+    assert TOKENIZER.decode(list(spec.prompt)) == "[system] be brief\n[assistant]"
+
+
+@pytest.mark.parametrize(("asked", "top_k"), [(-1, 0), (0, 0), (5, 5), (None, 0)])
+def test_top_k_is_off_by_two_numbers(asked: int | None, top_k: int) -> None:
+    assert chat(top_k=asked).sampling.top_k == top_k
+    body = CompletionRequest.model_validate({"model": "m", "prompt": "hi", "top_k": asked})
+    assert completion_specs(body, adapter=None)[0].sampling.top_k == top_k
+
+
+def test_variables_of_the_template() -> None:
+    body = ChatRequest.model_validate(
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "hi"}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'thinking' if enable_thinking is not false else 'plain' }}"
+    spec = chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+    assert spec.prompt == VIEW.encode("plain", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tools", "tokenize", "messages", "self"])
+def test_a_setting_is_no_variable_of_the_template(name: str) -> None:
+    with pytest.raises(InvalidParameter, match=name) as caught:
+        chat(chat_template_kwargs={name: None})
+    assert caught.value.field == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy"])
+def test_what_clients_send_where_no_model_is_named(name: str) -> None:
+    def called(known: set[str]) -> str | None:
+        return chat_adapter_name(name, model_id="org/m", known=known.__contains__)
+
+    assert called({"ner"}) is None
+    assert called({name}) == name
+
+
+def test_a_chats_model_is_otherwise_a_name_like_any() -> None:
+    names = {
+        name: chat_adapter_name(name, model_id="org/m", known=lambda _: False)
+        for name in ("base", "org/m", "ner")
+    }
+    assert names == {"base": None, "org/m": None, "ner": "ner"}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +289,17 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InvalidParameter, match="no users here"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+    for broken in (
+        "{{ messages[0]['content'] + 1 }}",  # TypeError
+        "{{ messages[0]['content'] / 0 }}",
+        "{% for a in range(10**9) %}x{% endfor %}",  # OverflowError
+        r"{{ '\ud83d' }}",
+    ):
+        tokenizer.chat_template = broken
+        with pytest.raises(InvalidParameter, match="template refuses") as caught:
+            chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+        assert caught.value.field == "messages"
     tokenizer.chat_template = None
-    with pytest.raises(InvalidParameter, match="no chat template"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW, context_length=512)
+    with pytest.raises(InvalidParameter, match="has no chat template"):
+        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)

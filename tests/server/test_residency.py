@@ -224,7 +224,7 @@ async def test_a_composition_is_loaded_once_and_leaves_with_a_part(tmp_path: Pat
         assert runtime.stats().adapters.num_loads == 1
         started = done[0][0]
         assert isinstance(started, Started)
-        assert (started.adapter, started.label) == ("a*0.5-b*2", "composition")
+        assert (started.adapter, started.name) == ("a*0.5-b*2", None)
         assert runtime.built.pool.resident_digests() == [started.version]
         await collect(runtime, spec(adapter="b"))
         runtime.residencies.forget(runtime.registry.resolve("a").digest)

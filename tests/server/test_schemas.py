@@ -115,6 +115,8 @@ def test_chat_with_neutral_values() -> None:
         "modalities": ["text"],
         "store": False,
         "user": "someone",
+        "prompt_cache_key": "a",
+        "safety_identifier": "b",
         "n": 1,
     }
     assert ChatRequest.model_validate(CHAT | neutral).n == 1
@@ -134,6 +136,20 @@ def test_a_message_is_text_or_text_parts() -> None:
     with pytest.raises(ValidationError):
         Message.model_validate({"role": "user", "content": [{"type": "image_url"}]})
     assert refused(Message, {"role": "tool", "content": "x"})[0] == "role"
+
+
+@pytest.mark.parametrize("value", [{"a": ["\ud83d"]}, {"\ud83d": 1}, {"a": {"b": "x\ude00"}}])
+def test_half_a_character_anywhere_in_an_object(value: dict[str, Any]) -> None:
+    place, text = refused(ChatRequest, CHAT | {"chat_template_kwargs": value})
+    assert place == "chat_template_kwargs"
+    assert "half of a character" in text
+
+
+def test_an_object_may_be_nested_deeply() -> None:
+    value: dict[str, Any] = {}
+    for _ in range(5000):
+        value = {"a": value}
+    assert ChatRequest.model_validate(CHAT | {"chat_template_kwargs": value})
 
 
 def test_a_delta_leaves_out_what_it_does_not_change() -> None:

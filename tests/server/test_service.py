@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from peft import PromptTuningConfig, get_peft_model
 
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
 from dynamic_lora_adapters.merge import MergeFailed, Merger
@@ -23,6 +24,7 @@ from dynamic_lora_server.modes.trace import read_trace
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
+from tests.support.adapters import quiet as quiet_peft
 from tests.support.models import tiny_llama, tiny_tokenizer
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
 
@@ -85,6 +87,24 @@ async def test_an_unseeded_request_reports_the_seed_it_drew_with(runtime: Runtim
     events = await collect(runtime, spec(temperature=1.0))
     seed = finishes(events)[0].seed
     assert token_ids(await collect(runtime, spec(temperature=1.0, seed=seed))) == token_ids(events)
+
+
+async def test_virtual_tokens_count_where_a_default_limit_is_cut(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with quiet_peft():
+        get_peft_model(tiny_llama(), config).save_pretrained(str(tmp_path / "soft"))
+    publish(runtime, "soft", tmp_path / "soft")
+    prompt = (5,) * 505
+    fitting = {"adapter": "soft", "max_new_tokens": 100, "clip_output": True}
+    events = await collect(runtime, spec(prompt, **fitting))
+    assert finishes(events)[0].num_output_tokens == 512 - 505 - 3
+    assert finishes(events)[0].reason is FinishReason.LENGTH
+    with pytest.raises(ContextOverflow, match="up to 5 new ones"):
+        await collect(runtime, spec(prompt, adapter="soft", max_new_tokens=5))
+    with pytest.raises(ContextOverflow, match="the adapter adds 3"):
+        await collect(runtime, spec((5,) * 509, **fitting))
 
 
 async def test_stop_string_ends_the_text_and_the_sequence(runtime: Runtime) -> None:

@@ -4,11 +4,12 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
+from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import adapter_name, chat_spec
+from dynamic_lora_server.prompts import chat_adapter_name, chat_spec
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -35,15 +36,19 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, depen
     summary="Answer a conversation",
 )
 async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready) -> Response:
-    """The messages go through the base model's chat template; task cards are not applied."""
+    """The messages go through the chat template of the adapter, if it is one alone and has one,
+    or through the base model's; task cards are not applied."""
+    saved = runtime.residencies.saved
+    name = chat_adapter_name(body.model, model_id=runtime.model_id, known=saved.has)
+    adapter = Composition() if name is None else saved.resolve(name)
     # Rendering and tokenising a long conversation would hold up everybody's streams.
     spec = await asyncio.to_thread(
         chat_spec,
         body,
-        adapter=adapter_name(body.model, model_id=runtime.model_id),
+        adapter=adapter,
         tokenizer=runtime.tokenizer,
         view=runtime.view,
-        context_length=runtime.context_length,
+        chat=None if adapter.alone is None else saved.version(adapter.alone).chat,
     )
     answer = ChatAnswer(
         model=body.model,

@@ -6,6 +6,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
 )
@@ -25,6 +26,38 @@ def null_is(default: object, kind: type) -> BeforeValidator:
         return default if value is None else value
 
     return BeforeValidator(fill, json_schema_input_type=Optional[kind])  # noqa: UP045
+
+
+def _whole_characters(value: object) -> object:
+    """JSON can escape half of a surrogate pair, as where a client cuts an emoji in two.
+
+    No tokenizer takes such a text, and no answer can hold it. Looks into lists and objects too.
+    """
+    waiting = [value]
+    while waiting:
+        match one := waiting.pop():
+            case str():
+                _check_encodable(one)
+            case list():
+                waiting.extend(one)
+            case dict():
+                waiting.extend([*one, *one.values()])
+    return value
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"holds {half!r}, which is half of a character") from None
+
+
+# What every text of a request is.
+Text = Annotated[str, BeforeValidator(_whole_characters)]
+NonEmptyText = Annotated[str, Field(min_length=1), BeforeValidator(_whole_characters)]
+# An object of any content.
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_whole_characters)]
 
 
 class Answer(BaseModel):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_server.schemas._base import Answer, Wire
+from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Text, Wire
 
 
 class AdapterSource(Wire):
@@ -15,9 +15,8 @@ class AdapterSource(Wire):
         json_schema_extra={"examples": [{"name": "ner", "source": "checkpoints/ner"}]}
     )
 
-    name: str
-    source: str = Field(
-        min_length=1,
+    name: Text
+    source: NonEmptyText = Field(
         description="`hf://organisation/repository`, with `@revision` if need be, or a folder "
         "or archive below a folder that the server was started with (`--adapter-root`).",
     )
@@ -86,8 +85,9 @@ UPLOAD_BODY: dict[str, Any] = {
                             "type": "array",
                             "minItems": 1,
                             "items": {"type": "string", "format": "binary"},
-                            "description": "adapter_config.json, adapter_model.safetensors and "
-                            "task.json, or one .zip, .tar or .tar.gz of them.",
+                            "description": "adapter_config.json, adapter_model.safetensors, "
+                            "task.json, chat_template.jinja, tokenizer_config.json and "
+                            "generation_config.json, or one .zip, .tar or .tar.gz of them.",
                         },
                     },
                 }

@@ -6,16 +6,15 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from dynamic_lora_adapters.composition import MAX_PARTS, MAX_WEIGHT
-from dynamic_lora_server.schemas._base import Answer, Wire
+from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Wire
 
-_Text = Annotated[str, Field(min_length=1)]
 _Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 
 
 class WeightedAdapter(Wire):
     """One adapter of a composition."""
 
-    name: _Text = Field(description="`ner`, or `ner@` and the start of its version.")
+    name: NonEmptyText = Field(description="`ner`, or `ner@` and the start of its version.")
     weight: _Weight = 1.0
 
 
@@ -30,7 +29,7 @@ class MergedAdapters(Wire):
     `ties` and `dare_ties` then let the adapters elect each entry's sign.
     """
 
-    ids: Annotated[list[_Text], Field(min_length=1, max_length=MAX_PARTS)]
+    ids: Annotated[list[NonEmptyText], Field(min_length=1, max_length=MAX_PARTS)]
     weights: list[_Weight] | None = Field(
         default=None, description="As many as `ids`; none: 1 for each."
     )
@@ -50,7 +49,7 @@ class NewComposition(Wire):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"adapter": "ner*0.7+tone*0.3"}]})
 
-    adapter: _Text | None = Field(default=None, description="As in `?adapter=`.")
+    adapter: NonEmptyText | None = Field(default=None, description="As in `?adapter=`.")
     adapters: WeightedAdapters | None = None
 
 

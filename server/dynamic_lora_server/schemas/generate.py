@@ -7,6 +7,8 @@ from pydantic import ConfigDict, Field
 from dynamic_lora_server.generation import ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,
+    NonEmptyText,
+    Text,
     Unset,
     UnsetOrEmptyList,
     UnsetOrFalse,
@@ -19,9 +21,7 @@ from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAda
 MAX_N = 32
 MAX_STOP_STRINGS = 32
 
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
-]
+StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
@@ -29,17 +29,20 @@ class GenerateParameters(Wire):
     """How to generate. Null is the same as leaving a field out.
 
     What is left out comes from the adapter's task card, then from the defaults
-    named here. Decoding is greedy unless `do_sample` is true or `temperature`
-    is above 0.
+    named here. Decoding is greedy unless `do_sample` is true, `temperature` is
+    above 0, or, with neither of them given, `top_k`, `top_p` or `min_p` leaves
+    tokens out. A `seed` alone leaves it greedy.
     """
 
-    adapter_id: str | None = Field(
+    adapter_id: Text | None = Field(
         default=None,
         description="Task name, or a sum such as `ner*0.7+tone*0.3`; none: the base model.",
     )
     adapters: WeightedAdapters | None = Field(default=None, description="A sum, as a list.")
     merged_adapters: MergedAdapters | None = None
-    max_new_tokens: int | None = Field(default=None, ge=1, description="Default 100.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Default 100, or what the context has left."
+    )
     do_sample: bool | None = Field(
         default=None, description="True: sample, at temperature 1 if none set."
     )
@@ -97,7 +100,7 @@ class GenerateRequest(Wire):
         }
     )
 
-    inputs: str = Field(min_length=1, description="The text; the task card's template wraps it.")
+    inputs: NonEmptyText = Field(description="The text; the task card's template wraps it.")
     parameters: Annotated[GenerateParameters, null_is({}, GenerateParameters)] = (
         GenerateParameters()
     )

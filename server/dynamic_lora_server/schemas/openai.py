@@ -6,7 +6,10 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 
 from dynamic_lora_server.schemas._base import (
     Answer,
+    JsonObject,
     Neutral,
+    NonEmptyText,
+    Text,
     Unset,
     UnsetOrEmptyList,
     UnsetOrEmptyMap,
@@ -16,7 +19,6 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
 
-_Text = Annotated[str, Field(min_length=1)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
@@ -33,7 +35,7 @@ class StreamOptions(Wire):
 class SamplingRequest(Wire):
     """What completions and chat completions share. Null is the same as leaving a field out."""
 
-    model: _Text = Field(
+    model: NonEmptyText = Field(
         description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or the base "
         "model's id."
     )
@@ -41,7 +43,9 @@ class SamplingRequest(Wire):
         default=None, ge=0, le=2, description="Default 1; 0 is greedy."
     )
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, description="0 is off. Not in OpenAI's API.")
+    top_k: int | None = Field(
+        default=None, ge=-1, description="0 and -1 are off. Not in OpenAI's API."
+    )
     min_p: float | None = Field(default=None, ge=0, le=1, description="Not in OpenAI's API.")
     repetition_penalty: float | None = Field(
         default=None, ge=0.01, le=100, description="Not in OpenAI's API."
@@ -50,14 +54,14 @@ class SamplingRequest(Wire):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     n: int | None = Field(default=None, ge=1, le=32)
-    stop: _Text | StopStrings | None = None
+    stop: NonEmptyText | StopStrings | None = None
     stop_token_ids: TokenIds | None = Field(
         default=None, max_length=32, description="Not in OpenAI's API."
     )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
-    user: str | None = Field(
+    user: Text | None = Field(
         default=None, description="A label of the caller's own; changes nothing."
     )
     logit_bias: UnsetOrEmptyMap = None
@@ -73,12 +77,14 @@ class CompletionRequest(SamplingRequest):
     )
 
     prompt: (
-        _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=64)]
+        NonEmptyText
+        | Annotated[list[NonEmptyText], Field(min_length=1, max_length=64)]
         | _PromptIds
         | Annotated[list[_PromptIds], Field(min_length=1, max_length=64)]
     ) = Field(description="Text, token ids, or up to 64 of either.")
-    max_tokens: int | None = Field(default=None, ge=1, description="Default 16.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Default 16, or what the context has left."
+    )
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: UnsetOrOne = None
     echo: UnsetOrFalse = None
@@ -89,14 +95,16 @@ class TextPart(Wire):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Wire):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="`developer` is `system`."
+    )
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Unset = None
     refusal: Unset = None
     tool_calls: UnsetOrEmptyList = None
@@ -112,7 +120,12 @@ class Message(Wire):
 
 
 class ChatRequest(SamplingRequest):
-    """The body of `POST /v1/chat/completions`. The base model's chat template is applied."""
+    """The body of `POST /v1/chat/completions`. The chat template of the
+    adapter is applied, if it is one alone and has one, or that of the base model.
+
+    As `model`, `tgi` and `dummy` are the base model too unless something has that name: TGI's
+    and the Hub's clients send them where none is given.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -134,6 +147,13 @@ class ChatRequest(SamplingRequest):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs `logprobs`.")
+    chat_template_kwargs: JsonObject | None = Field(
+        default=None,
+        description="Variables for the chat template, such as `enable_thinking`. Not in OpenAI's "
+        "API.",
+    )
+    prompt_cache_key: Text | None = Field(default=None, description="As `user`.")
+    safety_identifier: Text | None = Field(default=None, description="As `user`.")
     response_format: Annotated[Any, Neutral(None, {"type": "text"})] = None
     tools: UnsetOrEmptyList = None
     tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None

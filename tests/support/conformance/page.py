@@ -31,6 +31,13 @@ greedily; PEFT then gets each row by itself along the same tokens.
 - `P1`: PEFT itself does not make or run this kind on this architecture, for
   the reason listed.
 - **`W1`**: wrong. No released version has such a cell.
+
+Of the files that trainers save beside an adapter, these shape its answers and
+are honoured: `task.json`, the chat template (`chat_template.jinja`, else the
+`chat_template` of `tokenizer_config.json`), and the end tokens (`eos_token` of
+`tokenizer_config.json`, `eos_token_id` of `generation_config.json`).
+[api.md](api.md#adapters) says when. The tokenizer itself and all else in
+these files are not: prompts are tokenised by the base's tokenizer.
 """
 _LETTERS = {Status.REFUSED: "R", Status.NOT_IN_PEFT: "P", Status.WRONG: "W"}
 _NOTE = re.compile(r"- \*?\*?`?([RPW]\d+)`?\*?\*?: (.*)")
