@@ -107,7 +107,6 @@ class GenerationSpec:
     adapter: str | Composition | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
-    include_stop: bool = False  # keep the stop string in the text
     add_special_tokens: bool = True
     keep_last: int | None = None
     clip_output: bool = False

@@ -192,12 +192,7 @@ class GenerationService:
                 seed=(first + index) % _SEED_SPACE,
                 adapter=None if held is None else held.adapter,
             )
-            detokenizer = Detokenizer(
-                self._view,
-                prompt_ids=prompt_ids,
-                stop=spec.stop,
-                include_stop=spec.include_stop,
-            )
+            detokenizer = Detokenizer(self._view, prompt_ids=prompt_ids, stop=spec.stop)
             continuations[sequence.id] = _Continuation(index, sequence, detokenizer)
         return continuations
 

@@ -153,14 +153,12 @@ class Detokenizer:
         *,
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
-        include_stop: bool = False,
     ) -> None:
         self._backend = view.backend
         self._before = view.before(prompt_ids)
         self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
         self._token_ids: list[int] = []
         self._stop = tuple(stop)
-        self._include_stop = include_stop
         self._decoded = ""
         self._num_shown = 0
         self.stopped = False
@@ -200,11 +198,10 @@ class Detokenizer:
         return self._decoded[start : self._num_shown]
 
     def _cut_at_stop(self, searched: int) -> None:
-        found = [(self._decoded.find(stop, searched), stop) for stop in self._stop]
-        found = [(at, stop) for at, stop in found if at >= 0]
+        found = [self._decoded.find(stop, searched) for stop in self._stop]
+        found = [at for at in found if at >= 0]
         if found:
-            at, stop = min(found, key=lambda hit: hit[0])
-            self._decoded = self._decoded[: at + len(stop) if self._include_stop else at]
+            self._decoded = self._decoded[: min(found)]
             self.stopped = True
 
     def _held_back(self) -> int:

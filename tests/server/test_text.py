@@ -86,11 +86,6 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert pieces == ["a", "", "", "xyb", ""]
 
 
-def test_the_stop_string_is_kept_on_demand() -> None:
-    detokenizer = Detokenizer(VIEW, stop=["\n"], include_stop=True)
-    assert "".join(push_all(detokenizer, encode("one\ntwo"))) == "one\n"
-
-
 def test_special_tokens_are_not_shown() -> None:
     detokenizer = Detokenizer(VIEW)
     assert push_all(detokenizer, (*encode("a"), EOS_ID)) == ["a", "", ""]
