@@ -132,15 +132,37 @@ async def test_the_card_wraps_the_prompt_unless_raw(
     assert by_id == full | {"generated_text": carded["generated_text"]}
 
 
-async def test_a_prompt_is_rendered_by_the_card_of_the_version_that_answers(
-    client: httpx.AsyncClient, adapter_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chats", [False, True])
+async def test_a_prompt_is_rendered_as_the_version_wants_that_answers(
+    client: httpx.AsyncClient,
+    adapter_files: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    chats: bool,
 ) -> None:
     """Also where the adapter is replaced just before it is leased."""
-    card = {**CARD, "prompt_template": "Another text, a longer one: {input}\nAnswer:"}
-    newer = adapter_files | {"task.json": json.dumps(card).encode()}
+    longer = {**CARD, "prompt_template": "Another text, a longer one: {input}\nAnswer:"}
+    card = {"task.json": json.dumps(longer).encode()}
+    template = {"chat_template.jinja": b"{{ messages[0].content }} and nothing else"}
+    newer = adapter_files | (template if chats else card)
+    messages = [{"role": "user", "content": "the rain"}]
+    asked = {
+        "/v1/chat/completions": {"model": "echo", "messages": messages, "temperature": 0},
+        "/generate?adapter=echo": {
+            "inputs": "the rain",
+            "parameters": {"return_full_text": True},
+        },
+    }
+
+    async def ask() -> tuple[Any, str | None]:
+        path = list(asked)[0 if chats else 1]
+        answer = await client.post(path, json=asked[path])
+        assert answer.status_code == 200
+        document = answer.json()
+        told = (document["usage"]["prompt_tokens"], document["choices"]) if chats else document
+        return told, answer.headers.get("x-adapter-version")
+
     await upload(client, "echo", newer)
-    asked: dict[str, Any] = {"inputs": "the rain", "parameters": {"return_full_text": True}}
-    expected = await client.post("/generate?adapter=echo", json=asked)
+    expected = await ask()
     await upload(client, "echo", adapter_files)
     hold = Residency.hold
     replaced: list[httpx.Response] = []
@@ -154,10 +176,8 @@ async def test_a_prompt_is_rendered_by_the_card_of_the_version_that_answers(
             yield held
 
     monkeypatch.setattr(Residency, "hold", late)
-    answer = await client.post("/generate?adapter=echo", json=asked)
+    assert await ask() == expected
     assert replaced[0].status_code == 201
-    assert answer.json() == expected.json()
-    assert answer.headers["x-adapter-version"] == expected.headers["x-adapter-version"]
 
 
 async def test_adapter_and_base_differ_and_a_mixed_batch_does_not_mix_them(

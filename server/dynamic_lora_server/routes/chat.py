@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: OpenAI's chat completions."""
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -21,7 +22,10 @@ from dynamic_lora_server.routes._deps import (
 from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import begin, collect
+from dynamic_lora_server.streams import Generation, begin, collect
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[NoQuery])
 
@@ -38,30 +42,47 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, depen
 async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready) -> Response:
     """The messages go through the chat template of the adapter, if it is one alone and has one,
     or through the base model's; task cards are not applied."""
+    if not body.stream:
+        return await until_disconnect(request.receive, _whole(body, state, runtime))
+    generation, spec = await until_disconnect(request.receive, _begun(body, state, runtime))
+    return EventStream(framed(_answer(body, spec).stream(generation)))
+
+
+async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> Response:
+    generation, spec = await _begun(body, state, runtime)
+    answer = _answer(body, spec).whole(await collect(generation))
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def _begun(
+    body: ChatRequest, state: ServerState, runtime: "Runtime"
+) -> tuple[Generation, GenerationSpec]:
+    """A generation that was admitted, with the version by whose template it was rendered."""
     saved = runtime.residencies.saved
-    name = chat_adapter_name(body.model, model_id=runtime.model_id, known=saved.has)
-    adapter = Composition() if name is None else saved.resolve(name)
-    # Rendering and tokenising a long conversation would hold up everybody's streams.
-    spec = await asyncio.to_thread(
-        chat_spec,
-        body,
-        adapter=adapter,
-        tokenizer=runtime.tokenizer,
-        view=runtime.view,
-        chat=None if adapter.alone is None else saved.version(adapter.alone).chat,
-    )
-    answer = ChatAnswer(
+    while True:
+        name = chat_adapter_name(body.model, model_id=runtime.model_id, known=saved.has)
+        adapter = Composition() if name is None else saved.resolve(name)
+        versions = [saved.version(part) for part in adapter.parts]
+        # Rendering and tokenising a long conversation would hold up everybody's streams.
+        spec = await asyncio.to_thread(
+            chat_spec,
+            body,
+            adapter=adapter,
+            tokenizer=runtime.tokenizer,
+            view=runtime.view,
+            chat=None if adapter.alone is None else versions[0].chat,
+        )
+        generation = await begin(state.generate(spec))
+        rendered = adapter.digest([found.digest for found in versions]) if versions else None
+        if generation.started.version == rendered:
+            return generation, spec
+        await generation.events.aclose()  # it was replaced in between
+
+
+def _answer(body: ChatRequest, spec: GenerationSpec) -> ChatAnswer:
+    return ChatAnswer(
         model=body.model,
         n=spec.n,
         logprobs=spec.sampling.logprobs,
         usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    if not body.stream:
-        return await until_disconnect(request.receive, _whole(state, spec, answer))
-    generation = await until_disconnect(request.receive, begin(state.generate(spec)))
-    return EventStream(framed(answer.stream(generation)))
-
-
-async def _whole(state: ServerState, spec: GenerationSpec, answer: ChatAnswer) -> Response:
-    continuations = await collect(await begin(state.generate(spec)))
-    return Response(answer.whole(continuations).model_dump_json(), media_type="application/json")
