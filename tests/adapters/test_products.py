@@ -1,5 +1,7 @@
 """Every kind of base product against torch's."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,6 +178,32 @@ def test_bf16_multiplies_by_the_rounded_weight(
             out = product(x)
     expected = torch.nn.functional.linear(x, weight.bfloat16().float(), bias)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@torch.inference_mode()
+def test_rounding_may_be_switched_off_while_bf16_multiplies() -> None:
+    """Each call rounds all of its inputs or none."""
+    product, x = Bfloat16Product(torch.randn(64, 1024), None), torch.randn(40, 1024)
+    rounded = product(x)
+    with whole_inputs():
+        whole = product(x)
+    done = threading.Event()
+
+    def switch() -> None:
+        while not done.is_set():
+            with whole_inputs():
+                pass
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    try:
+        for _ in range(200):
+            out = product(x)
+            assert torch.equal(out, rounded) or torch.equal(out, whole)
+    finally:
+        done.set()
+        switching.join()
 
 
 @pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")

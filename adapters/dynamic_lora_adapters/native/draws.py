@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.library import load_library
+from dynamic_lora_adapters.native.library import allocating, load_library
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -43,9 +43,8 @@ class NativeDraws:
     """Draws tokens (CPU, float32). Raises NativeUnavailable where it cannot be compiled."""
 
     def __init__(self) -> None:
-        self._draw = load_library("draws").dynamic_lora_draws
-        self._draw.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
-        self._draw.restype = None
+        argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
+        self._draw = allocating(load_library("draws"), "dynamic_lora_draws", argtypes)
 
     def __call__(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """A token for each draw from rows of logits [rows, vocab], [num_draws] int64.

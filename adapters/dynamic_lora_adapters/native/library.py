@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -59,6 +61,24 @@ def attempt(name: str) -> ctypes.CDLL | str:
         return _load(name)
     except NativeUnavailable as reason:
         return str(reason)
+
+
+def allocating(library: ctypes.CDLL, name: str, argtypes: Sequence[Any]) -> Callable[..., None]:
+    """A function of a library that returns what `room.h` calls Memory's status.
+
+    A call raises MemoryError where there was too little: what it was to write is undefined then.
+    """
+    function = getattr(library, name)
+    function.argtypes = argtypes
+    function.restype = ctypes.c_int64
+    function.errcheck = _raise_without_memory
+    declared: Callable[..., None] = function
+    return declared
+
+
+def _raise_without_memory(status: int, function: Any, _arguments: object) -> None:
+    if status:
+        raise MemoryError(f"no memory is left for what {function.__name__} keeps while it runs")
 
 
 def _load(name: str) -> ctypes.CDLL:
