@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dynamic_lora_adapters.native import NativeUnavailable, library, load_library
 from dynamic_lora_adapters.native.attention import NativeAttention
-from dynamic_lora_adapters.native.norm import adopt_native_norms
+from dynamic_lora_adapters.native.norm import NativeRmsNorm, adopt_native_norms
 from tests.support.models import TINY_MODELS, tiny_llama
 
 
@@ -179,6 +179,15 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
             return F.rms_norm(x, (8,), self.weight, self.eps) + 0.1
 
     assert adopt_native_norms(torch.nn.Sequential(OddRMSNorm())) == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "x", [torch.ones(3, 8).bfloat16(), torch.ones(3, 16)], ids=["bfloat16", "too wide"]
+)
+def test_rows_that_a_norm_cannot_read_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(AssertionError):
+        NativeRmsNorm(torch.nn.RMSNorm(8), 1e-6, 0.0)(x)
 
 
 @pytest.mark.usefixtures("no_cache")

@@ -207,6 +207,16 @@ def test_rounding_may_be_switched_off_while_bf16_multiplies() -> None:
 
 
 @pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "x", [torch.ones(2, 8).double(), torch.ones(2, 4)], ids=["float64", "too narrow"]
+)
+def test_inputs_that_a_packed_weight_cannot_read_are_refused(x: torch.Tensor) -> None:
+    product = make_product(ProductKind.NATIVE, WEIGHT, None)
+    with pytest.raises(AssertionError):
+        product(x)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
 @given(out_features=st.integers(1, 70), in_features=st.integers(1, 210), rank=st.integers(1, 20))
 @settings(deadline=None)
 @torch.inference_mode()

@@ -45,6 +45,8 @@ class NativeSegments:
         self._apply_tiled = allocating(library, "dynamic_lora_tiled_segments", argtypes)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
+        assert x.dtype == out.dtype == torch.float32 and out.stride(1) == 1
+        assert len(x) == len(out) == run.num_rows and len(factors.a) == run.num_slots
         if factors.tiled or x.stride(1) != 1:
             x = x.contiguous()
         apply = self._apply_tiled if factors.tiled else self._apply

@@ -52,6 +52,8 @@ class NativeDraws:
         By the Gumbel-max trick: the token with the largest sum of scaled logit and noise.
         A row that holds NaN or +inf, or nothing but -inf, gives any token.
         """
+        assert logits.dtype == torch.float32 and logits.dim() == 2
+        assert all(0 <= draw.row < len(logits) for draw in draws)
         logits = logits.contiguous()
         tokens = torch.empty(len(draws), dtype=torch.long)
         array = (_Draw * len(draws))(*map(_laid_out, draws))

@@ -71,6 +71,7 @@ class PackedWeight:
         self._pack(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32 and x.shape[-1] == self._in_features
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self._out_features)
         self._product(self._address, x.data_ptr(), out.data_ptr(), x.numel() // self._in_features)
