@@ -31,6 +31,7 @@ class SlabLayout:
         layout: FactorLayout,
         num_slots: int,
     ) -> None:
+        assert layout is not FactorLayout.TILES or factor_dtype is torch.bfloat16
         self._groups = groups
         self._device = device
         self._dtype = dtype

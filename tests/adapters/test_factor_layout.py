@@ -126,6 +126,19 @@ def test_factors_lie_as_what_reads_them_wants_them() -> None:
     assert layout_for(CPU, torch.bfloat16) is rounded
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tiles_are_of_bfloat16_alone(dtype: torch.dtype) -> None:
+    with pytest.raises(AssertionError):
+        SlabLayout(
+            [group_of([(8, 16)], 32)],
+            device=CPU,
+            dtype=torch.float32,
+            factor_dtype=dtype,
+            layout=FactorLayout.TILES,
+            num_slots=1,
+        )
+
+
 def test_whole_tiles_are_counted() -> None:
     group = group_of([(5, 17)], 33)
     slab = slab_of([random_terms([(5, 17)], group)], FactorLayout.TILES)

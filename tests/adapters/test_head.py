@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -45,6 +45,7 @@ def find(
     biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@settings(deadline=None)
 @torch.inference_mode()
 def test_the_highest_is_torchs(
     kind: ProductKind, num_rows: int, vocab: int, width: int, biased: bool, seed: int
@@ -61,6 +62,7 @@ def test_the_highest_is_torchs(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(first=st.integers(0, 199), second=st.integers(0, 199))
+@settings(deadline=None)
 @torch.inference_mode()
 def test_the_first_of_equal_ones_is_the_highest(kind: ProductKind, first: int, second: int) -> None:
     weight = torch.full((200, 16), -1.0)

@@ -65,6 +65,25 @@ def test_reference_adds_the_product_to_the_output() -> None:
     torch.testing.assert_close(out, 1 + x @ a[0].T @ b[0])
 
 
+@pytest.mark.skipif(
+    "native_segments" not in kernels_for(CPU, torch.float32), reason="there is no C++ compiler"
+)
+def test_tensors_that_cpp_cannot_read_are_refused() -> None:
+    slab, kernel = make_slab(1, 2, 3, 4), kernels_for(CPU, torch.float32)["native_segments"]
+    a, b = slab.a[0], slab.b[0]
+    assert a is not None and b is not None
+    factors, run = SlotFactors(a, b), Run(slab, 0, 0, [5])
+    for x, out in (
+        (torch.ones(5, 3).bfloat16(), torch.ones(5, 4)),
+        (torch.ones(5, 3), torch.ones(5, 4).double()),
+        (torch.ones(6, 3), torch.ones(5, 4)),
+        (torch.ones(5, 3), torch.ones(4, 4)),
+        (torch.ones(5, 3), torch.ones(4, 5).T),
+    ):
+        with pytest.raises(AssertionError):
+            kernel(out, x, factors, run)
+
+
 def with_blocks(
     lengths: list[int], members: list[tuple[int, int]], in_features: int
 ) -> tuple[Slab, torch.Tensor]:

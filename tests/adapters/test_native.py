@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.native import NativeUnavailable, library, load_library
 from dynamic_lora_adapters.native.attention import NativeAttention
-from dynamic_lora_adapters.native.norm import adopt_native_norms
+from dynamic_lora_adapters.native.norm import NativeRmsNorm, adopt_native_norms
 from tests.support.models import TINY_MODELS, tiny_llama
 
 
@@ -31,9 +31,16 @@ needs_compiler = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or
 def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and no library remembered by this process."""
     monkeypatch.setattr(library, "user_cache_path", lambda _: tmp_path)
-    load_library.cache_clear()
+    library.attempt.cache_clear()
     yield tmp_path
-    load_library.cache_clear()
+    library.attempt.cache_clear()
+
+
+def made_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    compiler = folder / "odd"
+    compiler.write_bytes(content)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
 
 
 def softmax_attention(
@@ -69,6 +76,7 @@ def softmax_attention(
     magnitude=st.sampled_from([0.1, 1.0, 30.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
+@settings(deadline=None)
 @example(  # with many tokens one thread has all KV heads of each
     kv_heads=3,
     group=5,
@@ -173,6 +181,15 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
     assert adopt_native_norms(torch.nn.Sequential(OddRMSNorm())) == 0
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    "x", [torch.ones(3, 8).bfloat16(), torch.ones(3, 16)], ids=["bfloat16", "too wide"]
+)
+def test_rows_that_a_norm_cannot_read_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(AssertionError):
+        NativeRmsNorm(torch.nn.RMSNorm(8), 1e-6, 0.0)(x)
+
+
 @pytest.mark.usefixtures("no_cache")
 def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -182,11 +199,33 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_compiler_that_fails_is_quoted(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = no_cache / "broken"
-    compiler.write_text("#!/bin/sh\necho 'out of ideas' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    made_compiler(no_cache, monkeypatch, b"#!/bin/sh\necho 'out of ideas' >&2\nexit 1\n")
     with pytest.raises(NativeUnavailable, match=r"failed on norm\.cpp: out of ideas"):
+        load_library("norm")
+
+
+def test_what_fails_to_compile_is_not_tried_again(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = no_cache / "calls"
+    made_compiler(no_cache, monkeypatch, f'#!/bin/sh\necho "$1" >> {calls}\nexit 1\n'.encode())
+    for _ in range(2):
+        with pytest.raises(NativeUnavailable, match=r"failed on norm\.cpp"):
+            load_library("norm")
+    assert len(calls.read_text().splitlines()) == 2, "it was asked for its version, and to compile"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"\x7fELF", "Exec format error"), (b"#!/bin/sh\nexec sleep 9\n", "timed out")],
+    ids=["no program", "hanging"],
+)
+def test_a_compiler_that_does_not_tell_its_version_is_named(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str
+) -> None:
+    made_compiler(no_cache, monkeypatch, content)
+    monkeypatch.setattr(library, "_TIMEOUT_S", 0.2)
+    with pytest.raises(NativeUnavailable, match=f"odd does not tell its version: .*{reason}"):
         load_library("norm")
 
 
@@ -202,6 +241,6 @@ def test_a_library_is_compiled_once(no_cache: Path) -> None:
     load_library("norm")
     (made,) = (no_cache / "native").iterdir()
     stamp = made.stat().st_mtime_ns
-    load_library.cache_clear()
+    library.attempt.cache_clear()
     load_library("norm")
     assert made.stat().st_mtime_ns == stamp

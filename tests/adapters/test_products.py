@@ -1,11 +1,13 @@
 """Every kind of base product against torch's."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamic_lora_adapters.native import library, load_library
+from dynamic_lora_adapters.native import library
 from dynamic_lora_adapters.native.product import (
     Bfloat16Product,
     NativeProduct,
@@ -40,6 +42,7 @@ def compiled() -> None:
     biased=st.booleans(),
     strided=st.booleans(),
 )
+@settings(deadline=None)
 @torch.inference_mode()
 def test_products_equal_torchs(
     kind: ProductKind, rows: int, out_features: int, in_features: int, biased: bool, strided: bool
@@ -66,6 +69,7 @@ def test_products_equal_torchs(
     in_features=st.one_of(st.integers(1, 210), st.integers(2040, 2060)),
     biased=st.booleans(),
 )
+@settings(deadline=None)
 @torch.inference_mode()
 def test_halves_that_lie_in_turns_make_no_difference(
     kind: ProductKind, rows: int, out_features: int, in_features: int, biased: bool
@@ -102,6 +106,7 @@ def test_a_replaced_weight_is_multiplied_by(kind: ProductKind) -> None:
     rank=st.integers(1, 20),
     seed=st.integers(0, 1000),
 )
+@settings(deadline=None)
 @torch.inference_mode()
 def test_a_low_rank_delta_is_added_while_the_weight_is_packed(
     out_features: int, in_features: int, rank: int, seed: int
@@ -155,6 +160,7 @@ def test_a_dtype_that_a_kind_does_not_know_is_named() -> None:
     in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
     biased=st.booleans(),
 )
+@settings(deadline=None)
 @torch.inference_mode()
 def test_bf16_multiplies_by_the_rounded_weight(
     rounded: bool, rows: int, out_features: int, in_features: int, biased: bool
@@ -175,7 +181,44 @@ def test_bf16_multiplies_by_the_rounded_weight(
 
 
 @pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@torch.inference_mode()
+def test_rounding_may_be_switched_off_while_bf16_multiplies() -> None:
+    """Each call rounds all of its inputs or none."""
+    product, x = Bfloat16Product(torch.randn(64, 1024), None), torch.randn(40, 1024)
+    rounded = product(x)
+    with whole_inputs():
+        whole = product(x)
+    done = threading.Event()
+
+    def switch() -> None:
+        while not done.is_set():
+            with whole_inputs():
+                pass
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    try:
+        for _ in range(200):
+            out = product(x)
+            assert torch.equal(out, rounded) or torch.equal(out, whole)
+    finally:
+        done.set()
+        switching.join()
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "x", [torch.ones(2, 8).double(), torch.ones(2, 4)], ids=["float64", "too narrow"]
+)
+def test_inputs_that_a_packed_weight_cannot_read_are_refused(x: torch.Tensor) -> None:
+    product = make_product(ProductKind.NATIVE, WEIGHT, None)
+    with pytest.raises(AssertionError):
+        product(x)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
 @given(out_features=st.integers(1, 70), in_features=st.integers(1, 210), rank=st.integers(1, 20))
+@settings(deadline=None)
 @torch.inference_mode()
 def test_what_is_merged_into_bf16_is_rounded_once(
     out_features: int, in_features: int, rank: int
@@ -213,6 +256,7 @@ def test_bf16_keeps_what_is_no_number_to_its_row(wrong: float) -> None:
     in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
     biased=st.booleans(),
 )
+@settings(deadline=None)
 @torch.inference_mode()
 def test_int8_multiplies_by_the_rounded_weight(
     rows: int, out_features: int, in_features: int, biased: bool
@@ -267,13 +311,13 @@ def computed(
     kind: ProductKind, weight: torch.Tensor, x: torch.Tensor, *, unit: bool
 ) -> torch.Tensor:
     """The product by a library that was compiled with or without the matrix unit."""
-    load_library.cache_clear()
+    library.attempt.cache_clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(library, "has_matrix_unit", lambda: unit)
             return make_product(kind, weight, None)(x)
     finally:
-        load_library.cache_clear()
+        library.attempt.cache_clear()
 
 
 @pytest.mark.skipif(
@@ -286,7 +330,7 @@ def computed(
     out_features=st.integers(1, 70),
     in_features=st.one_of(st.integers(1, 300), st.integers(2040, 2060)),
 )
-@settings(deadline=None)  # the first example compiles
+@settings(deadline=None)
 @torch.inference_mode()
 def test_the_matrix_unit_computes_what_registers_do(
     kind: ProductKind, rows: int, out_features: int, in_features: int

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from dynamic_lora_adapters.kernels.base import SlotFactors
-from dynamic_lora_adapters.native import NativeUnavailable, load_library
+from dynamic_lora_adapters.native import NativeUnavailable, allocating, load_library
 from dynamic_lora_adapters.segments import Run
 
 _POINTER = ctypes.c_void_p
@@ -20,9 +20,12 @@ FACTOR_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def reads_tiles() -> bool:
     """Whether factors in bfloat16 may be laid out in tiles: there is a matrix unit for them."""
     try:
-        return bool(load_library("segments").dynamic_lora_reads_tiles())
+        reads = load_library("segments").dynamic_lora_reads_tiles
     except NativeUnavailable:
         return False
+    reads.argtypes = []
+    reads.restype = ctypes.c_int64
+    return bool(reads())
 
 
 class NativeSegments:
@@ -37,13 +40,13 @@ class NativeSegments:
 
     def __init__(self) -> None:
         library = load_library("segments")
-        self._apply = library.dynamic_lora_segments
-        self._apply_tiled = library.dynamic_lora_tiled_segments
-        for function in (self._apply, self._apply_tiled):
-            function.argtypes = [*[_POINTER] * 7, ctypes.c_float]
-            function.restype = None
+        argtypes = [*[_POINTER] * 7, ctypes.c_float]
+        self._apply = allocating(library, "dynamic_lora_segments", argtypes)
+        self._apply_tiled = allocating(library, "dynamic_lora_tiled_segments", argtypes)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
+        assert x.dtype == out.dtype == torch.float32 and out.stride(1) == 1
+        assert len(x) == len(out) == run.num_rows and len(factors.a) == run.num_slots
         if factors.tiled or x.stride(1) != 1:
             x = x.contiguous()
         apply = self._apply_tiled if factors.tiled else self._apply

@@ -6,9 +6,10 @@ torch's own operators to fall back to, and the log says at level info why it doe
 
 from dynamic_lora_adapters.native.library import (
     NativeUnavailable,
+    allocating,
     load_library,
     processor,
     sources_digest,
 )
 
-__all__ = ["NativeUnavailable", "load_library", "processor", "sources_digest"]
+__all__ = ["NativeUnavailable", "allocating", "load_library", "processor", "sources_digest"]

@@ -15,17 +15,19 @@ void write(const float* x, Cached* table, const int64_t* cells, const int64_t* s
 }
 
 template <typename Cached>
-void attend_all(const float* q, const void* keys, const void* values, float* out,
-                const float* sinks, const Item* items, int64_t num_items, const int64_t* sizes,
-                float scaling, float softcap) {
+int64_t attend_all(const float* q, const void* keys, const void* values, float* out,
+                   const float* sinks, const Item* items, int64_t num_items, const int64_t* sizes,
+                   float scaling, float softcap) {
   const Attention<Cached> layer{q,        static_cast<const Cached*>(keys),
                                 static_cast<const Cached*>(values),
                                 out,      sinks,    sizes[4], sizes[5],
                                 sizes[0], sizes[1], sizes[2], sizes[3], scaling, softcap};
   const auto nothing = [](int64_t) {};
   Claims claims;
+  Memory memory;
 #pragma omp parallel
-  share_attention(layer, items, num_items, claims, nothing, nothing);
+  share_attention(layer, items, num_items, claims, memory, nothing, nothing);
+  return memory.status();
 }
 
 }  // namespace
@@ -45,11 +47,12 @@ void dynamic_lora_write(const float* x, void* table, const int64_t* cells, const
 
 // Keys and values as in dynamic_lora_write.
 // sizes: heads, kv_heads, dim, value_dim; strides of q: head, token (in floats).
-void dynamic_lora_attend(const float* q, const void* keys, const void* values, float* out,
-                         const float* sinks, const Item* items, int64_t num_items,
-                         const int64_t* sizes, float scaling, float softcap, int64_t brains) {
+// Returns what `Memory` says, as all do that need some.
+int64_t dynamic_lora_attend(const float* q, const void* keys, const void* values, float* out,
+                            const float* sinks, const Item* items, int64_t num_items,
+                            const int64_t* sizes, float scaling, float softcap, int64_t brains) {
   const auto attend = brains ? attend_all<Brain> : attend_all<float>;
-  attend(q, keys, values, out, sinks, items, num_items, sizes, scaling, softcap);
+  return attend(q, keys, values, out, sinks, items, num_items, sizes, scaling, softcap);
 }
 
 }  // extern "C"

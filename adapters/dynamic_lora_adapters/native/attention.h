@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "brain.h"
+#include "room.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
@@ -186,20 +187,26 @@ void for_each_block(int64_t count, int64_t group, int64_t from, int64_t to, cons
   }
 }
 
+// Numbers that `attend` keeps meanwhile: scores of cached tokens for each query head, and their sums.
+template <typename Cached>
+int64_t attend_numbers(const Attention<Cached>& layer, const Item& item, int64_t kv_heads) {
+  const int64_t padded = (item.count + kLanes - 1) / kLanes * kLanes;
+  return kv_heads * (layer.heads / layer.kv_heads) * (padded + 1);
+}
+
 // Attends with one token under KV heads [from, to). `find_next` says which keys are read behind it:
-// they are asked for while its last values are read.
+// they are asked for while its last values are read. `scratch` has room for `attend_numbers`.
 template <typename Cached, typename FindNext>
 void attend(const Attention<Cached>& layer, const Item& item, int64_t from, int64_t to,
-            const FindNext& find_next, std::vector<float>& scratch) {
+            const FindNext& find_next, float* scratch) {
   const int64_t count = item.count, padded = (count + kLanes - 1) / kLanes * kLanes;
   const int64_t group = layer.heads / layer.kv_heads, first = from * group;
   const int64_t heads = (to - from) * group, width = layer.value_dim;
-  have_room(scratch, heads * (padded + 1));
   const float* q = layer.q + item.row * layer.q_token;
-  float* totals = scratch.data() + heads * padded;
+  float* totals = scratch + heads * padded;
   float* out = layer.out + (item.row * layer.heads + first) * width;
   const Cached* values_of_first = layer.values + item.cell * layer.kv_heads * width;
-  const auto scores = [&](int64_t head) { return scratch.data() + (head - first) * padded; };
+  const auto scores = [&](int64_t head) { return scratch + (head - first) * padded; };
   for_each_block(count, group, from, to, [&](auto num_heads, int64_t head, int64_t kv, int64_t t,
                                              int64_t stop) {
     const Cached* keys = layer.keys + ((item.cell + t) * layer.kv_heads + kv) * layer.dim;
@@ -236,10 +243,11 @@ struct Claims {
 };
 
 // A thread that attends with a token, or with some of its heads, calls `begin` with its row before
-// it does, and then `end`. Called by a whole team of threads, with claims of which none was made.
+// it does, and then `end`. Where `memory` runs out, some rows are not written. Called by a whole
+// team of threads, with claims of which none was made.
 template <typename Cached, typename Begin, typename End>
 void share_attention(const Attention<Cached>& layer, const Item* items, int64_t num_items,
-                     Claims& claims, const Begin& begin, const End& end) {
+                     Claims& claims, Memory& memory, const Begin& begin, const End& end) {
   static thread_local std::vector<float> scratch;
   const int64_t together = attends_whole_rows(num_items) ? layer.kv_heads : 1;
   const int64_t parts = layer.kv_heads / together, works = num_items * parts;
@@ -253,7 +261,10 @@ void share_attention(const Attention<Cached>& layer, const Item* items, int64_t 
     };
     const Item& item = item_of(work);
     begin(item.row);
-    attend(layer, item, kv_of(work), kv_of(work) + together, find_next, scratch);
+    if (memory.suffices([&] { have_room(scratch, attend_numbers(layer, item, together)); }))
+      attend(layer, item, kv_of(work), kv_of(work) + together, find_next, scratch.data());
+    else
+      find_next();
     end(item.row);
   }
 #pragma omp barrier

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from dynamic_lora_adapters.native.library import load_library
+from dynamic_lora_adapters.native.library import allocating, load_library
 
 _POINTER = ctypes.c_void_p
 _WriteSizes = ctypes.c_int64 * 5
@@ -25,16 +25,9 @@ class NativeAttention:
         self._write = library.dynamic_lora_write
         self._write.argtypes = [*[_POINTER] * 4, ctypes.c_int64]
         self._write.restype = None
-        self._attend = library.dynamic_lora_attend
-        self._attend.argtypes = [
-            *[_POINTER] * 6,
-            ctypes.c_int64,
-            _POINTER,
-            ctypes.c_float,
-            ctypes.c_float,
-            ctypes.c_int64,
-        ]
-        self._attend.restype = None
+        size, number = ctypes.c_int64, ctypes.c_float
+        argtypes = [*[_POINTER] * 6, size, _POINTER, number, number, size]
+        self._attend = allocating(library, "dynamic_lora_attend", argtypes)
 
     @staticmethod
     def serves(dtype: torch.dtype, keys: torch.Tensor, values: torch.Tensor) -> bool:

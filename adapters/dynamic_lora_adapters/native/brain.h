@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,8 +27,8 @@ constexpr bool kBrainInputs = true;
 constexpr bool kBrainInputs = false;
 #endif
 
-// Whether inputs are rounded at the moment: what compares two ways to compute has it switched off.
-static bool brain_inputs = kBrainInputs;
+// Whether calls that begin now round inputs: what compares two ways to compute has it switched off.
+static std::atomic<bool> brain_inputs{kBrainInputs};
 
 // Rounded to the nearest, to the even one of two as near.
 inline Brain to_brain(float value) {

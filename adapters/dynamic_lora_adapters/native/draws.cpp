@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "room.h"
 #include "scan.h"
 
 using namespace dynamic_lora;
@@ -179,14 +180,18 @@ struct Filter {
 }  // namespace
 
 // Draws from rows of logits [.., width]; tokens [count]. A row with values that are no finite
-// numbers has some token.
-extern "C" void dynamic_lora_draws(const float* logits, int64_t width, const Draw* draws,
-                                   int64_t count, int64_t* tokens) {
+// numbers has some token. Returns what `Memory` says.
+extern "C" int64_t dynamic_lora_draws(const float* logits, int64_t width, const Draw* draws,
+                                      int64_t count, int64_t* tokens) {
+  Memory memory;
 #pragma omp parallel for schedule(dynamic) if (count > 1)
   for (int64_t i = 0; i < count; i++) {
     static thread_local Filter filter;
     const float* row = logits + draws[i].row * width;
-    tokens[i] = draws[i].filters() ? filter.draw_of_kept(draws[i], row, width)
-                                   : draw_of_all(draws[i], row, width);
+    memory.suffices([&] {
+      tokens[i] = draws[i].filters() ? filter.draw_of_kept(draws[i], row, width)
+                                     : draw_of_all(draws[i], row, width);
+    });
   }
+  return memory.status();
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.library import load_library
+from dynamic_lora_adapters.native.library import allocating, load_library
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -43,9 +43,8 @@ class NativeDraws:
     """Draws tokens (CPU, float32). Raises NativeUnavailable where it cannot be compiled."""
 
     def __init__(self) -> None:
-        self._draw = load_library("draws").dynamic_lora_draws
-        self._draw.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
-        self._draw.restype = None
+        argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
+        self._draw = allocating(load_library("draws"), "dynamic_lora_draws", argtypes)
 
     def __call__(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """A token for each draw from rows of logits [rows, vocab], [num_draws] int64.
@@ -53,6 +52,8 @@ class NativeDraws:
         By the Gumbel-max trick: the token with the largest sum of scaled logit and noise.
         A row that holds NaN or +inf, or nothing but -inf, gives any token.
         """
+        assert logits.dtype == torch.float32 and logits.dim() == 2
+        assert all(0 <= draw.row < len(logits) for draw in draws)
         logits = logits.contiguous()
         tokens = torch.empty(len(draws), dtype=torch.long)
         array = (_Draw * len(draws))(*map(_laid_out, draws))

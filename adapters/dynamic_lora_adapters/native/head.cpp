@@ -45,41 +45,49 @@ struct Scratch {
 
 extern "C" {
 
-// Whether inputs are rounded to bfloat16, where the processor multiplies that; says whether they are.
-int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
-  brain_inputs = wanted && kBrainInputs;
-  return brain_inputs;
-}
+// Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
+void dynamic_lora_round_to_bfloat16(int64_t wanted) { brain_inputs = wanted && kBrainInputs; }
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
-// outputs are numbers below infinity, and one above minus infinity; tokens, sound [count].
-void dynamic_lora_highest(const Head* head, const float* hidden, const int64_t* rows, int64_t count,
-                          int64_t* tokens, int64_t* sound) {
+// outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Returns
+// what `Memory` says.
+int64_t dynamic_lora_highest(const Head* head, const float* hidden, const int64_t* rows,
+                             int64_t count, int64_t* tokens, int64_t* sound) {
   static thread_local Scratch own;
   Scratch& scratch = own;  // of this thread, for the whole team
   const Projection& base = head->base;
-  have_room(scratch.normed, count * base.k);
-  base.make_room(count, scratch.copies);
-  scratch.peaks.assign(count, {});
+  const Batch batch(count);
+  Memory memory;
+  const bool ready = memory.suffices([&] {
+    have_room(scratch.normed, count * base.k);
+    base.make_room(batch, scratch.copies);
+    scratch.peaks.assign(count, {});
+  });
+  if (!ready) return memory.status();
   float* normed = scratch.normed.data();
 #pragma omp parallel
   {
+    static thread_local Tops tops;
+    memory.suffices([&] { tops.begin(count); });
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) {
       float* row = normed + i * base.k;
       normalise(head->norm, hidden + rows[i] * base.k, row, base.k);
-      copy_row(row, base, count, i, scratch.copies);
+      copy_row(row, base, batch, i, scratch.copies);
     }
-    static thread_local Tops tops;
-    tops.begin(count);
-    share_product(normed, base, Seen{&tops}, count, NoDeltas{}, scratch.copies);
+    // Behind the loop's barrier, all threads know the same of it.
+    if (!memory.ran_out()) {
+      share_product(normed, base, Seen{&tops}, batch, NoDeltas{}, scratch.copies);
 #pragma omp critical
-    for (int64_t i = 0; i < count; i++) scratch.peaks[i].consider(tops, i);
+      for (int64_t i = 0; i < count; i++) scratch.peaks[i].consider(tops, i);
+    }
   }
+  if (memory.ran_out()) return memory.status();
   for (int64_t i = 0; i < count; i++) {
     tokens[i] = scratch.peaks[i].column;
     sound[i] = !scratch.peaks[i].odd && std::isfinite(scratch.peaks[i].height);
   }
+  return memory.status();
 }
 
 }  // extern "C"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.library import load_library
+from dynamic_lora_adapters.native.library import allocating, load_library
 from dynamic_lora_adapters.native.norm import NativeRmsNorm, NormParts
 from dynamic_lora_adapters.native.product import PackedWeight, Projection
 
@@ -39,10 +39,8 @@ class NativeHead:
     """
 
     def __init__(self, norm: NativeRmsNorm, base: PackedWeight) -> None:
-        self._highest = load_library("head").dynamic_lora_highest
-        size = ctypes.c_int64
-        self._highest.argtypes = [_POINTER, _POINTER, _POINTER, size, _POINTER, _POINTER]
-        self._highest.restype = None
+        argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER, _POINTER]
+        self._highest = allocating(load_library("head"), "dynamic_lora_highest", argtypes)
         self._kept = norm.weight, base
         self._width = len(norm.weight)
         assert base.projection.k == self._width

@@ -48,8 +48,8 @@ struct SlabFactors {
   const int64_t* columns;
   int64_t rank, ldb, format, tiled;
 
-  Factors kind(const Projection& base) const {
-    const bool paired = format == kBrainFactors && base.rounds_to_brains();
+  Factors kind(const Projection& base, const Batch& batch) const {
+    const bool paired = format == kBrainFactors && base.rounds_to_brains(batch);
     return paired ? Factors::kPaired : widened_factors(format);
   }
 };
@@ -104,6 +104,7 @@ struct Scratch {
   SiteDeltas deltas[kNumSites];
   InputCopies copies[2];
   Claims attended;
+  Memory memory;
 
   // Of a projection's inputs: they may be made while those of the one before are read.
   InputCopies& copies_for(int number) { return copies[number % 2]; }
@@ -131,7 +132,8 @@ int64_t shrunk_numbers(const Site& site, const Step& step) {
   return needed;
 }
 
-void find_segments(const Site& site, const Step& step, SiteDeltas& deltas, float* shrunk) {
+void find_segments(const Site& site, const Step& step, const Batch& batch, SiteDeltas& deltas,
+                   float* shrunk) {
   const int64_t in = site.base.k, outs = site.base.n;
   deltas.segments.clear();
   deltas.tiled.clear();
@@ -149,7 +151,7 @@ void find_segments(const Site& site, const Step& step, SiteDeltas& deltas, float
                        outs);
     } else {
       const int64_t size = factor_bytes(factors.format);
-      deltas.segments.push_back({factors.kind(site.base), factors.a + first * in * size,
+      deltas.segments.push_back({factors.kind(site.base, batch), factors.a + first * in * size,
                                  factors.b + first * factors.ldb * size, columns, shrunk,
                                  factors.rank, row, rows, factors.ldb, run.sign});
     }
@@ -183,43 +185,44 @@ void part_segments(SiteDeltas& deltas) {
 
 // Makes of row number `row`, x, what a projection and its deltas read in its place.
 void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x, int64_t row,
-                 int64_t rows) {
+                 const Batch& batch) {
   InputCopies& copies = scratch.copies_for(number);
-  copy_row(x, site.base, rows, row, copies);
-  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_brains())
+  copy_row(x, site.base, batch, row, copies);
+  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_brains(batch))
     round_row_to_brains(x, site.base.k, row, copies);
 }
 
 // The same for all rows of x [rows, k].
-void share_copies(const Site& site, Scratch& scratch, int number, const float* x, int64_t rows) {
-  if (!site.base.copies(rows) && !scratch.deltas[number].any_tiled()) return;
+void share_copies(const Site& site, Scratch& scratch, int number, const float* x,
+                  const Batch& batch) {
+  if (!site.base.copies(batch) && !scratch.deltas[number].any_tiled()) return;
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
-    copy_inputs(site, scratch, number, x + row * site.base.k, row, rows);
+  for (int64_t row = 0; row < batch.rows; row++)
+    copy_inputs(site, scratch, number, x + row * site.base.k, row, batch);
 }
 
 // The inputs of a projection, from x [rows, k].
 void share_norm(const Norm& norm, const Site& site, Scratch& scratch, int number, const float* x,
-                int64_t rows) {
+                const Batch& batch) {
   const int64_t dim = site.base.k;
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
+  for (int64_t row = 0; row < batch.rows; row++) {
     float* normed = scratch.normed.data() + row * dim;
     normalise(norm, x + row * dim, normed, dim);
-    copy_inputs(site, scratch, number, normed, row, rows);
+    copy_inputs(site, scratch, number, normed, row, batch);
   }
 }
 
 // Shrinks for all deltas of a projection, whose inputs have been copied: done where deltas are read
 // within the product, and else behind the next barrier.
 void share_site_shrinking(const Site& site, Scratch& scratch, int number, const float* x,
-                          int64_t rows) {
+                          const Batch& batch) {
   const SiteDeltas& deltas = scratch.deltas[number];
   const InputCopies& copies = scratch.copies_for(number);
   const int64_t in = site.base.k, outs = site.base.n;
   const int16_t* rounded = copies.values.data();
   int64_t ldx = in;
-  if (site.base.spreads(rows)) x = copies.spread.data(), ldx = spread_stride(in);
+  if (site.base.spreads(batch)) x = copies.spread.data(), ldx = spread_stride(in);
   if (deltas.any_tiled()) return share_tiled_shrinking(deltas.tiled, rounded, in);
   if (deltas.segments.empty()) return;
   share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
@@ -232,14 +235,13 @@ void share_site_shrinking(const Site& site, Scratch& scratch, int number, const 
 // The product of a projection, and those deltas that are added within it.
 template <typename To>
 void share_multiplying(const Site& site, Scratch& scratch, int number, const float* x, const To& to,
-                       int64_t rows) {
+                       const Batch& batch) {
   const std::vector<Part>& within = scratch.deltas[number].within;
   const InputCopies& copies = scratch.copies_for(number);
   if (within.empty())
-    share_product(x, site.base, to, rows, NoDeltas{}, copies);
+    share_product(x, site.base, to, batch, NoDeltas{}, copies);
   else
-    share_product(x, site.base, to, rows,
-                  PanelDeltas(within.data(), static_cast<int64_t>(within.size())), copies);
+    share_product(x, site.base, to, batch, PanelDeltas(within, scratch.memory), copies);
 }
 
 // Those that are added behind it.
@@ -252,9 +254,9 @@ void share_expanding_behind(const Site& site, Scratch& scratch, int number, floa
 
 // One projection with its deltas, whose inputs have been copied.
 void share_site(const Site& site, Scratch& scratch, int number, const float* x, const Plain& to,
-                int64_t rows) {
-  share_site_shrinking(site, scratch, number, x, rows);
-  share_multiplying(site, scratch, number, x, to, rows);
+                const Batch& batch) {
+  share_site_shrinking(site, scratch, number, x, batch);
+  share_multiplying(site, scratch, number, x, to, batch);
   share_expanding_behind(site, scratch, number, to.y);
 }
 
@@ -326,14 +328,14 @@ void share_activation(const Layer& layer, const float* gate_up, const Rows& rows
 
 // Where activated values go: they are spread or rounded as they are made if the next product reads
 // them so, and kept as they are for what does not.
-Gated activated_to(const Layer& layer, Scratch& scratch, int64_t rows) {
+Gated activated_to(const Layer& layer, Scratch& scratch, const Batch& batch) {
   const Projection& down = layer.down.base;
   const SiteDeltas& deltas = scratch.deltas[kDown];
   InputCopies& copies = scratch.copies_for(kDown);
   Gated to{};
-  if (down.rounds_to_brains() && down.k % (2 * kLanes) == 0)
+  if (down.rounds_to_brains(batch) && down.k % (2 * kLanes) == 0)
     to.rounded = copies.values.data();
-  else if (down.spreads(rows) && down.k % kLanes == 0 && !deltas.any_tiled())
+  else if (down.spreads(batch) && down.k % kLanes == 0 && !deltas.any_tiled())
     to.spread = copies.spread.data();
   if (!to.spread && (!to.rounded || deltas.read_floats())) to.y = scratch.activated.data();
   return to;
@@ -342,15 +344,15 @@ Gated activated_to(const Layer& layer, Scratch& scratch, int64_t rows) {
 // The gated projection, whose inputs have been copied, activated: within the product, behind it
 // together with the deltas of factors in tiles, or once all is done.
 void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Gated& to,
-                  int64_t rows) {
+                  const Batch& batch) {
   const Site& site = layer.gate_up;
   const SiteDeltas& deltas = scratch.deltas[kGateUp];
   const bool halves = site.base.halves, tiled = deltas.any_tiled();
   float* gate_up = scratch.gate_up.data();
-  share_site_shrinking(site, scratch, kGateUp, x, rows);
+  share_site_shrinking(site, scratch, kGateUp, x, batch);
   if (halves && layer.gate == 0 && !tiled && deltas.apart.empty())
-    return share_multiplying(site, scratch, kGateUp, x, to, rows);
-  share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, rows);
+    return share_multiplying(site, scratch, kGateUp, x, to, batch);
+  share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, batch);
   if (halves && tiled && deltas.once) {
     for (const Rows& bare : deltas.bare) share_activation(layer, gate_up, bare, to);
     return share_tiled_halves(deltas.tiled, gate_up, site.base.n,
@@ -359,15 +361,15 @@ void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Ga
                               });
   }
   share_expanding_behind(site, scratch, kGateUp, gate_up);
-  share_activation(layer, gate_up, {0, rows}, to);
+  share_activation(layer, gate_up, {0, batch.rows}, to);
 #pragma omp barrier
 }
 
 // Rotates, writes the cache, attends, and, where one thread has all of a row, copies what it gives
 // for the next projection.
 template <typename Cached>
-void share_cached(const Layer& layer, const Step& step, Scratch& scratch, float* qkv,
-                  float* attended) {
+void share_cached(const Layer& layer, const Step& step, const Batch& batch, Scratch& scratch,
+                  float* qkv, float* attended) {
   const bool whole = attends_whole_rows(step.num_items), alone = whole && step.alone;
   const int64_t width = layer.o.base.k;
   if (!alone) {
@@ -391,42 +393,43 @@ void share_cached(const Layer& layer, const Step& step, Scratch& scratch, float*
     if (alone) rotate_row<Cached>(layer, step, qkv, row);
   };
   const auto end = [&](int64_t row) {
-    if (whole) copy_inputs(layer.o, scratch, kO, attended + row * width, row, step.rows);
+    if (whole) copy_inputs(layer.o, scratch, kO, attended + row * width, row, batch);
   };
-  share_attention(attention, step.items, step.num_items, scratch.attended, begin, end);
+  share_attention(attention, step.items, step.num_items, scratch.attended, scratch.memory, begin,
+                  end);
 }
 
-void share_attending(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
-                     float* qkv, float* attended) {
-  share_norm(layer.input_norm, layer.qkv, scratch, kQkv, hidden, step.rows);
-  share_site(layer.qkv, scratch, kQkv, scratch.normed.data(), {nullptr, qkv}, step.rows);
+void share_attending(const Layer& layer, const Step& step, const Batch& batch, Scratch& scratch,
+                     const float* hidden, float* qkv, float* attended) {
+  share_norm(layer.input_norm, layer.qkv, scratch, kQkv, hidden, batch);
+  share_site(layer.qkv, scratch, kQkv, scratch.normed.data(), {nullptr, qkv}, batch);
   if (layer.brains)
-    share_cached<Brain>(layer, step, scratch, qkv, attended);
+    share_cached<Brain>(layer, step, batch, scratch, qkv, attended);
   else
-    share_cached<float>(layer, step, scratch, qkv, attended);
+    share_cached<float>(layer, step, batch, scratch, qkv, attended);
 }
 
 // `copied` says that what was attended to has been.
-void share_finish(const Layer& layer, const Step& step, Scratch& scratch, const float* hidden,
+void share_finish(const Layer& layer, const Batch& batch, Scratch& scratch, const float* hidden,
                   const float* attended, bool copied, float* out) {
-  const int64_t rows = step.rows;
-  if (!copied) share_copies(layer.o, scratch, kO, attended, rows);
-  share_site(layer.o, scratch, kO, attended, {hidden, out}, rows);
-  share_norm(layer.middle_norm, layer.gate_up, scratch, kGateUp, out, rows);
-  const Gated activated = activated_to(layer, scratch, rows);
-  share_gating(layer, scratch, scratch.normed.data(), activated, rows);
+  if (!copied) share_copies(layer.o, scratch, kO, attended, batch);
+  share_site(layer.o, scratch, kO, attended, {hidden, out}, batch);
+  share_norm(layer.middle_norm, layer.gate_up, scratch, kGateUp, out, batch);
+  const Gated activated = activated_to(layer, scratch, batch);
+  share_gating(layer, scratch, scratch.normed.data(), activated, batch);
   if (!activated.rounded && !activated.spread)
-    share_copies(layer.down, scratch, kDown, activated.y, rows);
-  share_site(layer.down, scratch, kDown, activated.y, {out, out}, rows);
+    share_copies(layer.down, scratch, kDown, activated.y, batch);
+  share_site(layer.down, scratch, kDown, activated.y, {out, out}, batch);
 }
 
 // That of the calling thread, for its team.
 Scratch& own_scratch() {
   static thread_local Scratch scratch;
+  scratch.memory.begin();
   return scratch;
 }
 
-void prepare(const Layer& layer, const Step& step, Scratch& scratch) {
+void prepare(const Layer& layer, const Step& step, const Batch& batch, Scratch& scratch) {
   have_room(scratch.normed, step.rows * std::max(layer.qkv.base.k, layer.gate_up.base.k));
   have_room(scratch.gate_up, step.rows * layer.gate_up.base.n);
   have_room(scratch.activated, step.rows * layer.down.base.k);
@@ -435,32 +438,37 @@ void prepare(const Layer& layer, const Step& step, Scratch& scratch) {
   for (int number = 0; number < kNumSites; number++) {
     SiteDeltas& deltas = scratch.deltas[number];
     // One projection's deltas are added before the next one's: they share the room.
-    find_segments(*sites[number], step, deltas, scratch.shrunk.data());
+    find_segments(*sites[number], step, batch, deltas, scratch.shrunk.data());
     part_segments(deltas);
     const Projection& base = sites[number]->base;
-    base.make_room(step.rows, scratch.copies_for(number));
+    base.make_room(batch, scratch.copies_for(number));
     if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
   scratch.attended.next = 0;
 }
 
+// The same; whether there was memory for it, and for what was done before.
+bool prepared(const Layer& layer, const Step& step, const Batch& batch, Scratch& scratch) {
+  Memory& memory = scratch.memory;
+  return !memory.ran_out() && memory.suffices([&] { prepare(layer, step, batch, scratch); });
+}
+
 }  // namespace
 
 extern "C" {
 
-// Whether inputs are rounded to bfloat16, where the processor multiplies that; says whether they are.
-int64_t dynamic_lora_round_to_bfloat16(int64_t wanted) {
-  brain_inputs = wanted && kBrainInputs;
-  return brain_inputs;
-}
+// Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
+void dynamic_lora_round_to_bfloat16(int64_t wanted) { brain_inputs = wanted && kBrainInputs; }
 
 // Layers one after the other, for a step whose tokens all are among its items.
 // hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are
-// overwritten.
-void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* step,
-                         const float* hidden, float* qkv, float* attended, float* out) {
+// overwritten. Returns what `Memory` says, as the others do.
+int64_t dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* step,
+                            const float* hidden, float* qkv, float* attended, float* out) {
   Scratch& scratch = own_scratch();
+  const Batch batch(step->rows);
+  bool ready = true;
   const bool copied = attends_whole_rows(step->num_items);
 #pragma omp parallel
   for (int64_t i = 0; i < count; i++) {
@@ -469,28 +477,35 @@ void dynamic_lora_layers(const Layer* const* layers, int64_t count, const Step* 
 // Behind a layer's last product, threads look whether it has deltas: not while these are made anew.
 #pragma omp barrier
 #pragma omp single
-    prepare(layer, *step, scratch);
-    share_attending(layer, *step, scratch, in, qkv, attended);
-    share_finish(layer, *step, scratch, in, attended, copied, out);
+    ready = prepared(layer, *step, batch, scratch);
+    // Unlike `memory`, it stays as it is until all threads have read it.
+    if (!ready) break;
+    share_attending(layer, *step, batch, scratch, in, qkv, attended);
+    share_finish(layer, batch, scratch, in, attended, copied, out);
   }
+  return scratch.memory.status();
 }
 
 // The first half of a layer: writes the cache, and attends for the tokens among the items.
-void dynamic_lora_layer_attend(const Layer* layer, const Step* step, const float* hidden,
-                               float* qkv, float* attended) {
+int64_t dynamic_lora_layer_attend(const Layer* layer, const Step* step, const float* hidden,
+                                  float* qkv, float* attended) {
   Scratch& scratch = own_scratch();
-  prepare(*layer, *step, scratch);
+  const Batch batch(step->rows);
+  if (!prepared(*layer, *step, batch, scratch)) return scratch.memory.status();
 #pragma omp parallel
-  share_attending(*layer, *step, scratch, hidden, qkv, attended);
+  share_attending(*layer, *step, batch, scratch, hidden, qkv, attended);
+  return scratch.memory.status();
 }
 
 // Its second half, once every row of `attended` is there.
-void dynamic_lora_layer_finish(const Layer* layer, const Step* step, const float* hidden,
-                               const float* attended, float* out) {
+int64_t dynamic_lora_layer_finish(const Layer* layer, const Step* step, const float* hidden,
+                                  const float* attended, float* out) {
   Scratch& scratch = own_scratch();
-  prepare(*layer, *step, scratch);
+  const Batch batch(step->rows);
+  if (!prepared(*layer, *step, batch, scratch)) return scratch.memory.status();
 #pragma omp parallel
-  share_finish(*layer, *step, scratch, hidden, attended, false, out);
+  share_finish(*layer, batch, scratch, hidden, attended, false, out);
+  return scratch.memory.status();
 }
 
 }  // extern "C"

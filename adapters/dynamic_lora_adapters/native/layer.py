@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_adapters.native.library import load_library
+from dynamic_lora_adapters.native.library import allocating, load_library
 from dynamic_lora_adapters.native.norm import NativeRmsNorm, NormParts
 from dynamic_lora_adapters.native.product import PackedWeight, Projection
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
@@ -171,11 +171,8 @@ class NativeLayer:
 
     def __init__(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> None:
         library = load_library("layer")
-        self._attend = library.dynamic_lora_layer_attend
-        self._finish = library.dynamic_lora_layer_finish
-        for function in (self._attend, self._finish):
-            function.argtypes = [_POINTER] * 5
-            function.restype = None
+        self._attend = allocating(library, "dynamic_lora_layer_attend", [_POINTER] * 5)
+        self._finish = allocating(library, "dynamic_lora_layer_finish", [_POINTER] * 5)
         self.parts = parts
         norms = (parts.input_norm, parts.middle_norm, parts.q_norm, parts.k_norm)
         self._kept = keys, values, [norm.weight for norm in norms if norm is not None]
@@ -223,9 +220,8 @@ class LayerStack:
     """
 
     def __init__(self, layers: Sequence[NativeLayer]) -> None:
-        self._run = load_library("layer").dynamic_lora_layers
-        self._run.argtypes = [_POINTER, _SIZE, *[_POINTER] * 5]
-        self._run.restype = None
+        argtypes = [_POINTER, _SIZE, *[_POINTER] * 5]
+        self._run = allocating(load_library("layer"), "dynamic_lora_layers", argtypes)
         self._layers = layers
         self.num_layers = len(layers)
         self._addresses = (_POINTER * len(layers))(*(layer.address for layer in layers))

@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -18,12 +20,17 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
-# Sums may be contracted to fused multiply-adds, but never reordered by the compiler.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-std=c++17")
+# Sums may be contracted to fused multiply-adds, but never reordered by the compiler, and NaN is to
+# be told from numbers: some compilers do otherwise unless told not to. That says something of
+# contractions too, so that these come behind it.
+_FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-std=c++17"),
+    *("-fno-fast-math", "-ffp-contract=fast"),
+)
 # C compilers understand C++ sources, but link what these need only if told to.
 _C_COMPILER = re.compile(r"(.*-)?(cc|gcc|clang)(-\d+)?")
 _CPP_RUNTIME = "-lstdc++"
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300
 # Linux gives a process the matrix unit of an x86 processor (AMX) when it asks for it.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
 _NO_MATRIX_UNIT = "-DDYNAMIC_LORA_NO_MATRIX_UNIT"
@@ -33,14 +40,48 @@ class NativeUnavailable(Exception):
     """The native kernels cannot be had on this machine; the text says why."""
 
 
-@cache
 def load_library(name: str) -> ctypes.CDLL:
     """The library made from `native/<name>.cpp`, compiled at its first use on this machine.
 
     The result is kept in the user's cache folder, by the content of source,
     compiler and processor. Raises NativeUnavailable if there is no compiler,
-    it fails, or the result would bring a second OpenMP runtime along.
+    it fails, or the result would bring a second OpenMP runtime along: for the
+    rest of the process, for nothing is tried twice.
     """
+    found = attempt(name)
+    if isinstance(found, str):
+        raise NativeUnavailable(found)
+    return found
+
+
+@cache
+def attempt(name: str) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        return _load(name)
+    except NativeUnavailable as reason:
+        return str(reason)
+
+
+def allocating(library: ctypes.CDLL, name: str, argtypes: Sequence[Any]) -> Callable[..., None]:
+    """A function of a library that returns what `room.h` calls Memory's status.
+
+    A call raises MemoryError where there was too little: what it was to write is undefined then.
+    """
+    function = getattr(library, name)
+    function.argtypes = argtypes
+    function.restype = ctypes.c_int64
+    function.errcheck = _raise_without_memory
+    declared: Callable[..., None] = function
+    return declared
+
+
+def _raise_without_memory(status: int, function: Any, _arguments: object) -> None:
+    if status:
+        raise MemoryError(f"no memory is left for what {function.__name__} keeps while it runs")
+
+
+def _load(name: str) -> ctypes.CDLL:
     compiler = _compiler()
     flags = _flags()
     library = _library_path(name, compiler, flags)
@@ -96,9 +137,13 @@ def _library_path(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
 
 
 def _version(compiler: str) -> str:
-    return subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-    ).stdout
+    command = [compiler, "--version"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{compiler} does not tell its version: {error}") from error
 
 
 def processor() -> str:

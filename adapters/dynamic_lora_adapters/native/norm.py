@@ -43,9 +43,11 @@ class NativeRmsNorm:
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         dim = x.shape[-1]
+        weight = self.weight
+        assert x.dtype == weight.dtype == torch.float32 and weight.shape == (dim,)
         self._norm(
             x.data_ptr(),
-            self.weight.data_ptr(),
+            weight.data_ptr(),
             out.data_ptr(),
             x.numel() // dim,
             dim,

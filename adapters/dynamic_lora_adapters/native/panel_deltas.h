@@ -70,17 +70,18 @@ inline void share_expanding(const std::vector<Part>& parts, float* out, int64_t 
 // The expanding of all parts, panel by panel.
 class PanelDeltas {
  public:
-  // `parts` by ascending row.
-  PanelDeltas(const Part* parts, int64_t count) : parts_(parts), count_(count) {}
+  // `parts` by ascending row. Where `memory` runs out, some are not added.
+  PanelDeltas(const std::vector<Part>& parts, Memory& memory) : parts_(&parts), memory_(&memory) {}
 
   void begin(int64_t column, int64_t width) {
     column_ = column, width_ = width, done_ = 0;
     here_.clear();
-    for (int64_t i = 0; i < count_; i++) {
-      const Part& part = parts_[i];
-      if (part.from >= column + width || part.to <= column) continue;
-      here_.push_back(&part);
-    }
+    memory_->suffices([&] {
+      for (const Part& part : *parts_) {
+        if (part.from >= column + width || part.to <= column) continue;
+        here_.push_back(&part);
+      }
+    });
   }
 
   void add(float* sums, int64_t row, int64_t rows) {
@@ -125,8 +126,9 @@ class PanelDeltas {
               to_float(shrunk[r * part.rank + q]) * to_float(b[q * part.ldb + c]);
   }
 
-  const Part* parts_;
-  int64_t count_, column_ = 0, width_ = 0;
+  const std::vector<Part>* parts_;
+  Memory* memory_;
+  int64_t column_ = 0, width_ = 0;
   size_t done_ = 0;
   std::vector<const Part*> here_;
 };

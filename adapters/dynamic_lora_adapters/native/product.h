@@ -56,6 +56,16 @@ inline int64_t panel_column(int64_t number, int64_t n, bool halves) {
   return halves ? number % 2 * (n / 2) + number / 2 * kWidth : number * kWidth;
 }
 
+// The rows of one call, and whether its products round them to bfloat16 where they can: asked for
+// once, for all of a call must agree on what lies where.
+struct Batch {
+  int64_t rows;
+  bool brains;
+
+  explicit Batch(int64_t rows)
+      : rows(rows), brains(brain_inputs.load(std::memory_order_relaxed)) {}
+};
+
 // The weight of a linear layer, in panels.
 struct Projection {
   const void* packed;
@@ -66,34 +76,34 @@ struct Projection {
   int64_t halves;  // whether panels are of either half of the outputs, in turns
 
   // Whether products round their inputs to bfloat16 first.
-  bool rounds_to_brains() const { return format == kBrains && brain_inputs; }
+  bool rounds_to_brains(const Batch& batch) const { return format == kBrains && batch.brains; }
 
   // Whether products round their inputs first.
-  bool rounds() const { return format == kBytes || rounds_to_brains(); }
+  bool rounds(const Batch& batch) const { return format == kBytes || rounds_to_brains(batch); }
 
-  // Whether products of so many rows of floats spread them first. With AVX-512 they gain by it, else
+  // Whether products of rows of floats spread them first. With AVX-512 they gain by it, else
   // where a column of a tile's rows falls into one set of the first-level cache, which it is too
   // many for.
-  bool spreads(int64_t rows) const {
+  bool spreads(const Batch& batch) const {
     const bool crowded = k * sizeof(float) % kSetStride == 0;
-    return !rounds() && rows > kUnspreadRows && (kLanes == 16 || crowded);
+    return !rounds(batch) && batch.rows > kUnspreadRows && (kLanes == 16 || crowded);
   }
 
-  // Whether products of so many rows read copies of their inputs.
-  bool copies(int64_t rows) const { return rounds() || spreads(rows); }
+  // Whether products read copies of their inputs.
+  bool copies(const Batch& batch) const { return rounds(batch) || spreads(batch); }
 
   // Bytes from the upper bytes of inputs to the lower ones, on the matrix unit.
   int64_t plane(int64_t rows) const { return whole_tiles(rows) * row_stride<int8_t>(k); }
 
-  // Has room for what products of so many rows make of their inputs first.
-  void make_room(int64_t rows, InputCopies& copies) const {
+  // Has room for what products make of their inputs first.
+  void make_room(const Batch& batch, InputCopies& copies) const {
     if (format == kBytes && kMatrixUnit) {
-      have_room(copies.bytes, 2 * plane(rows));
-      have_room(copies.scales, rows * InputCopies::groups(k));
-    } else if (rounds())
-      copies.make_room(whole_tiles(rows), k);
-    else if (spreads(rows))
-      have_room(copies.spread, rows * spread_stride(k));
+      have_room(copies.bytes, 2 * plane(batch.rows));
+      have_room(copies.scales, batch.rows * InputCopies::groups(k));
+    } else if (rounds(batch))
+      copies.make_room(whole_tiles(batch.rows), k);
+    else if (spreads(batch))
+      have_room(copies.spread, batch.rows * spread_stride(k));
   }
 };
 
@@ -528,32 +538,35 @@ struct Product {
   }
 };
 
-// Makes of row number `row` of m, x [k], what the product reads in its place, if it does; `copies`
-// has had room made for it by the projection.
-inline void copy_row(const float* x, const Projection& p, int64_t m, int64_t row,
+// Makes of row number `row`, x [k], what the product reads in its place, if it does; `copies` has
+// had room made for it by the projection.
+inline void copy_row(const float* x, const Projection& p, const Batch& batch, int64_t row,
                      InputCopies& copies) {
   if (p.format == kBytes && kMatrixUnit)
-    round_row_to_bytes(x, p.k, p.plane(m), row, copies);
+    round_row_to_bytes(x, p.k, p.plane(batch.rows), row, copies);
   else if (p.format == kBytes)
     round_row(x, p.k, row, copies);
-  else if (p.rounds_to_brains())
+  else if (p.rounds_to_brains(batch))
     round_row_to_brains(x, p.k, row, copies);
-  else if (p.spreads(m))
+  else if (p.spreads(batch))
     std::memcpy(copies.spread.data() + row * spread_stride(p.k), x, p.k * sizeof(float));
 }
 
-// The same for all rows x [m, k]. Called by a whole team of threads.
-inline void share_copying(const float* x, const Projection& p, int64_t m, InputCopies& copies) {
-  if (!p.copies(m)) return;
+// The same for all rows x [rows, k]. Called by a whole team of threads.
+inline void share_copying(const float* x, const Projection& p, const Batch& batch,
+                          InputCopies& copies) {
+  if (!p.copies(batch)) return;
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < m; row++) copy_row(x + row * p.k, p, m, row, copies);
+  for (int64_t row = 0; row < batch.rows; row++)
+    copy_row(x + row * p.k, p, batch, row, copies);
 }
 
-// What `to` says, from x [m, k], of which there are the `copies` of `share_copying`. Called by a
+// What `to` says, from x [rows, k], of which there are the `copies` of `share_copying`. Called by a
 // whole team.
 template <typename To, typename Extra>
-void share_product(const float* x, const Projection& p, const To& to, int64_t m,
+void share_product(const float* x, const Projection& p, const To& to, const Batch& batch,
                    const Extra& extra, const InputCopies& copies) {
+  const int64_t m = batch.rows;
   if (m == 0) return;
   const auto multiply = [&](const auto& inputs) {
     Product<std::decay_t<decltype(inputs)>, Extra>{inputs, p, m, {extra, extra}}.share(to);
@@ -565,12 +578,12 @@ void share_product(const float* x, const Projection& p, const To& to, int64_t m,
     else
       return multiply(RoundedInputs{copies.values.data(), scales, p.k});
   }
-  if (p.rounds_to_brains()) {
+  if (p.rounds_to_brains(batch)) {
     using Inputs = std::conditional_t<kMatrixUnit, UnitInputs, BrainInputs>;
     return multiply(Inputs{copies.values.data(), p.k});
   }
   int64_t ldx = p.k;
-  if (p.spreads(m)) x = copies.spread.data(), ldx = spread_stride(p.k);
+  if (p.spreads(batch)) x = copies.spread.data(), ldx = spread_stride(p.k);
   if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});
   multiply(WholeBrainInputs{x, p.k, ldx});
 }

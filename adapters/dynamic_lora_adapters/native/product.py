@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from dynamic_lora_adapters.arena import Arena
-from dynamic_lora_adapters.native.library import load_library
+from dynamic_lora_adapters.native.library import allocating, load_library
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -51,9 +51,8 @@ class PackedWeight:
         halves: bool = False,
     ) -> None:
         library = load_library("product")
-        self._product = library.dynamic_lora_product
-        self._product.argtypes = [ctypes.POINTER(Projection), _POINTER, _POINTER, _SIZE]
-        self._product.restype = None
+        argtypes = [ctypes.POINTER(Projection), _POINTER, _POINTER, _SIZE]
+        self._product = allocating(library, "dynamic_lora_product", argtypes)
         self._out_features, self._in_features = weight.shape
         self._packed = _panels(library, weight.shape, dtype or weight.dtype)
         self._halves = halves and len(weight) % (2 * _panel_width(library)) == 0
@@ -72,6 +71,7 @@ class PackedWeight:
         self._pack(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32 and x.shape[-1] == self._in_features
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self._out_features)
         self._product(self._address, x.data_ptr(), out.data_ptr(), x.numel() // self._in_features)
@@ -83,7 +83,10 @@ class PackedWeight:
         a: torch.Tensor | None = None,
         b: torch.Tensor | None = None,
     ) -> None:
-        """Pack the weight or, in float32 and bfloat16, `weight + b.T @ a`."""
+        """Pack the weight or, in float32 and bfloat16, `weight + b.T @ a`.
+
+        Raises MemoryError before anything is packed.
+        """
         library = load_library("product")
         if weight.stride(1) != 1:
             weight = weight.contiguous()
@@ -95,10 +98,9 @@ class PackedWeight:
             library.dynamic_lora_pack_int8(*sizes, self._halves)
             return
         is_float32 = packed.dtype == torch.float32
-        pack = library.dynamic_lora_pack if is_float32 else library.dynamic_lora_pack_bfloat16
+        name = "dynamic_lora_pack" if is_float32 else "dynamic_lora_pack_bfloat16"
         factors = (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE)
-        pack.argtypes = [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *factors]
-        pack.restype = None
+        pack = allocating(library, name, [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *factors])
         if a is None or b is None:
             pack(*sizes, self._halves, None, 0, None, 0, 0)
             return
@@ -151,6 +153,8 @@ def whole_inputs() -> Iterator[None]:
     libraries = [load_library(name) for name in ("product", "layer", "head")]
     switches = [library.dynamic_lora_round_to_bfloat16 for library in libraries]
     for switch in switches:
+        switch.argtypes = [_SIZE]
+        switch.restype = None
         switch(0)
     try:
         yield
@@ -161,7 +165,10 @@ def whole_inputs() -> Iterator[None]:
 
 def rounds_inputs() -> bool:
     """Whether `Bfloat16Product` rounds its inputs on this processor. Raises NativeUnavailable."""
-    return bool(load_library("product").dynamic_lora_round_to_bfloat16(1))
+    rounds = load_library("product").dynamic_lora_rounds_to_bfloat16
+    rounds.argtypes = []
+    rounds.restype = _SIZE
+    return bool(rounds())
 
 
 class Int8Product(PackedWeight):
@@ -191,11 +198,16 @@ class Int8Product(PackedWeight):
 
 
 def _panel_width(library: ctypes.CDLL) -> int:
-    return int(library.dynamic_lora_panel_width())
+    panel_width = library.dynamic_lora_panel_width
+    panel_width.argtypes = []
+    panel_width.restype = _SIZE
+    return int(panel_width())
 
 
 def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     width = _panel_width(library)
-    library.dynamic_lora_panel_depth.argtypes = [_SIZE, _SIZE]
-    depth = int(library.dynamic_lora_panel_depth(_FORMATS[dtype], shape[1]))
+    panel_depth = library.dynamic_lora_panel_depth
+    panel_depth.argtypes = [_SIZE, _SIZE]
+    panel_depth.restype = _SIZE
+    depth = int(panel_depth(_FORMATS[dtype], shape[1]))
     return _ARENA.empty(-(-shape[0] // width) * width * depth, dtype=dtype)

@@ -12,9 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
-#include <vector>
 
+#include "room.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
@@ -51,30 +50,6 @@ int64_t row_stride(int64_t k) {
 // the ends of their lines together, and a tile of them would wait for as many lines at once.
 inline int64_t spread_stride(int64_t k) {
   return row_stride<float>(k) + kLineBytes / sizeof(float) / 4;
-}
-
-// Memory that begins at a cache line.
-template <typename Element>
-struct OnLines {
-  using value_type = Element;
-  static constexpr std::align_val_t kLine{kLineBytes};
-  OnLines() = default;
-  template <typename Other>
-  OnLines(const OnLines<Other>&) {}
-  Element* allocate(size_t count) {
-    return static_cast<Element*>(::operator new(count * sizeof(Element), kLine));
-  }
-  void deallocate(Element* memory, size_t) { ::operator delete(memory, kLine); }
-  bool operator==(const OnLines&) const { return true; }
-  bool operator!=(const OnLines&) const { return false; }
-};
-
-template <typename Element>
-using Lines = std::vector<Element, OnLines<Element>>;
-
-template <typename Memory>
-void have_room(Memory& memory, int64_t size) {
-  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
 }
 
 // Inputs as a product reads them where it cannot as they are: in sixteen bits (where k is odd, a
