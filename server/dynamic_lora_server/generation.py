@@ -107,6 +107,7 @@ class GenerationSpec:
     adapter: str | Composition | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    include_stop: bool = False  # keep the stop string in the text
     add_special_tokens: bool = True
     keep_last: int | None = None
     clip_output: bool = False
@@ -125,7 +126,6 @@ class TokenLogprob:
 
     token_id: int
     text: str
-    token_bytes: bytes
     logprob: float
 
 
@@ -135,8 +135,7 @@ class TokenPiece:
 
     `text` is what this token adds to the visible text: empty while a character
     is incomplete or while the text may turn out to be a stop string.
-    `token_text` is the token decoded alone, `token_bytes` what it adds to the text in UTF-8.
-    `logprob` is set when asked for.
+    `token_text` is the token decoded alone. `logprob` is set when asked for.
     `is_last` says that the continuation's Finish comes next.
     """
 
@@ -144,7 +143,6 @@ class TokenPiece:
     token_id: int
     text: str
     token_text: str
-    token_bytes: bytes
     special: bool
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()

@@ -192,7 +192,7 @@ class GenerationService:
                 seed=(first + index) % _SEED_SPACE,
                 adapter=None if held is None else held.adapter,
             )
-            detokenizer = Detokenizer(self._view, prompt_ids=prompt_ids, stop=spec.stop)
+            detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
             continuations[sequence.id] = _Continuation(index, sequence, detokenizer)
         return continuations
 
@@ -252,16 +252,10 @@ class GenerationService:
             token_id=sampled.token_id,
             text=text,
             token_text=view.text_of(sampled.token_id),
-            token_bytes=view.bytes_of(sampled.token_id),
             special=view.is_special(sampled.token_id),
             logprob=sampled.logprob,
             top=tuple(
-                TokenLogprob(
-                    token_id=token_id,
-                    text=view.text_of(token_id),
-                    token_bytes=view.bytes_of(token_id),
-                    logprob=logprob,
-                )
+                TokenLogprob(token_id=token_id, text=view.text_of(token_id), logprob=logprob)
                 for token_id, logprob in sampled.top
             ),
             is_last=is_last,

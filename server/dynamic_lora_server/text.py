@@ -1,6 +1,5 @@
 """From token ids to visible text, as they come."""
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -9,13 +8,6 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
-
-# What decoders write for a part of a character.
-_INCOMPLETE = "\ufffd"
-# How vocabularies with a fallback to bytes write these.
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-# Tokens of the prompt behind which the answer is decoded: more than one character ever has.
-_NUM_BEFORE = 6
 
 
 class TokenizerView:
@@ -42,11 +34,7 @@ class TokenizerView:
         self._longest = _longest_token(backend)
         known = len(tokenizer)
         self._vocab_size = known if num_embeddings is None else min(known, num_embeddings)
-        self._in_bytes = isinstance(backend.decoder, ByteLevel)
-        # A token alone is decoded behind these: some decoders strip what a text begins with.
-        self._before_one = () if self._in_bytes else self.before(self._encode("a"))
         self._text_of = lru_cache(maxsize=65536)(self._decode_one)
-        self._bytes_of = lru_cache(maxsize=65536)(self._find_bytes)
 
     @property
     def vocab_size(self) -> int:
@@ -55,19 +43,9 @@ class TokenizerView:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text."""
-        return self._encode(text, add_special_tokens=add_special_tokens)
-
-    def before(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """The end of a prompt, behind which its answer is to be decoded; often nothing.
-
-        SentencePiece's decoders take a space off what a text begins with, and an answer is no
-        beginning. (vLLM does likewise.)
-        """
-        if self._in_bytes:
-            return ()
-        end = tuple(prompt_ids[-_NUM_BEFORE:])
-        text = self.backend.decode(end, skip_special_tokens=True)
-        return () if text.endswith(_INCOMPLETE) else end
+        # As a batch of one: `encode` alone keeps the GIL.
+        (found,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        return tuple(found.ids)
 
     def known_ids(self, tokens: Iterable[str], ids: Iterable[int]) -> frozenset[int]:
         """Of tokens, by their text or their id, the ids of those that there are."""
@@ -79,50 +57,15 @@ class TokenizerView:
         return 0 if self._longest is None else -(-len(text) // self._longest)
 
     def text_of(self, token_id: int) -> str:
-        """One token decoded alone, special tokens included, as if within a text."""
+        """One token decoded alone, special tokens included."""
         return self._text_of(token_id)
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """What one token adds to a text in UTF-8; it may begin or end within a character."""
-        return self._bytes_of(token_id)
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of visible text."""
         return token_id in self._special
 
-    def _encode(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
-        # As a batch of one: `encode` alone keeps the GIL.
-        (found,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
-        return tuple(found.ids)
-
     def _decode_one(self, token_id: int) -> str:
-        before = self.backend.decode(self._before_one, skip_special_tokens=False)
-        both = self.backend.decode([*self._before_one, token_id], skip_special_tokens=False)
-        if both.startswith(before):
-            return both[len(before) :]
         return self.backend.decode([token_id], skip_special_tokens=False)
-
-    def _find_bytes(self, token_id: int) -> bytes:
-        text = self.text_of(token_id)
-        written = self.backend.id_to_token(token_id)
-        if _INCOMPLETE not in text or written is None:
-            return text.encode()
-        if (fallback := _BYTE_TOKEN.fullmatch(written)) is not None:
-            return bytes([int(fallback[1], 16)])
-        if self._in_bytes and set(written) <= _BYTES.keys():
-            return bytes(_BYTES[character] for character in written)
-        return text.encode()
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """Which byte each character of a byte-level vocabulary stands for (GPT-2, Radford 2019).
-
-    Those that can be printed stand for themselves, the others for characters from 256 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    found = {chr(byte): byte for byte in printable}
-    return found | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 def _longest_token(backend: Tokenizer) -> int | None:
@@ -136,11 +79,8 @@ def _longest_token(backend: Tokenizer) -> int | None:
     return max(map(len, backend.get_vocab(with_added_tokens=True)), default=None)
 
 
-_BYTES = _bytes_by_character()
-
-
 class Detokenizer:
-    """The visible text of one continuation of a prompt, stop strings cut off.
+    """The visible text of one continuation, stop strings cut off.
 
     `push` returns the text that a token makes certain: a character that is
     still incomplete waits for its other bytes, and text that may turn out to
@@ -148,17 +88,13 @@ class Detokenizer:
     """
 
     def __init__(
-        self,
-        view: TokenizerView,
-        *,
-        prompt_ids: Sequence[int] = (),
-        stop: Sequence[str] = (),
+        self, view: TokenizerView, *, stop: Sequence[str] = (), include_stop: bool = False
     ) -> None:
         self._backend = view.backend
-        self._before = view.before(prompt_ids)
-        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._decoded = ""
         self._num_shown = 0
         self.stopped = False
@@ -186,9 +122,7 @@ class Detokenizer:
     def finish(self) -> str:
         """The text that was held back until the end, incomplete characters as U+FFFD."""
         if not self.stopped:
-            before = self._backend.decode(self._before, skip_special_tokens=True)
-            both = self._backend.decode((*self._before, *self._token_ids), skip_special_tokens=True)
-            whole = both.removeprefix(before)
+            whole = self._backend.decode(self._token_ids, skip_special_tokens=True)
             if len(whole) > len(self._decoded) and whole.startswith(self._decoded):
                 self._decoded = whole
         return self._show(len(self._decoded))
@@ -198,10 +132,11 @@ class Detokenizer:
         return self._decoded[start : self._num_shown]
 
     def _cut_at_stop(self, searched: int) -> None:
-        found = [self._decoded.find(stop, searched) for stop in self._stop]
-        found = [at for at in found if at >= 0]
+        found = [(self._decoded.find(stop, searched), stop) for stop in self._stop]
+        found = [(at, stop) for at, stop in found if at >= 0]
         if found:
-            self._decoded = self._decoded[: min(found)]
+            at, stop = min(found, key=lambda hit: hit[0])
+            self._decoded = self._decoded[: at + len(stop) if self._include_stop else at]
             self.stopped = True
 
     def _held_back(self) -> int:

@@ -21,14 +21,13 @@ from dynamic_lora_server.generation import (
 from dynamic_lora_server.streams import Continuation, Generation
 
 STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
-TOP = (TokenLogprob(token_id=8, text=" a", token_bytes=b" a", logprob=-0.5),)
+TOP = (TokenLogprob(token_id=8, text=" a", logprob=-0.5),)
 
 
 def piece(
     text: str,
     *,
     token_text: str = "",
-    token_bytes: bytes = b"",
     special: bool = False,
     index: int = 0,
     is_last: bool = False,
@@ -38,7 +37,6 @@ def piece(
         token_id=9,
         text=text,
         token_text=token_text or text,
-        token_bytes=token_bytes or (token_text or text).encode(),
         special=special,
         logprob=-1.0,
         top=TOP,
@@ -146,7 +144,7 @@ def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> 
     assert logprobs.model_dump() == {
         "tokens": ["a", "b"],
         "token_logprobs": [-1.0, -1.0],
-        "top_logprobs": [{"a": -1.0, " a": -0.5}, {"b": -1.0, " a": -0.5}],
+        "top_logprobs": [{" a": -0.5}, {" a": -0.5}],
         "text_offset": [0, 1],
     }
 
@@ -171,30 +169,6 @@ async def test_completion_streams() -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in pieces] == [None, None, "stop"]
     assert pieces[1]["choices"][0]["logprobs"]["text_offset"] == [2]
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 5)
-
-
-def test_tokens_are_placed_in_the_text_whatever_is_held_back_or_broken_in_two() -> None:
-    pieces = [
-        piece("", token_text="ab"),  # held back: it may begin a stop string
-        piece("", token_text="\ufffd", token_bytes=b"\xc3"),
-        piece("ab\u00e9", token_text="\ufffd", token_bytes=b"\xa9"),
-        piece("", token_text="</s>", special=True),
-        piece("c"),
-    ]
-    end = finish(FinishReason.LENGTH, "ab\u00e9c")
-    (choice,) = completion(num_top=0).whole([[Continuation(end, pieces)]]).choices
-    assert choice.logprobs is not None
-    assert choice.logprobs.text_offset == [0, 2, 2, 3, 3]
-
-
-def test_a_likely_token_that_was_chosen_is_told_once() -> None:
-    (choice,) = (
-        completion(num_top=1)
-        .whole([[Continuation(finish(FinishReason.LENGTH, " a"), [piece(" a")])]])
-        .choices
-    )
-    assert choice.logprobs is not None
-    assert choice.logprobs.top_logprobs == [{" a": -0.5}]
 
 
 async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> None:

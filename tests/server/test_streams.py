@@ -20,14 +20,7 @@ STARTED = Started(adapter=None, version=None, num_prompt_tokens=2)
 
 
 def piece(text: str, index: int = 0) -> TokenPiece:
-    return TokenPiece(
-        index=index,
-        token_id=5,
-        text=text,
-        token_text=text,
-        token_bytes=text.encode(),
-        special=False,
-    )
+    return TokenPiece(index=index, token_id=5, text=text, token_text=text, special=False)
 
 
 def finish(text: str, index: int = 0) -> Finish:

@@ -6,10 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
 from dynamic_lora_server.text import Detokenizer, TokenizerView
-from tests.support.models import sentencepiece_tokenizer, tiny_tokenizer
+from tests.support.models import tiny_tokenizer
 
 VIEW = TokenizerView(tiny_tokenizer())
-PIECES = TokenizerView(sentencepiece_tokenizer())
 EOS_ID = 1
 
 
@@ -86,6 +85,11 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert pieces == ["a", "", "", "xyb", ""]
 
 
+def test_the_stop_string_is_kept_on_demand() -> None:
+    detokenizer = Detokenizer(VIEW, stop=["\n"], include_stop=True)
+    assert "".join(push_all(detokenizer, encode("one\ntwo"))) == "one\n"
+
+
 def test_special_tokens_are_not_shown() -> None:
     detokenizer = Detokenizer(VIEW)
     assert push_all(detokenizer, (*encode("a"), EOS_ID)) == ["a", "", ""]
@@ -111,48 +115,3 @@ def test_a_tokenizer_without_a_fast_version_is_refused_by_name() -> None:
 
     with pytest.raises(UnsupportedModel, match="Slow has no fast"):
         TokenizerView(Slow())  # type: ignore[no-untyped-call]
-
-
-WORDS = st.text("ab isPro\u00e9\u20ac", max_size=20)
-
-
-@given(WORDS, WORDS)
-@settings(max_examples=200, deadline=None)
-def test_an_answer_keeps_the_space_that_it_begins_with(prompt: str, answer: str) -> None:
-    """Where decoders strip what a text begins with, as SentencePiece's do."""
-    prompt_ids = PIECES.encode(f"a{prompt}", add_special_tokens=True)
-    token_ids = PIECES.encode(answer, add_special_tokens=False)
-    detokenizer = Detokenizer(PIECES, prompt_ids=prompt_ids)
-    # Tokens of a text stand behind a space, wherever they are.
-    expected = f" {answer}" if answer else ""
-    assert "".join(push_all(detokenizer, token_ids)) == detokenizer.text == expected
-
-
-def test_a_stop_string_that_begins_with_a_space_is_found_at_once() -> None:
-    prompt_ids = PIECES.encode("a is", add_special_tokens=True)
-    (token_id,) = PIECES.encode("Paris", add_special_tokens=False)
-    assert push_all(Detokenizer(PIECES, prompt_ids=prompt_ids), (token_id,)) == [" Paris", ""]
-    detokenizer = Detokenizer(PIECES, prompt_ids=prompt_ids, stop=[" Paris"])
-    assert push_all(detokenizer, (token_id,)) == ["", ""]
-    assert detokenizer.stopped
-
-
-def test_a_prompt_that_ends_within_a_character_is_not_said_again() -> None:
-    (_, *half) = PIECES.encode("\u20ac", add_special_tokens=False)
-    detokenizer = Detokenizer(
-        PIECES, prompt_ids=[*PIECES.encode("a", add_special_tokens=True), half[0]]
-    )
-    (token_id,) = PIECES.encode("Paris", add_special_tokens=False)
-    assert "".join(push_all(detokenizer, (token_id,))) == "Paris"
-
-
-def test_tokens_alone_have_their_space_and_their_bytes() -> None:
-    token_ids = PIECES.encode("Paris is \u00e9", add_special_tokens=False)
-    assert [PIECES.text_of(i) for i in token_ids] == [" Paris", " is", " ", "\ufffd", "\ufffd"]
-    assert b"".join(map(PIECES.bytes_of, token_ids)) == " Paris is \u00e9".encode()
-
-
-@given(st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_the_bytes_of_tokens_join_to_the_text(text: str) -> None:
-    assert b"".join(map(VIEW.bytes_of, encode(text))) == text.encode()

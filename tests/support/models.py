@@ -10,15 +10,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteFallback, Fuse, Replace, Strip
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.decoders import Sequence as Decoders
 from tokenizers.models import BPE
-from tokenizers.normalizers import Prepend
-from tokenizers.normalizers import Replace as ReplaceText
-from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -234,30 +228,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
-
-
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """A small tokenizer made as Llama 2's: spaces are letters, what is not known is bytes."""
-    merges = [("\u2581", "P"), ("a", "r"), ("i", "s"), ("\u2581P", "ar"), ("\u2581Par", "is")]
-    merges += [("\u2581", "is")]
-    tokens = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abiosrP"]
-    tokens += ["".join(pair) for pair in merges]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(
-        BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = Normalizers([Prepend("\u2581"), ReplaceText(" ", "\u2581")])
-    backend.decoder = Decoders([Replace("\u2581", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)])
-    backend.post_processor = TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def save_tiny_base(directory: Path, *, seed: int = 0, family: str = "llama") -> Path:

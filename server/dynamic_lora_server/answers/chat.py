@@ -96,9 +96,11 @@ def _logprob(piece: TokenPiece) -> wire.ChatLogprob:
     return wire.ChatLogprob(
         token=piece.token_text,
         logprob=piece.logprob,
-        bytes=list(piece.token_bytes),
+        bytes=list(piece.token_text.encode()),
         top_logprobs=[
-            wire.TopLogprob(token=token.text, logprob=token.logprob, bytes=list(token.token_bytes))
+            wire.TopLogprob(
+                token=token.text, logprob=token.logprob, bytes=list(token.text.encode())
+            )
             for token in piece.top
         ],
     )

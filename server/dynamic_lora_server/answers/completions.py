@@ -1,6 +1,5 @@
 """Generation events as `/v1/completions` answers them."""
 
-from codecs import getincrementaldecoder
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -9,25 +8,6 @@ from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai as wire
 from dynamic_lora_server.sse import event
 from dynamic_lora_server.streams import Continuation, Generation, merge
-
-
-class _Offsets:
-    """Where tokens begin in the text of a continuation, in characters.
-
-    A token within a character begins behind those that are whole. What is held back, for it may
-    begin a stop string, counts.
-    """
-
-    def __init__(self) -> None:
-        self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._num_characters = 0
-
-    def next(self, piece: TokenPiece) -> int:
-        """Where the next token begins."""
-        begin = self._num_characters
-        if not piece.special:
-            self._num_characters += len(self._decoder.decode(piece.token_bytes))
-        return begin
 
 
 class CompletionAnswer:
@@ -55,7 +35,7 @@ class CompletionAnswer:
     async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
         """A chunk for each piece of text, one for each end, and the usage if asked for."""
         usage = UsageCount()
-        offsets: dict[int, _Offsets] = {}
+        offsets: dict[int, int] = {}
         async with aclosing(merge([generation.events for generation in generations])) as events:
             async for position, current in events:
                 if isinstance(current, Finish):
@@ -79,12 +59,12 @@ class CompletionAnswer:
         return wire.CompletionChoice(
             index=position * self._n + finish.index,
             text=finish.text,
-            logprobs=self._logprobs(continuation.pieces, _Offsets()),
+            logprobs=self._logprobs(continuation.pieces, 0),
             finish_reason=FINISH[finish.reason],
         )
 
     def _piece(
-        self, position: int, current: GenerationEvent, offsets: dict[int, _Offsets]
+        self, position: int, current: GenerationEvent, offsets: dict[int, int]
     ) -> wire.CompletionChoice | None:
         if isinstance(current, Finish):
             return wire.CompletionChoice(
@@ -95,27 +75,29 @@ class CompletionAnswer:
         if not isinstance(current, TokenPiece) or not (current.text or self._num_top is not None):
             return None
         index = position * self._n + current.index
-        places = offsets.setdefault(index, _Offsets())
+        offset = offsets.get(index, 0)
+        offsets[index] = offset + len(current.text)
         return wire.CompletionChoice(
-            index=index, text=current.text, logprobs=self._logprobs([current], places)
+            index=index, text=current.text, logprobs=self._logprobs([current], offset)
         )
 
     def _logprobs(
-        self, pieces: Sequence[TokenPiece], offsets: _Offsets
+        self, pieces: Sequence[TokenPiece], offset: int
     ) -> wire.CompletionLogprobs | None:
         if self._num_top is None:
             return None
+        offsets = []
+        for piece in pieces:
+            offsets.append(offset)
+            offset += len(piece.text)
         return wire.CompletionLogprobs(
             tokens=[piece.token_text for piece in pieces],
             token_logprobs=[piece.logprob for piece in pieces],
-            top_logprobs=[_top(piece) for piece in pieces],
-            text_offset=[offsets.next(piece) for piece in pieces],
+            top_logprobs=[_top(piece) for piece in pieces] if self._num_top else None,
+            text_offset=offsets,
         )
 
 
 def _top(piece: TokenPiece) -> dict[str, float]:
-    """The likeliest tokens and the one that was chosen, as OpenAI has it: up to one more."""
     # Two tokens may read the same; the likelier one comes first and keeps the key.
-    found = {token.text: token.logprob for token in reversed(piece.top)}
-    assert piece.logprob is not None
-    return {piece.token_text: piece.logprob} | found
+    return {token.text: token.logprob for token in reversed(piece.top)}

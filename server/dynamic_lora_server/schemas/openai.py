@@ -194,7 +194,7 @@ class CompletionLogprobs(Answer):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
 
