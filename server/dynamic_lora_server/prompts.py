@@ -165,7 +165,12 @@ def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[Ge
     )
     return [
         GenerationSpec(
-            prompt=prompt, adapter=adapter, sampling=sampling, stop=_stop(body), n=body.n or 1
+            prompt=prompt,
+            adapter=adapter,
+            sampling=sampling,
+            stop=_stop(body),
+            include_stop=bool(body.include_stop_str_in_output),
+            n=body.n or 1,
         )
         for prompt in _prompts(body.prompt)
     ]
@@ -206,6 +211,7 @@ def chat_spec(
             top_logprobs=_top_logprobs(body),
         ),
         stop=_stop(body),
+        include_stop=bool(body.include_stop_str_in_output),
         n=body.n or 1,
     )
 

@@ -54,6 +54,10 @@ class SamplingRequest(Wire):
     stop_token_ids: TokenIds | None = Field(
         default=None, max_length=32, description="Not in OpenAI's API."
     )
+    include_stop_str_in_output: bool | None = Field(
+        default=None,
+        description="Keep the stop string at the end of the text. Not in OpenAI's API.",
+    )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
