@@ -123,7 +123,7 @@ def _prepare(
     answer = TgiAnswer(
         prefix=_rendered(body, card) if body.parameters.return_full_text else "",
         num_top=body.parameters.top_n_tokens or 0,
-        special_ids=runtime.tokenizer.all_special_ids,
+        special_ids=runtime.view.special_ids,
     )
     return spec, answer
 
