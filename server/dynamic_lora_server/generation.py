@@ -122,11 +122,16 @@ class GenerationSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """A candidate token and its natural-log probability."""
+    """A candidate token, in bytes too, and its natural-log probability."""
 
     token_id: int
-    text: str
+    token_bytes: bytes
     logprob: float
+
+    @property
+    def text(self) -> str:
+        """What the token reads as, a part of a character as U+FFFD."""
+        return self.token_bytes.decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,18 +140,26 @@ class TokenPiece:
 
     `text` is what this token adds to the visible text: empty while a character
     is incomplete or while the text may turn out to be a stop string.
-    `token_text` is the token decoded alone. `logprob` is set when asked for.
-    `is_last` says that the continuation's Finish comes next.
+    `token_bytes` is what the token itself stands for, maybe a part of a character,
+    and `offset` the number of characters before it, in all text: shown, held back
+    or cut off. `logprob` is set when asked for. `is_last` says that the
+    continuation's Finish comes next.
     """
 
     index: int
     token_id: int
     text: str
-    token_text: str
+    token_bytes: bytes
+    offset: int
     special: bool
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
     is_last: bool = False
+
+    @property
+    def token_text(self) -> str:
+        """What the token itself reads as, a part of a character as U+FFFD."""
+        return self.token_bytes.decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

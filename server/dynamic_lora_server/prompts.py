@@ -203,6 +203,7 @@ def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[Ge
             sampling=sampling,
             stop=_stop(body),
             clip_output=body.max_tokens is None,
+            include_stop=bool(body.include_stop_str_in_output),
             n=body.n or 1,
         )
         for prompt in _prompts(body.prompt)
@@ -244,6 +245,7 @@ def chat_spec(
         ),
         stop=_stop(body),
         clip_output=limit is None,
+        include_stop=bool(body.include_stop_str_in_output),
         n=body.n or 1,
     )
 

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
@@ -237,28 +237,31 @@ class GenerationService:
             if isinstance(event, FailedEvent):
                 continuation.done = True
                 raise EngineFailed(event.message)
-            text = continuation.detokenizer.push(event.sampled.token_id)
+            piece = self._piece(continuation, event)
             finish = self._finish(continuation, event)
-            yield self._piece(continuation.index, event, text, is_last=finish is not None)
+            yield piece if finish is None else replace(piece, is_last=True)
             if finish is not None:
                 remaining -= 1
                 yield finish
 
-    def _piece(self, index: int, event: TokenEvent, text: str, *, is_last: bool) -> TokenPiece:
+    def _piece(self, continuation: _Continuation, event: TokenEvent) -> TokenPiece:
         sampled = event.sampled
-        view = self._view
+        view, detokenizer = self._view, continuation.detokenizer
+        text = detokenizer.push(sampled.token_id)
         return TokenPiece(
-            index=index,
+            index=continuation.index,
             token_id=sampled.token_id,
             text=text,
-            token_text=view.text_of(sampled.token_id),
+            token_bytes=view.bytes_of(sampled.token_id),
+            offset=detokenizer.offset,
             special=view.is_special(sampled.token_id),
             logprob=sampled.logprob,
             top=tuple(
-                TokenLogprob(token_id=token_id, text=view.text_of(token_id), logprob=logprob)
+                TokenLogprob(
+                    token_id=token_id, token_bytes=view.bytes_of(token_id), logprob=logprob
+                )
                 for token_id, logprob in sampled.top
             ),
-            is_last=is_last,
         )
 
     def _finish(self, continuation: _Continuation, event: TokenEvent) -> Finish | None:

@@ -1,18 +1,20 @@
 """From token ids to visible text, as they come."""
 
+import codecs
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel, DecodeStream
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
+from dynamic_lora_server.token_bytes import TokenBytes
 
 
 class TokenizerView:
-    """What generation needs of a tokenizer. Raises UnsupportedModel for a slow one.
+    """What generation needs of a tokenizer.
 
+    Raises UnsupportedModel for a slow one, and for one whose tokens have no text of their own.
     `num_embeddings` are the ids that the model knows, where the tokenizer may know more.
     """
 
@@ -30,11 +32,12 @@ class TokenizerView:
         backend.no_padding()
         self.backend: Tokenizer = backend
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._bytes = TokenBytes(backend)
         self._longest = _longest_token(backend)
         known = len(tokenizer)
         self._vocab_size = known if num_embeddings is None else min(known, num_embeddings)
-        self._text_of = lru_cache(maxsize=65536)(self._decode_one)
 
     @property
     def vocab_size(self) -> int:
@@ -56,16 +59,13 @@ class TokenizerView:
         """So many tokens at least has a text: known without encoding it, 0 where it is not."""
         return 0 if self._longest is None else -(-len(text) // self._longest)
 
-    def text_of(self, token_id: int) -> str:
-        """One token decoded alone, special tokens included."""
-        return self._text_of(token_id)
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token behind others reads as, a special one included; see TokenBytes."""
+        return self._bytes.of(token_id)
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of visible text."""
-        return token_id in self._special
-
-    def _decode_one(self, token_id: int) -> str:
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        return token_id in self.special_ids
 
 
 def _longest_token(backend: Tokenizer) -> int | None:
@@ -82,6 +82,9 @@ def _longest_token(backend: Tokenizer) -> int | None:
 class Detokenizer:
     """The visible text of one continuation, stop strings cut off.
 
+    It is text that goes on: a space at its beginning belongs to it, as the prompt stands before.
+    Bytes that are no characters are U+FFFD.
+
     `push` returns the text that a token makes certain: a character that is
     still incomplete waits for its other bytes, and text that may turn out to
     be the beginning of a stop string waits until it does or does not.
@@ -90,13 +93,14 @@ class Detokenizer:
     def __init__(
         self, view: TokenizerView, *, stop: Sequence[str] = (), include_stop: bool = False
     ) -> None:
-        self._backend = view.backend
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
+        self._view = view
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._decoded = ""
         self._num_shown = 0
+        self.offset = 0  # where the last token's own text begins in all text
+        self.num_tokens = 0  # taken, the one that completed a stop string included
         self.stopped = False
 
     @property
@@ -104,27 +108,24 @@ class Detokenizer:
         """All text decoded so far, held-back text included, up to the stop string."""
         return self._decoded
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens taken, the one that completed a stop string included."""
-        return len(self._token_ids)
-
     def push(self, token_id: int) -> str:
         """Take one token; returns the new visible text, often empty. Sets `stopped`."""
         assert not self.stopped, "no token may follow the stop string"
-        self._token_ids.append(token_id)
-        piece = self._stream.step(self._backend, token_id) or ""
+        self.num_tokens += 1
+        data = b"" if self._view.is_special(token_id) else self._view.bytes_of(token_id)
         searched = max(0, len(self._decoded) - max(map(len, self._stop), default=0))
-        self._decoded += piece
+        if _begins_character(data):
+            # What is incomplete before it remains so.
+            self._decoded += self._decoder.decode(b"", final=True)
+        self.offset = len(self._decoded)
+        self._decoded += self._decoder.decode(data)
         self._cut_at_stop(searched)
         return self._show(len(self._decoded) - (0 if self.stopped else self._held_back()))
 
     def finish(self) -> str:
         """The text that was held back until the end, incomplete characters as U+FFFD."""
         if not self.stopped:
-            whole = self._backend.decode(self._token_ids, skip_special_tokens=True)
-            if len(whole) > len(self._decoded) and whole.startswith(self._decoded):
-                self._decoded = whole
+            self._decoded += self._decoder.decode(b"", final=True)
         return self._show(len(self._decoded))
 
     def _show(self, end: int) -> str:
@@ -148,3 +149,8 @@ class Detokenizer:
                     longest = length
                     break
         return longest
+
+
+def _begins_character(data: bytes) -> bool:
+    """Whether UTF-8 can begin with this; the later bytes of a character are 0x80 to 0xBF."""
+    return bool(data) and data[0] & 0xC0 != 0x80

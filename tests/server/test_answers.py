@@ -21,25 +21,29 @@ from dynamic_lora_server.generation import (
 from dynamic_lora_server.streams import Continuation, Generation
 
 STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
-TOP = (TokenLogprob(token_id=8, text=" a", logprob=-0.5),)
+TOP = (TokenLogprob(token_id=8, token_bytes=b" a", logprob=-0.5),)
 
 
 def piece(
     text: str,
     *,
-    token_text: str = "",
+    token: str | bytes = "",
+    offset: int = 0,
     special: bool = False,
     index: int = 0,
+    top: tuple[TokenLogprob, ...] = TOP,
     is_last: bool = False,
 ) -> TokenPiece:
+    token = token or text
     return TokenPiece(
         index=index,
         token_id=9,
         text=text,
-        token_text=token_text or text,
+        token_bytes=token if isinstance(token, bytes) else token.encode(),
+        offset=offset,
         special=special,
         logprob=-1.0,
-        top=TOP,
+        top=top,
         is_last=is_last,
     )
 
@@ -78,7 +82,7 @@ def tgi(*, prefix: str = "", num_top: int = 0) -> TgiAnswer:
 
 
 CONTINUATION = Continuation(
-    finish(FinishReason.EOS, "hi"), [piece("hi"), piece("", token_text="</s>", special=True)]
+    finish(FinishReason.EOS, "hi"), [piece("hi"), piece("", token="</s>", special=True)]
 )
 
 
@@ -102,7 +106,7 @@ async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
         tgi().stream(
             generation(
                 piece("h"),
-                piece("", token_text="i", is_last=True),
+                piece("", token="i", is_last=True),
                 finish(FinishReason.STOP, "hi", tail="i"),
             )
         )
@@ -120,16 +124,18 @@ async def test_tgi_stream_says_what_broke_it() -> None:
 
 
 def completion(**options: Any) -> CompletionAnswer:
-    defaults: dict[str, Any] = {"model": "ner", "n": 1, "num_top": None, "usage": False}
+    defaults: dict[str, Any] = {"model": "ner", "n": 1, "logprobs": False, "usage": False}
     return CompletionAnswer(**(defaults | options))
 
 
 def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> None:
     pair = [
-        Continuation(finish(FinishReason.LENGTH, "ab", index=0), [piece("a"), piece("b")]),
+        Continuation(
+            finish(FinishReason.LENGTH, "ab", index=0), [piece("a"), piece("b", offset=1)]
+        ),
         Continuation(finish(FinishReason.STOP, "cd", index=1), [piece("c"), piece("d")]),
     ]
-    answer = completion(n=2, num_top=1).whole([pair, pair])
+    answer = completion(n=2, logprobs=True).whole([pair, pair])
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert [choice.finish_reason for choice in answer.choices] == ["length", "stop"] * 2
     assert answer.usage is not None
@@ -144,20 +150,48 @@ def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> 
     assert logprobs.model_dump() == {
         "tokens": ["a", "b"],
         "token_logprobs": [-1.0, -1.0],
-        "top_logprobs": [{" a": -0.5}, {" a": -0.5}],
+        "top_logprobs": [{"a": -1.0, " a": -0.5}, {"b": -1.0, " a": -0.5}],
         "text_offset": [0, 1],
     }
+
+
+def top_logprobs(*pieces: TokenPiece) -> list[dict[str, float]]:
+    answer = completion(logprobs=True).whole(
+        [[Continuation(finish(FinishReason.LENGTH, "ab"), list(pieces))]]
+    )
+    assert answer.choices[0].logprobs is not None
+    return answer.choices[0].logprobs.top_logprobs
+
+
+def test_the_sampled_token_is_always_among_the_likely_ones() -> None:
+    best = TokenLogprob(token_id=7, token_bytes=b"b", logprob=-0.1)
+    sampled = TokenLogprob(token_id=9, token_bytes=b"a", logprob=-1.0)
+    assert top_logprobs(piece("a", top=()), piece("a", top=(best,))) == [
+        {"a": -1.0},
+        {"a": -1.0, "b": -0.1},
+    ]
+    assert top_logprobs(piece("a", top=(best, sampled))) == [{"a": -1.0, "b": -0.1}]
+
+
+def test_of_tokens_that_read_the_same_the_sampled_one_is_named_else_the_likelier() -> None:
+    parts = tuple(
+        TokenLogprob(token_id=7, token_bytes=bytes([byte]), logprob=-0.1 * i)
+        for i, byte in enumerate((0x80, 0x81), start=1)
+    )
+    assert top_logprobs(piece("a", top=parts)) == [{"a": -1.0, "\ufffd": -0.1}]
+    assert top_logprobs(piece("", token=b"\x82", top=parts)) == [{"\ufffd": -1.0}]
 
 
 async def test_completion_streams() -> None:
     chunks = await documents(
         framed(
-            completion(usage=True, num_top=0).stream(
+            completion(usage=True, logprobs=True).stream(
                 [
                     generation(
                         piece("ab"),
-                        piece("", token_text="c"),
-                        finish(FinishReason.EOS, "abc", tail="c"),
+                        piece("", token="c", offset=2),
+                        piece("", token="d", offset=3),
+                        finish(FinishReason.STOP, "abc", tail="c"),
                     )
                 ]
             )
@@ -166,8 +200,9 @@ async def test_completion_streams() -> None:
     *pieces, usage, done = chunks
     assert done == "[DONE]"
     assert "".join(chunk["choices"][0]["text"] for chunk in pieces) == "abc"
-    assert [chunk["choices"][0]["finish_reason"] for chunk in pieces] == [None, None, "stop"]
-    assert pieces[1]["choices"][0]["logprobs"]["text_offset"] == [2]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in pieces] == [None] * 3 + ["stop"]
+    logprobs = [chunk["choices"][0]["logprobs"] for chunk in pieces[:-1]]
+    assert [one["text_offset"] for one in logprobs] == [[0], [2], [3]]
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 5)
 
 
@@ -190,13 +225,25 @@ def test_chat_whole() -> None:
     assert answer.usage.total_tokens == 5
 
 
+def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
+    whole = "é".encode()
+    likely = (TokenLogprob(token_id=7, token_bytes=whole[:1], logprob=-0.1),)
+    pieces = [piece("", token=whole[:1], top=likely), piece("é", token=whole[1:], top=likely)]
+    answer = chat(logprobs=True).whole([Continuation(finish(FinishReason.LENGTH, "é"), pieces)])
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert [token.token for token in logprobs.content] == ["\ufffd", "\ufffd"]
+    assert bytes(byte for token in logprobs.content for byte in token.bytes).decode() == "é"
+    assert logprobs.content[0].top_logprobs[0].bytes == list(whole[:1])
+
+
 async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
     chunks = await documents(
         chat(n=2, usage=True).stream(
             generation(
                 piece("a", index=1),
                 finish(FinishReason.LENGTH, "a", index=1),
-                piece("", token_text="b"),
+                piece("", token="b"),
                 finish(FinishReason.EOS, "b", tail="b"),
             )
         )

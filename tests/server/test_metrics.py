@@ -14,7 +14,7 @@ from dynamic_lora_server.generation import (
 )
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading, RequestCounter
 
-PIECE = TokenPiece(index=0, token_id=5, text="a", token_text="a", special=False)
+PIECE = TokenPiece(index=0, token_id=5, text="a", token_bytes=b"a", offset=0, special=False)
 FINISH = Finish(
     index=0,
     reason=FinishReason.EOS,

@@ -209,6 +209,14 @@ def chat(**fields: Any) -> GenerationSpec:
     return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW)
 
 
+@pytest.mark.parametrize("kept", [True, False, None])
+def test_the_stop_string_may_stay_in_the_text(kept: bool | None) -> None:
+    fields = {"stop": "x", "include_stop_str_in_output": kept}
+    body = CompletionRequest.model_validate({"model": "m", "prompt": "a"} | fields)
+    (completion,) = completion_specs(body, adapter=None)
+    assert completion.include_stop is chat(**fields).include_stop is bool(kept)
+
+
 def test_chat_uses_the_template() -> None:
     spec = chat()
     assert isinstance(spec.prompt, tuple)

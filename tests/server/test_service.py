@@ -25,7 +25,12 @@ from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
 from tests.support.adapters import quiet as quiet_peft
-from tests.support.models import tiny_llama, tiny_tokenizer
+from tests.support.models import (
+    save_tiny_base,
+    sentencepiece_tokenizer,
+    tiny_llama,
+    tiny_tokenizer,
+)
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
 
 
@@ -115,6 +120,31 @@ async def test_stop_string_ends_the_text_and_the_sequence(runtime: Runtime) -> N
     assert end.reason is FinishReason.STOP
     assert end.text == free[: free.index(stop)]
     await quiet(runtime)
+
+
+async def test_offsets_count_the_text_that_is_held_back_too(runtime: Runtime) -> None:
+    free = finishes(await collect(runtime, spec(max_new_tokens=40)))[0].text
+    never = free[5:9] + "never said"
+    events = await collect(runtime, spec(max_new_tokens=40, stop=(never, free[-2:])))
+    pieces = [event for event in events if isinstance(event, TokenPiece)]
+    whole = [piece for piece in pieces if "\ufffd" not in piece.token_text]
+    assert any(not piece.text for piece in whole)
+    for piece in whole:
+        assert free[piece.offset :].startswith(piece.token_text[: len(free) - piece.offset])
+
+
+async def test_an_answer_keeps_the_space_that_begins_it(tmp_path: Path) -> None:
+    """As Llama 2's tokenizer decodes: what begins a text loses its space."""
+    save_tiny_base(tmp_path / "base", tokenizer=sentencepiece_tokenizer())
+    async with serving(tmp_path) as running:
+        for prompt_id in range(3, running.view.vocab_size):
+            events = await collect(running, spec((prompt_id,), max_new_tokens=1))
+            piece = next(event for event in events if isinstance(event, TokenPiece))
+            if piece.token_bytes.startswith(b" "):
+                break
+        end = finishes(events)[0]
+        alone = running.view.backend.decode([piece.token_id])
+        assert piece.text + end.tail == end.text == piece.token_text == " " + alone
 
 
 async def test_stop_token_ends_the_sequence(runtime: Runtime) -> None:

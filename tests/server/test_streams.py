@@ -20,7 +20,9 @@ STARTED = Started(adapter=None, version=None, num_prompt_tokens=2)
 
 
 def piece(text: str, index: int = 0) -> TokenPiece:
-    return TokenPiece(index=index, token_id=5, text=text, token_text=text, special=False)
+    return TokenPiece(
+        index=index, token_id=5, text=text, token_bytes=text.encode(), offset=0, special=False
+    )
 
 
 def finish(text: str, index: int = 0) -> Finish:

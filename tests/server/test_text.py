@@ -6,9 +6,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
 from dynamic_lora_server.text import Detokenizer, TokenizerView
-from tests.support.models import tiny_tokenizer
+from tests.support.models import sentencepiece_tokenizer, tiny_tokenizer
 
 VIEW = TokenizerView(tiny_tokenizer())
+PIECES = TokenizerView(sentencepiece_tokenizer())
+# "▁" is a space to PIECES, and "<s>" a token.
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="▁<"), min_size=1, max_size=40
+)
 EOS_ID = 1
 
 
@@ -49,6 +54,13 @@ def push_all(detokenizer: Detokenizer, token_ids: tuple[int, ...]) -> list[str]:
     return [*pieces, detokenizer.finish()]
 
 
+@given(st.lists(st.integers(0, VIEW.vocab_size - 1), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_bytes_add_up_to_what_the_tokenizer_says(token_ids: list[int]) -> None:
+    shown = "".join(push_all(Detokenizer(VIEW), tuple(token_ids)))
+    assert shown == VIEW.backend.decode(token_ids, skip_special_tokens=True)
+
+
 @given(st.text(max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_pieces_add_up_to_the_text(text: str) -> None:
@@ -65,6 +77,41 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> N
     assert text.startswith(shown)
     assert not any(s in shown for s in stop)
     assert detokenizer.stopped is any(s in text for s in stop)
+
+
+@given(TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_the_space_that_begins_an_answer_is_kept(text: str) -> None:
+    token_ids = PIECES.encode(text, add_special_tokens=False)  # begins with a space of its own
+    pieces = push_all(Detokenizer(PIECES), token_ids)
+    assert "".join(pieces) == " " + text
+    assert b"".join(map(PIECES.bytes_of, token_ids)).decode() == " " + text
+
+
+@given(TEXTS, st.lists(st.sampled_from([" ", " a", "is", "a", " Paris", "é"]), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_stop_strings_are_found_in_pieces(text: str, stop: list[str]) -> None:
+    detokenizer = Detokenizer(PIECES, stop=stop)
+    token_ids = PIECES.encode(text, add_special_tokens=False)
+    assert "".join(push_all(detokenizer, token_ids)) == detokenizer.text
+    ends = [(" " + text).find(one) for one in stop]
+    assert detokenizer.text == (" " + text)[: min((e for e in ends if e >= 0), default=None)]
+
+
+def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
+    token_ids = PIECES.encode("Paris is", add_special_tokens=False)
+    assert PIECES.bytes_of(token_ids[0]) == b" Paris"
+    detokenizer = Detokenizer(PIECES, stop=[" Paris"])
+    assert detokenizer.push(token_ids[0]) == ""
+    assert detokenizer.stopped
+
+
+def test_bytes_that_are_no_character_spoil_none_beside_them() -> None:
+    first, second = PIECES.encode("é", add_special_tokens=False)[1:]
+    (letter,) = PIECES.encode("P", add_special_tokens=False)
+    assert PIECES.bytes_of(letter) == b" P"
+    pieces = push_all(Detokenizer(PIECES), (first, second, second, letter, first))
+    assert pieces == ["", "é", "\ufffd", " P", "", "\ufffd"]
 
 
 def test_an_incomplete_character_waits_for_its_bytes() -> None:
@@ -94,7 +141,34 @@ def test_special_tokens_are_not_shown() -> None:
     detokenizer = Detokenizer(VIEW)
     assert push_all(detokenizer, (*encode("a"), EOS_ID)) == ["a", "", ""]
     assert VIEW.is_special(EOS_ID)
-    assert VIEW.text_of(EOS_ID) == "</s>"
+    assert VIEW.bytes_of(EOS_ID) == b"</s>"
+
+
+def test_a_special_token_of_the_file_alone_is_not_shown() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens(["<|reserved|>"])
+    view = TokenizerView(tokenizer)
+    (reserved,) = view.encode("<|reserved|>", add_special_tokens=False)
+    assert view.is_special(reserved)
+    assert push_all(Detokenizer(view), (reserved,)) == ["", ""]
+
+
+@pytest.mark.parametrize("view", [VIEW, PIECES], ids=["bytes", "pieces"])
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_token_is_found_at_its_offset(view: TokenizerView, data: st.DataObject) -> None:
+    """Also where text is held back, and after bytes that are no character."""
+    token_ids = data.draw(st.lists(st.integers(0, view.vocab_size - 1), max_size=30))
+    detokenizer = Detokenizer(view, stop=["never said"])
+    offsets = []
+    for token_id in token_ids:
+        detokenizer.push(token_id)
+        offsets.append(detokenizer.offset)
+    detokenizer.finish()
+    for token_id, offset in zip(token_ids, offsets, strict=True):
+        own = view.bytes_of(token_id).decode(errors="replace")
+        if not view.is_special(token_id) and "\ufffd" not in own:
+            assert detokenizer.text[offset:].startswith(own)
 
 
 def test_tokens_are_counted_with_the_one_that_stops() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -67,6 +67,13 @@ _MERGES = [
     "th", "the", "in", "ing", "er", "on", "an", "re", "en", "at", "or", "es", "is", "it",
     "ou", "st", "ed", "al", "ar", "te", "nd", "to", "nt", "se", "Ġa", "Ġs", "Ġo", "Ġw",
     "Ġb", "Ġc", "Ġm", "Ġf", "Ġp", "Ġd", "Ġt", "Ġth", "Ġthe", "Ġh", "Ġl", "Ġn", "Ġi",
+]  # fmt: skip
+
+# The same for a vocabulary as SentencePiece writes it, where "▁" is a space.
+_PIECES = ["▁t", "▁a", "▁th", "▁the", "▁is", "in", "er", "▁P", "ar", "is", "▁Par", "▁Paris"]
+_PIECE_MERGES = [
+    ("▁", "t"), ("▁", "a"), ("▁t", "h"), ("▁th", "e"), ("i", "s"), ("▁", "is"), ("i", "n"),
+    ("e", "r"), ("▁", "P"), ("a", "r"), ("▁P", "ar"), ("▁Par", "is"),
 ]  # fmt: skip
 
 # Few layers, grouped-query attention (two query heads for each KV head), an MLP
@@ -230,8 +237,48 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny_base(directory: Path, *, seed: int = 0, family: str = "llama") -> Path:
-    """Write a tiny model and its tokenizer to `directory` in the Hugging Face format."""
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer made as Llama 2's: pieces behind "▁", bytes for what has no piece.
+
+    Three special tokens, the 256 bytes, a space, the letters and `_PIECES`. Its decoder drops
+    the space that begins a text.
+    """
+    symbols = [f"<0x{byte:02X}>" for byte in range(256)]
+    symbols += ["▁", "P", *map(chr, range(ord("a"), ord("z") + 1)), *_PIECES]
+    vocab = {token: i for i, token in enumerate([BOS, EOS, PAD, *symbols])}
+    assert len(vocab) <= VOCAB_SIZE
+    backend = Tokenizer(BPE(vocab=vocab, merges=_PIECE_MERGES, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_tiny_base(
+    directory: Path,
+    *,
+    seed: int = 0,
+    family: str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """Write a tiny model and a tokenizer to `directory` in the Hugging Face format."""
     TINY_MODELS[family](seed).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    (tokenizer or tiny_tokenizer()).save_pretrained(directory)
     return directory

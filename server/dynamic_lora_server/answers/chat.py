@@ -96,11 +96,9 @@ def _logprob(piece: TokenPiece) -> wire.ChatLogprob:
     return wire.ChatLogprob(
         token=piece.token_text,
         logprob=piece.logprob,
-        bytes=list(piece.token_text.encode()),
+        bytes=list(piece.token_bytes),
         top_logprobs=[
-            wire.TopLogprob(
-                token=token.text, logprob=token.logprob, bytes=list(token.text.encode())
-            )
+            wire.TopLogprob(token=token.text, logprob=token.logprob, bytes=list(token.token_bytes))
             for token in piece.top
         ],
     )

@@ -11,15 +11,12 @@ from dynamic_lora_server.streams import Continuation, Generation, merge
 
 
 class CompletionAnswer:
-    """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p.
+    """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p."""
 
-    `num_top` is the request's `logprobs`: None for no log-probabilities.
-    """
-
-    def __init__(self, *, model: str, n: int, num_top: int | None, usage: bool) -> None:
+    def __init__(self, *, model: str, n: int, logprobs: bool, usage: bool) -> None:
         self._stamp = Stamp.new("cmpl", model)
         self._n = n
-        self._num_top = num_top
+        self._with_logprobs = logprobs
         self._usage = usage
 
     def whole(self, prompts: Sequence[Sequence[Continuation]]) -> wire.Completion:
@@ -35,12 +32,11 @@ class CompletionAnswer:
     async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
         """A chunk for each piece of text, one for each end, and the usage if asked for."""
         usage = UsageCount()
-        offsets: dict[int, int] = {}
         async with aclosing(merge([generation.events for generation in generations])) as events:
             async for position, current in events:
                 if isinstance(current, Finish):
                     usage.add(position, current)
-                choice = self._piece(position, current, offsets)
+                choice = self._piece(position, current)
                 if choice is not None:
                     yield event(self._completion([choice], None))
         if self._usage:
@@ -59,45 +55,41 @@ class CompletionAnswer:
         return wire.CompletionChoice(
             index=position * self._n + finish.index,
             text=finish.text,
-            logprobs=self._logprobs(continuation.pieces, 0),
+            logprobs=self._logprobs(continuation.pieces),
             finish_reason=FINISH[finish.reason],
         )
 
-    def _piece(
-        self, position: int, current: GenerationEvent, offsets: dict[int, int]
-    ) -> wire.CompletionChoice | None:
+    def _piece(self, position: int, current: GenerationEvent) -> wire.CompletionChoice | None:
         if isinstance(current, Finish):
             return wire.CompletionChoice(
                 index=position * self._n + current.index,
                 text=current.tail,
                 finish_reason=FINISH[current.reason],
             )
-        if not isinstance(current, TokenPiece) or not (current.text or self._num_top is not None):
+        if not isinstance(current, TokenPiece) or not (current.text or self._with_logprobs):
             return None
-        index = position * self._n + current.index
-        offset = offsets.get(index, 0)
-        offsets[index] = offset + len(current.text)
         return wire.CompletionChoice(
-            index=index, text=current.text, logprobs=self._logprobs([current], offset)
+            index=position * self._n + current.index,
+            text=current.text,
+            logprobs=self._logprobs([current]),
         )
 
-    def _logprobs(
-        self, pieces: Sequence[TokenPiece], offset: int
-    ) -> wire.CompletionLogprobs | None:
-        if self._num_top is None:
+    def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.CompletionLogprobs | None:
+        if not self._with_logprobs:
             return None
-        offsets = []
-        for piece in pieces:
-            offsets.append(offset)
-            offset += len(piece.text)
         return wire.CompletionLogprobs(
             tokens=[piece.token_text for piece in pieces],
             token_logprobs=[piece.logprob for piece in pieces],
-            top_logprobs=[_top(piece) for piece in pieces] if self._num_top else None,
-            text_offset=offsets,
+            top_logprobs=[_top(piece) for piece in pieces],
+            text_offset=[piece.offset for piece in pieces],
         )
 
 
 def _top(piece: TokenPiece) -> dict[str, float]:
-    # Two tokens may read the same; the likelier one comes first and keeps the key.
-    return {token.text: token.logprob for token in reversed(piece.top)}
+    """The sampled token and the most likely ones, at most one more than asked for."""
+    assert piece.logprob is not None
+    top = {piece.token_text: piece.logprob}
+    for token in piece.top:
+        # Two tokens may read the same; the sampled one keeps the key, or else the likelier.
+        top.setdefault(token.text, token.logprob)
+    return top

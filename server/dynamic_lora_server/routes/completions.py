@@ -42,7 +42,7 @@ async def complete(
     answer = CompletionAnswer(
         model=body.model,
         n=body.n or 1,
-        num_top=body.logprobs,
+        logprobs=body.logprobs is not None,
         usage=bool(body.stream_options and body.stream_options.include_usage),
     )
     if not body.stream:

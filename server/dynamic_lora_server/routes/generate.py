@@ -131,7 +131,7 @@ def _prepare(body: GenerateRequest, query: GenerateQuery, runtime: "Runtime") ->
     answer = TgiAnswer(
         prefix=_rendered(body, card) if body.parameters.return_full_text else "",
         num_top=body.parameters.top_n_tokens or 0,
-        special_ids=runtime.tokenizer.all_special_ids,
+        special_ids=runtime.view.special_ids,
     )
     version = None if adapter.is_base else adapter.digest([found.digest for found in versions])
     return _Prepared(spec, answer, version)

@@ -58,6 +58,10 @@ class SamplingRequest(Wire):
     stop_token_ids: TokenIds | None = Field(
         default=None, max_length=32, description="Not in OpenAI's API."
     )
+    include_stop_str_in_output: bool | None = Field(
+        default=None,
+        description="Keep the stop string at the end of the text. Not in OpenAI's API.",
+    )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
@@ -194,7 +198,7 @@ class CompletionLogprobs(Answer):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
