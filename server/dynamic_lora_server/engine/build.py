@@ -275,7 +275,7 @@ def _product_kind(
         return wanted
     # Packed weights leave the parameters as they are: nothing to subtract from.
     # Their copies may take half of what is free; the rest is for the caches.
-    if options.restore is Restore.SUBTRACT:
+    if options.restore is Restore.SUBTRACT or model.device.type != "cpu":
         return ProductKind.PLAIN
     taken, free = sum(p.nbytes for p in model.parameters()), free_memory(model.device)
     if 2 * taken >= free:
