@@ -3,9 +3,11 @@
 Models have the shapes of a Llama of 1B and of 8B parameters and random weights
 in bfloat16; adapters have rank 16 on every linear layer. Cells take turns,
 round by round; figures are medians over rounds, ratios are taken within a
-round. Ends within `--minutes`: what finds no time is left out by name.
+round. Ends within `--minutes`: what finds no time is left out by name. What is
+measured is written at once, and a shape that fails is named in the file.
 
     python -m benchmarks.gpu --output benchmarks/results/gpu.json
+    python -m benchmarks.gpu --shape llama-8b --no-peers --minutes 6
     python -m benchmarks.gpu --compile --output benchmarks/results/gpu-compiled.json
 
 `--device cpu --tiny` runs the same code on a model of toy size.
@@ -17,8 +19,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,9 @@ GPU_PLAN = Plan(
 TINY_PLAN = Plan(
     rows=(1, 2), num_rounds=2, num_steps=2, num_adapters=32, kv_memory=2**23, adapter_memory=2**26
 )
+SHAPES = (LLAMA_1B, LLAMA_8B)
 PEER_ROWS = (1, 8, 32)
+_KNOWN = (BenchmarkError, ServerError)
 # Of a shape's time the engine may take so much; the rest is for the peers.
 _ENGINE_SHARE = 0.75
 
@@ -63,100 +67,154 @@ def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
     return 2 * num_bytes / statistics.median(seconds[1:])
 
 
-def measure_shape(
-    shape: ModelShape,
-    plan: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    bandwidth: float,
-    seconds: float,
-    num_peer_tokens: int,
-    compiled: bool,
-) -> dict[str, Any]:
-    """All figures of one shape, within `seconds` or a round more."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all shapes have in common; peers generate `num_peer_tokens`, and 0 is: no peers."""
+
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    bandwidth: float
+    num_peer_tokens: int
+    compiled: bool
+    graphs: bool
+
+
+def measure_shape(shape: ModelShape, setting: Setting, seconds: float) -> Iterator[dict[str, Any]]:
+    """Figures of one shape as they are found, within `seconds` or a round more.
+
+    Where steps should have been CUDA graphs and were not, `without_graphs` says so.
+    """
     begin = time.monotonic()
 
     def spent(share: float) -> Callable[[], bool]:
         return lambda: time.monotonic() - begin > share * seconds
 
-    bench = StepBench(shape, plan, device, dtype, compiled=compiled)
+    peers = setting.num_peer_tokens > 0
+    yield from _measure_engine(shape, setting, spent(_ENGINE_SHARE if peers else 1.0))
+    _free(setting.device)
+    if peers:
+        found = measure_peers(
+            shape,
+            setting.device,
+            setting.dtype,
+            rows=tuple(rows for rows in PEER_ROWS if rows <= max(setting.plan.rows)),
+            num_tokens=setting.num_peer_tokens,
+            out_of_time=spent(1.0),
+        )
+        _free(setting.device)
+        yield {"peers": found}
+
+
+def _measure_engine(
+    shape: ModelShape, setting: Setting, out_of_time: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    bench = StepBench(
+        shape,
+        setting.plan,
+        setting.device,
+        setting.dtype,
+        compiled=setting.compiled,
+        graphs=setting.graphs,
+    )
+    yield {"weight_bytes": bench.weight_bytes, "kernels_us": bench.kernel_table()}
     rounds = []
     for found in bench.rounds():
         rounds.append(found)
-        if spent(_ENGINE_SHARE)():
+        cells = table(rounds)
+        step_s = next(c["step_ms"] / 1e3 for c in cells if (c["cell"], c["rows"]) == ("base", 1))
+        limit = bench.weight_bytes / setting.bandwidth / step_s
+        yield {
+            "num_rounds": len(rounds),
+            "one_row_of_bandwidth_limit": round(limit, 4),
+            "cells": cells,
+            "graphs": bench.graphs(),
+        }
+        if out_of_time():
             break
-    kernels, graphs = bench.kernel_table(), bench.graphs()
-    weight_bytes = bench.weight_bytes
-    del bench
-    _free(device)
-    cells = table(rounds)
-    step_s = next(c["step_ms"] / 1e3 for c in cells if (c["cell"], c["rows"]) == ("base", 1))
-    peer_rows = tuple(rows for rows in PEER_ROWS if rows <= max(plan.rows))
-    peers = measure_peers(
-        shape,
-        device,
-        dtype,
-        rows=peer_rows,
-        num_tokens=num_peer_tokens,
-        out_of_time=spent(1.0),
-    )
-    _free(device)
-    return {
-        "shape": asdict(shape),
-        "num_rounds": len(rounds),
-        "weight_bytes": weight_bytes,
-        "one_row_of_bandwidth_limit": round(weight_bytes / bandwidth / step_s, 4),
-        "cells": cells,
-        "graphs": graphs,
-        "kernels_us": kernels,
-        "peers": peers,
-    }
+    wanted = setting.graphs and setting.device.type == "cuda"
+    if wanted and (reason := without_graphs(bench.graphs())):
+        yield {"without_graphs": reason}
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole document. Raises BenchmarkError without CUDA, unless a CPU was asked for."""
+def without_graphs(graphs: dict[str, Any] | None) -> str | None:
+    """Why figures are not those of CUDA graphs, from what the engine counted; None if they are."""
+    if graphs is None:
+        return "no CUDA graphs were captured; the log says why"
+    if not graphs["replayed"]:
+        return f"no CUDA graph was replayed: {graphs['declined']}"
+    return None
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The whole document, again and again as it grows.
+
+    Raises BenchmarkError without CUDA, unless a CPU was asked for.
+    """
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("there is no CUDA device; --device cpu --tiny tries the code without")
-    shapes = [TINY] if arguments.tiny else [LLAMA_1B, LLAMA_8B]
-    plan = TINY_PLAN if arguments.tiny else GPU_PLAN
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bandwidth = copy_bandwidth(device, 2**24 if arguments.tiny else 2**30)
-    # The larger model takes most of the time.
-    weights = [shape.hidden_size for shape in shapes]
-    return {
+    shapes = [TINY] if arguments.tiny else _wanted(arguments.shape)
+    tokens = 4 if arguments.tiny else 32
+    setting = Setting(
+        plan=TINY_PLAN if arguments.tiny else GPU_PLAN,
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        bandwidth=copy_bandwidth(device, 2**24 if arguments.tiny else 2**30),
+        num_peer_tokens=0 if arguments.no_peers else tokens,
+        compiled=arguments.compile,
+        graphs=not arguments.no_graphs,
+    )
+    document: dict[str, Any] = {
         "machine": asdict(describe_machine()),
         "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "dtype": str(dtype),
-        "compiled": arguments.compile,
-        "copy_bandwidth_bytes_per_s": round(bandwidth),
-        "shapes": [
-            measure_shape(
-                shape,
-                plan,
-                device,
-                dtype,
-                bandwidth=bandwidth,
-                seconds=arguments.minutes * 60 * weight / sum(weights),
-                num_peer_tokens=4 if arguments.tiny else 32,
-                compiled=arguments.compile,
-            )
-            for shape, weight in zip(shapes, weights, strict=True)
-        ],
+        "dtype": str(setting.dtype),
+        "compiled": setting.compiled,
+        "graphs": setting.graphs,
+        "copy_bandwidth_bytes_per_s": round(setting.bandwidth),
+        "shapes": [],
     }
+    # The larger model takes most of the time.
+    weight = 60 * arguments.minutes / sum(shape.hidden_size for shape in shapes)
+    for shape in shapes:
+        found: dict[str, Any] = {"shape": asdict(shape)}
+        document["shapes"].append(found)
+        try:
+            for part in measure_shape(shape, setting, weight * shape.hidden_size):
+                found.update(part)
+                yield document
+        except Exception as error:  # memory or time that one shape lacks must not cost the others
+            found["failed"] = str(error) if isinstance(error, _KNOWN) else repr(error)[:300]
+        _free(device)
+        yield document
+
+
+def _wanted(names: Sequence[str] | None) -> list[ModelShape]:
+    return [shape for shape in SHAPES if not names or shape.name in names]
+
+
+def failures(document: dict[str, Any]) -> list[str]:
+    """What did not go as it should, by shape."""
+    return [
+        f"{found['shape']['name']}: {found[key]}"
+        for found in document["shapes"]
+        for key in ("failed", "without_graphs")
+        if key in found
+    ]
 
 
 def print_tables(document: dict[str, Any]) -> None:
     """The cells of every shape, for people."""
     console = Console()
     for found in document["shapes"]:
+        if "cells" not in found:
+            continue
         limit = found["one_row_of_bandwidth_limit"]
         title = f"{found['shape']['name']} on {document['chip']}; 1 row at {limit} of its limit"
         cells = Table("", "rows", "ms a step", "tok/s", "of base", title=title)
         for cell in found["cells"]:
             cells.add_row(*(str(value) for value in cell.values()))
-        for peer in found["peers"]:
+        for peer in found.get("peers", ()):
             speed = str(peer.get("tokens_per_s", peer.get("left_out")))
             cells.add_row(peer["peer"], str(peer["rows"]), "", speed, "")
         console.print(cells)
@@ -173,25 +231,43 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the JSON file; 1, with the reason, if it cannot be done."""
+def _write(document: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f"{path.name}.part")
+    whole.write_text(json.dumps(document, indent=1) + "\n")
+    whole.replace(path)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the code")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--tiny", action="store_true", help="toy sizes, to try the code")
+    names = [shape.name for shape in SHAPES]
+    sizes.add_argument("--shape", action="append", choices=names, help="of these alone; repeatable")
     parser.add_argument("--compile", action="store_true", help="as `serve --compile`")
+    parser.add_argument("--no-peers", action="store_true", help="the engine alone")
+    parser.add_argument("--no-graphs", action="store_true", help="steps are not captured")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, help="written after every stage")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the JSON file; 1, with the reasons, if a part cannot be done."""
+    arguments = _parser().parse_args(argv)
+    document: dict[str, Any] = {"shapes": []}
     try:
-        document = measure(arguments)
-    except (BenchmarkError, ServerError) as error:
+        for document in measure(arguments):
+            if arguments.output:
+                _write(document, arguments.output)
+    except _KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_tables(document)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+    for failure in failures(document):
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures(document) else 0
 
 
 if __name__ == "__main__":

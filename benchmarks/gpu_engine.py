@@ -71,6 +71,8 @@ class Plan:
 class StepBench:
     """An engine around a model of random weights, with `compiled` layers if asked for.
 
+    Without `graphs` no step is captured.
+
     Raises InvalidParameter or UnsupportedModel where the engine cannot be had.
     """
 
@@ -82,6 +84,7 @@ class StepBench:
         dtype: torch.dtype,
         *,
         compiled: bool = False,
+        graphs: bool = True,
     ) -> None:
         self._plan = plan
         self.model = shape.build(device, dtype)
@@ -96,6 +99,7 @@ class StepBench:
                 prefix_cache_memory=0,
                 mode=Mode.BYPASS,
                 compile_layers=compiled,
+                decode_graphs=None if graphs else False,
             ),
         )
         self._terms: AdapterTerms = random_terms(self.built.geometry)

@@ -2,17 +2,22 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from benchmarks.gpu_engine import PROMPT_TOKENS
 from benchmarks.gpu_shapes import RANK, ModelShape
 
 NUM_ADAPTERS = 8
+
+Run = Callable[[torch.Tensor], object]
+"""Generates for token ids [rows, PROMPT_TOKENS]."""
 
 
 def measure_peers(
@@ -26,13 +31,14 @@ def measure_peers(
 ) -> list[dict[str, Any]]:
     """Output tokens per second of whole generations, the prompt included; base, then 8 adapters.
 
-    What fails or finds no time is left out by name.
+    What fails or finds no time is left out by name. What is set up once for many requests is
+    not in the time.
     """
     model: Any = shape.build(device, dtype)
     vocab = int(model.config.vocab_size)
     found: list[dict[str, Any]] = []
 
-    def measure(peer: str, count: int, run: Callable[[torch.Tensor], object]) -> None:
+    def measure(peer: str, count: int, running: AbstractContextManager[Run]) -> None:
         ids = torch.randint(3, vocab, (count, PROMPT_TOKENS), device=device)
         cell: dict[str, Any] = {"peer": peer, "rows": count}
         found.append(cell)
@@ -40,8 +46,9 @@ def measure_peers(
             cell["left_out"] = "out of time"
             return
         try:
-            run(ids)  # compiles, allocates
-            seconds = _seconds(lambda: run(ids), device)
+            with running as run:
+                run(ids)  # compiles, allocates
+                seconds = _seconds(lambda: run(ids), device)
             cell["tokens_per_s"] = round(count * num_tokens / seconds, 1)
         except Exception as error:  # a peer that cannot run here must not end the measurement
             cell["left_out"] = f"{type(error).__name__}: {error}"[:300]
@@ -49,12 +56,14 @@ def measure_peers(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for count in rows:
-            measure("transformers generate", count, lambda ids: _generate(model, ids, num_tokens))
+            base = nullcontext(lambda ids: _generate(model, ids, num_tokens))
+            measure("transformers generate", count, base)
         for count in rows:
-            measure("generate_batch", count, lambda ids: _batch(model, ids.tolist(), num_tokens))
+            measure("generate_batch", count, _batching(model, count, num_tokens))
         adapted = _with_adapters(model)
         for count in rows:
-            measure("PEFT generate, 8 mixed", count, lambda ids: _mixed(adapted, ids, num_tokens))
+            mixed = nullcontext(lambda ids: _mixed(adapted, ids, num_tokens))
+            measure("PEFT generate, 8 mixed", count, mixed)
     return found
 
 
@@ -85,21 +94,41 @@ def _mixed(model: Any, ids: torch.Tensor, num_tokens: int) -> None:
     _generate(model, ids, num_tokens, adapter_names=names)
 
 
-def _batch(model: Any, prompts: list[list[int]], num_tokens: int) -> None:
+@contextmanager
+def _batching(model: Any, count: int, num_tokens: int) -> Iterator[Run]:
+    """What `generate_batch` does with a manager that stays: its cache and graphs are made once."""
     # No end of sequence: every row gets all its tokens.
     config = GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     # On a CPU the cache would fill most of the memory there is.
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    answers = model.generate_batch(
-        inputs=prompts,
+    with model.continuous_batching_context_manager(
         generation_config=config,
         continuous_batching_config=small if model.device.type == "cpu" else None,
-    )
-    lengths = {len(answer.generated_tokens) for answer in answers.values()}
-    if lengths != {num_tokens} or len(answers) != len(prompts):
-        raise RuntimeError(f"{len(answers)} answers of {sorted(lengths)} tokens")
+        workload_hints=WorkloadHints(
+            max_prompt_length=PROMPT_TOKENS, max_generated_length=num_tokens, num_requests=count
+        ),
+        warmup=True,
+        timeout=5,
+    ) as manager:
+        yield lambda ids: _answer(manager, ids.tolist(), num_tokens)
+
+
+def _answer(manager: Any, prompts: list[list[int]], num_tokens: int) -> None:
+    manager.add_requests(inputs=prompts, max_new_tokens=num_tokens)
+    lengths: list[int] = []
+    while len(lengths) < len(prompts):
+        answer = manager.get_result(timeout=1)
+        if answer is None:
+            if not manager.is_running():
+                raise RuntimeError("its thread has ended")
+        elif answer.error is not None:
+            raise RuntimeError(answer.error)
+        elif answer.is_finished():
+            lengths.append(len(answer.generated_tokens))
+    if set(lengths) != {num_tokens}:
+        raise RuntimeError(f"answers of {sorted(set(lengths))} tokens")
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

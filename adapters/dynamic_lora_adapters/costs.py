@@ -143,12 +143,14 @@ def measure_costs(
 
     Factors are in `factor_dtype`, or in `dtype` as inputs are.
 
-    Takes a second or two for a small model on a CPU, MAX_SECONDS at most.
+    Takes a second or two for a small model on a CPU, and beyond what kernels take to be
+    compiled MAX_SECONDS at most.
     """
     bench = _Bench(groups, device, dtype, factor_dtype)
     seconds: dict[str, dict[Point, float]] = {name: {} for name in kernels}
-    for kernel in kernels.values():
-        bench.time(kernel, 1, 1)  # the first call of a kernel may compile it
+    # The first call of a kernel may compile it, and that of a long segment another tile of it.
+    for kernel, length in itertools.product(kernels.values(), (1, max(LENGTH_GRID))):
+        bench.time(kernel, 1, length, samples=1)
     deadline = time.monotonic() + MAX_SECONDS
     for num_adapters in NUM_ADAPTERS_GRID:
         contenders = dict(kernels)
@@ -228,13 +230,15 @@ class _Bench:
             assert columns is not None
             columns.copy_(_columns(slots, group.widths))
 
-    def time(self, kernel: DeltaKernel, num_adapters: int, length: int) -> float:
+    def time(
+        self, kernel: DeltaKernel, num_adapters: int, length: int, samples: int = _SAMPLES
+    ) -> float:
         """The least of several runs: what disturbs a measurement only ever adds to it."""
         rows = num_adapters * length
         inputs = [self._random(rows, group.in_features) for group in self._groups]
         outputs = [self._random(rows, group.out_features) for group in self._groups]
         best = math.inf
-        for _ in range(_SAMPLES):
+        for _ in range(samples):
             run = Run(self._slab, self._cold_slots(num_adapters), 0, [length] * num_adapters)
             best = min(best, self._once(kernel, run, inputs, outputs))
         return best

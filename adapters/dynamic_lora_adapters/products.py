@@ -172,10 +172,12 @@ def fastest_kind(
 ) -> ProductKind:
     """Whose products of 1, 8 and 32 rows with `weight` [out, in] take the least time in all.
 
-    Measured on the spot, in milliseconds. Where `whole_layers` may run on its products,
-    NATIVE is taken unless it is clearly slower.
+    Measured on the spot, in milliseconds; a sole kind is taken unmeasured. Where
+    `whole_layers` may run on its products, NATIVE is taken unless it is clearly slower.
     """
-    inputs = [torch.randn(n, weight.shape[1]).to(weight.dtype) for n in _PROBE_ROWS]
+    if len(kinds) == 1:
+        return kinds[0]
+    inputs = [torch.randn(n, weight.shape[1]).to(weight) for n in _PROBE_ROWS]
     seconds = _seconds({kind: make_product(kind, weight, None) for kind in kinds}, inputs)
     logger.debug("Base products, seconds: %s", seconds)
     best = min(kinds, key=seconds.__getitem__)

@@ -10,7 +10,8 @@ from dynamic_lora_adapters.costs import (
     num_grid_points,
 )
 from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.kernels import KERNELS
+from dynamic_lora_adapters.kernels import KERNELS, SlotFactors
+from dynamic_lora_adapters.kernels.segment_loop import SegmentLoop
 from dynamic_lora_adapters.segments import DeltaPlan, Run
 from tests.support.slabs import make_slab
 
@@ -75,6 +76,26 @@ def test_what_a_busy_machine_left_out_is_not_whole(monkeypatch: pytest.MonkeyPat
     assert measure().whole
     monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
     assert not measure().whole
+
+
+def test_short_and_long_tiles_are_compiled_before_the_time_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+
+    class Recording(SegmentLoop):
+        def __call__(
+            self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run
+        ) -> None:
+            lengths.append(run.max_length)
+            super().__call__(out, x, factors, run)
+
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
+    groups = [ProjectionGroup(("q",), 16, (16,))]
+    kernels = {"recording": Recording()}
+    found = measure_costs(groups, kernels, device=torch.device("cpu"), dtype=torch.float32)
+    assert lengths[:2] == [1, LENGTH_GRID[-1]]
+    assert list(found.seconds["recording"]) == [(1, 1)]
 
 
 def test_a_cache_for_other_kernels_is_refused() -> None:

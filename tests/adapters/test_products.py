@@ -139,6 +139,12 @@ def test_the_fastest_kind_is_measured() -> None:
     assert fastest_kind(torch.randn(64, 64), KINDS) in KINDS
 
 
+def test_a_sole_kind_is_taken_unmeasured_and_others_where_the_weight_is() -> None:
+    elsewhere = torch.empty(8, 8, device="meta")
+    assert fastest_kind(elsewhere, [ProductKind.PLAIN]) is ProductKind.PLAIN
+    assert fastest_kind(elsewhere, [ProductKind.PLAIN] * 2) is ProductKind.PLAIN
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ProductKind if kind is not ProductKind.PLAIN])
 def test_a_weight_that_is_not_on_the_cpu_is_not_packed(kind: ProductKind) -> None:
     reason = obstacle(kind, torch.empty(8, 8, device="meta"))

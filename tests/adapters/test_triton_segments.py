@@ -7,13 +7,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from dynamic_lora_adapters.groups import ProjectionGroup
+from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.kernels import KERNELS, REFERENCE, SlotFactors, has_triton, kernels_for
 from dynamic_lora_adapters.segments import Effect, Run
+from dynamic_lora_adapters.slab import Slab
 from dynamic_lora_adapters.tables import AddressTables, TableDeltas
 from dynamic_lora_adapters.tiles import SHORT, tiles_of
 from tests.support.slabs import make_slab, resident
-from tests.support.triton import compile_for_a_gpu, interpreted
+from tests.support.triton import compile_for_a_gpu, interpreted, to_be_compiled
 
 POPULARITY = {
     "one": [8],
@@ -85,6 +86,34 @@ def test_tables_serve_slabs_of_any_rank_in_one_launch(kernels: ModuleType) -> No
         expected[row] += x[row] @ a[slot].T @ b[slot]
     TableDeltas(tables, buffer, 8).add(0, out, x)
     torch.testing.assert_close(out, expected)
+
+
+def test_tables_of_joined_layers_serve_few_ranks_many_and_none(kernels: ModuleType) -> None:
+    """Room for 192 ranks takes three blocks of programs, of which small adapters need one."""
+    del kernels
+    few, many = make_slab(1, 8, 40, 24, number=1), make_slab(1, 130, 40, 24, number=2)
+    none = Slab(
+        number=3, signature=(GroupShape(),), a=[None], b=[None], num_bytes=0, tenants=[None]
+    )
+    tables = AddressTables([ProjectionGroup(("q", "k", "v"), 40, (8, 8, 8))], 4, CPU)
+    entries = tables.entries([resident(slab, 0) for slab in (few, many, none)])
+    tiles = torch.tensor(tiles_of([(entry, 1) for entry in entries], SHORT), dtype=torch.int32)
+    x, out = torch.randn(3, 40), torch.full((3, 24), -0.0)
+    TableDeltas(tables, tiles, 3).add(0, out, x)
+    for row, slab in enumerate((few, many)):
+        a, b = slab.a[0], slab.b[0]
+        assert a is not None and b is not None
+        torch.testing.assert_close(out[row], x[row] @ a[0].T @ b[0])
+    assert out[2].signbit().all(), "rows without a delta are not written"
+
+
+def test_one_program_is_compiled_for_every_number_of_rows() -> None:
+    with to_be_compiled():
+        from dynamic_lora_adapters.kernels import triton_segments
+
+        for kernel in (triton_segments._shrink, triton_segments._expand):
+            general = {param.name for param in kernel.params if param.do_not_specialize}
+            assert general == {"num_rows"}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

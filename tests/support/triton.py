@@ -27,6 +27,17 @@ def interpreted() -> Iterator[None]:
     _reload()
 
 
+@contextmanager
+def to_be_compiled() -> Iterator[None]:
+    """The kernels are not interpreted while the block lasts; skips where there is no Triton."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        _reload()
+        yield
+    _reload()
+
+
 def _reload() -> None:
     for name in MODULES:
         importlib.reload(importlib.import_module(name))

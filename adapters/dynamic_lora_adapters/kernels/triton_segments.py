@@ -66,19 +66,22 @@ def shrink_kernel(
             rank = max_rank
         rows_in = (row < count)[:, None]
         ranks_in = (rank_at < rank)[None, :]
-        part = tl.full((ROWS, RANKS), 0.0, tl.float32)
-        for start in range(begin, stop, STEP):
-            column = start + tl.arange(0, STEP)
-            inside = column < stop
-            x_at = x + (first + row)[:, None] * x_stride + column[None, :]
-            a_at = factors + rank_at[None, :] * in_features + column[:, None]
-            inputs = tl.load(x_at, mask=rows_in & inside[None, :], other=0.0)
-            weights = tl.load(a_at, mask=ranks_in & inside[:, None], other=0.0)
-            if UPCAST:
-                inputs, weights = inputs.to(tl.float32), weights.to(tl.float32)
-            part = tl.dot(inputs, weights, part, input_precision="ieee")
-        place = (tl.program_id(2) * num_rows + first + row)[:, None] * max_rank + rank_at[None, :]
-        tl.store(shrunk + place, part, mask=rows_in & ranks_in)
+        # A captured step makes room for ranks that few adapters have.
+        if tl.program_id(1) * RANKS < rank:
+            part = tl.full((ROWS, RANKS), 0.0, tl.float32)
+            for start in range(begin, stop, STEP):
+                column = start + tl.arange(0, STEP)
+                inside = column < stop
+                x_at = x + (first + row)[:, None] * x_stride + column[None, :]
+                a_at = factors + rank_at[None, :] * in_features + column[:, None]
+                inputs = tl.load(x_at, mask=rows_in & inside[None, :], other=0.0)
+                weights = tl.load(a_at, mask=ranks_in & inside[:, None], other=0.0)
+                if UPCAST:
+                    inputs, weights = inputs.to(tl.float32), weights.to(tl.float32)
+                part = tl.dot(inputs, weights, part, input_precision="ieee")
+            part_row = tl.program_id(2) * num_rows + first + row
+            place = part_row[:, None] * max_rank + rank_at[None, :]
+            tl.store(shrunk + place, part, mask=rows_in & ranks_in)
 
 
 def expand_kernel(
@@ -115,29 +118,31 @@ def expand_kernel(
             factors = b + slot * max_rank * out_features
             rank = max_rank
         rows_in = (row < count)[:, None]
-        delta = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-        for start in range(0, rank, RANKS):
-            rank_at = start + tl.arange(0, RANKS)
-            ranks_in = rank_at < rank
-            h_at = shrunk + (first + row)[:, None] * max_rank + rank_at[None, :]
-            h = tl.full((ROWS, RANKS), 0.0, tl.float32)
-            for split in range(SPLITS):
-                part_at = h_at + split * num_rows * max_rank
-                h += tl.load(part_at, mask=rows_in & ranks_in[None, :], other=0.0)
-            b_at = factors + rank_at[:, None] * out_features + column[None, :]
-            weights = tl.load(b_at, mask=ranks_in[:, None] & columns_in, other=0.0)
-            h = h.to(weights.dtype)
-            if UPCAST:
-                h, weights = h.to(tl.float32), weights.to(tl.float32)
-            delta = tl.dot(h, weights, delta, input_precision="ieee")
-        place = out + (first + row)[:, None] * out_stride + column[None, :]
-        before = tl.load(place, mask=rows_in & columns_in, other=0.0).to(tl.float32)
-        after = (before + sign * delta).to(out.dtype.element_ty)
-        tl.store(place, after, mask=rows_in & columns_in)
+        if rank > 0:
+            delta = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+            for start in range(0, rank, RANKS):
+                rank_at = start + tl.arange(0, RANKS)
+                ranks_in = rank_at < rank
+                h_at = shrunk + (first + row)[:, None] * max_rank + rank_at[None, :]
+                h = tl.full((ROWS, RANKS), 0.0, tl.float32)
+                for split in range(SPLITS):
+                    part_at = h_at + split * num_rows * max_rank
+                    h += tl.load(part_at, mask=rows_in & ranks_in[None, :], other=0.0)
+                b_at = factors + rank_at[:, None] * out_features + column[None, :]
+                weights = tl.load(b_at, mask=ranks_in[:, None] & columns_in, other=0.0)
+                h = h.to(weights.dtype)
+                if UPCAST:
+                    h, weights = h.to(tl.float32), weights.to(tl.float32)
+                delta = tl.dot(h, weights, delta, input_precision="ieee")
+            place = out + (first + row)[:, None] * out_stride + column[None, :]
+            before = tl.load(place, mask=rows_in & columns_in, other=0.0).to(tl.float32)
+            after = (before + sign * delta).to(out.dtype.element_ty)
+            tl.store(place, after, mask=rows_in & columns_in)
 
 
-_shrink: Any = triton.jit(shrink_kernel)
-_expand: Any = triton.jit(expand_kernel)
+# The number of rows changes from step to step: one program is compiled for all of them.
+_shrink: Any = triton.jit(shrink_kernel, do_not_specialize=["num_rows"])
+_expand: Any = triton.jit(expand_kernel, do_not_specialize=["num_rows"])
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 _INTERPRETED = not isinstance(_shrink, triton.JITFunction)
 

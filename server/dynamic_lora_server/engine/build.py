@@ -32,7 +32,12 @@ from dynamic_lora_server.engine.memory import free_memory, share_of_free
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers, decode_trial
-from dynamic_lora_server.engine.probe import adopt_attention, refuse_quantised, trial_run
+from dynamic_lora_server.engine.probe import (
+    adopt_attention,
+    refuse_quantised,
+    settle_attention,
+    trial_run,
+)
 from dynamic_lora_server.engine.restore import pristine_weights
 from dynamic_lora_server.engine.rotary import context_window
 from dynamic_lora_server.engine.scheduler import Scheduler
@@ -205,6 +210,7 @@ def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[Laye
             fix="Leave --speculate out.",
         )
     model.requires_grad_(False)
+    settle_attention(model.device)
     layers = adopt_attention(model)
     if options.native:
         adopt_native_norms(model)
@@ -275,7 +281,7 @@ def _product_kind(
         return wanted
     # Packed weights leave the parameters as they are: nothing to subtract from.
     # Their copies may take half of what is free; the rest is for the caches.
-    if options.restore is Restore.SUBTRACT:
+    if options.restore is Restore.SUBTRACT or model.device.type != "cpu":
         return ProductKind.PLAIN
     taken, free = sum(p.nbytes for p in model.parameters()), free_memory(model.device)
     if 2 * taken >= free:

@@ -8,8 +8,10 @@ counted by its reason.
 """
 
 import logging
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,22 @@ from dynamic_lora_server.engine.unread import UnreadTokens
 
 logger = logging.getLogger(__name__)
 
-_WARM_UPS = 2
+
+@contextmanager
+def refusing_waits() -> Iterator[None]:
+    """While the block lasts, what waits for a CUDA device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():  # torch calls the mode a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,16 +164,25 @@ class DecodeGraphs:
             graph.replay()
 
     def _captured(self, size: int, deltas: bool, pool: Any) -> torch.cuda.CUDAGraph:
+        device = self._step.device
+        before = torch.cuda.current_stream(device)
         # What is compiled or allocated for good at a first run must not be captured.
-        side = torch.cuda.Stream(self._step.device)
-        side.wait_stream(torch.cuda.current_stream(self._step.device))
+        side = torch.cuda.Stream(device)
+        side.wait_stream(before)
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self._step.run(size, deltas=deltas)
-        torch.cuda.current_stream(self._step.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
             self._step.run(size, deltas=deltas)
+            # Refused here, a model that waits leaves no broken capture behind.
+            with refusing_waits():
+                self._step.run(size, deltas=deltas)
+        before.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                self._step.run(size, deltas=deltas)
+        except BaseException:
+            # Where to end the capture fails too, torch stays on the capture's stream.
+            torch.cuda.set_stream(before)
+            raise
         return graph
 
 

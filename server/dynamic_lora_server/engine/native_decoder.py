@@ -240,10 +240,10 @@ def adopt_native_layers(
 ) -> NativeDecoder:
     """Take over all decoder layers of a model that is suited, or none; the log says why not.
 
-    Nothing runs in C++ unless it is `wanted`. `site` and `projections` are what
+    Nothing runs in C++ unless it is `wanted`, nor on a GPU. `site` and `projections` are what
     `inject` returned. Writes to the cache, which must not be in use yet.
     """
-    if not wanted:
+    if not wanted or model.device.type != "cpu":
         return NativeDecoder(model, site)
     try:
         attention = NativeAttention()

@@ -31,6 +31,16 @@ def refuse_quantised(model: PreTrainedModel) -> None:
         )
 
 
+def settle_attention(device: torch.device) -> None:
+    """Choose among torch's attention kernels on CUDA, for the whole process.
+
+    cuDNN's, which torch prefers on Hopper, is planned anew for every shape, and nearly every
+    packed step has one of its own.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def adopt_attention(model: PreTrainedModel) -> list[LayerGeometry]:
     """Route the model's attention through the engine and prove that it still works.
 

@@ -8,8 +8,10 @@ import torch
 from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_server.engine import build as building
 from dynamic_lora_server.engine.build import EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
+from dynamic_lora_server.engine.native_decoder import adopt_native_layers
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from tests.support.engines import make_engine, make_sequence, run_all
 from tests.support.models import tiny_llama
@@ -41,6 +43,20 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
     assert "Laying out the weights (plain products)" in said
     build(said, base_product=ProductKind.PACKED)
     assert "Laying out the weights (packed products)" in said
+
+
+def test_weights_that_are_not_on_a_cpu_stay_plain_and_nothing_runs_in_cpp(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = make_engine(tiny_llama(), native=False)
+    runner = built.engine.runner
+    torch.nn.Module.to(runner.model, torch.device("meta"))
+    monkeypatch.setattr("dynamic_lora_server.engine.build.free_memory", lambda _: 1000)
+    kind = building._product_kind(runner.model, built.groups, EngineOptions())
+    assert kind is ProductKind.PLAIN
+    decoder = adopt_native_layers(runner.model, runner.site, [], runner.cache)
+    assert decoder.attention is None
+    assert not caplog.records
 
 
 def test_a_kv_dtype_that_cannot_be_had_is_refused_before_the_weights_are_packed() -> None:

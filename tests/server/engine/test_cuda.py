@@ -1,16 +1,26 @@
 """Captured steps and paged attention, which need CUDA."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dynamic_lora_adapters.costs import KernelCosts, measure_costs
+from dynamic_lora_adapters.kernels import has_triton
+from dynamic_lora_server.engine import startup_costs
 from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_server.engine.decode_graphs import refusing_waits
 from dynamic_lora_server.engine.engine import FailedEvent
-from dynamic_lora_server.engine.paged_attention import PAGE_SIZE, PagedKernel, PagedTables
+from dynamic_lora_server.engine.paged_attention import (
+    PAGE_SIZE,
+    PagedKernel,
+    PagedTables,
+    paged_kernel_available,
+)
 from dynamic_lora_server.engine.sequence import Sequence
-from dynamic_lora_server.engine.static_attention import GatheredPages
+from dynamic_lora_server.engine.static_attention import GatheredPages, StaticKernel
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import make_adapter
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
@@ -21,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 CUDA = torch.device("cuda")
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 def decode_logits(
@@ -87,6 +98,20 @@ def overlapping(folders: list[Path], *, overlap: bool) -> tuple[BuiltEngine, lis
     return built, rows
 
 
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines choose the same delta kernels, which round in ways of their own."""
+    found: list[KernelCosts] = []
+
+    def measure(*arguments: Any, **options: Any) -> KernelCosts:
+        if not found:
+            found.append(measure_costs(*arguments, **options))
+        return found[0]
+
+    monkeypatch.setattr(startup_costs, "measure_costs", measure)
+
+
+@pytest.mark.usefixtures("measured_once")
 def test_overlapping_steps_give_the_tokens_of_steps_one_by_one(tmp_path: Path) -> None:
     folders = [make_adapter(tmp_path / str(n), tiny_llama(hidden_size=256)) for n in range(2)]
     found = []
@@ -108,35 +133,62 @@ def test_starting_a_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
     late = [make_sequence(random_prompt(40, seed=2), adapter=row.adapter) for row in rows[::3]]
     for row in late:
         built.engine.add(row)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_waits():
         events = [event for _ in range(5) for event in built.engine.step()]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert not any(isinstance(event, FailedEvent) for event in events), events
     assert [len(row.output_ids) for row in rows] == [number + 5 for number in before]
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_the_paged_kernel_equals_gathered_pages(window: int | None) -> None:
-    generator = torch.Generator(CUDA).manual_seed(0)
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=CUDA, dtype=torch.bfloat16)
+
+def tables_on(device: torch.device, num_rows: int) -> PagedTables:
+    """Rows with a token, with a page and a part, and with a page, in turns, on four pages."""
 
     def whole(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=CUDA)
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
-    tables = PagedTables(
-        cumulative=whole([0, 1, 2, 3]),
-        used=whole([1, 300, PAGE_SIZE]),
-        block_table=whole([[3, 0], [1, 2], [0, 0]]),
+    kinds = [(1, [3, 0]), (300, [1, 2]), (PAGE_SIZE, [0, 0])]
+    rows = [kinds[row % len(kinds)] for row in range(num_rows)]
+    return PagedTables(
+        cumulative=whole([*range(num_rows + 1)]),
+        used=whole([used for used, _ in rows]),
+        block_table=whole([pages for _, pages in rows]),
         max_new=1,
         max_total=2 * PAGE_SIZE,
         page_size=PAGE_SIZE,
     )
-    q, keys, values = draw(3, 8, 64), draw(4 * PAGE_SIZE, 2, 64), draw(4 * PAGE_SIZE, 2, 64)
-    arguments = (q, keys, values, 0.125, window)
-    torch.testing.assert_close(
-        PagedKernel(tables)(*arguments), GatheredPages(tables)(*arguments), atol=2e-2, rtol=2e-2
-    )
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("num_rows", [3, 256])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("torch", torch.bfloat16), ("Triton", torch.bfloat16), ("Triton", torch.float32)],
+    ids=str,
+)
+def test_kernels_on_pages_equal_gathered_pages(
+    name: str, dtype: torch.dtype, kv_heads: int, dim: int, num_rows: int, window: int | None
+) -> None:
+    if name == "torch" and not paged_kernel_available(CUDA):
+        pytest.skip("this torch has no attention to pages")
+    if name == "Triton" and not has_triton(CUDA):
+        pytest.skip("Triton does not run here")
+    q = draw(num_rows, 8, dim, dtype=dtype)
+    keys = draw(4 * PAGE_SIZE, kv_heads, dim, dtype=dtype)
+    values = draw(4 * PAGE_SIZE, kv_heads, dim, dtype=dtype).flip(0)
+    kernel: Callable[[PagedTables], StaticKernel] = PagedKernel
+    if name == "Triton":
+        from dynamic_lora_server.engine.triton_attention import TritonPages
+
+        kernel = TritonPages
+    tables = tables_on(CUDA, num_rows)
+    actual = kernel(tables)(q.to(CUDA), keys.to(CUDA), values.to(CUDA), 0.125, window)
+    # In float32, and on the CPU, so that it does not hang on what the GPU rounds.
+    reference = GatheredPages(tables_on(torch.device("cpu"), num_rows))
+    expected = reference(q.float(), keys.float(), values.float(), 0.125, window)
+    assert actual.dtype is dtype
+    torch.testing.assert_close(actual.float().cpu(), expected, atol=TOLERANCE[dtype], rtol=0)

@@ -1,7 +1,8 @@
 """Steps of fixed shape give the tokens that other steps give."""
 
+import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs, graph_sizes
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.static_decoding import graphs_obstacle
+from dynamic_lora_server.engine.static_step import StaticStep
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import make_adapter
 from tests.support.engines import (
@@ -155,23 +157,79 @@ class FakeGraph:
         self.num_replays += 1
 
 
-def test_every_size_is_captured_and_then_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+class FakeCuda:
+    """Stands for torch's streams and captures: which stream is current, and what waits do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = SimpleNamespace(wait_stream=lambda _: None)
+        self.mode: int | str = 0
+        self.capture_fails = False
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(FakeGraph, "made", [], raising=False)
+        for name, value in {
+            "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
+            "current_stream": lambda _: self.current,
+            "set_stream": self.set_stream,
+            "stream": lambda _: nullcontext(),
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": self.set_mode,
+            "CUDAGraph": FakeGraph,
+            "graph": lambda _, pool: self.graph(pool),
+            "graph_pool_handle": lambda: "pool",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def set_stream(self, stream: SimpleNamespace) -> None:
+        self.current = stream
+
+    def set_mode(self, mode: int | str) -> None:
+        warnings.warn("a prototype", UserWarning, stacklevel=1)
+        self.mode = mode
+
+    @contextmanager
+    def graph(self, pool: str) -> Iterator[None]:
+        before, self.current = self.current, SimpleNamespace(pool=pool)
+        yield
+        if self.capture_fails:
+            raise RuntimeError("the capture is broken")
+        self.current = before
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def test_every_size_is_captured_and_then_replayed(fake_cuda: FakeCuda) -> None:
     built = make_engine(tiny_llama(), paged=True, decode_graphs=True, max_running=4)
-    monkeypatch.setattr(FakeGraph, "made", [], raising=False)
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, value in {
-        "Stream": lambda _: stream,
-        "current_stream": lambda _: stream,
-        "stream": lambda _: nullcontext(),
-        "CUDAGraph": FakeGraph,
-        "graph": lambda _, pool: nullcontext(pool),
-        "graph_pool_handle": lambda: "pool",
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
     told: list[tuple[int, int]] = []
     graphs_of(built).capture(lambda done, total: told.append((done, total)))
     # For 4, 2 and 1 rows, without deltas: there is no Triton here.
     assert told == [(0, 3), (1, 3), (2, 3)]
+    assert fake_cuda.mode == 0
     run_all(built, base_rows(3, 4, 5))
     assert [graph.num_replays for graph in FakeGraph.made] == [9, 0, 0]
+
+
+def test_a_step_that_waits_for_the_device_is_not_captured(
+    fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = make_engine(tiny_llama(), paged=True, decode_graphs=True, max_running=4)
+
+    def run(*_: object, **__: object) -> None:
+        if fake_cuda.mode == "error":
+            raise RuntimeError("it waits")
+
+    monkeypatch.setattr(StaticStep, "run", run)
+    with pytest.raises(RuntimeError, match="it waits"):
+        graphs_of(built).capture(lambda *_: None)
+    assert fake_cuda.mode == 0
+    assert not FakeGraph.made
+
+
+def test_a_broken_capture_leaves_the_stream_as_it_was(fake_cuda: FakeCuda) -> None:
+    built = make_engine(tiny_llama(), paged=True, decode_graphs=True, max_running=4)
+    before, fake_cuda.capture_fails = fake_cuda.current, True
+    with pytest.raises(RuntimeError, match="the capture is broken"):
+        graphs_of(built).capture(lambda *_: None)
+    assert fake_cuda.current is before

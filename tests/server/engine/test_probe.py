@@ -15,7 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from dynamic_lora_server.engine.probe import adopt_attention
+from dynamic_lora_server.engine.probe import adopt_attention, settle_attention
 from dynamic_lora_server.errors import UnsupportedModel
 from tests.support.models import TINY_MODELS, tiny_falcon, tiny_llama
 
@@ -84,3 +84,15 @@ def test_a_model_whose_packed_logits_differ_is_refused() -> None:
     embedding.register_forward_hook(add_absolute_positions)
     with pytest.raises(UnsupportedModel, match="other logits in a packed batch"):
         adopt_attention(model)
+
+
+def test_cudnn_does_not_plan_attention_for_every_shape() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        settle_attention(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        settle_attention(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
