@@ -33,10 +33,8 @@ inline void transpose(const float* from, int64_t ld, float* to) {
 }
 #endif
 
-// weight [width, count] to a panel's [count, kWidth]. Where its code does not begin at a cache line,
-// it takes up to a tenth more time.
-__attribute__((aligned(kLineBytes))) void pack_block(const float* weight, int64_t ldw,
-                                                     int64_t width, int64_t count, float* panel) {
+// weight [width, count] to a panel's [count, kWidth].
+void pack_block(const float* weight, int64_t ldw, int64_t width, int64_t count, float* panel) {
   int64_t whole = 0;
 #if defined(__AVX2__)
   if (width == kWidth)
