@@ -49,11 +49,10 @@ class Drafter:
         self._num_drafted = 0
         self._num_accepted = 0
 
-    def draft(self, decoding: Seq[Sequence], num_others: int, room: int) -> dict[int, Draft]:
+    def draft(self, decoding: Seq[Sequence], room: int) -> dict[int, Draft]:
         """What to run behind the last tokens of these sequences, by sequence id.
 
-        `decoding` have a row each in the next step, beside which `num_others` rows of
-        prompts run; it has room for so many rows more.
+        They have a row each in the next step, which has room for so many rows more.
         """
         offers = [
             (chance, sequence.id, token_id)
@@ -64,22 +63,17 @@ class Drafter:
         offers.sort(key=lambda offer: offer[0], reverse=True)
         chances = [chance for chance, _, _ in offers[:room]]
         drafts: dict[int, Draft] = {}
-        for _, sequence_id, token_id in offers[: self._worth(chances, len(decoding), num_others)]:
+        for _, sequence_id, token_id in offers[: self._worth(chances, len(decoding))]:
             drafts[sequence_id] = (*drafts.get(sequence_id, ()), token_id)
         return drafts
 
-    def _worth(self, chances: Seq[float], num_rows: int, num_others: int) -> int:
-        """How many of these tokens bring most a second.
-
-        Prompts beside them are run in any case, and their time is not counted.
-        """
-        others_s = self._times.of(num_others)
+    def _worth(self, chances: Seq[float], num_rows: int) -> int:
+        """How many of these tokens bring most a second."""
         expected, best, most = float(num_rows), 0, 0.0
         for count in range(len(chances) + 1):
             if count:
                 expected += chances[count - 1]
-            taken_s = self._times.of(num_others + num_rows + count) - others_s
-            rate = expected / max(taken_s, 1e-9)
+            rate = expected / max(self._times.of(num_rows + count), 1e-9)
             if rate > most:
                 best, most = count, rate if count else rate * _MIN_GAIN
         return best

@@ -121,14 +121,12 @@ class Scheduler:
                 budget -= num_tokens
                 self._prefixes.expect(sequence, num_tokens)
         self._num_prompts = len(pieces)
-        return [*self._decodes(decoding, pieces, budget), *pieces]
-
-    def _decodes(self, decoding: Seq[Sequence], others: Seq[Piece], room: int) -> list[Piece]:
-        """The pieces of decoding sequences, beside those of prompts."""
         drafts: Mapping[int, Draft] = {}
-        if self.drafter is not None and decoding:
-            drafts = self.drafter.draft(decoding, sum(p.num_tokens for p in others), room)
-        return [Piece(sequence, 1, drafts.get(sequence.id, ())) for sequence in decoding]
+        # Beside a prompt, for which the weights are read in any case, every row is its work, and
+        # one that comes perhaps is worth less than one that comes.
+        if self.drafter is not None and decoding and not pieces:
+            drafts = self.drafter.draft(decoding, budget)
+        return [*(Piece(s, 1, drafts.get(s.id, ())) for s in decoding), *pieces]
 
     def take_copies(self) -> list[CellCopy]:
         """What is to be copied in the KV cache before anything else is written; once each."""

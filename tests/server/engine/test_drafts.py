@@ -46,11 +46,11 @@ BY_ROW = costs((1, 1.0), (1000, 1000.0))  # a row takes as long whatever is besi
 class Guesser(Drafter):
     """Drafts whatever comes to its mind."""
 
-    def draft(self, decoding: Seq[Sequence], num_others: int, room: int) -> dict[int, Draft]:
-        rng = random.Random(len(decoding) + num_others + room)
+    def draft(self, decoding: Seq[Sequence], room: int) -> dict[int, Draft]:
+        rng = random.Random(len(decoding) + room)
         drafts = {}
         for sequence in decoding:
-            known = super().draft([sequence], 0, room).get(sequence.id, ())
+            known = super().draft([sequence], room).get(sequence.id, ())
             left = sequence.sampling.max_new_tokens - sequence.num_output - 1
             if not sequence.sampling.penalised:
                 tokens = [*known, *rng.choices(range(3, VOCAB_SIZE), k=MAX_DRAFT)]
@@ -208,29 +208,27 @@ def test_as_much_is_drafted_as_is_foreseen_and_may_come() -> None:
     drafter = Drafter(FREE, 5)
     heard(drafter)
     sequence = decoding(drafter)
-    assert drafter.draft([sequence], 0, 100) == {sequence.id: (12, 13, 14, 15, 16)}
-    assert drafter.draft([sequence], 0, 2) == {sequence.id: (12, 13)}
-    assert drafter.draft([sequence], 0, 0) == {}
+    assert drafter.draft([sequence], 100) == {sequence.id: (12, 13, 14, 15, 16)}
+    assert drafter.draft([sequence], 2) == {sequence.id: (12, 13)}
+    assert drafter.draft([sequence], 0) == {}
     short = decoding(drafter, max_new_tokens=5)
-    assert drafter.draft([short], 0, 100) == {short.id: (12, 13)}
+    assert drafter.draft([short], 100) == {short.id: (12, 13)}
     last = decoding(drafter, max_new_tokens=3)
-    assert drafter.draft([last], 0, 100) == {}
+    assert drafter.draft([last], 100) == {}
 
 
 def test_nothing_is_drafted_where_a_row_more_costs_what_a_token_is_worth() -> None:
     drafter = Drafter(BY_ROW, MAX_DRAFT)
     heard(drafter)
-    assert drafter.draft([decoding(drafter)], 0, 100) == {}
+    assert drafter.draft([decoding(drafter)], 100) == {}
 
 
 def test_a_step_is_filled_up_to_where_rows_begin_to_cost() -> None:
     drafter = Drafter(costs((1, 1.0), (6, 1.0), (7, 3.0), (8, 5.0)), MAX_DRAFT)
     heard(drafter)
     sequences = [decoding(drafter) for _ in range(2)]
-    drafts = drafter.draft(sequences, 0, 100)
+    drafts = drafter.draft(sequences, 100)
     assert sum(map(len, drafts.values())) == 4
-    # Beside a prompt every row costs.
-    assert drafter.draft(sequences, 6, 100) == {}
 
 
 def test_the_surest_tokens_are_drafted_first() -> None:
@@ -238,8 +236,8 @@ def test_the_surest_tokens_are_drafted_first() -> None:
     heard(drafter)
     sure = decoding(drafter)
     unsure = make_sequence([50, 51, 50])  # so far no guess of this kind has come true
-    assert drafter.draft([unsure], 0, 100) == {unsure.id: (51, 50)}
-    drafts = drafter.draft([unsure, sure], 0, 100)
+    assert drafter.draft([unsure], 100) == {unsure.id: (51, 50)}
+    drafts = drafter.draft([unsure, sure], 100)
     assert len(drafts[sure.id]) == 2
     assert unsure.id not in drafts
 
@@ -278,6 +276,19 @@ def test_what_cannot_be_had_is_refused() -> None:
         Engine(built.engine.scheduler, built.engine.runner, built.modes, overlap=True)
 
 
+def test_nothing_is_drafted_beside_a_prompt() -> None:
+    built = drafting()
+    first = make_sequence(random_prompt(9, seed=1), max_new_tokens=40)
+    for _ in range(3):
+        run_all(built, [make_sequence(random_prompt(9, seed=1), max_new_tokens=40)])
+    built.engine.add(first)
+    built.engine.step()
+    built.engine.add(make_sequence(random_prompt(60, seed=2)))
+    pieces = built.engine.scheduler.schedule()
+    assert [(piece.num_pending, piece.draft) for piece in pieces][0] == (1, ())
+    assert len(pieces) == 2
+
+
 def test_a_piece_of_a_prompt_samples_nothing() -> None:
     sequence = make_sequence([1, 2, 3])
     assert Piece(sequence, 2).num_sampled == 0
@@ -288,11 +299,11 @@ def test_steps_that_take_longer_than_measured_end_the_drafts() -> None:
     drafter = Drafter(costs(*((rows, 1.0) for rows in (1, 4, 8, 16, 32))), MAX_DRAFT)
     heard(drafter)
     sequences = [decoding(drafter) for _ in range(4)]
-    assert sum(map(len, drafter.draft(sequences, 0, 100).values())) == 28
+    assert sum(map(len, drafter.draft(sequences, 100).values())) == 28
     for _ in range(100):
         for num_rows in (4, 8, 16, 32):
             drafter.observe(num_rows, num_rows * 1.0)
-    assert drafter.draft(sequences, 0, 100) == {}
+    assert drafter.draft(sequences, 100) == {}
 
 
 def test_only_steps_without_prompts_are_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:

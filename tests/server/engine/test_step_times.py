@@ -13,9 +13,17 @@ POINTS = ((1, 1.0), (4, 1.0), (8, 2.0), (16, 6.0))
 
 def test_measured_points_are_joined_by_straight_lines() -> None:
     times = StepTimes(POINTS)
-    assert [times.of(rows) for rows in (0, 1, 3, 4, 6, 8, 12, 16)] == [0, 1, 1, 1, 1.5, 2, 4, 6]
+    assert [times.of(rows) for rows in (1, 3, 4, 6, 8, 12, 16)] == [1, 1, 1, 1.5, 2, 4, 6]
     assert times.of(18) == 7  # the last slope goes on
     assert StepTimes(((1, 0.5),)).of(9) == 0.5
+
+
+def test_a_point_that_noise_has_raised_makes_no_row_free() -> None:
+    times = StepTimes(((1, 1.0), (8, 9.0), (16, 9.5), (32, 20.0)))
+    slopes = [times.of(rows + 1) - times.of(rows) for rows in range(1, 40)]
+    assert slopes == pytest.approx(sorted(slopes))
+    assert times.of(8) < 9
+    assert times.of(32) == 20
 
 
 def test_a_slower_machine_slows_all_alike() -> None:
@@ -31,7 +39,7 @@ def test_a_slower_machine_slows_all_alike() -> None:
 @given(seed=st.integers(0, 999))
 def test_times_that_were_measured_wrong_come_right(seed: int) -> None:
     rng = random.Random(seed)
-    truth = StepTimes(((1, 1.0), (4, 1.0), (8, 3.0), (16, 5.0)))
+    truth = StepTimes(((1, 1.0), (4, 1.0), (8, 3.0), (16, 8.0)))
     times = StepTimes(POINTS)
     for _ in range(1000):
         rows = rng.randint(1, 16)
