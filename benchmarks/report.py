@@ -41,7 +41,8 @@ _BAR_HEADER = (
 class Report:
     """A run: the machine, what each peer was, its cells, and who was left out and why.
 
-    `weights` are the number formats of the peers' weights, `limit_weights` that of `limits`.
+    `weights` are the number formats of the peers' weights, `limit_weights` that of `limits`; `busy`
+    is how many other processes computed while the cells were measured.
     """
 
     machine: Machine
@@ -52,6 +53,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     limit_weights: str = "float32"
+    busy: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
 
     @classmethod

@@ -11,6 +11,7 @@ from benchmarks.bar import OURS
 from benchmarks.cells import Cell, LimitCell
 from benchmarks.errors import BenchmarkError, InvalidWorkload, PeerUnavailable
 from benchmarks.limit_rate import Limit
+from benchmarks.neighbours import busy
 from benchmarks.peers import PEERS, DynamicLora, Peer, Session, Setup
 from benchmarks.report import Report
 from benchmarks.workload import PromptMaker, Workload
@@ -72,7 +73,7 @@ class Rounds:
 
     `save` is called after every cell. A cell that the report has from an earlier run is not
     measured again, one that failed is. Peers other than this server are measured with one sole
-    adapter only where `sole_at` says so.
+    adapter only where `sole_at` says so; `busy` other processes compute beside each cell.
     """
 
     setup: Setup
@@ -85,6 +86,7 @@ class Rounds:
     save: Callable[[], None]
     say: Callable[[str], None]
     sole_at: frozenset[int] = frozenset({1})
+    busy: int = 0
     _warm: set[tuple[str, Workload]] = field(default_factory=set)
 
     def run(self, choices: Sequence[Choice]) -> None:
@@ -140,7 +142,7 @@ class Rounds:
         num_warm_up = _LATER_WARM_UP if (name, workload) in self._warm else None
         began = time.perf_counter()
         before = None if self.clock is None else self.clock.read()
-        with sessions[name].awake():
+        with sessions[name].awake(), busy(self.busy):
             cell = measure_cell(
                 name, sessions[name], workload, self.prompts, number=number, num_warm_up=num_warm_up
             )

@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 
 from benchmarks.errors import BenchmarkError, InvalidWorkload
 from benchmarks.machine import cpu_flags, describe_machine
+from benchmarks.neighbours import busy
 from benchmarks.peers import PEERS, HttpSession, Setup
 from benchmarks.peers.adapters import make_adapters
 from benchmarks.peers.dynamic_lora import upload
@@ -69,6 +70,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
         help="per cell (default: 4 a client, at least 8; --compare: 2 a client, at least 4)",
     )
     group.add_argument("--seconds", type=float, help="per cell: none is sent later (--compare: 30)")
+    group.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     group.add_argument("--top-p", type=float, default=1.0)
@@ -182,11 +184,13 @@ def compare(
         num_rounds=options.rounds,
         prompts=prompts,
         report=report,
-        clock=Clock(),
-        limit=MachineLimit(setup.base, setup.dtype),
+        clock=None if options.busy else Clock(),
+        # A limit of what the processors do beside others would say nothing.
+        limit=None if options.busy else MachineLimit(setup.base, setup.dtype),
         save=lambda: report.write(output),
         say=_say,
         sole_at=frozenset(options.clients if options.all_cells else {1}),
+        busy=options.busy,
     ).run([*options.peers, *options.own])
 
 
@@ -241,13 +245,16 @@ def run(options: argparse.Namespace) -> Report:
     output = options.output
     if options.compare and output is None:
         kind = "compare" if _sampling(options).greedy else "sampled"
+        kind = f"{kind}-busy" if options.busy else kind
         output = RESULTS / f"{kind}-{describe_machine().slug}.json"
     report = start_report(options, base.name, output)
     prompts = PromptMaker(AutoTokenizer.from_pretrained(base.path), options.prompt_tokens)
+    report.busy = options.busy
     if options.compare:
         _compare_in_scratch(options, base.path, prompts, report, output)
     else:
-        measure_url(options, base.path, prompts, report)
+        with busy(options.busy):
+            measure_url(options, base.path, prompts, report)
     if output is not None:
         report.write(output)
         _say(f"written: {output}")

@@ -27,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from dynamic_lora_adapters.threads import spin_briefly
 
 Step = dict[str, Any]  # what a side says of one: `s`, `tokens`, and whether there is `more`
 
@@ -96,10 +97,12 @@ class SideProcess:
             if value is not None
         ]
         sources = os.pathsep.join(str(traffic.checkout / source) for source in _SOURCES)
+        environment = {**os.environ, "PYTHONPATH": sources}
+        spin_briefly(environment)  # as the server does
         # Without -P the modules of this folder would be importable as top-level ones.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_HERE / "turns_side.py"), *flags],
-            env={**os.environ, "PYTHONPATH": sources},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.cells import Cell
 from benchmarks.errors import BenchmarkError, InvalidWorkload, PeerUnavailable
 from benchmarks.limit_rate import Limit
 from benchmarks.machine import Machine
+from benchmarks.neighbours import busy
 from benchmarks.peers import DynamicLora, Session, Setup
 from benchmarks.report import Report
 from benchmarks.rounds import Choice, Rounds
@@ -291,3 +293,11 @@ def test_a_cell_of_an_earlier_run_is_kept_as_it_is() -> None:
     _run([_workload()], [Choice(peer=_Peer("a", run.log))], run, num_rounds=2)
     assert run.report.cells[0] is kept
     assert run.log == ["a base 1 None"]
+
+
+def test_other_processes_compute_until_the_block_ends() -> None:
+    before = set(psutil.Process().children())
+    with busy(2):
+        running = set(psutil.Process().children()) - before
+        assert len(running) == 2
+    assert not any(process.is_running() for process in running)

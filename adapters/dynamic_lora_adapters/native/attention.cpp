@@ -1,6 +1,7 @@
 // Attention as calls of its own; `attention.h` has the kernels.
 
 #include "attention.h"
+#include "team.h"
 
 using namespace dynamic_lora;
 
@@ -25,8 +26,12 @@ int64_t attend_all(const float* q, const void* keys, const void* values, float* 
   const auto nothing = [](int64_t) {};
   Claims claims;
   Memory memory;
+  Team team;
 #pragma omp parallel
-  share_attention(layer, items, num_items, claims, memory, nothing, nothing);
+  {
+    const Member member(team);
+    share_attention(layer, items, num_items, claims, memory, nothing, nothing);
+  }
   return memory.status();
 }
 

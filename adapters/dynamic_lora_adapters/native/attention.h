@@ -15,6 +15,7 @@
 
 #include "brain.h"
 #include "room.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
@@ -267,7 +268,7 @@ void share_attention(const Attention<Cached>& layer, const Item* items, int64_t 
       find_next();
     end(item.row);
   }
-#pragma omp barrier
+  meet();
 }
 
 }  // namespace dynamic_lora

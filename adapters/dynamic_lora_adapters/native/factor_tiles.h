@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "matrix_unit.h"
+#include "team.h"
 #include "walk.h"
 
 namespace dynamic_lora {
@@ -328,12 +329,13 @@ inline void share_tiled_expanding(const TiledDeltas& deltas, float* out, int64_t
       return (s.sign < 0) == undone ? TiledItem::count_chunks(s) * strips : 0;
     });
     UnitCut cut(UnitCut::kExpands);
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
     for (int64_t item = 0; item < walk.items(); item++) {
       const auto [segment, own] = walk.find(item);
       const TiledItem at(*segment, own, outs, kTileStrip);
       expand_tiled_rows(deltas, *segment, at.first, at.last, at.column, at.stop, out, ldo, cut);
     }
+    meet();
   }
 }
 
@@ -346,7 +348,7 @@ void share_tiled_halves(const TiledDeltas& deltas, float* out, int64_t outs, con
   Walk walk(deltas.segments,
             [=](const TiledSegment& s) { return TiledItem::count_chunks(s) * strips; });
   UnitCut cut(UnitCut::kExpands);
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
   for (int64_t item = 0; item < walk.items(); item++) {
     const auto [segment, own] = walk.find(item);
     const TiledItem at(*segment, own, half, kStrip);
@@ -356,6 +358,7 @@ void share_tiled_halves(const TiledDeltas& deltas, float* out, int64_t outs, con
     written();
     act(segment->row + at.first, at.last - at.first, at.column, at.stop);
   }
+  meet();
 }
 
 #else

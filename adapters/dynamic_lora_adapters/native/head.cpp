@@ -6,6 +6,7 @@
 
 #include "norm.h"
 #include "product.h"
+#include "team.h"
 
 using namespace dynamic_lora;
 
@@ -65,22 +66,26 @@ int64_t dynamic_lora_highest(const Head* head, const float* hidden, const int64_
   });
   if (!ready) return memory.status();
   float* normed = scratch.normed.data();
+  Team team;
 #pragma omp parallel
   {
+    const Member member(team);
     static thread_local Tops tops;
     memory.suffices([&] { tops.begin(count); });
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < count; i++) {
       float* row = normed + i * base.k;
       normalise(head->norm, hidden + rows[i] * base.k, row, base.k);
       copy_row(row, base, batch, i, scratch.copies);
     }
-    // Behind the loop's barrier, all threads know the same of it.
+    meet();
+    // All threads know the same of it.
     if (!memory.ran_out()) {
       share_product(normed, base, Seen{&tops}, batch, NoDeltas{}, scratch.copies);
 #pragma omp critical
       for (int64_t i = 0; i < count; i++) scratch.peaks[i].consider(tops, i);
     }
+    meet();
   }
   if (memory.ran_out()) return memory.status();
   for (int64_t i = 0; i < count; i++) {

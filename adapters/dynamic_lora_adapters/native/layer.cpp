@@ -14,6 +14,7 @@
 #include "norm.h"
 #include "panel_deltas.h"
 #include "product.h"
+#include "team.h"
 
 using namespace dynamic_lora;
 
@@ -196,21 +197,23 @@ void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x,
 void share_copies(const Site& site, Scratch& scratch, int number, const float* x,
                   const Batch& batch) {
   if (!site.base.copies(batch) && !scratch.deltas[number].any_tiled()) return;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < batch.rows; row++)
     copy_inputs(site, scratch, number, x + row * site.base.k, row, batch);
+  meet();
 }
 
 // The inputs of a projection, from x [rows, k].
 void share_norm(const Norm& norm, const Site& site, Scratch& scratch, int number, const float* x,
                 const Batch& batch) {
   const int64_t dim = site.base.k;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < batch.rows; row++) {
     float* normed = scratch.normed.data() + row * dim;
     normalise(norm, x + row * dim, normed, dim);
     copy_inputs(site, scratch, number, normed, row, batch);
   }
+  meet();
 }
 
 // Shrinks for all deltas of a projection, whose inputs have been copied: done where deltas are read
@@ -227,9 +230,7 @@ void share_site_shrinking(const Site& site, Scratch& scratch, int number, const 
   if (deltas.segments.empty()) return;
   share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
                   deltas.segments);
-  if (!deltas.within.empty()) {
-#pragma omp barrier
-  }
+  if (!deltas.within.empty()) meet();
 }
 
 // The product of a projection, and those deltas that are added within it.
@@ -362,7 +363,7 @@ void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Ga
   }
   share_expanding_behind(site, scratch, kGateUp, gate_up);
   share_activation(layer, gate_up, {0, batch.rows}, to);
-#pragma omp barrier
+  meet();
 }
 
 // Rotates, writes the cache, attends, and, where one thread has all of a row, copies what it gives
@@ -373,8 +374,9 @@ void share_cached(const Layer& layer, const Step& step, const Batch& batch, Scra
   const bool whole = attends_whole_rows(step.num_items), alone = whole && step.alone;
   const int64_t width = layer.o.base.k;
   if (!alone) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < step.rows; row++) rotate_row<Cached>(layer, step, qkv, row);
+    meet();
   }
   const Attention<Cached> attention{qkv + layer.q,
                                     static_cast<const Cached*>(layer.keys),
@@ -470,18 +472,21 @@ int64_t dynamic_lora_layers(const Layer* const* layers, int64_t count, const Ste
   const Batch batch(step->rows);
   bool ready = true;
   const bool copied = attends_whole_rows(step->num_items);
+  Team team;
 #pragma omp parallel
-  for (int64_t i = 0; i < count; i++) {
-    const Layer& layer = *layers[i];
-    const float* in = i == 0 ? hidden : out;
-// Behind a layer's last product, threads look whether it has deltas: not while these are made anew.
-#pragma omp barrier
-#pragma omp single
-    ready = prepared(layer, *step, batch, scratch);
-    // Unlike `memory`, it stays as it is until all threads have read it.
-    if (!ready) break;
-    share_attending(layer, *step, batch, scratch, in, qkv, attended);
-    share_finish(layer, batch, scratch, in, attended, copied, out);
+  {
+    const Member member(team);
+    for (int64_t i = 0; i < count; i++) {
+      const Layer& layer = *layers[i];
+      const float* in = i == 0 ? hidden : out;
+      // Behind a layer's last product, threads look whether it has deltas: not while these are made
+      // anew.
+      meet([&] { ready = prepared(layer, *step, batch, scratch); });
+      // Unlike `memory`, it stays as it is until all threads have read it.
+      if (!ready) break;
+      share_attending(layer, *step, batch, scratch, in, qkv, attended);
+      share_finish(layer, batch, scratch, in, attended, copied, out);
+    }
   }
   return scratch.memory.status();
 }
@@ -492,8 +497,12 @@ int64_t dynamic_lora_layer_attend(const Layer* layer, const Step* step, const fl
   Scratch& scratch = own_scratch();
   const Batch batch(step->rows);
   if (!prepared(*layer, *step, batch, scratch)) return scratch.memory.status();
+  Team team;
 #pragma omp parallel
-  share_attending(*layer, *step, batch, scratch, hidden, qkv, attended);
+  {
+    const Member member(team);
+    share_attending(*layer, *step, batch, scratch, hidden, qkv, attended);
+  }
   return scratch.memory.status();
 }
 
@@ -503,8 +512,12 @@ int64_t dynamic_lora_layer_finish(const Layer* layer, const Step* step, const fl
   Scratch& scratch = own_scratch();
   const Batch batch(step->rows);
   if (!prepared(*layer, *step, batch, scratch)) return scratch.memory.status();
+  Team team;
 #pragma omp parallel
-  share_finish(*layer, batch, scratch, hidden, attended, false, out);
+  {
+    const Member member(team);
+    share_finish(*layer, batch, scratch, hidden, attended, false, out);
+  }
   return scratch.memory.status();
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "segments.h"
+#include "team.h"
 
 namespace dynamic_lora {
 
@@ -62,9 +63,10 @@ void expand_part(const Part& part, float* out, int64_t ldo) {
 // Adds the deltas of all parts, no two of which share an output, to out [rows, ldo]. Called by a
 // whole team of threads.
 inline void share_expanding(const std::vector<Part>& parts, float* out, int64_t ldo) {
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
   for (size_t i = 0; i < parts.size(); i++)
     with_kind(parts[i].kind, [&](auto kind) { expand_part<kind()>(parts[i], out, ldo); });
+  meet();
 }
 
 // The expanding of all parts, panel by panel.

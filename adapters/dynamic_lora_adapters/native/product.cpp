@@ -1,6 +1,7 @@
 // The base product as a call of its own, and the packing of weights; `product.h` has the kernels.
 
 #include "product.h"
+#include "team.h"
 
 using namespace dynamic_lora;
 
@@ -172,13 +173,15 @@ template <typename Weight>
 int64_t pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_t k,
              int64_t depth, bool halves, const Factors& factors) {
   Memory memory;
+  Team team;
 #pragma omp parallel
   {
+    const Member member(team);
     PanelFactors on_panel;
     memory.suffices([&] { on_panel.reserve(factors.rank); });
-#pragma omp barrier
+    meet();
     const int64_t panels = memory.ran_out() ? 0 : (n + kWidth - 1) / kWidth;
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
     for (int64_t j = 0; j < panels; j++) {
       const int64_t column = panel_column(j, n, halves);
       const int64_t width = std::min<int64_t>(kWidth, n - column);
@@ -192,6 +195,7 @@ int64_t pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_
       }
     }
     wait_for_writes();
+    meet();
   }
   return memory.status();
 }
@@ -250,8 +254,10 @@ int64_t dynamic_lora_product(const Projection* projection, const float* x, float
   const Batch batch(m);
   Memory memory;
   if (!memory.suffices([&] { projection->make_room(batch, copies); })) return memory.status();
+  Team team;
 #pragma omp parallel
   {
+    const Member member(team);
     share_copying(x, *projection, batch, copies);
     share_product(x, *projection, Plain{nullptr, y}, batch, NoDeltas{}, copies);
   }

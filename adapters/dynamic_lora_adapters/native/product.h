@@ -24,6 +24,7 @@
 #include "brain.h"
 #include "matrix_unit.h"
 #include "rounded.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
@@ -533,8 +534,9 @@ struct Product {
   void share(const To& to) {
     constexpr bool kGated = std::is_same_v<To, Gated>;
     [[maybe_unused]] const typename Way::Scope scope;
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
     for (int64_t j = 0; j < (kGated ? panels() / 2 : panels()); j++) multiply(j, to);
+    meet();
   }
 };
 
@@ -556,9 +558,10 @@ inline void copy_row(const float* x, const Projection& p, const Batch& batch, in
 inline void share_copying(const float* x, const Projection& p, const Batch& batch,
                           InputCopies& copies) {
   if (!p.copies(batch)) return;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < batch.rows; row++)
     copy_row(x + row * p.k, p, batch, row, copies);
+  meet();
 }
 
 // What `to` says, from x [rows, k], of which there are the `copies` of `share_copying`. Called by a

@@ -4,6 +4,7 @@
 
 #include "factor_tiles.h"
 #include "segments.h"
+#include "team.h"
 
 using namespace dynamic_lora;
 
@@ -49,8 +50,12 @@ int64_t dynamic_lora_segments(const float* x, float* out, const char* a, const c
                                   sizes[2], sign});
   });
   if (!ready) return memory.status();
+  Team team;
 #pragma omp parallel
-  share_deltas(deltas, scratch.segments);
+  {
+    const Member member(team);
+    share_deltas(deltas, scratch.segments);
+  }
   return memory.status();
 }
 
@@ -77,13 +82,16 @@ int64_t dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, 
                         outs);
   });
   if (!ready) return memory.status();
+  Team team;
 #pragma omp parallel
   {
-#pragma omp for schedule(static)
+    const Member member(team);
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
       round_row_to_brains(x + row * in, in, row, scratch.copies);
+    meet();
     share_tiled_shrinking(scratch.tiled, scratch.copies.values.data(), in);
-#pragma omp barrier
+    meet();
     share_tiled_expanding(scratch.tiled, out, sizes[4], outs);
   }
   return memory.status();

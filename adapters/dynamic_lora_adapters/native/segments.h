@@ -13,6 +13,7 @@
 
 #include "product.h"
 #include "segment_tiles.h"
+#include "team.h"
 #include "vectors.h"
 #include "walk.h"
 
@@ -204,9 +205,9 @@ inline void share_shrinking(const Deltas& d, const std::vector<Segment>& segment
 // Adds the deltas of all segments, none of them in pairs. Called by a whole team of threads.
 inline void share_deltas(const Deltas& d, const std::vector<Segment>& segments) {
   share_shrinking(d, segments);
-#pragma omp barrier
+  meet();
   const int64_t strips = (d.outs + kStrip - 1) / kStrip;
-#pragma omp for schedule(guided, 1)
+#pragma omp for schedule(guided, 1) nowait
   for (int64_t strip = 0; strip < strips; strip++)
     for (const Segment& segment : segments) {
       const int64_t column = strip * kStrip, stop = std::min(column + kStrip, d.outs);
@@ -214,6 +215,7 @@ inline void share_deltas(const Deltas& d, const std::vector<Segment>& segments) 
         expand_segment<typename FactorTypes<kind()>::Factor>(d, segment, column, stop);
       });
     }
+  meet();
 }
 
 }  // namespace dynamic_lora

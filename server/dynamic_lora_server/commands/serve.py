@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dynamic_lora_adapters.threads import spin_briefly
 from dynamic_lora_server.config import (
     BASE_PRODUCTS,
     DEVICES,
@@ -214,6 +215,7 @@ def run_server(config: ServerConfig, console: Console) -> None:
 
     Exits with 1 if the model cannot be loaded, the port is taken, or the engine breaks.
     """
+    spin_briefly(os.environ)
     handler = RichHandler(console=console, show_path=False)
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
     session = _Session(config, console)

@@ -1,6 +1,7 @@
 """`dynamic-lora serve`: options, one clear line when ready, and a start that fails."""
 
 import inspect
+import os
 import re
 import signal
 import socket
@@ -47,11 +48,12 @@ def test_every_option_of_the_server_can_be_given() -> None:
     assert given == {f.name for f in fields(ServerConfig)} - {"adapter_roots"} | {"adapter_root"}
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
+def _start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dynamic_lora_server", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -146,3 +148,17 @@ def test_a_base_that_cannot_be_loaded_ends_the_process_with_its_reason(tmp_path:
     assert process.returncode == 1
     assert "config.json" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's OpenMP runtime is asked")
+@pytest.mark.parametrize(("own", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_threads_that_wait_sleep_soon_unless_the_user_says_how_long(
+    tmp_path: Path, own: dict[str, str], expected: str
+) -> None:
+    home = str(tmp_path / "home")
+    process = _start("--home", home, "--model", "nowhere", OMP_DISPLAY_ENV="VERBOSE", **own)
+    try:
+        assert f"'{expected}'" in _line_with(process, "GOMP_SPINCOUNT")
+    finally:
+        process.kill()
+        process.communicate()

@@ -268,6 +268,29 @@ def test_a_token_attended_to_elsewhere_beside_many_that_are_not(
     assert tokens == [expected_tokens(oracle, "all", prompt) for prompt in prompts]
 
 
+@pytest.mark.parametrize("num_threads", [1, 3, 16])
+def test_threads_that_share_processors_wait_for_one_another(
+    num_threads: int, oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    wanted = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        built = native_engine(tiny_llama(), mode=Mode.BYPASS)
+        tasks = [*ADAPTER_KINDS, None] * 2
+        owners = {task: admit(built, folders[task]) for task in ADAPTER_KINDS}
+        prompts = [random_prompt(5 + number, seed=number) for number in range(len(tasks))]
+        sequences = [
+            make_sequence(prompt, adapter=owners.get(task) if task else None)
+            for task, prompt in zip(tasks, prompts, strict=True)
+        ]
+        tokens = run_all(built, sequences)
+    finally:
+        torch.set_num_threads(wanted)
+    assert tokens == [
+        expected_tokens(oracle, task, prompt) for task, prompt in zip(tasks, prompts, strict=True)
+    ]
+
+
 def test_layers_with_and_without_deltas_in_turns_give_the_same_each_time(tmp_path: Path) -> None:
     """Threads that are not done with a layer must not see what the next one's deltas are."""
     model = partial(tiny_llama, num_hidden_layers=6)
