@@ -4,6 +4,7 @@ from dynamic_lora_client._version import __version__
 from dynamic_lora_client.async_client import AsyncClient
 from dynamic_lora_client.client import Client
 from dynamic_lora_client.errors import (
+    AccessDenied,
     AdapterNotFound,
     ApiError,
     BadRequest,
@@ -32,6 +33,7 @@ from dynamic_lora_client.types import (
 )
 
 __all__ = [
+    "AccessDenied",
     "Adapter",
     "AdapterNotFound",
     "ApiError",

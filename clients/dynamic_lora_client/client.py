@@ -40,6 +40,7 @@ class Client:
         *,
         connect_timeout: float = 5.0,
         read_timeout: float = 300.0,
+        api_key: str | None = None,
         retry: RetryPolicy | None = None,
         headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
@@ -48,6 +49,7 @@ class Client:
             url=url,
             connect_timeout=connect_timeout,
             read_timeout=read_timeout,
+            api_key=api_key,
             retry=retry or RetryPolicy(),
             headers=headers or {},
         )

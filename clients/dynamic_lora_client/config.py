@@ -1,5 +1,6 @@
 """Settings that both clients share."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from dynamic_lora_client.errors import InvalidArgument
 from dynamic_lora_client.retry import RetryPolicy
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_KEY = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +19,8 @@ class ClientConfig:
     """Where the server is and how long to wait for it.
 
     `connect_timeout` and `read_timeout` are in seconds; the second bounds the
-    silence between two packets, so a stream may last longer. `headers` go with
-    every request (an `Authorization` for a proxy, say).
+    silence between two packets, so a stream may last longer. `api_key` goes with every
+    request as a bearer token, and so do `headers`.
 
     Raises InvalidArgument.
     """
@@ -26,6 +28,7 @@ class ClientConfig:
     url: str = DEFAULT_URL
     connect_timeout: float = 5.0
     read_timeout: float = 300.0
+    api_key: str | None = field(default=None, repr=False)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -39,6 +42,10 @@ class ClientConfig:
                 f"The server's URL {self.url!r} is not an http or https address.",
                 fix=f"Give one like {DEFAULT_URL}.",
             )
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            raise InvalidArgument("api_key must be of visible ASCII characters, without spaces.")
+        if self.api_key is not None and "authorization" in map(str.lower, self.headers):
+            raise InvalidArgument("api_key and the header Authorization would be sent as one.")
         for name in ("connect_timeout", "read_timeout"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be above 0 seconds.")
@@ -51,4 +58,5 @@ class ClientConfig:
     @property
     def all_headers(self) -> dict[str, str]:
         """The headers of every request, with the client's own name."""
-        return {"user-agent": f"dynamic-lora-client/{__version__}", **self.headers}
+        key = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+        return {"user-agent": f"dynamic-lora-client/{__version__}", **key, **self.headers}

@@ -8,6 +8,7 @@
     ├── StreamBroken           a stream began and did not reach its end
     └── ApiError               the server answered with an error status
         ├── BadRequest         4xx: the request has to change
+        ├── AccessDenied       401, 403: no key, an unknown one, or not one for this
         ├── NotFound           404: nothing at this address
         │   └── AdapterNotFound    no adapter of this name
         ├── Busy               429: the queue is full
@@ -90,6 +91,10 @@ class ApiError(DynamicLoraError):
 
 class BadRequest(ApiError):
     """The server refused the request as it stands (4xx)."""
+
+
+class AccessDenied(ApiError):
+    """The server wants a key, or another one than it was sent (401, 403)."""
 
 
 class NotFound(ApiError):

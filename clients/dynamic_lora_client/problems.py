@@ -6,6 +6,7 @@ import httpx
 
 from dynamic_lora_client.documents import Document
 from dynamic_lora_client.errors import (
+    AccessDenied,
     AdapterNotFound,
     ApiError,
     BadRequest,
@@ -21,6 +22,8 @@ from dynamic_lora_client.retry import retry_after
 _NUM_CHARS_QUOTED = 200  # of an answer that is no problem document
 
 _BY_STATUS: dict[int, type[ApiError]] = {
+    HTTPStatus.UNAUTHORIZED: AccessDenied,
+    HTTPStatus.FORBIDDEN: AccessDenied,
     HTTPStatus.NOT_FOUND: NotFound,
     HTTPStatus.TOO_MANY_REQUESTS: Busy,
     HTTPStatus.SERVICE_UNAVAILABLE: Unavailable,

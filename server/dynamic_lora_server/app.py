@@ -9,8 +9,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from dynamic_lora_server import problems
+from dynamic_lora_server.access import Guard, Keys, describe_keys
 from dynamic_lora_server.body_limit import BodyLimit
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.metrics import RequestCounter
@@ -77,11 +79,26 @@ def create_app(
     app.state.server = state
     for resource in (generate, adapters, compositions, completions, chat, models, service):
         app.include_router(resource.router)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(RequestCounter, metrics=state.metrics)
+    keys = Keys.of(config.api_keys, config.admin_keys)
+    _add_middleware(app, config, keys, state)
     problems.install(app)
-    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
+    app.openapi = partial(_openapi, app, app.openapi, keys)  # type: ignore[method-assign]
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, keys: Keys, state: ServerState) -> None:
+    """The last that is added is the first to see a request."""
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(Guard, keys=keys)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(RequestCounter, metrics=state.metrics)
 
 
 def _load(config: ServerConfig) -> "Runtime":
@@ -113,8 +130,8 @@ async def _bring_up(
         on_failure(broken)
 
 
-def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """FastAPI's document, with the models that only other media types refer to."""
+def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]], keys: Keys) -> dict[str, Any]:
+    """FastAPI's document, with the models that only other media types refer to, and the keys."""
     if app.openapi_schema is None:
         schema = build()
         schemas = schema["components"]["schemas"]
@@ -123,6 +140,7 @@ def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any
             schemas.update(own.pop("$defs", {}))
             schemas[model.__name__] = own
         _drop_default_errors(schema)
+        describe_keys(schema, keys)
         app.openapi_schema = schema
     return app.openapi_schema
 

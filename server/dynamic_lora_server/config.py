@@ -29,6 +29,8 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_KEY = re.compile(r"[!-~]+")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -58,7 +60,10 @@ class ServerConfig:
     `model` is a folder or hub id, None the embedded default. `adapter_roots`
     are the folders below which `POST /adapters` may read a `source` path; with
     none of them, a path on the server's disk is refused. `max_body_bytes`
-    bounds every request except uploads, which `max_upload_bytes` bounds.
+    bounds every request except uploads, which `max_upload_bytes` bounds. With `api_keys` all
+    routes but those of probes and of the documentation want one of them, with `admin_keys` what
+    changes adapters and compositions wants one of those. Pages of the `allowed_origins`, as
+    "https://example.org" or "*" for all, may call the server from a browser.
     `prefix_cache_memory` is the part of `kv_memory` that may keep beginnings of
     prompts, 0 for none. `kv_dtype` is what keys and values are kept in: "auto" is the model's
     dtype, or bfloat16 with `quantize`.
@@ -80,6 +85,9 @@ class ServerConfig:
     home: Path = field(default_factory=default_home)
     database_url: str | None = None
     adapter_roots: tuple[Path, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_origins: tuple[str, ...] = ()
     max_upload_bytes: int = 2 * 2**30
     max_body_bytes: int = 8 * 2**20
     adapter_memory: int | None = None
@@ -146,6 +154,12 @@ class ServerConfig:
             _check("record_trace", new, f"names {path}, which exists; no trace is written over")
             folder = self.record_trace.parent
             _check("record_trace", folder.is_dir(), f"is to lie in {folder}, which is no folder")
+        for name in ("api_keys", "admin_keys"):
+            sendable = all(_KEY.fullmatch(key) for key in getattr(self, name))
+            _check(name, sendable, "must be of visible ASCII characters, as headers carry them")
+        for origin in self.allowed_origins:
+            rule = f"names {origin!r}; an origin is *, or as https://example.org, with no path"
+            _check("allowed_origins", bool(_ORIGIN.fullmatch(origin)), rule)
         for root in self.adapter_roots:
             _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")
 

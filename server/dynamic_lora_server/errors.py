@@ -3,6 +3,8 @@
     ServerError
     ├── InvalidParameter       a field of the request has a value that cannot be used
     ├── ContextOverflow        prompt and max_new_tokens exceed the context window
+    ├── Unauthorized           a key is wanted, and none or an unknown one was sent
+    ├── Forbidden              the key is good, but not for this
     ├── QueueFull              too many requests wait; try again later
     ├── NotReady               the model is still loading
     ├── EngineFailed           the step loop broke on this request or stopped
@@ -29,6 +31,18 @@ class InvalidParameter(ServerError):
 
 class ContextOverflow(ServerError):
     """Prompt plus requested tokens do not fit in the context window."""
+
+
+class Unauthorized(ServerError):
+    """The route wants a key; `given` says whether there was one, which is not known."""
+
+    def __init__(self, message: str, *, given: bool) -> None:
+        super().__init__(message, fix="Send one in the header Authorization: Bearer KEY.")
+        self.given = given
+
+
+class Forbidden(ServerError):
+    """The key is one of the server's, but not for what changes adapters."""
 
 
 class QueueFull(ServerError):

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: one table, one handler.
+"""Errors as HTTP answers: one handler, two forms.
 
 Outside `/v1` an error is an RFC 9457 problem document whose `type` is a stable
 path, `/problems/<slug>`; docs/api.md lists them. Below `/v1` it is OpenAI's
@@ -18,17 +18,21 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from dynamic_lora_adapters import composition, saved
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server import errors
-from dynamic_lora_server.disconnect import ClientDisconnected
+from dynamic_lora_server.fault_kinds import (
+    BY_STATUS,
+    INVALID_REQUEST,
+    MALFORMED_JSON,
+    TABLE,
+    UNSUPPORTED_MEDIA_TYPE,
+    Kind,
+)
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
-from dynamic_lora_server.sources import SourceUnavailable
 from dynamic_lora_server.uploads import JSON, media_type
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -39,19 +43,6 @@ _MAX_SENTENCE = 2000
 W = TypeVar("W", bound=BaseModel)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One row of the table: the stable slug, its title and its status.
-
-    `code` is OpenAI's code where it has one of its own for the case.
-    """
-
-    slug: str
-    title: str
-    status: int
-    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,48 +57,6 @@ class Fault:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-# An error takes the row of its nearest class; a test asks that every class has one.
-TABLE: Mapping[type[Exception], Kind] = {
-    errors.InvalidParameter: Kind("invalid-parameter", "Invalid parameter", 422),
-    errors.ContextOverflow: Kind(
-        "context-overflow", "Request longer than the context", 422, "context_length_exceeded"
-    ),
-    errors.QueueFull: Kind("queue-full", "Too many requests wait", 429, "rate_limit_exceeded"),
-    errors.NotReady: Kind("not-ready", "Not ready", 503),
-    errors.EngineFailed: Kind("engine-failed", "The engine failed", 500),
-    errors.UnsupportedModel: Kind("unsupported-model", "Unsupported base model", 500),
-    errors.ServerError: Kind("server-error", "Server error", 500),
-    SourceUnavailable: Kind("source-unavailable", "Adapter source unavailable", 502),
-    adapter_errors.AdapterNotFound: Kind(
-        "adapter-not-found", "Adapter not found", 404, "model_not_found"
-    ),
-    composition.VersionNotFound: Kind(
-        "version-not-found", "Adapter version not found", 404, "model_not_found"
-    ),
-    composition.InvalidComposition: Kind("invalid-composition", "Invalid composition", 422),
-    saved.CompositionNotFound: Kind("composition-not-found", "Composition not found", 404),
-    saved.NameTaken: Kind("name-taken", "Name taken", 409),
-    adapter_errors.InvalidAdapterName: Kind("invalid-adapter-name", "Invalid adapter name", 422),
-    adapter_errors.AdapterTooLarge: Kind("adapter-too-large", "Adapter too large", 413),
-    adapter_errors.UnsafeArchive: Kind("unsafe-archive", "Unsafe archive", 422),
-    adapter_errors.InvalidAdapter: Kind("invalid-adapter", "Invalid adapter", 422),
-    adapter_errors.UnsupportedAdapter: Kind("unsupported-adapter", "Unsupported adapter", 422),
-    adapter_errors.IncompatibleAdapter: Kind("incompatible-adapter", "Incompatible adapter", 422),
-    adapter_errors.AdapterCapacityError: Kind(
-        "adapter-capacity", "Adapter exceeds the memory for adapters", 422
-    ),
-    adapter_errors.AdapterError: Kind("adapter-error", "Adapter error", 422),
-    ClientDisconnected: Kind("client-disconnected", "Client disconnected", 499),
-    ClientDisconnect: Kind("client-disconnected", "Client disconnected", 499),
-    Exception: Kind("internal-error", "Internal error", 500),
-}
-MALFORMED_JSON = Kind("malformed-json", "Malformed JSON", 400)
-UNSUPPORTED_MEDIA_TYPE = Kind("unsupported-media-type", "Unsupported media type", 415)
-INVALID_REQUEST = Kind("invalid-request", "Invalid request", 422)
-BODY_TOO_LARGE = Kind("body-too-large", "Request body too large", 413)
-MALFORMED_BODY = Kind("malformed-body", "Malformed body", 400)
-NOT_FOUND = Kind("not-found", "Not found", 404)
-METHOD_NOT_ALLOWED = Kind("method-not-allowed", "Method not allowed", 405)
 # Where the framework says no more than the status' name.
 _DETAILS: Mapping[int, str] = {
     404: "No route has this path; GET /openapi.json lists them.",
@@ -122,18 +71,6 @@ _OPENAI_FIELDS: Mapping[str, str] = {
 _GENERATE_PATHS = ("/", "/generate", "/generate_stream")
 # What these have in `parameters`, of the names that errors have for it.
 _PARAMETERS = frozenset({*(one.name for one in dataclasses.fields(SamplingParams)), "n", "stop"})
-_BY_STATUS: Mapping[int, Kind] = {
-    kind.status: kind
-    for kind in (
-        MALFORMED_BODY,
-        NOT_FOUND,
-        METHOD_NOT_ALLOWED,
-        BODY_TOO_LARGE,
-        UNSUPPORTED_MEDIA_TYPE,
-    )
-}
-# Faults that the framework finds; no class of ours stands for them.
-FRAMEWORK_KINDS: tuple[Kind, ...] = (*_BY_STATUS.values(), MALFORMED_JSON, INVALID_REQUEST)
 
 
 def install(app: FastAPI) -> None:
@@ -190,7 +127,7 @@ def fault_of(error: Exception, *, content_type: str = "application/json") -> Fau
             field=_capped(error.field),
             fix=_capped(error.fix),
             near=getattr(error, "near", ()),
-            headers=_retry_after(error),
+            headers=_headers(error),
         )
     return Fault(kind=kind, detail="The server met an error of its own; its log has the details.")
 
@@ -260,11 +197,16 @@ def _dump(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document).encode("ascii")
 
 
-def _retry_after(error: Exception) -> dict[str, str]:
-    if isinstance(error, errors.QueueFull):
-        return {"Retry-After": str(error.retry_after)}
-    if isinstance(error, errors.NotReady):
-        return {"Retry-After": str(NOT_READY_RETRY_SECONDS)}
+def _headers(error: Exception) -> dict[str, str]:
+    match error:
+        case errors.QueueFull():
+            return {"Retry-After": str(error.retry_after)}
+        case errors.NotReady():
+            return {"Retry-After": str(NOT_READY_RETRY_SECONDS)}
+        case errors.Unauthorized():
+            return {"WWW-Authenticate": 'Bearer error="invalid_token"' if error.given else "Bearer"}
+        case errors.Forbidden():
+            return {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
     return {}
 
 
@@ -274,7 +216,7 @@ def _http_fault(error: HTTPException) -> Fault:
     detail = _DETAILS.get(status) if error.detail == HTTPStatus(status).phrase else None
     detail = _unreadable(error.__cause__) or detail
     return Fault(
-        kind=_BY_STATUS.get(status, unlisted),
+        kind=BY_STATUS.get(status, unlisted),
         detail=detail or str(error.detail),
         headers=error.headers or {},
     )

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from dynamic_lora_client import (
+    AccessDenied,
     AdapterNotFound,
     ApiError,
     AsyncClient,
@@ -30,6 +31,7 @@ from dynamic_lora_client import (
     TransportError,
     Unavailable,
 )
+from dynamic_lora_client.config import ClientConfig
 from tests.clients.wire import (
     COMPOSITION,
     GENERATION,
@@ -464,12 +466,30 @@ def test_parameters_that_cannot_be_sent(
         ({"url": "http://a:port"}, "is not valid"),
         ({"connect_timeout": 0}, "connect_timeout must be above 0 seconds"),
         ({"read_timeout": float("nan")}, "read_timeout must be above 0 seconds"),
+        ({"api_key": "two words"}, "api_key must be of visible ASCII characters"),
+        ({"api_key": ""}, "api_key must be of visible ASCII characters"),
+        ({"api_key": "x", "headers": {"Authorization": "y"}}, "would be sent as one"),
     ],
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_settings_without_sense(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         kind(**options)
+
+
+def test_a_key_is_sent_as_a_bearer_token(call: Caller) -> None:
+    call([_ok({"adapters": []})], "adapters", client={"api_key": "secret"})
+    (request,) = call.requests
+    assert request.headers["authorization"] == "Bearer secret"
+    assert "secret" not in repr(ClientConfig(api_key="secret"))
+
+
+@pytest.mark.parametrize(("status", "name"), [(401, "unauthorized"), (403, "forbidden")])
+def test_a_request_without_the_right_key(call: Caller, status: int, name: str) -> None:
+    with pytest.raises(AccessDenied) as caught:
+        call([_refusal(status, name)], "adapters")
+    assert caught.value.status == status
+    assert len(call.requests) == 1
 
 
 def test_settings_reach_the_request(call: Caller) -> None:

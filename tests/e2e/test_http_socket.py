@@ -7,8 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 from huggingface_hub import InferenceClient
-from openai import NotFoundError, OpenAI
+from openai import AuthenticationError, NotFoundError, OpenAI
 
+from dynamic_lora_client import AccessDenied, AdapterNotFound, Client
 from tests.support.http_server import listening, tiny_app, tiny_config
 
 # Takes far longer than a test should: only a disconnect can end it in time.
@@ -133,3 +134,24 @@ def test_tgis_client(address: str) -> None:
     assert answer.details.generated_tokens == len(answer.details.tokens)
     streamed = client.text_generation("the rain", max_new_tokens=5, stream=True, details=True)
     assert list(streamed)[-1].generated_text == answer.generated_text
+
+
+def test_official_clients_send_a_key(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, api_keys=("sk-1",), admin_keys=("sk-0",))
+    with listening(tiny_app(config)) as address:
+        asked = {"model": "base", "prompt": "hi", "max_tokens": 3, "temperature": 0}
+        with OpenAI(base_url=f"{address}/v1", api_key="sk-1", max_retries=0) as client:
+            text = client.completions.create(**asked).choices[0].text  # type: ignore[call-overload]
+        with (
+            OpenAI(base_url=f"{address}/v1", api_key="sk-2", max_retries=0) as client,
+            pytest.raises(AuthenticationError, match="does not know this key"),
+        ):
+            client.completions.create(**asked)  # type: ignore[call-overload]
+        hub = InferenceClient(f"{address}/generate", token="sk-1")
+        assert hub.text_generation("hi", max_new_tokens=3) == text
+        with Client(address, api_key="sk-1") as client:
+            assert client.generate("hi", max_new_tokens=3).text == text
+            with pytest.raises(AccessDenied, match="may not change adapters"):
+                client.delete("ner")
+        with Client(address, api_key="sk-0") as admin, pytest.raises(AdapterNotFound):
+            admin.delete("ner")

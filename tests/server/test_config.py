@@ -53,6 +53,10 @@ def test_the_defaults_are_valid() -> None:
         ({"native": False, "base_product": "native"}, "native must stay on"),
         ({"restore": "subtract", "quantize": "bf16"}, "restore must be copy with packed weights"),
         ({"restore": "subtract", "base_product": "packed"}, "restore must be copy"),
+        ({"api_keys": ("two words",)}, "api_keys must be of visible ASCII characters"),
+        ({"admin_keys": ("",)}, "admin_keys must be of visible ASCII characters"),
+        ({"allowed_origins": ("example.org",)}, "allowed_origins names 'example.org'"),
+        ({"allowed_origins": ("https://example.org/a",)}, "with no path"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"log_level": "loud"}, "log_level must be one of"),
         (

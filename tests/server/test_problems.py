@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from dynamic_lora_adapters import errors as adapter_errors
-from dynamic_lora_server import base_model, errors, problems, sources
+from dynamic_lora_server import base_model, errors, fault_kinds, problems, sources
 from dynamic_lora_server.disconnect import ClientDisconnected
 
 
@@ -21,11 +21,11 @@ def test_every_error_of_both_packages_has_a_row_or_inherits_one() -> None:
     assert base_model and sources  # define errors outside errors.py
     own = {e for e in _tree(errors.ServerError) if e.__module__ == "dynamic_lora_server.errors"}
     adapters = _tree(adapter_errors.AdapterError)
-    assert own | adapters | {sources.SourceUnavailable} <= set(problems.TABLE)
+    assert own | adapters | {sources.SourceUnavailable} <= set(fault_kinds.TABLE)
 
 
 def test_slugs_are_unique_but_for_the_two_disconnects() -> None:
-    kinds = [kind for error, kind in problems.TABLE.items() if error is not ClientDisconnected]
+    kinds = [kind for error, kind in fault_kinds.TABLE.items() if error is not ClientDisconnected]
     assert len({kind.slug for kind in kinds}) == len(kinds)
 
 
@@ -127,6 +127,6 @@ def test_the_frameworks_errors_are_problems_too(
 
 def test_every_problem_is_documented() -> None:
     documentation = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    kinds = [*problems.TABLE.values(), *problems.FRAMEWORK_KINDS]
+    kinds = [*fault_kinds.TABLE.values(), *fault_kinds.FRAMEWORK_KINDS]
     missing = {kind.slug for kind in kinds if f"`/problems/{kind.slug}`" not in documentation}
     assert missing == set()

@@ -11,7 +11,7 @@ from rich import progress as bars
 
 from dynamic_lora_client.cli import output
 from dynamic_lora_client.cli.exit_codes import ExitCode
-from dynamic_lora_client.cli.options import Json, Name, Url
+from dynamic_lora_client.cli.options import ApiKey, Json, Name, Url
 from dynamic_lora_client.client import Client
 from dynamic_lora_client.config import DEFAULT_URL
 from dynamic_lora_client.errors import AdapterNotFound, NotFound
@@ -27,9 +27,10 @@ def push(
     ] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
 ) -> None:
     """Upload an adapter under a name."""
-    with output.reported_errors(), Client(url) as client:
+    with output.reported_errors(), Client(url, api_key=api_key) as client:
         skipped = UploadFiles.find(path).skipped
         with _upload_bar(name) as on_progress:
             upload = client.upload(name, path, force=force, on_progress=on_progress)
@@ -39,9 +40,9 @@ def push(
             _print_upload(upload, skipped)
 
 
-def ls(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+def ls(as_json: Json = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """List the server's adapters and saved compositions."""
-    with output.reported_errors(), Client(url) as client:
+    with output.reported_errors(), Client(url, api_key=api_key) as client:
         adapters, compositions = client.adapters(), client.compositions()
         if as_json:
             output.print_json(
@@ -59,9 +60,9 @@ def ls(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
             output.messages().print("No adapters yet: 'dynamic-lora push NAME PATH' uploads one.")
 
 
-def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show an adapter's passport, or a saved composition."""
-    with output.reported_errors(), Client(url) as client:
+    with output.reported_errors(), Client(url, api_key=api_key) as client:
         document = _document(client, name)
         if as_json:
             output.print_json(document)
@@ -74,9 +75,10 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
 ) -> None:
     """Delete an adapter, or a saved composition."""
-    with output.reported_errors(), Client(url) as client:
+    with output.reported_errors(), Client(url, api_key=api_key) as client:
         if not yes:
             _confirm_deletion(name)
         _delete(client, name)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from dynamic_lora_client.cli import output
-from dynamic_lora_client.cli.options import Json, Url
+from dynamic_lora_client.cli.options import ApiKey, Json, Url
 from dynamic_lora_client.client import Client
 from dynamic_lora_client.config import DEFAULT_URL
 
@@ -15,9 +15,10 @@ def compose(
     text: Annotated[str, typer.Argument(help="The sum, such as 'ner*0.7+tone*0.3'.")],
     as_json: Json = False,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
 ) -> None:
     """Save a weighted sum of adapters under a name."""
-    with output.reported_errors(), Client(url) as client:
+    with output.reported_errors(), Client(url, api_key=api_key) as client:
         composition = client.save_composition(name, text)
         if as_json:
             output.print_json(composition.document)

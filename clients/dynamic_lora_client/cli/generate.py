@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from dynamic_lora_client.cli import output
-from dynamic_lora_client.cli.options import Json, Url
+from dynamic_lora_client.cli.options import ApiKey, Json, Url
 from dynamic_lora_client.client import Client
 from dynamic_lora_client.config import DEFAULT_URL
 from dynamic_lora_client.types import Generation, Parameters
@@ -30,6 +30,7 @@ def generate(
     ] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
 ) -> None:
     """Generate text with an adapter, printing it as it comes."""
     parameters = _given(
@@ -39,7 +40,7 @@ def generate(
         seed=seed,
         stop=stop or None,
     )
-    with output.reported_errors(), Client(url) as client:
+    with output.reported_errors(), Client(url, api_key=api_key) as client:
         inputs = _read_stdin() if text == "-" else text
         if as_json:
             generation = client.generate(inputs, adapter=adapter, raw=raw, **parameters)

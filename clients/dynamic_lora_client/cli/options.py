@@ -9,6 +9,13 @@ Url = Annotated[
     typer.Option("--url", envvar="DYNAMIC_LORA_URL", help="The server's address."),
 ]
 
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="DYNAMIC_LORA_API_KEY", help="A key of the server, if it wants one."
+    ),
+]
+
 Json = Annotated[
     bool,
     typer.Option("--json", help="Write one line of JSON, for scripts."),

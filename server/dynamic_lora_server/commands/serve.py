@@ -6,8 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,18 +14,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynamic_lora_adapters.threads import spin_briefly
-from dynamic_lora_server.config import (
-    BASE_PRODUCTS,
-    DEVICES,
-    DTYPES,
-    LOG_LEVELS,
-    MODES,
-    QUANTIZATIONS,
-    RESTORES,
-    ServerConfig,
-    default_home,
-    parse_bytes,
-)
+from dynamic_lora_server.commands import serve_options as options
+from dynamic_lora_server.config import ServerConfig, default_home, parse_bytes
 from dynamic_lora_server.errors import ServerError
 
 if TYPE_CHECKING:
@@ -45,159 +34,64 @@ _SIZES = (
     "prefix_cache_memory",
 )
 
-
-# One alias for each option, so that the command's signature can be read.
-_Model = Annotated[
-    str | None,
-    typer.Option(help="Folder or Hub id of the base model.", show_default="SmolLM2-135M-Instruct"),
-]
-_Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
-_Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
-_Home = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="DYNAMIC_LORA_HOME", help="Adapter store.", show_default="the user's data folder"
-    ),
-]
-_DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(envvar="DYNAMIC_LORA_DATABASE_URL", help="Index instead of HOME's SQLite."),
-]
-_AdapterRoot = Annotated[
-    list[Path] | None,
-    typer.Option(help="Folder below which POST /adapters may read a source. Repeatable."),
-]
-_MaxUploadBytes = Annotated[str, typer.Option(help="Cap on one upload.")]
-_MaxBodyBytes = Annotated[str, typer.Option(help="Cap on any other request.")]
-_AdapterMemory = Annotated[
-    str | None, typer.Option(help="Device memory for adapters.", show_default="by free memory")
-]
-_KvMemory = Annotated[
-    str | None, typer.Option(help="Device memory for the KV cache.", show_default="by free memory")
-]
-_KvDtype = Annotated[
-    str,
-    typer.Option(
-        help=f"Keys and values in the cache: {', '.join(DTYPES)}. auto is the model's own, or "
-        "bfloat16 with --quantize."
-    ),
-]
-_PrefixCacheMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="Part of the KV cache's memory that may keep beginnings of prompts; 0 keeps none.",
-        show_default="a quarter of it; on a GPU all that is idle",
-    ),
-]
-_MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
-_MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
-_PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
-_Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
-_Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
-_Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
-_BaseProduct = Annotated[
-    str,
-    typer.Option(
-        help=f"What multiplies by the base's weights: {', '.join(BASE_PRODUCTS)}. All but plain "
-        "keep a packed copy of them (CPU); auto takes what measures fastest, if memory is free."
-    ),
-]
-_Quantize = Annotated[
-    str,
-    typer.Option(
-        help=f"Round the base's weights: {', '.join(QUANTIZATIONS)} (CPU). Answers change "
-        "slightly; nothing is merged into int8."
-    ),
-]
-_Native = Annotated[
-    bool,
-    typer.Option(
-        "--native/--no-native",
-        help="Use C++ that is compiled on this machine, where there is a compiler (CPU).",
-    ),
-]
-_Compile = Annotated[
-    bool,
-    typer.Option(
-        "--compile/--no-compile",
-        help="Have torch compile the decoder layers for decoding (GPU); starts take longer, the "
-        "first by about a minute.",
-    ),
-]
-_Overlap = Annotated[
-    bool,
-    typer.Option(
-        "--overlap/--no-overlap",
-        help="Start a step before the answers of the one before have been read (GPU).",
-    ),
-]
-_Speculate = Annotated[
-    int,
-    typer.Option(
-        help="Most tokens of each sequence to draft in a step from what its adapter has said "
-        "before, where that is faster (CPU); 0 drafts none."
-    ),
-]
-_Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
-_Restore = Annotated[
-    str,
-    typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),
-]
-_RecordTrace = Annotated[
-    Path | None,
-    typer.Option(
-        help="New file for who asked for which adapter and when, as benchmarks.simulate reads it; "
-        "another one at each start."
-    ),
-]
-_LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]
+# Options that can be given again, and the fields that have all that were given.
+_REPEATABLE = {
+    "adapter_root": "adapter_roots",
+    "api_key": "api_keys",
+    "admin_key": "admin_keys",
+    "allowed_origin": "allowed_origins",
+}
 
 
 def serve(
-    model: _Model = None,
-    host: _Host = _DEFAULT.host,
-    port: _Port = _DEFAULT.port,
-    home: _Home = None,
-    database_url: _DatabaseUrl = None,
-    adapter_root: _AdapterRoot = None,
-    max_upload_bytes: _MaxUploadBytes = "2GiB",
-    max_body_bytes: _MaxBodyBytes = "8MiB",
-    adapter_memory: _AdapterMemory = None,
-    kv_memory: _KvMemory = None,
-    kv_dtype: _KvDtype = _DEFAULT.kv_dtype,
-    prefix_cache_memory: _PrefixCacheMemory = None,
-    max_running: _MaxRunning = _DEFAULT.max_running,
-    max_waiting: _MaxWaiting = _DEFAULT.max_waiting,
-    prefill_chunk: _PrefillChunk = _DEFAULT.prefill_chunk,
-    dtype: _Dtype = _DEFAULT.dtype,
-    device: _Device = _DEFAULT.device,
-    threads: _Threads = None,
-    base_product: _BaseProduct = _DEFAULT.base_product,
-    native: _Native = _DEFAULT.native,
-    compile: _Compile = _DEFAULT.compile,
-    overlap: _Overlap = _DEFAULT.overlap,
-    speculate: _Speculate = _DEFAULT.speculate,
-    quantize: _Quantize = _DEFAULT.quantize,
-    mode: _Mode = _DEFAULT.mode,
-    restore: _Restore = _DEFAULT.restore,
-    record_trace: _RecordTrace = None,
-    log_level: _LogLevel = _DEFAULT.log_level,
+    model: options.Model = None,
+    host: options.Host = _DEFAULT.host,
+    port: options.Port = _DEFAULT.port,
+    home: options.Home = None,
+    database_url: options.DatabaseUrl = None,
+    adapter_root: options.AdapterRoot = None,
+    api_key: options.ApiKey = None,
+    admin_key: options.AdminKey = None,
+    allowed_origin: options.AllowedOrigin = None,
+    max_upload_bytes: options.MaxUploadBytes = "2GiB",
+    max_body_bytes: options.MaxBodyBytes = "8MiB",
+    adapter_memory: options.AdapterMemory = None,
+    kv_memory: options.KvMemory = None,
+    kv_dtype: options.KvDtype = _DEFAULT.kv_dtype,
+    prefix_cache_memory: options.PrefixCacheMemory = None,
+    max_running: options.MaxRunning = _DEFAULT.max_running,
+    max_waiting: options.MaxWaiting = _DEFAULT.max_waiting,
+    prefill_chunk: options.PrefillChunk = _DEFAULT.prefill_chunk,
+    dtype: options.Dtype = _DEFAULT.dtype,
+    device: options.Device = _DEFAULT.device,
+    threads: options.Threads = None,
+    base_product: options.BaseProduct = _DEFAULT.base_product,
+    native: options.Native = _DEFAULT.native,
+    compile: options.Compile = _DEFAULT.compile,
+    overlap: options.Overlap = _DEFAULT.overlap,
+    speculate: options.Speculate = _DEFAULT.speculate,
+    quantize: options.Quantize = _DEFAULT.quantize,
+    mode: options.Mode = _DEFAULT.mode,
+    restore: options.Restore = _DEFAULT.restore,
+    record_trace: options.RecordTrace = None,
+    log_level: options.LogLevel = _DEFAULT.log_level,
 ) -> None:
     """Serve a base model and its LoRA adapters over HTTP, in the foreground."""
-    options = locals()
+    given = locals()
     with _refusals():
-        config = _config(options)
+        config = _config(given)
     run_server(config, Console(stderr=True))
 
 
-def _config(options: Mapping[str, Any]) -> ServerConfig:
+def _config(given: Mapping[str, Any]) -> ServerConfig:
     """The configuration that the command's options, by name, ask for."""
-    found = {name: value for name, value in options.items() if name != "adapter_root"}
-    found["home"] = options["home"] or default_home()
-    found["adapter_roots"] = tuple(options["adapter_root"] or ())
+    found = {name: value for name, value in given.items() if name not in _REPEATABLE}
+    found["home"] = given["home"] or default_home()
+    for name, field in _REPEATABLE.items():
+        found[field] = tuple(given[name] or ())
     for name in _SIZES:
-        if options[name] is not None:
-            found[name] = parse_bytes(options[name])
+        if given[name] is not None:
+            found[name] = parse_bytes(given[name])
     return ServerConfig(**found)
 
 

@@ -320,6 +320,26 @@ def test_unreachable_server(shell: Shell) -> None:
     assert "dynamic-lora serve" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("ls",),
+        ("show", "ner"),
+        ("rm", "ner", "--yes"),
+        ("push", "ner", "PEFT"),
+        ("compose", "a", "b"),
+        ("generate", "Ada"),
+    ],
+)
+def test_every_command_sends_the_key(
+    shell: Shell, peft_dir: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("DYNAMIC_LORA_API_KEY", "secret")
+    result = shell.refused(403, *(str(peft_dir) if arg == "PEFT" else arg for arg in args))
+    assert result.exit_code == ExitCode.REFUSED
+    assert {one.headers["authorization"] for one in shell.wire.received} == {"Bearer secret"}
+
+
 def test_another_kind_of_server(shell: Shell) -> None:
     shell.wire.reply(chunks=[b"<html>"])
     result = shell("ls")

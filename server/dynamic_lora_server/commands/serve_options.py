@@ -1,0 +1,145 @@
+"""The options of `dynamic-lora serve`, one alias for each, so that its signature can be read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynamic_lora_server.config import (
+    BASE_PRODUCTS,
+    DEVICES,
+    DTYPES,
+    LOG_LEVELS,
+    MODES,
+    QUANTIZATIONS,
+    RESTORES,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of the base model.", show_default="SmolLM2-135M-Instruct"),
+]
+Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
+Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="DYNAMIC_LORA_HOME", help="Adapter store.", show_default="the user's data folder"
+    ),
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(envvar="DYNAMIC_LORA_DATABASE_URL", help="Index instead of HOME's SQLite."),
+]
+AdapterRoot = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder below which POST /adapters may read a source. Repeatable."),
+]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="DYNAMIC_LORA_API_KEYS",
+        help="Key that clients must send as a bearer token. Repeatable; the variable, which no "
+        "list of processes shows, takes several with spaces between.",
+        show_default="none is wanted",
+    ),
+]
+AdminKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="DYNAMIC_LORA_ADMIN_KEYS",
+        help="Key without which nobody changes adapters and compositions. Repeatable.",
+        show_default="every client may",
+    ),
+]
+AllowedOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Origin of pages that may call the server from a browser (CORS), or * for all. "
+        "Repeatable."
+    ),
+]
+MaxUploadBytes = Annotated[str, typer.Option(help="Cap on one upload.")]
+MaxBodyBytes = Annotated[str, typer.Option(help="Cap on any other request.")]
+AdapterMemory = Annotated[
+    str | None, typer.Option(help="Device memory for adapters.", show_default="by free memory")
+]
+KvMemory = Annotated[
+    str | None, typer.Option(help="Device memory for the KV cache.", show_default="by free memory")
+]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        help=f"Keys and values in the cache: {', '.join(DTYPES)}. auto is the model's own, or "
+        "bfloat16 with --quantize."
+    ),
+]
+PrefixCacheMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Part of the KV cache's memory that may keep beginnings of prompts; 0 keeps none.",
+        show_default="a quarter of it; on a GPU all that is idle",
+    ),
+]
+MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
+MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
+PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
+Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
+BaseProduct = Annotated[
+    str,
+    typer.Option(
+        help=f"What multiplies by the base's weights: {', '.join(BASE_PRODUCTS)}. All but plain "
+        "keep a packed copy of them (CPU); auto takes what measures fastest, if memory is free."
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help=f"Round the base's weights: {', '.join(QUANTIZATIONS)} (CPU). Answers change "
+        "slightly; nothing is merged into int8."
+    ),
+]
+Native = Annotated[
+    bool,
+    typer.Option(
+        "--native/--no-native",
+        help="Use C++ that is compiled on this machine, where there is a compiler (CPU).",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Have torch compile the decoder layers for decoding (GPU); starts take longer, the "
+        "first by about a minute.",
+    ),
+]
+Overlap = Annotated[
+    bool,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="Start a step before the answers of the one before have been read (GPU).",
+    ),
+]
+Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Most tokens of each sequence to draft in a step from what its adapter has said "
+        "before, where that is faster (CPU); 0 drafts none."
+    ),
+]
+Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
+Restore = Annotated[
+    str,
+    typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),
+]
+RecordTrace = Annotated[
+    Path | None,
+    typer.Option(
+        help="New file for who asked for which adapter and when, as benchmarks.simulate reads it; "
+        "another one at each start."
+    ),
+]
+LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]
