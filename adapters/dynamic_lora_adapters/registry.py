@@ -180,8 +180,8 @@ class AdapterRegistry:
         return version
 
     def has(self, name: str) -> bool:
-        """Whether a name means a version now."""
-        return name in self._versions
+        """Whether a name is an adapter's now, also one that cannot be read."""
+        return name in self._versions or name in self._unreadable
 
     def list(self) -> Sequence[Passport]:
         """The passports of all adapters that fit the base, by name."""
