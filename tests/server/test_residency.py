@@ -237,8 +237,9 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
         task = asyncio.create_task(collect(runtime, spec(adapter="a")))
         with pytest.raises(asyncio.CancelledError):
             await task
-        while not threads:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while not threads:
+                await asyncio.sleep(0.01)
         await all_freed(runtime)
     assert threading.current_thread() not in threads
 

