@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynamic_lora_adapters.errors import InvalidAdapter
 from dynamic_lora_adapters.json_file import MAX_JSON_BYTES, read_json_object
@@ -47,7 +47,7 @@ class ChatFormat(BaseModel):
         """
         kept = folder / CHAT_FILE
         if kept.exists():
-            return cls.model_validate_json(kept.read_bytes())
+            return cls._kept(kept)
         tokenizer = _read_optional(folder / TOKENIZER_FILE, _MAX_TOKENIZER_BYTES)
         generation = _read_optional(folder / GENERATION_FILE, MAX_JSON_BYTES)
         template = _read_template(folder / TEMPLATE_FILE) or _template_of(tokenizer)
@@ -61,6 +61,15 @@ class ChatFormat(BaseModel):
             end_ids=_end_ids(generation),
         )
         return None if found == cls() else found
+
+    @classmethod
+    def _kept(cls, path: Path) -> Self:
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:  # a newer release may say more, or it is damaged
+            first = error.errors()[0]
+            place = ".".join([path.name, *map(str, first["loc"])])
+            raise InvalidAdapter(f"{place}: {first['msg']}.", field=path.name) from None
 
     def save(self, folder: Path) -> None:
         """Write it down, in the spelling that is kept."""

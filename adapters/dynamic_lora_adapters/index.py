@@ -96,6 +96,7 @@ class StoredVersion:
     digest: str
     passport: str
     sizes: Mapping[str, int]
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +138,7 @@ class AdapterIndex:
     def versions(self) -> list[StoredVersion]:
         """Every version of every base."""
         with Session(self._engine) as session:
-            return [
-                StoredVersion(r.base, r.name, r.digest, r.passport, json.loads(r.sizes))
-                for r in session.exec(select(VersionRow)).all()
-            ]
+            return [_stored_version(row) for row in session.exec(select(VersionRow)).all()]
 
     def is_used(self, digest: str) -> bool:
         """Whether any version of any base has this content."""
@@ -182,6 +180,14 @@ class AdapterIndex:
             )
             kind = EventKind.SHIPPED if shipped else kind
             self._record(session, self._base, name, digest, kind)
+            session.commit()
+
+    def put_passport(self, name: str, digest: str, passport: str) -> None:
+        """Replace the passport of a version of this base; the version must be there."""
+        with Session(self._engine) as session:
+            row = session.get_one(VersionRow, (self._base, name, digest))
+            row.passport = passport
+            session.add(row)
             session.commit()
 
     def drop(self, name: str, kind: EventKind, *, base: str | None = None) -> None:
@@ -252,6 +258,25 @@ class AdapterIndex:
 def shipped_digests(events: Sequence[AdapterEvent]) -> set[str]:
     """The contents that came with the package, out of a name's history."""
     return {event.digest for event in events if event.kind is EventKind.SHIPPED}
+
+
+def shipped_was_lost(events: Sequence[AdapterEvent]) -> bool:
+    """Whether a name had what came with the package until the disk lost it."""
+    last = events[-1] if events else None
+    return (
+        last is not None and last.kind is EventKind.LOST and last.digest in shipped_digests(events)
+    )
+
+
+def _stored_version(row: VersionRow) -> StoredVersion:
+    return StoredVersion(
+        base=row.base,
+        name=row.name,
+        digest=row.digest,
+        passport=row.passport,
+        sizes=json.loads(row.sizes),
+        created_at=datetime.fromisoformat(row.created_at),
+    )
 
 
 def _stored_composition(row: CompositionRow) -> StoredComposition:

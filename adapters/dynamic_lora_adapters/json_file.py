@@ -48,13 +48,13 @@ def parse_json_object(data: bytes, name: str, *, max_bytes: int = MAX_JSON_BYTES
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
+        _refuse_half_characters(value, name)
     except UnicodeDecodeError as error:
         raise InvalidAdapter(f"{name} is not UTF-8: {error}.", field=name) from None
     except RecursionError:
         raise InvalidAdapter(f"{name} is nested too deeply.", field=name) from None
     except ValueError as error:
         raise InvalidAdapter(f"{name} is not valid JSON: {error}.", field=name) from None
-    _refuse_half_characters(value, name)
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{name} must hold a JSON object.", field=name)
     return value

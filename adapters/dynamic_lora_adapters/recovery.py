@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -55,26 +56,32 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
             logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
             index.drop(stored.name, EventKind.LOST, base=stored.base)
         elif stored.base == base and current.get(stored.name) == stored.digest:
-            _restore(stored, store, inspector, found)
+            _restore(stored, store, index, inspector, found)
     known = {stored.digest for stored in index.versions()}
     for digest in store.digests() - known:
         store.remove(digest)
+    store.sweep()
     return found
 
 
 def _restore(
-    stored: StoredVersion, store: BlobStore, inspector: Inspector, found: Recovered
+    stored: StoredVersion,
+    store: BlobStore,
+    index: AdapterIndex,
+    inspector: Inspector,
+    found: Recovered,
 ) -> None:
     try:
-        found.versions[stored.name] = _version(stored, store, inspector)
+        found.versions[stored.name] = _version(stored, store.path(stored.digest), index, inspector)
     except AdapterError as error:
         unreadable = Unreadable(stored.name, stored.digest, error.message)
         logger.warning("adapter %r is not served: %s", stored.name, unreadable.why)
         found.unreadable[stored.name] = unreadable
 
 
-def _version(stored: StoredVersion, store: BlobStore, inspector: Inspector) -> AdapterVersion:
-    folder = store.path(stored.digest)
+def _version(
+    stored: StoredVersion, folder: Path, index: AdapterIndex, inspector: Inspector
+) -> AdapterVersion:
     try:
         passport = _passport(stored.passport)
     except ValidationError:
@@ -82,7 +89,8 @@ def _version(stored: StoredVersion, store: BlobStore, inspector: Inspector) -> A
         version = inspector.inspect(stored.name, folder, force=True, ignored_files=())
         if version.digest != stored.digest:
             raise InvalidAdapter("its content has another digest by now") from None
-        return version
+        passport = version.passport.model_copy(update={"created_at": stored.created_at})
+        index.put_passport(stored.name, stored.digest, passport.model_dump_json())
     return AdapterVersion(
         name=stored.name,
         digest=stored.digest,

@@ -4,8 +4,8 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from dynamic_lora_adapters.index import (
     AdapterIndex,
     EventKind,
     shipped_digests,
+    shipped_was_lost,
 )
 from dynamic_lora_adapters.inspection import (
     AdapterVersion,
@@ -75,7 +76,7 @@ class AdapterRegistry:
     """Names to adapter versions, kept on disk under `home` and fitted to one base.
 
     All methods may be called from any thread; they block, `publish` for as long
-    as reading the weights takes. `resolve` and `list` touch no disk. Opening
+    as reading the weights takes. `resolve`, `lease` and `list` touch no disk. Opening
     cleans up after a crash, and raises `AdapterError` while another process
     uses the home. Use `close`, or the registry as a context manager.
 
@@ -105,7 +106,7 @@ class AdapterRegistry:
         )
         # Held while store and index change, which waits for the disk; the other one, for what
         # requests read, never does. Whoever takes both takes this one first.
-        self._changing = threading.RLock()
+        self._changing = threading.Lock()
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
         found = recover(self._store, self._index, self._inspector, _base_key(geometry))
@@ -179,8 +180,8 @@ class AdapterRegistry:
         return version
 
     def has(self, name: str) -> bool:
-        """Whether a name means a version now."""
-        return name in self._versions
+        """Whether a name is an adapter's now, also one that cannot be read."""
+        return name in self._versions or name in self._unreadable
 
     def list(self) -> Sequence[Passport]:
         """The passports of all adapters that fit the base, by name."""
@@ -189,7 +190,7 @@ class AdapterRegistry:
 
     def delete(self, name: str) -> None:
         """Forget a name. Its files go when no other name and no lease needs them."""
-        with self._changing:
+        with self._change():
             digest = self._digest(name) or self.resolve(name).digest
             self._index.drop(name, EventKind.DELETED)
             with self._lock:
@@ -245,9 +246,9 @@ class AdapterRegistry:
         return [name for name in names if self._import_one(name, folder / name)]
 
     def _import_one(self, name: str, source: Path) -> bool:
-        shipped = shipped_digests(self._index.history(name))
-        current = self._digest(name)
-        if shipped and current is None:
+        events = self._index.history(name)
+        shipped, current = shipped_digests(events), self._digest(name)
+        if shipped and current is None and not shipped_was_lost(events):
             return False
         if current is not None and current not in shipped:
             logger.info("shipped adapter %r skipped: the name is taken", name)
@@ -278,7 +279,7 @@ class AdapterRegistry:
         if version.chat is not None:
             version.chat.save(folder)
         self._store.prepare(folder)
-        with self._changing:
+        with self._change():
             current = self._versions.get(version.name)
             if current is not None and current.digest == version.digest:
                 return Publication(current.passport, created=False)
@@ -304,6 +305,15 @@ class AdapterRegistry:
                 self._collect(before)
             return Publication(version.passport, created=True)
 
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """While store and index change. Files are deleted when others may go on."""
+        try:
+            with self._changing:
+                yield
+        finally:
+            self._store.sweep()
+
     def _digest(self, name: str) -> str | None:
         """The content that a name means, whether or not it can be read."""
         found = self._versions.get(name) or self._unreadable.get(name)
@@ -327,7 +337,7 @@ class AdapterRegistry:
         The next start finds files that no name needs.
         """
         try:
-            with self._changing:
+            with self._change():
                 self._collect(digest)
         except Exception:
             logger.exception("content %.12s stays until the next start", digest)

@@ -21,6 +21,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 READ_DTYPES = ("F32", "F16", "BF16")
 
 _MAX_HEADER_BYTES = 16 << 20
+# Far more than any layer has: the product of a million sizes takes minutes.
+_MAX_DIMENSIONS = 8
 _CHUNK_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 128 << 10
 # What torch calls the types that are read, and their sizes in bytes.
@@ -194,6 +196,8 @@ def _fits(entry: TensorEntry) -> bool:
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
     start, stop = value["data_offsets"]
     shape = tuple(value["shape"])
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError("too many dimensions")
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
         raise ValueError("sizes must be integers from 0")
     return TensorEntry(str(value["dtype"]), shape, start, stop)

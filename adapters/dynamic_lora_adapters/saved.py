@@ -71,10 +71,13 @@ class SavedCompositions:
         """Parts put together, those with saved names written out; raises as `resolve` does."""
         flat: list[Part] = []
         for part in parts:
-            own = self._expand(part)
-            if merge is not None and own != [part]:
-                raise _not_an_adapter(part, self._saved[part.name])
-            flat.extend(own)
+            saved = self._meant_by(part)
+            if saved is None:
+                flat.append(part)
+            elif merge is None:
+                flat.extend(parse(saved.text).scaled(part.weight).parts)
+            else:
+                raise _not_an_adapter(part, saved)
         for part in flat:
             self.version(part)
         return Composition.of(flat, merge=merge)
@@ -118,8 +121,8 @@ class SavedCompositions:
         """
         check_adapter_name(name, reserved=reserved)
         for part in parts:
-            if self._is_saved(part.name):
-                raise _not_an_adapter(part, self._saved[part.name])
+            if (saved := self._saved.get(part.name)) is not None:
+                raise _not_an_adapter(part, saved)
         composition = self.combine(parts)
         if composition.is_base:
             raise InvalidComposition("The weights add up to nothing.")
@@ -177,15 +180,17 @@ class SavedCompositions:
                 check_version(part, digest)
             self.terms(composition, digests)
 
-    def _expand(self, part: Part) -> Sequence[Part]:
-        if not self._is_saved(part.name) or self._is_adapter(part.name):
-            return [part]
+    def _meant_by(self, part: Part) -> StoredComposition | None:
+        """The saved composition that a part names; None for an adapter, or nothing."""
+        saved = self._saved.get(part.name)
+        if saved is None or self._is_adapter(part.name):
+            return None
         if part.version is not None:
             raise InvalidComposition(
                 f"{part.name!r} is a saved composition and has no versions.",
                 fix="Pin the versions of its adapters when you save it.",
             )
-        return parse(self._saved[part.name].text).scaled(part.weight).parts
+        return saved
 
     def _is_saved(self, name: str) -> bool:
         return name in self._saved

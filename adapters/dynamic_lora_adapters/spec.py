@@ -26,7 +26,21 @@ from dynamic_lora_adapters.errors import InvalidAdapter, UnsupportedAdapter
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 4096
+# Entries of one list, each of which is compared with every module: PEFT itself writes one for
+# each module, of which the largest mixtures of experts have some 20,000.
+MAX_LISTED = 32_768
 
+_LISTS = (
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -78,10 +92,20 @@ class LoraSpec:
             )
         if self.bias not in _BIASES:
             raise invalid("bias", self.bias, f"one of {', '.join(_BIASES)}")
+        self._check_lengths()
         self._check_layers()
         self._check_combinations()
         for key, pattern in self.patterns():
             check_pattern(key, pattern)
+
+    def _check_lengths(self) -> None:
+        for key in _LISTS:
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) > MAX_LISTED:
+                raise InvalidAdapter(
+                    f"{key} has {len(value):,} entries; at most {MAX_LISTED:,} are read.",
+                    field=key,
+                )
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

@@ -37,7 +37,7 @@ _KEPT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CHAT_FILE})
 
 
 class BlobStore:
-    """The folders under one home; not thread-safe but for `staging`, `prepare` and reads.
+    """The folders under one home; not thread-safe but for `staging`, `prepare`, `sweep` and reads.
 
     Opening takes the home for this process: raises `AdapterError` if another
     holds it. `close` gives it back.
@@ -49,7 +49,8 @@ class BlobStore:
         for folder in (self._blobs, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock = _take_home(home)
-        self._sweep_staging()
+        self._doomed = list(self._staging.iterdir())
+        self.sweep()
 
     def close(self) -> None:
         """Let another process have the home."""
@@ -75,7 +76,10 @@ class BlobStore:
 
     def sizes(self, digest: str) -> dict[str, int]:
         """Bytes of each file of an adapter; empty if there is no such adapter."""
-        return _file_sizes(self.path(digest))
+        folder = self.path(digest)
+        if not folder.is_dir():
+            return {}
+        return {p.name: p.stat().st_size for p in folder.iterdir() if p.name in _KEPT_FILES}
 
     def prepare(self, folder: Path) -> None:
         """Flush a staged folder to disk, for `publish`; other folders may change meanwhile."""
@@ -87,31 +91,27 @@ class BlobStore:
         _flush(folder)
 
     def publish(self, folder: Path, digest: str) -> None:
-        """Move a folder that is prepared to its place; a whole one that is there stays."""
+        """Move a folder that is prepared to its place; one that is there stays.
+
+        The same content can be spelt in files of other sizes, and the index knows those.
+        """
         target = self.path(digest)
-        if target.exists():
-            if _file_sizes(target) == _file_sizes(folder):
-                return
-            self.remove(digest)
-        os.replace(folder, target)
-        _flush(self._blobs)
+        if not target.exists():
+            os.replace(folder, target)
+            _flush(self._blobs)
 
     def remove(self, digest: str) -> None:
-        """Drop an adapter; it disappears at once and as a whole."""
+        """Drop an adapter; it disappears at once and as a whole, its files with `sweep`."""
         doomed = self._staging / secrets.token_hex(16)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.path(digest), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._doomed.append(doomed)
 
-    def _sweep_staging(self) -> None:
-        for folder in self._staging.iterdir():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    if not folder.is_dir():
-        return {}
-    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name in _KEPT_FILES}
+    def sweep(self) -> None:
+        """Delete the files of what was removed, which takes as long as they are large."""
+        with contextlib.suppress(IndexError):  # another thread may take the last
+            while True:
+                shutil.rmtree(self._doomed.pop(), ignore_errors=True)
 
 
 def _take_home(home: Path) -> IO[bytes]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry
@@ -15,6 +15,8 @@ from dynamic_lora_adapters.spec import ALL_LINEAR, LoraSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+T = TypeVar("T")
 
 _PROBE_SECONDS = 10.0
 _PROBE = """
@@ -89,6 +91,7 @@ def find_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
 
 def find_parameters(spec: LoraSpec, geometry: BaseGeometry) -> list[ParameterTarget]:
     """The parameters that `spec` adapts by name, matched as PEFT does: whole, or after a dot."""
+    scales = _Scales(spec)
     by_module: dict[str, list[str]] = {}
     for name in geometry.parameters:
         if _ends_with(name, spec.target_parameters):
@@ -96,7 +99,7 @@ def find_parameters(spec: LoraSpec, geometry: BaseGeometry) -> list[ParameterTar
     found = []
     for module, names in by_module.items():
         for number, name in enumerate(names):
-            target = _target(spec, name)
+            target = scales.target(name)
             # The first is wrapped first, and by all that come after it.
             wrapper = module + ".base_layer" * (len(names) - 1 - number)
             found.append(ParameterTarget(name, wrapper, target.rank, target.scaling))
@@ -139,8 +142,7 @@ def _is_end(name: str, paths: Iterable[str]) -> bool:
 
 def import_peft() -> None:
     """Import what matching modules takes: half a second that no request need wait for."""
-    import peft.tuners.tuners_utils
-    import peft.utils.other  # noqa: F401
+    import peft.tuners.tuners_utils  # noqa: F401
 
 
 def _ends_with(path: str, names: Iterable[str]) -> bool:
@@ -155,13 +157,30 @@ def _ties(spec: LoraSpec, geometry: BaseGeometry, paths: Iterable[str]) -> bool:
     return spec.ensure_weight_tying and geometry.tied and bool(leaves & {*EMBEDDING_LAYER_NAMES})
 
 
-def _target(spec: LoraSpec, path: str) -> Target:
-    from peft.utils.other import get_pattern_key
+class _Scales:
+    """Rank and scaling of each target: the first pattern that matches the end of its path.
 
-    ranks, alphas = dict(spec.rank_pattern), dict(spec.alpha_pattern)
-    rank = ranks.get(get_pattern_key(list(ranks), path), spec.rank)
-    alpha = alphas.get(get_pattern_key(list(alphas), path), spec.alpha)
-    return Target(path, rank, spec.scaling(rank, alpha))
+    As PEFT's `get_pattern_key` says, whose expressions are compiled anew for each path when
+    there are more than Python remembers. Raises `re.error`.
+    """
+
+    def __init__(self, spec: LoraSpec) -> None:
+        self._spec = spec
+        self._ranks = [(_end_of_path(key), rank) for key, rank in spec.rank_pattern]
+        self._alphas = [(_end_of_path(key), alpha) for key, alpha in spec.alpha_pattern]
+
+    def target(self, path: str) -> Target:
+        rank = _first_match(self._ranks, path, self._spec.rank)
+        alpha = _first_match(self._alphas, path, self._spec.alpha)
+        return Target(path, rank, self._spec.scaling(rank, alpha))
+
+
+def _end_of_path(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _first_match(patterns: list[tuple[re.Pattern[str], T]], path: str, default: T) -> T:
+    return next((value for pattern, value in patterns if pattern.match(path)), default)
 
 
 def _matches(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
@@ -172,7 +191,8 @@ def _matches(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
     if _ties(spec, geometry, paths):
         tied = {*paths, *geometry.embeddings, *geometry.heads}
         paths = [path for path in geometry.modules if path in tied]
-    return [_target(spec, path) for path in paths]
+    scales = _Scales(spec)
+    return [scales.target(path) for path in paths]
 
 
 def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":

@@ -145,14 +145,12 @@ class Residency:
 
     @asynccontextmanager
     async def _lease(self, part: Part) -> AsyncIterator[Lease]:
-        lease = await _acquire(
-            lambda: self._registry.lease(part.name),
-            lambda found: None if found is None else self._registry.release(found),
-        )
+        lease = self._registry.lease(part.name)
         try:
             check_version(part, lease.version.digest)
             yield lease
         finally:
+            # The last lease of a deleted version removes its files.
             await asyncio.shield(asyncio.to_thread(self._registry.release, lease))
 
     def _remember(self, version: str, digests: Sequence[str]) -> None:

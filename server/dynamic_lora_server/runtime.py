@@ -1,8 +1,9 @@
 """Everything that serves: model, tokenizer, registry, engine and service, put together."""
 
+import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha256
 from importlib.metadata import version
@@ -43,6 +44,10 @@ from dynamic_lora_server.text import TokenizerView
 
 logger = logging.getLogger(__name__)
 
+# Uploads that are checked and compositions that are tried at a time: each takes a core, and as
+# much memory as its terms.
+_NUM_CHECKS = 2
+
 
 class Tier(StrEnum):
     """Where an adapter's weights are."""
@@ -72,7 +77,10 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """A loaded server without its HTTP side. `start` belongs on the serving event loop."""
+    """A loaded server without its HTTP side. `start` belongs on the serving event loop.
+
+    Who checks an upload or tries a composition holds `checking` meanwhile.
+    """
 
     config: ServerConfig
     model_id: str
@@ -84,6 +92,7 @@ class Runtime:
     residencies: Residency
     device: str
     dtype: str
+    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_CHECKS))
 
     @classmethod
     def load(

@@ -11,6 +11,7 @@ from dynamic_lora_server.errors import InvalidParameter, ServerError
 
 HUB_SCHEME = "hf://"
 _HUB_TIMEOUT = 10.0
+_MAX_SHOWN = 80
 
 
 class SourceUnavailable(ServerError):
@@ -37,7 +38,17 @@ def fetch_source(
         repo, _, revision = source.removeprefix(HUB_SCHEME).partition("@")
         _from_hub(repo, revision or None, intake, inbox, max_bytes, endpoint)
     else:
-        _from_disk(_allowed_path(source, roots), intake)
+        _from_disk(_path(source, roots), intake)
+
+
+def _path(source: str, roots: Sequence[Path]) -> Path:
+    try:
+        return _allowed_path(source, roots)
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+        reason = getattr(error, "strerror", None) or "its links go round in a circle"
+        raise InvalidParameter(
+            f"{source[:_MAX_SHOWN]!r} cannot be read: {reason}.", field="source"
+        ) from error
 
 
 def _allowed_path(source: str, roots: Sequence[Path]) -> Path:
@@ -60,7 +71,7 @@ def _allowed_path(source: str, roots: Sequence[Path]) -> Path:
 
 def _check_links(path: Path, root: Path) -> None:
     for entry in path.iterdir() if path.is_dir() else ():
-        if not entry.resolve().is_relative_to(root):
+        if not entry.resolve(strict=True).is_relative_to(root):
             raise InvalidParameter(
                 f"{entry.name!r} links to a place outside the allowed folder.", field="source"
             )

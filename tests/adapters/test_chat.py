@@ -66,6 +66,19 @@ def test_what_is_kept_reads_the_same(tmp_path: Path) -> None:
     assert ChatFormat.read(kept) == found
 
 
+@pytest.mark.parametrize(
+    ("kept", "field"),
+    [('{"template": "t", "colour": 1}', "chat.json.colour"), ("{", "chat.json: Invalid JSON")],
+)
+def test_what_is_kept_by_another_release_or_damaged_is_refused(
+    kept: str, field: str, tmp_path: Path
+) -> None:
+    (tmp_path / CHAT_FILE).write_text(kept)
+    with pytest.raises(InvalidAdapter, match=field) as caught:
+        ChatFormat.read(tmp_path)
+    assert caught.value.field == CHAT_FILE
+
+
 def test_a_tokenizer_of_many_added_tokens(tmp_path: Path) -> None:
     many = {str(i): {"content": f"<unused{i}>", "special": True} for i in range(30_000)}
     found = read(tmp_path, t={"added_tokens_decoder": many, "eos_token": "</s>"})

@@ -38,9 +38,19 @@ def test_a_name_points_at_its_latest_content(index: AdapterIndex) -> None:
     put(index, "ner", "d1")
     put(index, "ner", "d2")
     assert index.names() == {"ner": "d2"}
-    assert index.versions() == [StoredVersion("base-a", "ner", "d2", "p-d2", {"f": 3})]
+    (stored,) = index.versions()
+    assert abs(datetime.now(UTC) - stored.created_at) < timedelta(minutes=5)
+    assert stored == StoredVersion("base-a", "ner", "d2", "p-d2", {"f": 3}, stored.created_at)
     assert kinds(index) == ["uploaded", "moved"]
     assert not index.is_used("d1")
+
+
+def test_a_passport_is_replaced(index: AdapterIndex) -> None:
+    put(index, "a", "d")
+    put(index, "b", "d")
+    index.put_passport("a", "d", "newer")
+    assert {v.name: v.passport for v in index.versions()} == {"a": "newer", "b": "p-d"}
+    assert kinds(index, "a") == ["uploaded"]
 
 
 def test_two_names_share_a_content(index: AdapterIndex) -> None:

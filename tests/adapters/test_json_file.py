@@ -55,6 +55,15 @@ def test_refuses(data: bytes, message: str) -> None:
         parse_json_object(data, "x.json")
 
 
+@pytest.mark.parametrize("depth", range(850, 1000))
+def test_any_depth_is_read_or_refused(depth: int) -> None:
+    """Reading and writing do not give up at quite the same depth."""
+    try:
+        parse_json_object(b'{"a":' + b"[" * depth + b"]" * depth + b"}", "x.json")
+    except InvalidAdapter as error:
+        assert "nested too deeply" in error.message
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="adapter_config.json is missing") as caught:
         read_json_object(tmp_path / "adapter_config.json")

@@ -94,6 +94,7 @@ def entry(start: Any, stop: Any, shape: Any = (1,), dtype: str = "F32") -> dict[
         ({"a": 1}, "a tensor that cannot be"),
         ({"a": {"dtype": "F32"}}, "a tensor that cannot be"),
         ({"a": entry(0, 4, shape=[-1])}, "a tensor that cannot be"),
+        ({"a": entry(0, 4, shape=[1] * 9)}, "a tensor that cannot be"),
         ({"a": entry(0, "4")}, "a tensor that cannot be"),
         ({"a": entry(0, True)}, "a tensor that cannot be"),
         ({"a": entry(0, 8)}, "the file has"),

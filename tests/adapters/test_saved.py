@@ -131,6 +131,20 @@ def test_deleting(saved: SavedCompositions, registry: Registry, index: AdapterIn
     assert SavedCompositions(registry, index).list() == []
 
 
+def test_deleting_what_is_being_looked_up(
+    saved: SavedCompositions, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(saved, "newsy", "ner*0.7")
+
+    def delete_meanwhile(name: str) -> bool:
+        monkeypatch.undo()
+        saved.delete("newsy")
+        return registry.has(name)
+
+    monkeypatch.setattr(registry, "has", delete_meanwhile)
+    assert str(saved.resolve("newsy*2")) == "ner*1.4"
+
+
 def test_near_names_are_of_both_kinds(saved: SavedCompositions) -> None:
     save(saved, "newsy", "ner*0.7")
     with pytest.raises(AdapterNotFound, match="Did you mean 'newsy'"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftType
 
 from dynamic_lora_adapters import InvalidAdapter, LoraSpec, UnsupportedAdapter
-from dynamic_lora_adapters.spec import MAX_RANK
+from dynamic_lora_adapters.spec import MAX_LISTED, MAX_RANK
 
 BASIC: dict[str, Any] = {
     "peft_type": "LORA",
@@ -189,6 +189,22 @@ def test_inits_that_change_the_base_are_refused(init: str) -> None:
 def test_impossible_values_are_refused(key: str, value: object, message: str) -> None:
     with pytest.raises(InvalidAdapter, match=message):
         parse(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", [f"w{i}" for i in range(MAX_LISTED + 1)]),
+        ("modules_to_save", [f"w{i}" for i in range(MAX_LISTED + 1)]),
+        ("alpha_pattern", {f"w{i}": 2 for i in range(MAX_LISTED + 1)}),
+        ("layers_to_transform", list(range(MAX_LISTED + 1))),
+    ],
+)
+def test_lists_without_end_are_refused(key: str, value: object) -> None:
+    """Each entry is compared with every module."""
+    with pytest.raises(InvalidAdapter, match=f"{key} has 32,769 entries; at most") as caught:
+        parse(**{key: value})
+    assert caught.value.field == key
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])

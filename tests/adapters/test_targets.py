@@ -1,5 +1,7 @@
 import copy
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from dynamic_lora_adapters import (
     LoraSpec,
     UnsupportedAdapter,
 )
+from dynamic_lora_adapters.geometry import LinearShape
 from dynamic_lora_adapters.targets import (
     find_parameters,
     find_targets,
@@ -168,6 +171,26 @@ def test_a_pattern_that_peft_cannot_embed_is_refused(geometry: BaseGeometry) -> 
     with pytest.raises(InvalidAdapter, match="PEFT cannot use a regular expression") as caught:
         find_targets(spec_of(**config), geometry)
     assert caught.value.field == "rank_pattern"
+
+
+def test_a_pattern_that_peft_cannot_embed_is_refused_for_parameters_too() -> None:
+    geometry = BaseGeometry.of(TINY_MOE_MODELS["qwen3_moe"](), model_id="tiny-moe")
+    config = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    spec = spec_of(**config, rank_pattern={"(?i)DOWN_PROJ": 2})
+    with pytest.raises(InvalidAdapter, match="PEFT cannot use a regular expression"):
+        find_targets(spec, geometry)
+
+
+def test_a_pattern_for_each_of_many_modules(geometry: BaseGeometry) -> None:
+    """As EVA writes them: more than Python remembers compiled."""
+    linears = {f"layers.{i}.q_proj": LinearShape(4, 4) for i in range(600)}
+    many = replace(geometry, linears=linears, modules=dict.fromkeys(linears, "Linear"))
+    ranks = {path: 1 + i % 7 for i, path in enumerate(reversed(linears))}
+    spec = spec_of(target_modules=["q_proj"], rank_pattern=ranks)
+    begin = time.process_time()
+    found = find_targets(spec, many)
+    assert time.process_time() - begin < 3
+    assert {target.path: target.rank for target in found} == ranks
 
 
 def test_flags_at_the_start_of_a_target_are_honoured(geometry: BaseGeometry) -> None:

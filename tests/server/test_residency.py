@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
 from dynamic_lora_adapters.factor_layout import spread_width
+from dynamic_lora_adapters.registry import Lease
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from dynamic_lora_server import room_line
@@ -207,6 +209,39 @@ async def test_a_request_cancelled_while_it_loads_leaves_no_lease(tmp_path: Path
                 await task
             runtime.residencies.forget(runtime.registry.resolve("a").digest)
         await none_leased(runtime)
+
+
+async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    threads: list[threading.Thread] = []
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", folder)
+        lease, release = runtime.registry.lease, runtime.registry.release
+
+        def lease_and_delete(name: str) -> Lease:
+            leased = lease(name)
+            runtime.registry.delete(name)
+            loop.call_soon_threadsafe(task.cancel)
+            time.sleep(0.1)
+            return leased
+
+        def note_thread(lease: Lease) -> None:
+            threads.append(threading.current_thread())
+            release(lease)
+
+        monkeypatch.setattr(runtime.registry, "lease", lease_and_delete)
+        monkeypatch.setattr(runtime.registry, "release", note_thread)
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(collect(runtime, spec(adapter="a")))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(10):
+            while not threads:
+                await asyncio.sleep(0.01)
+        await all_freed(runtime)
+    assert threading.current_thread() not in threads
 
 
 async def test_a_composition_is_loaded_once_and_leaves_with_a_part(tmp_path: Path) -> None:

@@ -56,8 +56,22 @@ def test_without_roots_every_path_is_refused(root: Path, tmp_path: Path) -> None
     assert "--adapter-root" in str(caught.value.fix)
 
 
-@pytest.mark.parametrize(("source", "text"), [("nix", "no folder or file"), ("a\0b", "NUL")])
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("nix", "no folder or file"),
+        ("a\0b", "NUL"),
+        ("a" * 5000, "'a{80}' cannot be read: File name too long"),
+        ("circle", "'circle'"),
+        ("ner", "'ner' cannot be read: "),
+        ("dangling", "'dangling' cannot be read: No such file or directory"),
+    ],
+)
 def test_paths_that_are_nothing(root: Path, tmp_path: Path, source: str, text: str) -> None:
+    (root / "circle").symlink_to(root / "circle")
+    (root / "ner" / "task.json").symlink_to(root / "ner" / "task.json")
+    (root / "dangling").mkdir()
+    (root / "dangling" / "task.json").symlink_to(root / "nix")
     with pytest.raises(InvalidParameter, match=text):
         fetch(source, [root], tmp_path)
 

@@ -1,9 +1,11 @@
 """`/adapters`: upload, list, inspect, delete."""
 
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -22,7 +24,14 @@ from dynamic_lora_server.schemas.adapters import (
     Residency,
 )
 from dynamic_lora_server.sources import fetch_source
-from dynamic_lora_server.uploads import JSON, MULTIPART, drain, media_type, receive_upload
+from dynamic_lora_server.uploads import (
+    JSON,
+    MULTIPART,
+    Upload,
+    drain,
+    media_type,
+    receive_upload,
+)
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -48,15 +57,19 @@ async def upload(request: Request, runtime: Ready) -> Response:
 
     An existing name moves to the new content; requests that run keep the old one.
     """
-    with runtime.registry.staging() as inbox, runtime.registry.staging() as folder:
+    async with _staging(runtime) as inbox, _staging(runtime) as folder:
         kind = media_type(request.headers.get("content-type", ""))
+        wanted: Upload | AdapterSource
         if kind == MULTIPART:
-            publication = await _publish_upload(request, runtime, inbox, folder)
+            wanted = await _receive(request, runtime, inbox)
+            intake = await run_in_threadpool(_take_in, wanted, runtime, folder)
         elif kind == JSON:
-            source = parse_body(AdapterSource, await request.body())
-            publication = await run_in_threadpool(_publish_source, source, runtime, inbox, folder)
+            wanted = parse_body(AdapterSource, await request.body())
+            intake = await run_in_threadpool(_fetch, wanted, runtime, inbox, folder)
         else:
             raise HTTPException(415, f"The body must be {MULTIPART} or {JSON}.")
+        async with runtime.checking:
+            publication = await run_in_threadpool(_publish, runtime, wanted, folder, intake)
     adapter = _adapter(runtime, publication.passport)
     return Response(
         adapter.model_dump_json(),
@@ -84,16 +97,19 @@ async def get_adapter(name: str, runtime: Ready) -> Adapter:
 )
 async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
     """Forget the name at once; requests that use the adapter finish with it."""
-    await run_in_threadpool(_delete, runtime, name)
+    await run_in_threadpool(runtime.registry.delete, name)
     state.metrics.forget(name)
 
 
-async def _publish_upload(
-    request: Request, runtime: "Runtime", inbox: Path, folder: Path
-) -> Publication:
+def _staging(runtime: "Runtime") -> AbstractAsyncContextManager[Path]:
+    """A folder for an upload; making and removing it, which takes time, holds up nobody."""
+    return contextmanager_in_threadpool(runtime.registry.staging())
+
+
+async def _receive(request: Request, runtime: "Runtime", inbox: Path) -> Upload:
     chunks = request.stream()
     try:
-        upload = await receive_upload(
+        return await receive_upload(
             chunks,
             content_type=request.headers["content-type"],
             inbox=inbox,
@@ -103,19 +119,16 @@ async def _publish_upload(
         await drain(chunks)
         raise
 
-    def publish() -> Publication:
-        intake = Intake(folder, runtime.registry.limits)
-        for file in upload.files:
-            with file.path.open("rb") as stream:
-                intake.add(file.filename, stream)
-        return _publish(runtime, upload.name, folder, intake, force=upload.force)
 
-    return await run_in_threadpool(publish)
+def _take_in(upload: Upload, runtime: "Runtime", folder: Path) -> Intake:
+    intake = Intake(folder, runtime.registry.limits)
+    for file in upload.files:
+        with file.path.open("rb") as stream:
+            intake.add(file.filename, stream)
+    return intake
 
 
-def _publish_source(
-    source: AdapterSource, runtime: "Runtime", inbox: Path, folder: Path
-) -> Publication:
+def _fetch(source: AdapterSource, runtime: "Runtime", inbox: Path, folder: Path) -> Intake:
     intake = Intake(folder, runtime.registry.limits)
     fetch_source(
         source.source,
@@ -124,21 +137,16 @@ def _publish_source(
         inbox=inbox,
         max_bytes=runtime.config.max_upload_bytes,
     )
-    return _publish(runtime, source.name, folder, intake, force=source.force)
+    return intake
 
 
 def _publish(
-    runtime: "Runtime", name: str, folder: Path, intake: Intake, *, force: bool
+    runtime: "Runtime", wanted: Upload | AdapterSource, folder: Path, intake: Intake
 ) -> Publication:
-    runtime.residencies.saved.check_free(name)
-    return runtime.registry.publish(name, folder, force=force, ignored_files=intake.ignored_files)
-
-
-def _delete(runtime: "Runtime", name: str) -> None:
-    digest = runtime.registry.resolve(name).digest
-    runtime.registry.delete(name)
-    if all(passport.version != digest for passport in runtime.registry.list()):
-        runtime.residencies.forget(digest)
+    runtime.residencies.saved.check_free(wanted.name)
+    return runtime.registry.publish(
+        wanted.name, folder, force=wanted.force, ignored_files=intake.ignored_files
+    )
 
 
 def _adapter(runtime: "Runtime", passport: Passport) -> Adapter:

@@ -48,9 +48,10 @@ async def save(name: str, body: NewComposition, runtime: Ready) -> Response:
     keep the old one.
     """
     reserved = (runtime.model_id, model_leaf(runtime.model_id))
-    stored, created = await run_in_threadpool(
-        runtime.residencies.saved.save, name, _parts(body), reserved=reserved
-    )
+    async with runtime.checking:
+        stored, created = await run_in_threadpool(
+            runtime.residencies.saved.save, name, _parts(body), reserved=reserved
+        )
     return Response(
         _document(runtime, stored).model_dump_json(),
         status_code=201 if created else 200,

@@ -7,6 +7,7 @@ from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, Unsupport
 from dynamic_lora_adapters.kinds import KINDS, KindSpec, canonical_kind
 from dynamic_lora_adapters.kinds.replica import calling_peft
 from dynamic_lora_adapters.kinds.table import REFUSED_KINDS
+from dynamic_lora_adapters.spec import MAX_LISTED
 
 
 def config(peft_type: str, **values: Any) -> dict[str, Any]:
@@ -97,6 +98,11 @@ BAD: list[tuple[dict[str, Any], type[AdapterError], str]] = [
     (config("LOKR", decompose_both=1), InvalidAdapter, "decompose_both must be true or false"),
     (config("HIRA", rank_pattern=[3]), InvalidAdapter, "rank_pattern must be an object, not [3]"),
     (config("LOHA", rank_pattern={"q": 0}), InvalidAdapter, "rank_pattern.q must be an integer"),
+    (
+        config("C3A", block_size_pattern={f"w{i}": 2 for i in range(MAX_LISTED + 1)}),
+        InvalidAdapter,
+        "block_size_pattern has 32,769 entries; at most 32,768 are read",
+    ),
     (config("MISS", init_weights="cat"), InvalidAdapter, "init_weights must be one of True, False"),
     (config("MISS", init_weights=1), InvalidAdapter, "not 1"),
     (config("ROAD", variant="road_3"), InvalidAdapter, "variant must be one of 'road_1'"),

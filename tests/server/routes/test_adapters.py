@@ -1,0 +1,127 @@
+"""`/adapters` on a server in this process: what holds up whom, and what cannot be read."""
+
+import asyncio
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dynamic_lora_adapters.errors import UnsupportedAdapter
+from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
+from dynamic_lora_server.app import create_app
+from tests.support.adapters import make_adapter
+from tests.support.models import tiny_llama
+from tests.support.runtimes import load_runtime, publish, tiny_config
+
+
+@asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that is ready, on this event loop."""
+    ready = asyncio.Event()
+    app = create_app(
+        tiny_config(folder),
+        load=partial(load_runtime, folder),
+        on_ready=lambda _: ready.set(),
+    )
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client,
+    ):
+        await asyncio.wait_for(ready.wait(), 60)
+        yield client
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return make_adapter(tmp_path / "adapter", tiny_llama())
+
+
+async def upload(client: httpx.AsyncClient, name: str, folder: Path) -> httpx.Response:
+    parts = [("files", (path.name, path.read_bytes())) for path in folder.iterdir()]
+    return await client.post("/adapters", data={"name": name}, files=parts)
+
+
+def note_threads(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """Which threads remove folders from now on."""
+    threads: list[threading.Thread] = []
+    rmtree: Callable[..., None] = shutil.rmtree
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        threads.append(threading.current_thread())
+        rmtree(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", noting)
+    return threads
+
+
+async def test_no_files_are_removed_on_the_event_loop(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as client:
+        threads = note_threads(monkeypatch)
+        assert (await upload(client, "ner", adapter)).status_code == 201
+        assert (await upload(client, "Bad Name", adapter)).status_code == 422
+        (adapter / "adapter_config.json").unlink()
+        assert (await upload(client, "ner", adapter)).status_code == 422
+        assert (await client.delete("/adapters/ner")).status_code == 204
+        monkeypatch.undo()
+    assert len(threads) >= 7
+    assert threading.current_thread() not in threads
+    assert list((tmp_path / "home" / "staging").iterdir()) == []
+
+
+async def test_two_uploads_are_checked_at_a_time(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes as much memory as its terms."""
+    inspect, running, most = Inspector.inspect, 0, 0
+    lock = threading.Lock()
+
+    def slowly(*args: Any, **kwargs: Any) -> AdapterVersion:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.1)
+        try:
+            return inspect(*args, **kwargs)
+        finally:
+            with lock:
+                running -= 1
+
+    async with serving(tmp_path) as client:
+        monkeypatch.setattr(Inspector, "inspect", slowly)
+        answers = await asyncio.gather(*(upload(client, f"a-{i}", adapter) for i in range(5)))
+    assert [answer.status_code for answer in answers] == [201] * 5
+    assert most <= 2
+
+
+async def test_an_adapter_that_cannot_be_read_any_more_can_be_deleted(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = load_runtime(tmp_path)
+    publish(runtime, "ner", adapter)
+    runtime.registry.close()
+    with sqlite3.connect(tmp_path / "home" / "index.sqlite") as connection:
+        connection.execute("UPDATE adapter_versions SET passport = '{}'")
+    connection.close()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UnsupportedAdapter("layer_replication = [[0, 2]] is not served.")
+
+    monkeypatch.setattr(Inspector, "inspect", refuse)
+    async with serving(tmp_path) as client:
+        unreadable = await client.get("/adapters/ner")
+        assert unreadable.status_code == 422
+        assert "delete it" in unreadable.json()["fix"]
+        assert (await client.delete("/adapters/ner")).status_code == 204
+        assert (await client.get("/adapters/ner")).status_code == 404
+    assert list((tmp_path / "home" / "adapters").iterdir()) == []
