@@ -44,12 +44,22 @@ _SIZES = (
     "kv_memory",
     "prefix_cache_memory",
 )
+# Options that can be given again, and the fields that have all that were given.
+_REPEATABLE = {"adapter_root": "adapter_roots", "served_model_name": "served_model_names"}
 
 
 # One alias for each option, so that the command's signature can be read.
 _Model = Annotated[
     str | None,
     typer.Option(help="Folder or Hub id of the base model.", show_default="SmolLM2-135M-Instruct"),
+]
+_ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name by which clients call the base model; answers and lists use the first. "
+        "Repeatable.",
+        show_default="the model's id",
+    ),
 ]
 _Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
 _Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
@@ -155,6 +165,7 @@ _LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]
 
 def serve(
     model: _Model = None,
+    served_model_name: _ServedModelName = None,
     host: _Host = _DEFAULT.host,
     port: _Port = _DEFAULT.port,
     home: _Home = None,
@@ -192,9 +203,10 @@ def serve(
 
 def _config(options: Mapping[str, Any]) -> ServerConfig:
     """The configuration that the command's options, by name, ask for."""
-    found = {name: value for name, value in options.items() if name != "adapter_root"}
+    found = {name: value for name, value in options.items() if name not in _REPEATABLE}
     found["home"] = options["home"] or default_home()
-    found["adapter_roots"] = tuple(options["adapter_root"] or ())
+    for name, field in _REPEATABLE.items():
+        found[field] = tuple(options[name] or ())
     for name in _SIZES:
         if options[name] is not None:
             found[name] = parse_bytes(options[name])

@@ -35,6 +35,8 @@ APP.command()(serve)
         (["--prefix-cache-memory", "-1"], "is not a number of bytes"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--speculate", "8"], "speculate must lie between 0 and 7"),
+        (["--served-model-name", "a b"], "served_model_names holds 'a b'"),
+        (["--served-model-name", "a", "--served-model-name", "a"], "must not repeat a name"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(arguments: list[str], text: str) -> None:
@@ -45,7 +47,9 @@ def test_bad_options_are_refused_before_anything_starts(arguments: list[str], te
 
 def test_every_option_of_the_server_can_be_given() -> None:
     given = set(inspect.signature(serve).parameters)
-    assert given == {f.name for f in fields(ServerConfig)} - {"adapter_roots"} | {"adapter_root"}
+    repeatable = {"adapter_roots", "served_model_names"}
+    names = {f.name for f in fields(ServerConfig)}
+    assert given == names - repeatable | {name.removesuffix("s") for name in repeatable}
 
 
 def _start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
