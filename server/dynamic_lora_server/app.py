@@ -22,6 +22,7 @@ from dynamic_lora_server.routes import (
     generate,
     models,
     service,
+    tokenize,
 )
 from dynamic_lora_server.schemas.generate import StreamEvent
 from dynamic_lora_server.schemas.openai import ChatChunk
@@ -39,6 +40,9 @@ One base model, many LoRA adapters, mixed in one batch.
 Errors are problem documents (RFC 9457); below `/v1`, OpenAI's error objects.
 Until the model is loaded everything but `/health` and `/metrics` answers 503.
 """
+
+
+_RESOURCES = (generate, adapters, compositions, completions, chat, models, tokenize, service)
 
 
 def create_app(
@@ -75,7 +79,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.server = state
-    for resource in (generate, adapters, compositions, completions, chat, models, service):
+    for resource in _RESOURCES:
         app.include_router(resource.router)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(RequestCounter, metrics=state.metrics)

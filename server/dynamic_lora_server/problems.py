@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -28,6 +29,7 @@ from dynamic_lora_server.disconnect import ClientDisconnected
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
+from dynamic_lora_server.schemas.tokenize import FORMS
 from dynamic_lora_server.sources import SourceUnavailable
 from dynamic_lora_server.uploads import JSON, media_type
 
@@ -119,6 +121,7 @@ _OPENAI_FIELDS: Mapping[str, str] = {
     "inputs": "prompt",
     "max_new_tokens": "max_tokens",
 }
+_TEXTS = ("str", "constrained-str")  # what pydantic calls the texts of a union
 _GENERATE_PATHS = ("/", "/generate", "/generate_stream")
 # What these have in `parameters`, of the names that errors have for it.
 _PARAMETERS = frozenset({*(one.name for one in dataclasses.fields(SamplingParams)), "n", "stop"})
@@ -204,6 +207,8 @@ def answer(fault: Fault, *, path: str) -> Response:
             media_type="application/json",
             headers=fault.headers,
         )
+    if fault.field == "adapter" and path in ("/tokenize", "/detokenize"):
+        fault = dataclasses.replace(fault, field="model")
     if fault.field in _PARAMETERS and path in _GENERATE_PATHS:
         fault = dataclasses.replace(fault, field=f"parameters.{fault.field}")
     return Response(
@@ -338,10 +343,5 @@ def _reason(fault: Mapping[str, Any]) -> str:
 
 def _path(location: Sequence[str | int]) -> str:
     """`parameters.stop.0` from pydantic's location, without its names for a union's members."""
-    parts: list[str] = []
-    for part in location[1:]:
-        name = str(part)
-        if name in {"str", "constrained-str"} or "[" in name:
-            break
-        parts.append(name)
-    return ".".join(parts) or str(location[0])
+    names = takewhile(lambda name: name not in _TEXTS and "[" not in name, map(str, location[1:]))
+    return ".".join(name for name in names if name not in FORMS) or str(location[0])
