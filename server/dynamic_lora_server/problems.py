@@ -25,6 +25,7 @@ from dynamic_lora_adapters import composition, saved
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server import errors
+from dynamic_lora_server.access_log import request_id
 from dynamic_lora_server.disconnect import ClientDisconnected
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
@@ -149,7 +150,7 @@ def stream_fault(error: Exception) -> Fault:
     """What is wrong, for an answer that has begun; logged, as no handler will see it."""
     fault = fault_of(error)
     if fault.kind.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("a stream broke off: %s", error, exc_info=error)
+        _log.error("a stream broke off: %s (request %s)", error, request_id(), exc_info=error)
     return fault
 
 
@@ -175,7 +176,8 @@ def _refuse_duplicates(body: bytes) -> None:
 async def _handle(request: Request, error: Exception) -> Response:
     fault = fault_of(error, content_type=request.headers.get("content-type", ""))
     if fault.kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s %s: %s", request.method, request.url.path, error)
+        what = (request.method, request.url.path, error, request_id())
+        _log.error("%s %s: %s (request %s)", *what)
     return answer(fault, path=request.url.path)
 
 

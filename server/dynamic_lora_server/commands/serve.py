@@ -266,7 +266,7 @@ class _Session:
                 port=config.port,
                 log_config=None,
                 log_level=config.log_level,
-                access_log=config.log_level == "debug",
+                access_log=False,  # the application writes one
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )
