@@ -84,6 +84,7 @@ class AdapterRegistry:
     serves one home only. `base` gives the base model's own parameters, for the
     adapters that are read against them; `dtype` is the one adapters are served
     in, and `factor_dtype` that of their factors if it is another, for their self-check.
+    `reserved` are further names of the base model, which no adapter may get.
     """
 
     def __init__(
@@ -96,9 +97,11 @@ class AdapterRegistry:
         base: BaseWeights | None = None,
         dtype: "torch.dtype | None" = None,
         factor_dtype: "torch.dtype | None" = None,
+        reserved: Sequence[str] = (),
     ) -> None:
         self.limits = limits or UploadLimits()
         self._geometry = geometry
+        self.reserved = (geometry.model_id, model_leaf(geometry.model_id), *reserved)
         self._inspector = Inspector(geometry, base=base, dtype=dtype, factor_dtype=factor_dtype)
         self._store = BlobStore(home)
         self._index = AdapterIndex(
@@ -160,9 +163,7 @@ class AdapterRegistry:
         keep the old one. `force` accepts an adapter that declares another base
         model, if its shapes fit. Raises an `AdapterError`; nothing is changed then.
         """
-        check_adapter_name(
-            name, reserved=(self._geometry.model_id, model_leaf(self._geometry.model_id))
-        )
+        check_adapter_name(name, reserved=self.reserved)
         version = self._inspector.inspect(name, folder, force=force, ignored_files=ignored_files)
         return self._commit(version, folder)
 

@@ -76,12 +76,22 @@ class Problem:
 
 
 class ApiError(DynamicLoraError):
-    """The server answered with an error status; `problem` is what it said."""
+    """The server answered with an error status; `problem` is what it said.
 
-    def __init__(self, problem: Problem, *, retry_after: float | None = None) -> None:
+    `request_id` is what the server's log calls the request.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        retry_after: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
         super().__init__(problem.detail, fix=problem.fix)
         self.problem = problem
         self.retry_after = retry_after
+        self.request_id = request_id
 
     @property
     def status(self) -> int:

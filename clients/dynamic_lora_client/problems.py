@@ -33,7 +33,11 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 def to_error(response: httpx.Response) -> ApiError:
     """The error for an answer with an error status, whether or not it explains itself."""
     problem = _read_problem(response)
-    return _error_class(problem)(problem, retry_after=retry_after(response))
+    return _error_class(problem)(
+        problem,
+        retry_after=retry_after(response),
+        request_id=response.headers.get("x-request-id"),
+    )
 
 
 def _error_class(problem: Problem) -> type[ApiError]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from dynamic_lora_server import problems
 from dynamic_lora_server.access import Guard, Keys, describe_keys
+from dynamic_lora_server.access_log import REQUEST_ID, AccessLog
 from dynamic_lora_server.body_limit import BodyLimit
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.metrics import RequestCounter
@@ -24,6 +26,7 @@ from dynamic_lora_server.routes import (
     generate,
     models,
     service,
+    tokenize,
 )
 from dynamic_lora_server.schemas.generate import StreamEvent
 from dynamic_lora_server.schemas.openai import ChatChunk
@@ -41,6 +44,22 @@ One base model, many LoRA adapters, mixed in one batch.
 Errors are problem documents (RFC 9457); below `/v1`, OpenAI's error objects.
 Until the model is loaded everything but `/health` and `/metrics` answers 503.
 """
+
+
+_RESOURCES = (generate, adapters, compositions, completions, chat, models, tokenize, service)
+_REQUEST_ID_HEADER = {
+    "description": "The request's id: its own header of this name, if that has up to 128 visible "
+    "ASCII characters, or else a new one.",
+    "schema": {"type": "string"},
+}
+
+
+class _Application(FastAPI):
+    """The framework's, with the access log around its own middleware too, which answers errors."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """All layers, from the outermost."""
+        return AccessLog(super().build_middleware_stack())
 
 
 def create_app(
@@ -70,14 +89,14 @@ def create_app(
                 await loading
             await state.go_down()
 
-    app = FastAPI(
+    app = _Application(
         title="Dynamic LoRA",
         version=version("dynamic-lora"),
         description=_DESCRIPTION,
         lifespan=lifespan,
     )
     app.state.server = state
-    for resource in (generate, adapters, compositions, completions, chat, models, service):
+    for resource in _RESOURCES:
         app.include_router(resource.router)
     keys = Keys.of(config.api_keys, config.admin_keys)
     _add_middleware(app, config, keys, state)
@@ -141,8 +160,18 @@ def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]], keys: Keys) -> d
             schemas[model.__name__] = own
         _drop_default_errors(schema)
         describe_keys(schema, keys)
+        _add_request_ids(schema)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _add_request_ids(schema: dict[str, Any]) -> None:
+    """Every answer carries the header."""
+    schema["components"]["headers"] = {REQUEST_ID: _REQUEST_ID_HEADER}
+    for operation in (op for path in schema["paths"].values() for op in path.values()):
+        for response in operation["responses"].values():
+            headers = response.setdefault("headers", {})
+            headers[REQUEST_ID] = {"$ref": f"#/components/headers/{REQUEST_ID}"}
 
 
 def _drop_default_errors(schema: dict[str, Any]) -> None:

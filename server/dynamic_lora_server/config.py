@@ -57,7 +57,8 @@ def parse_bytes(text: str) -> int:
 class ServerConfig:
     """All options of one server. Memory is in bytes; None leaves a size to the engine.
 
-    `model` is a folder or hub id, None the embedded default. `adapter_roots`
+    `model` is a folder or hub id, None the embedded default; `served_model_names` are further
+    names of it, the first of which answers and lists use. `adapter_roots`
     are the folders below which `POST /adapters` may read a `source` path; with
     none of them, a path on the server's disk is refused. `max_body_bytes`
     bounds every request except uploads, which `max_upload_bytes` bounds. With `api_keys` all
@@ -80,6 +81,7 @@ class ServerConfig:
     """
 
     model: str | None = None
+    served_model_names: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     home: Path = field(default_factory=default_home)
@@ -154,14 +156,27 @@ class ServerConfig:
             _check("record_trace", new, f"names {path}, which exists; no trace is written over")
             folder = self.record_trace.parent
             _check("record_trace", folder.is_dir(), f"is to lie in {folder}, which is no folder")
+        self._check_clients()
+        for root in self.adapter_roots:
+            _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")
+
+    def _check_clients(self) -> None:
+        """What clients call the server by, and what it lets them in by."""
         for name in ("api_keys", "admin_keys"):
             sendable = all(_KEY.fullmatch(key) for key in getattr(self, name))
             _check(name, sendable, "must be of visible ASCII characters, as headers carry them")
         for origin in self.allowed_origins:
             rule = f"names {origin!r}; an origin is *, or as https://example.org, with no path"
             _check("allowed_origins", bool(_ORIGIN.fullmatch(origin)), rule)
-        for root in self.adapter_roots:
-            _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")
+        names = self.served_model_names
+        for name in names:
+            rule = f"holds {name!r}; a name is printable and has no spaces"
+            _check("served_model_names", _is_model_name(name), rule)
+        _check("served_model_names", len(set(names)) == len(names), "must not repeat a name")
+
+
+def _is_model_name(text: str) -> bool:
+    return text != "" and text.isprintable() and " " not in text
 
 
 def _check(name: str, valid: bool, rule: str) -> None:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -22,6 +23,7 @@ from starlette.exceptions import HTTPException
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server import errors
+from dynamic_lora_server.access_log import request_id
 from dynamic_lora_server.fault_kinds import (
     BY_STATUS,
     INVALID_REQUEST,
@@ -33,6 +35,7 @@ from dynamic_lora_server.fault_kinds import (
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
+from dynamic_lora_server.schemas.tokenize import FORMS
 from dynamic_lora_server.uploads import JSON, media_type
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -68,6 +71,7 @@ _OPENAI_FIELDS: Mapping[str, str] = {
     "inputs": "prompt",
     "max_new_tokens": "max_tokens",
 }
+_TEXTS = ("str", "constrained-str")  # what pydantic calls the texts of a union
 _GENERATE_PATHS = ("/", "/generate", "/generate_stream")
 # What these have in `parameters`, of the names that errors have for it.
 _PARAMETERS = frozenset({*(one.name for one in dataclasses.fields(SamplingParams)), "n", "stop"})
@@ -83,7 +87,7 @@ def stream_fault(error: Exception) -> Fault:
     """What is wrong, for an answer that has begun; logged, as no handler will see it."""
     fault = fault_of(error)
     if fault.kind.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("a stream broke off: %s", error, exc_info=error)
+        _log.error("a stream broke off: %s (request %s)", error, request_id(), exc_info=error)
     return fault
 
 
@@ -109,7 +113,8 @@ def _refuse_duplicates(body: bytes) -> None:
 async def _handle(request: Request, error: Exception) -> Response:
     fault = fault_of(error, content_type=request.headers.get("content-type", ""))
     if fault.kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s %s: %s", request.method, request.url.path, error)
+        what = (request.method, request.url.path, error, request_id())
+        _log.error("%s %s: %s (request %s)", *what)
     return answer(fault, path=request.url.path)
 
 
@@ -141,6 +146,8 @@ def answer(fault: Fault, *, path: str) -> Response:
             media_type="application/json",
             headers=fault.headers,
         )
+    if fault.field == "adapter" and path in ("/tokenize", "/detokenize"):
+        fault = dataclasses.replace(fault, field="model")
     if fault.field in _PARAMETERS and path in _GENERATE_PATHS:
         fault = dataclasses.replace(fault, field=f"parameters.{fault.field}")
     return Response(
@@ -280,10 +287,5 @@ def _reason(fault: Mapping[str, Any]) -> str:
 
 def _path(location: Sequence[str | int]) -> str:
     """`parameters.stop.0` from pydantic's location, without its names for a union's members."""
-    parts: list[str] = []
-    for part in location[1:]:
-        name = str(part)
-        if name in {"str", "constrained-str"} or "[" in name:
-            break
-        parts.append(name)
-    return ".".join(parts) or str(location[0])
+    names = takewhile(lambda name: name not in _TEXTS and "[" not in name, map(str, location[1:]))
+    return ".".join(name for name in names if name not in FORMS) or str(location[0])

@@ -7,19 +7,18 @@ one adapter alone or the base model's, with OpenAI's defaults. A default of
 `max_new_tokens` gives way to the context; a number that the request names does not.
 """
 
-from collections.abc import Callable, Sequence
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dynamic_lora_adapters.card import CardParameters, TaskCard
 from dynamic_lora_adapters.composition import Composition
+from dynamic_lora_server.chat_template import Tokenizer, render
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
 from dynamic_lora_server.schemas.openai import (
     ChatRequest,
     CompletionRequest,
-    Message,
     SamplingRequest,
 )
 
@@ -45,33 +44,18 @@ _SAMPLING_FIELDS = (
 )
 
 
-class Tokenizer(Protocol):
-    """What prompts need of a transformers tokenizer."""
-
-    chat_template: Any
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, str]],
-        *,
-        chat_template: str | None,
-        add_generation_prompt: bool,
-        tokenize: bool,
-        **variables: Any,
-    ) -> Any:
-        """The conversation as the text the model was trained on."""
-
-
-def adapter_name(name: str | None, *, model_id: str) -> str | None:
+def adapter_name(name: str | None, *, base_names: Collection[str]) -> str | None:
     """The adapter a request names; None where it names the base model or nothing."""
-    return None if name in (None, BASE, model_id) else name
+    return None if name is None or name == BASE or name in base_names else name
 
 
-def chat_adapter_name(name: str, *, model_id: str, known: Callable[[str], bool]) -> str | None:
+def chat_adapter_name(
+    name: str | None, *, base_names: Collection[str], known: Callable[[str], bool]
+) -> str | None:
     """As `adapter_name`, for a chat: a client's stand-in for a name is one if `known` has it."""
-    if name in _UNNAMED and not known(name):
+    if name is None or (name in _UNNAMED and not known(name)):
         return None
-    return adapter_name(name, model_id=model_id)
+    return adapter_name(name, base_names=base_names)
 
 
 def card_of(composition: Composition, versions: "Sequence[AdapterVersion]") -> TaskCard | None:
@@ -230,12 +214,12 @@ def chat_spec(
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
 
     `chat` is the adapter's, if it is one alone; its template goes before the base model's.
-    Raises InvalidParameter when the template refuses the messages or there is none.
+    Raises what `render` does, and InvalidParameter for fields that contradict each other.
     """
-    prompt = view.encode(_render(body, tokenizer, chat), add_special_tokens=False)
+    rendered = render(body.messages, body.chat_template_kwargs or {}, tokenizer, chat)
     limit = _chat_limit(body)
     return GenerationSpec(
-        prompt=prompt,
+        prompt=view.encode(rendered, add_special_tokens=False),
         adapter=adapter,
         sampling=_openai_sampling(
             body,
@@ -248,59 +232,6 @@ def chat_spec(
         include_stop=bool(body.include_stop_str_in_output),
         n=body.n or 1,
     )
-
-
-def _render(body: ChatRequest, tokenizer: Tokenizer, chat: "ChatFormat | None") -> str:
-    own = None if chat is None else chat.template
-    if own is None and not tokenizer.chat_template:
-        raise InvalidParameter(
-            "The base model has no chat template, nor has the adapter.",
-            field="messages",
-            fix="Write the whole prompt yourself and use /v1/completions or /generate.",
-        )
-    variables = body.chat_template_kwargs or {}
-    _check_variables(variables)
-    if chat is not None and own is not None:
-        variables = chat.special_tokens | variables
-    messages = [{"role": _role(message), "content": message.text} for message in body.messages]
-    try:
-        text = str(
-            tokenizer.apply_chat_template(
-                messages,
-                chat_template=own,
-                add_generation_prompt=True,
-                tokenize=False,
-                **variables,
-            )
-        )
-        text.encode()  # a template can write half of a character, which no tokenizer takes
-    except Exception as error:
-        # A template is a program: on messages it was not written for, any error can come of it.
-        raise InvalidParameter(
-            f"The {'base model' if own is None else 'adapter'}'s chat template refuses these "
-            f"messages: {str(error) or type(error).__name__}.",
-            field="messages",
-        ) from error
-    return text
-
-
-def _role(message: Message) -> str:
-    """What OpenAI renamed for its newer models; templates know the old name."""
-    return "system" if message.role == "developer" else message.role
-
-
-def _check_variables(variables: dict[str, Any]) -> None:
-    """Raise InvalidParameter for what is no variable, but would change how a template is used."""
-    from transformers import PreTrainedTokenizerBase
-
-    settings = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    for name in variables:
-        if name in settings or name == "messages":
-            raise InvalidParameter(
-                f"chat_template_kwargs holds {name!r}, which is no variable of a template's own.",
-                field="chat_template_kwargs",
-                fix="Leave it out.",
-            )
 
 
 def _chat_limit(body: ChatRequest) -> int | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha256
@@ -36,6 +36,7 @@ from dynamic_lora_server.engine.decode_graphs import GraphStats
 from dynamic_lora_server.engine.drafts import DraftStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
+from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.trace import TraceRecorder
 from dynamic_lora_server.residency import ReadStats, Residency
@@ -130,12 +131,14 @@ class Runtime:
             dtype=model.dtype,
             factor_dtype=built.pool.factor_dtype,
             database_url=config.database_url,
+            reserved=config.served_model_names,
         )
         published = registry.import_shipped(shipped or shipped_adapters())
         logger.info("published %d shipped adapters", len(published))
         if registry.list():
             import_peft()
         saved = SavedCompositions(registry, registry.index)
+        _check_free(config.served_model_names, saved, registry)
         residencies = Residency(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)
         service = GenerationService(built.engine, residencies, view, limits, recorder)
@@ -156,6 +159,15 @@ class Runtime:
     def context_length(self) -> int:
         """Tokens that prompt and output may have together."""
         return self.built.context_length
+
+    @property
+    def base_names(self) -> Collection[str]:
+        """What names the base model, beside `base`."""
+        return (self.model_id, *self.config.served_model_names)
+
+    def name_of_base(self, otherwise: str) -> str:
+        """What answers and lists call the base model: its first served name if it has one."""
+        return next(iter(self.config.served_model_names), otherwise)
 
     def start(self) -> None:
         """Start the engine thread; call it on the event loop that will serve."""
@@ -195,6 +207,21 @@ class Runtime:
 def shipped_adapters() -> Path:
     """The folder of the adapters that come with the package."""
     return Path(str(files("dynamic_lora_adapters"))) / "shipped"
+
+
+def _check_free(
+    served_names: Collection[str], saved: SavedCompositions, registry: AdapterRegistry
+) -> None:
+    """Close the registry and raise InvalidParameter for a name of the base that is taken."""
+    for name in served_names:
+        if saved.has(name.lower()):
+            registry.close()
+            raise InvalidParameter(
+                f"served_model_names holds {name!r}, but {name.lower()!r} is the name of an "
+                "adapter or of a saved composition.",
+                field="served_model_names",
+                fix="Choose another name, or start without this one and delete the other.",
+            )
 
 
 def _device(wanted: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Which adapters a request asks for, out of the several places where it can say so."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamic_lora_adapters.composition import (
@@ -12,16 +13,22 @@ from dynamic_lora_adapters.composition import (
 )
 from dynamic_lora_adapters.grammar import parse_label
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.prompts import adapter_name
+from dynamic_lora_server.prompts import adapter_name, chat_adapter_name
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapter
 from dynamic_lora_server.schemas.generate import GenerateRequest
 
 if TYPE_CHECKING:
+    from dynamic_lora_adapters.chat import ChatFormat
+    from dynamic_lora_adapters.inspection import AdapterVersion
     from dynamic_lora_adapters.saved import SavedCompositions
 
 
 def select(
-    query: str | None, body: GenerateRequest, *, saved: "SavedCompositions", model_id: str
+    query: str | None,
+    body: GenerateRequest,
+    *,
+    saved: "SavedCompositions",
+    base_names: Collection[str],
 ) -> Composition:
     """What `?adapter=` or the body of `/generate` names; nothing named is the base model.
 
@@ -35,8 +42,40 @@ def select(
             return saved.combine(parts, merge=merge)
         case list():
             return saved.combine(weighted_parts(asked))
-    name = adapter_name(asked, model_id=model_id)
+    name = adapter_name(asked, base_names=base_names)
     return Composition() if name is None else saved.resolve(name)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAdapter:
+    """What a chat's `model` names, in the versions that its parts have now."""
+
+    adapter: Composition
+    versions: "Sequence[AdapterVersion]"
+
+    @property
+    def chat(self) -> "ChatFormat | None":
+        """How the adapter chats, if it is one alone and says so."""
+        return None if self.adapter.alone is None else self.versions[0].chat
+
+    @property
+    def digest(self) -> str | None:
+        """The version of the whole; the base model has none."""
+        if not self.versions:
+            return None
+        return self.adapter.digest([version.digest for version in self.versions])
+
+
+def select_chat(
+    model: str | None, *, saved: "SavedCompositions", base_names: Collection[str]
+) -> ChatAdapter:
+    """The adapter of a chat; None is the base model.
+
+    Raises what `SavedCompositions.resolve` does.
+    """
+    name = chat_adapter_name(model, base_names=base_names, known=saved.has)
+    adapter = Composition() if name is None else saved.resolve(name)
+    return ChatAdapter(adapter, [saved.version(part) for part in adapter.parts])
 
 
 def weighted_parts(adapters: Sequence[WeightedAdapter]) -> list[Part]:

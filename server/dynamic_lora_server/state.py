@@ -4,7 +4,8 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.errors import NotReady
@@ -15,7 +16,10 @@ from dynamic_lora_server.readings import readings_of
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
+T = TypeVar("T")
 Load = Callable[[], "Runtime"]
+
+_NUM_TOKENIZING = 2
 
 
 class ServerState:
@@ -26,6 +30,7 @@ class ServerState:
         self.started_at = time.time()
         self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
+        self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING, thread_name_prefix="tokenize")
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
 
@@ -40,6 +45,14 @@ class ServerState:
         """Start a generation, seen by the metrics. The generator must be closed."""
         events = self.runtime.service.stream(spec)
         return self.metrics.observed(events)
+
+    async def tokenize(self, work: Callable[[], T]) -> T:
+        """Run `work`, which tokenises for who wants the tokens alone, on one of a few threads.
+
+        A long text takes seconds and some hundred times its size: not many at a time, and no
+        generation's prompt is to wait for it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     async def come_up(self, load: Load) -> None:
         """Load the runtime on a thread of its own, and start it on this event loop.
@@ -59,6 +72,7 @@ class ServerState:
         """Refuse new requests, then fail those that run and free the model."""
         runtime, self._runtime = self._runtime, None
         self._why_not = "The server is shutting down."
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
         if runtime is not None:
             await asyncio.to_thread(runtime.close)
 

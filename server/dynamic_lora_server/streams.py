@@ -6,7 +6,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from dynamic_lora_server.access_log import note_adapter
 from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
+from dynamic_lora_server.prompts import BASE
 
 T = TypeVar("T")
 Events = AsyncGenerator[GenerationEvent, None]
@@ -32,6 +34,7 @@ async def begin(events: Events) -> Generation:
     """Wait until a generation is admitted; raises what refuses it."""
     started = await anext(events)
     assert isinstance(started, Started)
+    note_adapter(started.adapter or BASE)
     return Generation(started, events)
 
 

@@ -1,7 +1,7 @@
 """From token ids to visible text, as they come."""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -49,6 +49,22 @@ class TokenizerView:
         # As a batch of one: `encode` alone keeps the GIL.
         (found,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return tuple(found.ids)
+
+    def places(self, text: str, *, add_special_tokens: bool) -> Iterator[tuple[int, int, int]]:
+        """Token ids of a text, each with its first character and the one behind its last.
+
+        A token that is not of the text has 0 and 0.
+        """
+        (found,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        for position, token_id in enumerate(found.ids):
+            # One by one: a list of all offsets keeps the GIL for as long as it takes to make.
+            start, stop = found.token_to_chars(position) or (0, 0)
+            yield token_id, start, stop
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens by their names."""
+        (text,) = self.backend.decode_batch([token_ids], skip_special_tokens=False)
+        return text
 
     def known_ids(self, tokens: Iterable[str], ids: Iterable[int]) -> frozenset[int]:
         """Of tokens, by their text or their id, the ids of those that there are."""

@@ -388,6 +388,14 @@ def test_refusal_in_another_servers_words(call: Caller) -> None:
         call([answer], "adapters")
 
 
+def test_a_refusal_names_its_request(call: Caller) -> None:
+    answer = httpx.Response(500, headers={"x-request-id": "5f"}, json=problem(500))
+    for given, expected in ((answer, "5f"), (_refusal(404), None)):
+        with pytest.raises(ApiError) as caught:
+            call([given], "adapters")
+        assert caught.value.request_id == expected
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import logging
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -195,6 +196,26 @@ async def test_adapter_and_base_differ_and_a_mixed_batch_does_not_mix_them(
         *(generate(client, adapter=name, raw=True, parameters=parameters) for name in names)
     )
     assert mixed == [alone[name] for name in names]
+
+
+async def test_the_log_names_who_answered(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    await upload(client, "ner", adapter_files)
+    bodies = {
+        "/generate?adapter=ner": {"inputs": "x", "stream": True},
+        "/v1/completions": {"model": "base", "prompt": "x"},
+        "/v1/chat/completions": {"model": "nre", "messages": [{"role": "user", "content": "x"}]},
+    }
+    with caplog.at_level(logging.INFO, "dynamic_lora_server.access_log"):
+        answers = [await client.post(path, json=body) for path, body in bodies.items()]
+        ids = [answer.headers["x-request-id"] for answer in answers]
+        async with asyncio.timeout(10):  # an answer is there a moment before its line
+            while not all(one in caplog.text for one in ids):
+                await asyncio.sleep(0.01)
+    lines = dict(record.getMessage().split(" request=")[::-1] for record in caplog.records)
+    for one, adapter in zip(ids, ("ner", "base", "-"), strict=True):
+        assert lines[one].endswith(f"s adapter={adapter}")
 
 
 async def test_details(client: httpx.AsyncClient) -> None:

@@ -150,10 +150,11 @@ def test_truncate_is_for_the_service() -> None:
 
 
 def test_the_base_model_has_several_names() -> None:
-    assert adapter_name("base", model_id="org/m") is None
-    assert adapter_name("org/m", model_id="org/m") is None
-    assert adapter_name(None, model_id="org/m") is None
-    assert adapter_name("ner", model_id="org/m") == "ner"
+    assert adapter_name("base", base_names=["org/m", "house"]) is None
+    for name in ("org/m", "house"):
+        assert adapter_name(name, base_names=["org/m", "house"]) is None
+    assert adapter_name(None, base_names=["org/m", "house"]) is None
+    assert adapter_name("ner", base_names=["org/m", "house"]) == "ner"
 
 
 def version(name: str, card: TaskCard | None) -> AdapterVersion:
@@ -262,7 +263,7 @@ def test_a_setting_is_no_variable_of_the_template(name: str) -> None:
 @pytest.mark.parametrize("name", ["tgi", "dummy"])
 def test_what_clients_send_where_no_model_is_named(name: str) -> None:
     def called(known: set[str]) -> str | None:
-        return chat_adapter_name(name, model_id="org/m", known=known.__contains__)
+        return chat_adapter_name(name, base_names=["org/m"], known=known.__contains__)
 
     assert called({"ner"}) is None
     assert called({name}) == name
@@ -270,7 +271,7 @@ def test_what_clients_send_where_no_model_is_named(name: str) -> None:
 
 def test_a_chats_model_is_otherwise_a_name_like_any() -> None:
     names = {
-        name: chat_adapter_name(name, model_id="org/m", known=lambda _: False)
+        name: chat_adapter_name(name, base_names=["org/m"], known=lambda _: False)
         for name in ("base", "org/m", "ner")
     }
     assert names == {"base": None, "org/m": None, "ner": "ner"}

@@ -36,7 +36,7 @@ def saved(registry: AdapterRegistry) -> SavedCompositions:
 
 def selected(saved: SavedCompositions, query: str | None = None, **body: Any) -> Composition:
     request = GenerateRequest.model_validate({"inputs": "x", **body})
-    return select(query, request, saved=saved, model_id="org/m")
+    return select(query, request, saved=saved, base_names=["org/m"])
 
 
 SUM = "ner*0.7+tone*0.3"

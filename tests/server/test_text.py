@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.normalizers import Strip
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from dynamic_lora_server.errors import UnsupportedModel
@@ -43,6 +44,33 @@ def test_where_characters_may_vanish_nothing_is_said() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = Strip()
     assert TokenizerView(tokenizer).least_tokens(" " * 10**6) == 0
+
+
+@given(TEXTS, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_places_are_those_of_the_characters(text: str, add_special_tokens: bool) -> None:
+    places = list(VIEW.places(text, add_special_tokens=add_special_tokens))
+    found = VIEW.backend.encode(text, add_special_tokens=add_special_tokens)
+    assert [token_id for token_id, _, _ in places] == found.ids
+    assert [(start, stop) for _, start, stop in places] == found.offsets
+    shown = {character for _, start, stop in places for character in range(start, stop)}
+    assert {i for i, character in enumerate(text) if not character.isspace()} <= shown
+
+
+def test_a_token_that_is_not_of_the_text_has_no_place() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    first, second, *_ = TokenizerView(tokenizer).places("the rain", add_special_tokens=True)
+    assert first == (0, 0, 0)
+    assert second[1:] == (0, 3)
+
+
+def test_token_ids_read_as_their_text() -> None:
+    text = "the rain</s> là 🌧"
+    assert VIEW.decode(VIEW.encode(text, add_special_tokens=False)) == text
+    assert VIEW.decode([]) == ""
 
 
 def push_all(detokenizer: Detokenizer, token_ids: tuple[int, ...]) -> list[str]:

@@ -33,9 +33,12 @@ _SIZES = (
     "kv_memory",
     "prefix_cache_memory",
 )
+# Options that can be given again, and the fields that have all that were given.
+_REPEATABLE = {"adapter_root": "adapter_roots", "served_model_name": "served_model_names"}
 
 # Options that can be given again, and the fields that have all that were given.
 _REPEATABLE = {
+    "served_model_name": "served_model_names",
     "adapter_root": "adapter_roots",
     "api_key": "api_keys",
     "admin_key": "admin_keys",
@@ -45,6 +48,7 @@ _REPEATABLE = {
 
 def serve(
     model: options.Model = None,
+    served_model_name: options.ServedModelName = None,
     host: options.Host = _DEFAULT.host,
     port: options.Port = _DEFAULT.port,
     home: options.Home = None,
@@ -148,7 +152,7 @@ class _Session:
                 port=config.port,
                 log_config=None,
                 log_level=config.log_level,
-                access_log=config.log_level == "debug",
+                access_log=False,  # the application writes one
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )

@@ -19,6 +19,14 @@ Model = Annotated[
     str | None,
     typer.Option(help="Folder or Hub id of the base model.", show_default="SmolLM2-135M-Instruct"),
 ]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name by which clients call the base model; answers and lists use the first. "
+        "Repeatable.",
+        show_default="the model's id",
+    ),
+]
 Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
 Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
 Home = Annotated[

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import chat_adapter_name, chat_spec
+from dynamic_lora_server.prompts import chat_spec
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -20,6 +19,7 @@ from dynamic_lora_server.routes._deps import (
     openai_errors,
 )
 from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
+from dynamic_lora_server.selection import select_chat
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin, collect
@@ -44,44 +44,42 @@ async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready
     or through the base model's; task cards are not applied."""
     if not body.stream:
         return await until_disconnect(request.receive, _whole(body, state, runtime))
-    generation, spec = await until_disconnect(request.receive, _begun(body, state, runtime))
-    return EventStream(framed(_answer(body, spec).stream(generation)))
+    generation, answer = await until_disconnect(request.receive, _begun(body, state, runtime))
+    return EventStream(framed(answer.stream(generation)))
 
 
 async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> Response:
-    generation, spec = await _begun(body, state, runtime)
-    answer = _answer(body, spec).whole(await collect(generation))
-    return Response(answer.model_dump_json(), media_type="application/json")
+    generation, answer = await _begun(body, state, runtime)
+    whole = answer.whole(await collect(generation))
+    return Response(whole.model_dump_json(), media_type="application/json")
 
 
 async def _begun(
     body: ChatRequest, state: ServerState, runtime: "Runtime"
-) -> tuple[Generation, GenerationSpec]:
+) -> tuple[Generation, ChatAnswer]:
     """A generation that was admitted, with the version by whose template it was rendered."""
     saved = runtime.residencies.saved
     while True:
-        name = chat_adapter_name(body.model, model_id=runtime.model_id, known=saved.has)
-        adapter = Composition() if name is None else saved.resolve(name)
-        versions = [saved.version(part) for part in adapter.parts]
+        asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
         # Rendering and tokenising a long conversation would hold up everybody's streams.
         spec = await asyncio.to_thread(
             chat_spec,
             body,
-            adapter=adapter,
+            adapter=asked.adapter,
             tokenizer=runtime.tokenizer,
             view=runtime.view,
-            chat=None if adapter.alone is None else versions[0].chat,
+            chat=asked.chat,
         )
         generation = await begin(state.generate(spec))
-        rendered = adapter.digest([found.digest for found in versions]) if versions else None
-        if generation.started.version == rendered:
-            return generation, spec
+        if generation.started.version == asked.digest:
+            name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
+            return generation, _answer(body, spec, name)
         await generation.events.aclose()  # it was replaced in between
 
 
-def _answer(body: ChatRequest, spec: GenerationSpec) -> ChatAnswer:
+def _answer(body: ChatRequest, spec: GenerationSpec, model: str) -> ChatAnswer:
     return ChatAnswer(
-        model=body.model,
+        model=model,
         n=spec.n,
         logprobs=spec.sampling.logprobs,
         usage=bool(body.stream_options and body.stream_options.include_usage),

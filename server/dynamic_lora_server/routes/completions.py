@@ -37,10 +37,11 @@ async def complete(
     body: CompletionRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
-    specs = completion_specs(body, adapter=adapter_name(body.model, model_id=runtime.model_id))
+    adapter = adapter_name(body.model, base_names=runtime.base_names)
+    specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.capacity)
     answer = CompletionAnswer(
-        model=body.model,
+        model=runtime.name_of_base(body.model) if adapter is None else body.model,
         n=body.n or 1,
         logprobs=body.logprobs is not None,
         usage=bool(body.stream_options and body.stream_options.include_usage),

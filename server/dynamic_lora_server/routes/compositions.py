@@ -9,7 +9,6 @@ from dynamic_lora_adapters.composition import Part
 from dynamic_lora_adapters.errors import AdapterNotFound
 from dynamic_lora_adapters.grammar import parse, parse_parts
 from dynamic_lora_adapters.index import StoredComposition
-from dynamic_lora_adapters.names import model_leaf
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.routes._deps import Ready, StrictRoute, problems
 from dynamic_lora_server.schemas.compositions import (
@@ -47,10 +46,9 @@ async def save(name: str, body: NewComposition, runtime: Ready) -> Response:
     saved compositions. An existing composition is replaced; requests that run
     keep the old one.
     """
-    reserved = (runtime.model_id, model_leaf(runtime.model_id))
     async with runtime.checking:
         stored, created = await run_in_threadpool(
-            runtime.residencies.saved.save, name, _parts(body), reserved=reserved
+            runtime.residencies.saved.save, name, _parts(body), reserved=runtime.registry.reserved
         )
     return Response(
         _document(runtime, stored).model_dump_json(),

@@ -124,7 +124,7 @@ class _Prepared:
 
 def _prepare(body: GenerateRequest, query: GenerateQuery, runtime: "Runtime") -> _Prepared:
     saved = runtime.residencies.saved
-    adapter = select(query.adapter, body, saved=saved, model_id=runtime.model_id)
+    adapter = select(query.adapter, body, saved=saved, base_names=runtime.base_names)
     versions = [saved.version(part) for part in adapter.parts]
     card = None if body.raw or query.raw else card_of(adapter, versions)
     spec = generate_spec(body, adapter=adapter, card=card)

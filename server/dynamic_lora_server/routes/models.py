@@ -20,10 +20,12 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 @router.get("/models", responses=openai_errors(503), summary="List what can be named as model")
 async def list_models(runtime: Ready, state: State) -> ModelList:
-    """The base model first, then the adapters by name, then the saved compositions."""
+    """The base model first, under each of its names, then the adapters by name, then the saved
+    compositions."""
     adapters = [_adapter(runtime, passport) for passport in runtime.registry.list()]
     saved = [_composition(runtime, stored) for stored in runtime.residencies.saved.list()]
-    return ModelList(data=[_base(runtime, state), *adapters, *saved])
+    names = runtime.config.served_model_names or (runtime.model_id,)
+    return ModelList(data=[*(_base(runtime, state, name) for name in names), *adapters, *saved])
 
 
 @router.get(
@@ -31,18 +33,19 @@ async def list_models(runtime: Ready, state: State) -> ModelList:
 )
 async def get_model(model: str, runtime: Ready, state: State) -> Model:
     """A model id may hold a slash."""
-    name = adapter_name(model, model_id=runtime.model_id)
+    name = adapter_name(model, base_names=runtime.base_names)
     if name is None:
-        return _base(runtime, state)
+        served = model in runtime.config.served_model_names
+        return _base(runtime, state, model if served else runtime.name_of_base(runtime.model_id))
     try:
         return _composition(runtime, runtime.residencies.saved.get(name))
     except CompositionNotFound:
         return _adapter(runtime, runtime.registry.resolve(name).passport)
 
 
-def _base(runtime: "Runtime", state: ServerState) -> Model:
+def _base(runtime: "Runtime", state: ServerState, name: str) -> Model:
     return Model(
-        id=runtime.model_id,
+        id=name,
         created=int(state.started_at),
         root=runtime.model_id,
         parent=None,
@@ -55,7 +58,7 @@ def _adapter(runtime: "Runtime", passport: Passport) -> Model:
         id=passport.name,
         created=int(passport.created_at.timestamp()),
         root=passport.version,
-        parent=runtime.model_id,
+        parent=runtime.name_of_base(runtime.model_id),
         max_model_len=runtime.context_length,
     )
 
@@ -65,6 +68,6 @@ def _composition(runtime: "Runtime", stored: StoredComposition) -> Model:
         id=stored.name,
         created=int(stored.created_at.timestamp()),
         root=stored.text,
-        parent=runtime.model_id,
+        parent=runtime.name_of_base(runtime.model_id),
         max_model_len=runtime.context_length,
     )

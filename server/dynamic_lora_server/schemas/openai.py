@@ -36,8 +36,8 @@ class SamplingRequest(Wire):
     """What completions and chat completions share. Null is the same as leaving a field out."""
 
     model: NonEmptyText = Field(
-        description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or the base "
-        "model's id."
+        description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or a name of "
+        "the base model."
     )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Default 1; 0 is greedy."

@@ -36,6 +36,8 @@ APP.command()(serve)
         (["--prefix-cache-memory", "-1"], "is not a number of bytes"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--speculate", "8"], "speculate must lie between 0 and 7"),
+        (["--served-model-name", "a b"], "served_model_names holds 'a b'"),
+        (["--served-model-name", "a", "--served-model-name", "a"], "must not repeat a name"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(arguments: list[str], text: str) -> None:
@@ -46,7 +48,13 @@ def test_bad_options_are_refused_before_anything_starts(arguments: list[str], te
 
 def test_every_option_of_the_server_can_be_given() -> None:
     given = set(inspect.signature(serve).parameters)
-    repeatable = {"adapter_roots", "api_keys", "admin_keys", "allowed_origins"}
+    repeatable = {
+        "adapter_roots",
+        "api_keys",
+        "admin_keys",
+        "allowed_origins",
+        "served_model_names",
+    }
     wanted = {f.name.removesuffix("s") if f.name in repeatable else f.name for f in FIELDS}
     assert given == wanted
 
