@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import describe_machine
+from benchmarks.simulation.strategies import DrainAndMerge
 from dynamic_lora_adapters.costs import group_kernels
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.slab import ResidentAdapter
@@ -38,7 +39,6 @@ from dynamic_lora_server.engine.sequence import Sequence as Row
 from dynamic_lora_server.engine.startup_costs import startup_costs
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
-from dynamic_lora_server.modes.strategies import DrainAndMerge
 
 Pick = Callable[[random.Random], int | None]
 

@@ -19,12 +19,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.simulation.simulator import Outcome, Simulator, Step
+from benchmarks.simulation.strategies import DrainAndMerge, PolicyStrategy, hindsight
+from benchmarks.simulation.traces import TRACES, Shape, read_trace, synthetic
 from benchmarks.stats import percentile
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Mode
-from dynamic_lora_server.modes.simulator import Outcome, Simulator, Step
-from dynamic_lora_server.modes.strategies import DrainAndMerge, PolicyStrategy, hindsight
-from dynamic_lora_server.modes.trace import TRACES, Arrival, Shape, read_trace, synthetic
+from dynamic_lora_server.recorder import Arrival
 
 RESULTS = Path(__file__).parent / "results" / "policy-simulation.json"
 MAX_RUNNING = 32
