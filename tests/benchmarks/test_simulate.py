@@ -9,8 +9,8 @@ from benchmarks.simulate import (
     COSTS,
     LOADS,
     RECORDED,
-    RESULTS,
     STRATEGIES,
+    SYNTHETIC,
     Result,
     main,
     put_tables,
@@ -74,7 +74,7 @@ def test_one_adapter_costs_hardly_more_than_the_base_model() -> None:
 
 
 def test_the_page_shows_the_results_that_are_kept() -> None:
-    results = [Result(**row) for row in json.loads(RESULTS.read_text())]
+    results = [Result(**row) for row in json.loads(SYNTHETIC.read_text())]
     assert {result.trace for result in results} == set(TRACES)
     assert {result.load for result in results} == set(LOADS)
     page = PAGE.read_text()
