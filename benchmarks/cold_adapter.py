@@ -11,11 +11,9 @@ first token comes at most one extra step plus the time to read the adapter later
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -24,20 +22,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.errors import BenchmarkError, RequestFailed
+from benchmarks.command import RESULTS, command, counts, exit_with_reason, say, write_json
 from benchmarks.load import closed_loop, connect, send_streaming
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import make_adapters
-from benchmarks.peers.dynamic_lora import serving, upload
+from benchmarks.peers.dynamic_lora import serving, totals, upload
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.report import table
 from benchmarks.stats import Timing
 from benchmarks.wire import DynamicLoraWire
 from benchmarks.workload import Popularity, PromptMaker, Request, Workload, requests
 
-RESULTS = Path(__file__).parent / "results"
 _HEADER = (
     "other clients",
     "warm TTFT ms",
@@ -96,20 +92,12 @@ class Result:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.cold_adapter",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("cold_adapter", __doc__)
     root.add_argument("--adapters", type=int, default=8, help="cold ones for each line")
-    root.add_argument("--other-clients", type=_counts, default=[0, 8], help="as 0,8")
+    root.add_argument("--other-clients", type=counts, default=[0, 8], help="as 0,8")
     root.add_argument("--base", help="base model: folder or Hub id (default: the embedded one)")
     root.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")
     return root
-
-
-def _counts(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 class Probe:
@@ -140,13 +128,8 @@ class Probe:
 
     async def _read_s(self) -> float:
         """Seconds that the server has read adapters for; nobody else's are cold meanwhile."""
-        async with self._http.get("/metrics") as answer:
-            text = await answer.text()
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == "dynamic_lora_adapter_read_seconds_total":
-                    return sample.value
-        raise RequestFailed("the server's metrics say nothing of adapters that it read")
+        [seconds] = await totals(self._http, "adapter_read_seconds")
+        return seconds
 
     @asynccontextmanager
     async def others(self, num_clients: int) -> AsyncIterator[None]:
@@ -230,7 +213,7 @@ async def probe(
                 pairs[num_others] = [
                     await probes.pair(next(following)) for _ in range(options.adapters)
                 ]
-            _say(f"{num_others} other clients: {options.adapters} cold adapters asked")
+            say(f"{num_others} other clients: {options.adapters} cold adapters asked")
     return pairs
 
 
@@ -240,7 +223,7 @@ def measure(options: argparse.Namespace, base: Path, prompts: PromptMaker) -> li
     with tempfile.TemporaryDirectory() as scratch:
         folder, home = Path(scratch) / "adapters", Path(scratch) / "home"
         log = Path(scratch) / "serve.log"
-        _say(f"making and uploading {num_adapters} adapters")
+        say(f"making and uploading {num_adapters} adapters")
         folders = make_adapters(base, folder, num_adapters=num_adapters)
         with serving(base, home, log) as (url, _):
             names = upload(url, folders)
@@ -272,10 +255,6 @@ def _columns(result: Result) -> list[str]:
     ]
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Measure, print the table, write the JSON."""
     from transformers import AutoTokenizer
@@ -286,20 +265,17 @@ def main() -> None:
     options = parser().parse_args()
     base = resolve_base(options.base).path
     prompts = PromptMaker(AutoTokenizer.from_pretrained(base), 64)
-    try:
+    with exit_with_reason("cold_adapter"):
         results = measure(options, base, prompts)
-    except (BenchmarkError, RequestFailed) as error:
-        raise SystemExit(f"benchmarks.cold_adapter: {error}") from error
     machine = describe_machine()
     output = options.output or RESULTS / f"cold-adapter-{machine.slug}.json"
     found = [
         {**asdict(r), "read_s": r.read_s, "later_s": r.later_s, "reached": r.reached}
         for r in results
     ]
-    output.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": asdict(machine), "num_prompt_tokens": 64, "results": found}
-    output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    _say(f"written: {output}")
+    write_json(document, output)
+    say(f"written: {output}")
     print(to_markdown(results))
 
 

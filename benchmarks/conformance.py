@@ -10,7 +10,6 @@ Ends with status 1 where an answer is wrong.
 import argparse
 import itertools
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from benchmarks.command import command, say
 from tests.support.conformance.architectures import ARCHITECTURES
 from tests.support.conformance.bench import MODES
 from tests.support.conformance.cells import Status, Table, measure_column
@@ -71,13 +71,11 @@ def _chosen(names: Sequence[str], wanted: str | None) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    command = argparse.ArgumentParser(
-        prog="benchmarks.conformance", description="Compare every kind of adapter with PEFT."
-    )
-    command.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
-    command.add_argument("--kinds", help="rows whose name holds one of these, comma-separated")
-    command.add_argument("--architectures", help="columns, chosen in the same way")
-    return command
+    root = command("conformance", __doc__)
+    root.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
+    root.add_argument("--kinds", help="rows whose name holds one of these, comma-separated")
+    root.add_argument("--architectures", help="columns, chosen in the same way")
+    return root
 
 
 def main() -> None:
@@ -96,7 +94,7 @@ def main() -> None:
         print(render(table, digits=True))
     wrong = [key for key, cell in table.items() if cell.status is Status.WRONG]
     for mode, kind, architecture in wrong:
-        print(f"wrong: {kind} on {architecture}, {mode}", file=sys.stderr)
+        say(f"wrong: {kind} on {architecture}, {mode}")
     raise SystemExit(1 if wrong else 0)
 
 

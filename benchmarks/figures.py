@@ -7,7 +7,6 @@ Draws what there are results of, for this machine unless `--compare` or `--many`
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.cells import LimitCell, Series, series
-from benchmarks.errors import BenchmarkError
+from benchmarks.command import RESULTS, command, exit_with_reason, say
 from benchmarks.machine import describe_machine
 from benchmarks.report import Report
 
-RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 _TITLES = {"base": "base model", "uniform": "mixed adapters", "one": "one adapter"}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("figures", __doc__)
     slug = describe_machine().slug
     compare, many = (RESULTS / f"{name}-{slug}.json" for name in ("compare", "many-adapters"))
     root.add_argument("--compare", type=Path, default=compare, help="of benchmarks.serve")
@@ -180,26 +174,24 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
-    print(f"written: {path}", file=sys.stderr)
+    say(f"written: {path}")
 
 
 def main() -> None:
     """Draw what there are results of; the rest is named."""
     options = parser().parse_args()
     if options.compare.is_file():
-        try:
+        with exit_with_reason("figures"):
             report = Report.read(options.compare)
-        except BenchmarkError as error:
-            raise SystemExit(f"benchmarks.figures: {error}") from error
         save(throughput(report), options.output / "bench-throughput.svg")
         save(latency(report), options.output / "bench-latency.svg")
     else:
-        print(f"no results: {options.compare}", file=sys.stderr)
+        say(f"no results: {options.compare}")
     if options.many.is_file():
         document = json.loads(options.many.read_text(encoding="utf-8"))
         save(many(document), options.output / "bench-adapters.svg")
     else:
-        print(f"no results: {options.many}", file=sys.stderr)
+        say(f"no results: {options.many}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ measured is written at once, and a shape that fails is named in the file.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import command, write_json
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu_engine import Plan, StepBench, table
 from benchmarks.gpu_peers import measure_peers
@@ -231,15 +231,8 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _write(document: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f"{path.name}.part")
-    whole.write_text(json.dumps(document, indent=1) + "\n")
-    whole.replace(path)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command("gpu", __doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--tiny", action="store_true", help="toy sizes, to try the code")
@@ -260,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for document in measure(arguments):
             if arguments.output:
-                _write(document, arguments.output)
+                write_json(document, arguments.output)
     except _KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,10 +9,8 @@ has ended well, so that a run that was broken off does not upload again.
 """
 
 import argparse
-import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ import httpx
 import uvloop
 from platformdirs import user_cache_path
 
-from benchmarks.errors import BenchmarkError
+from benchmarks.command import RESULTS, command, counts, exit_with_reason, say, write_json
 from benchmarks.load import TIMEOUT_S, connect, measure
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import halved, make_adapters, with_other_values
@@ -35,7 +33,6 @@ from benchmarks.stats import Summary
 from benchmarks.wire import DynamicLoraWire
 from benchmarks.workload import Popularity, PromptMaker, Request, Workload, requests
 
-RESULTS = Path(__file__).parent / "results"
 _HEADER = ("adapters", "tok/s", "of the first", "TTFT p50 / p95 ms", "start-up s", "memory MiB")
 _WARM_UP_TOKENS = 8
 
@@ -54,12 +51,8 @@ class Cell:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.many_adapters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    root.add_argument("--counts", type=_counts, default=[8, 100, 1000, 5000])
+    root = command("many_adapters", __doc__)
+    root.add_argument("--counts", type=_ascending, default=[8, 100, 1000, 5000])
     root.add_argument("--exponent", type=float, default=1.0, help="of the Zipf distribution")
     root.add_argument("--clients", type=int, default=32)
     root.add_argument("--requests", type=int, default=96, help="per cell")
@@ -77,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _counts(text: str) -> list[int]:
-    return sorted({int(word) for word in text.split(",")})
+def _ascending(text: str) -> list[int]:
+    return sorted(set(counts(text)))
 
 
 def _words(text: str) -> list[str]:
@@ -129,7 +122,7 @@ class Homes:
 
     def _grow(self, num_adapters: int, config: bytes, weights: bytes) -> None:
         names = adapter_names(num_adapters)
-        _say(f"uploading up to {num_adapters} adapters of {len(weights) / 1e6:.2f} MB")
+        say(f"uploading up to {num_adapters} adapters of {len(weights) / 1e6:.2f} MB")
         with (
             serving(self._base, self._growing, self.log, flags(self._options)) as (url, _),
             httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http,
@@ -144,7 +137,7 @@ class Homes:
                 num_sent += 1
                 if num_sent % 500 == 0:
                     rate = num_sent / (time.perf_counter() - began)
-                    _say(f"  {index + 1} of {num_adapters}, {rate:.0f} a second")
+                    say(f"  {index + 1} of {num_adapters}, {rate:.0f} a second")
 
 
 def flags(options: argparse.Namespace) -> tuple[str, ...]:
@@ -253,9 +246,9 @@ def run(options: argparse.Namespace) -> None:
         for count in options.counts if number % 2 == 0 else reversed(options.counts):
             cells.append(run_cell(options, base, homes, (count, number), prompts))
             rate = cells[-1].summary.tokens_per_s
-            _say(f"round {number + 1} of {options.rounds}: {count} adapters: {rate:.1f} tok/s")
+            say(f"round {number + 1} of {options.rounds}: {count} adapters: {rate:.1f} tok/s")
             _write(output, asdict(machine), options, cells)
-    _say(f"written: {output}")
+    say(f"written: {output}")
     if not options.keep:
         shutil.rmtree(homes.folder)
     print(to_markdown(cells, _settings(options)))
@@ -279,21 +272,14 @@ def _write(
         "relative": {n: statistics.median(s) for n, s in relative_rates(cells).items()},
         "cells": [asdict(cell) for cell in cells],
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write_json(document, output)
 
 
 def main() -> None:
     """Run the command."""
     end_on_sigterm()
-    try:
+    with exit_with_reason("many_adapters"):
         run(parser().parse_args())
-    except BenchmarkError as error:
-        raise SystemExit(f"benchmarks.many_adapters: {error}") from error
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ float32 and bfloat16; and what restoring by subtraction leaves behind.
     python -m benchmarks.mode_differences --output benchmarks/results/mode-differences.json
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from benchmarks.command import command, write_json
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.base_model import resolve_base
@@ -157,7 +156,7 @@ def report(results: dict[str, dict[str, float]], names: Sequence[str]) -> Table:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command("mode_differences", __doc__)
     parser.add_argument("--model", help="base model; by default the embedded one")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -170,7 +169,7 @@ def main() -> None:
     }
     Console().print(report(results, list(results)))
     if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from benchmarks.command import command, write_json
 from benchmarks.machine import describe_machine
+from benchmarks.simulation.strategies import DrainAndMerge
 from dynamic_lora_adapters.costs import group_kernels
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.slab import ResidentAdapter
@@ -38,7 +40,6 @@ from dynamic_lora_server.engine.sequence import Sequence as Row
 from dynamic_lora_server.engine.startup_costs import startup_costs
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
-from dynamic_lora_server.modes.strategies import DrainAndMerge
 
 Pick = Callable[[random.Random], int | None]
 
@@ -243,7 +244,7 @@ def measure(bench: Bench, rounds: int) -> list[dict[str, object]]:
 
 def main() -> None:
     """Measure, print a table, and write it with the machine's description."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command("modes", __doc__)
     parser.add_argument("--model", help="base model; by default the embedded one")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=64)
@@ -264,7 +265,7 @@ def main() -> None:
             "costs": json.loads(bench.costs.to_json()),
             "cells": cells,
         }
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(document, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ then with the same template and other questions (warm), for the base and for an 
 
 import argparse
 import asyncio
-import json
 import random
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errors import BenchmarkError
+from benchmarks.command import command, exit_with_reason, say, write_json
 from benchmarks.load import connect, send_streaming
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import make_adapters
@@ -116,11 +114,7 @@ async def run(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.prefix",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("prefix", __doc__)
     root.add_argument("--base", help="base model: folder or Hub id (default: the embedded one)")
     root.add_argument("--template-tokens", type=int, default=512)
     root.add_argument("--question-tokens", type=int, default=16)
@@ -139,34 +133,29 @@ def main() -> None:
     options = parser().parse_args()
     end_on_sigterm()
     base = resolve_base(options.base)
-    started = datetime.now(UTC).replace(microsecond=0)
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         adapters = make_adapters(base.path, folder / "adapters", num_adapters=1)
         flags = ("--dtype", options.dtype)
-        try:
-            with serving(base.path, folder / "home", folder / "server.log", flags) as (url, _):
-                cells = asyncio.run(run(options, base.path, url, upload(url, adapters)))
-        except BenchmarkError as error:
-            raise SystemExit(f"benchmarks.prefix: {error}") from error
+        with (
+            exit_with_reason("prefix"),
+            serving(base.path, folder / "home", folder / "server.log", flags) as (url, _),
+        ):
+            cells = asyncio.run(run(options, base.path, url, upload(url, adapters)))
     for cell in cells:
         cold, warm = percentile(cell.cold_s, 50) * 1e3, percentile(cell.warm_s, 50) * 1e3
-        line = f"{cell.served}: cold {cold:.0f} ms, warm {warm:.0f} ms, {cell.ratio:.1f}x"
-        print(line, file=sys.stderr)
+        say(f"{cell.served}: cold {cold:.0f} ms, warm {warm:.0f} ms, {cell.ratio:.1f}x")
     document = {
         "machine": asdict(describe_machine()),
         "base": base.name,
-        "started_at": started.isoformat(),
+        "started_at": started_at,
         "dtype": options.dtype,
         "num_template_tokens": options.template_tokens,
         "num_question_tokens": options.question_tokens,
         "cells": [cell.document() for cell in cells],
     }
-    text = json.dumps(document, indent=2) + "\n"
-    if options.output is None:
-        print(text, end="")
-    else:
-        options.output.write_text(text, encoding="utf-8")
+    write_json(document, options.output)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import dynamic_lora_adapters
+from benchmarks.command import write_json
 from dynamic_lora_server.training import TrainingConfig, load_config
 from dynamic_lora_server.training.config import ConllDataset, E2ECsvDataset
 from dynamic_lora_server.training.datasets import Example, load_examples
@@ -170,7 +171,7 @@ def main(
         }
         for quality in results
     }
-    out.write_text(f"{json.dumps(report, indent=2)}\n", encoding="utf-8")
+    write_json(report, out)
     if write_cards:
         for quality in results:
             write_card(quality)

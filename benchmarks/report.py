@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from benchmarks.bar import Verdict, judge, weight_bits
 from benchmarks.cells import Cell, LimitCell, Series, series
+from benchmarks.command import write_json
 from benchmarks.errors import BenchmarkError
 from benchmarks.limit_rate import Limit
 from benchmarks.machine import Machine
@@ -91,7 +92,7 @@ class Report:
         shares = [rate / limits[number] for number, rate in found.rates.items() if number in limits]
         return statistics.median(shares) if shares else None
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, Any]:
         """The whole report; times in seconds, popularity as written on the command line."""
         document = asdict(self)
         document["cells"] = [cell.to_json() for cell in self.cells]
@@ -107,7 +108,7 @@ class Report:
             for found in series(self.cells)
             if found.rates
         ]
-        return json.dumps(document, indent=2) + "\n"
+        return document
 
     def to_markdown(self) -> str:
         """The bars, the table of all cells, what each peer was and who was left out."""
@@ -124,10 +125,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON, making the folder where it is missing; never half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(self.to_json(), encoding="utf-8")
-        part.replace(path)
+        write_json(self.to_json(), path)
 
     def _columns(self, found: Series) -> list[str]:
         start = [found.peer, found.label, str(found.num_clients)]

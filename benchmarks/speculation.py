@@ -12,8 +12,6 @@ way about. The answers of the two are held against each other.
 
 import argparse
 import asyncio
-import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.errors import BenchmarkError, RequestFailed
+from benchmarks.command import command, exit_with_reason, say, write_json
+from benchmarks.errors import RequestFailed
 from benchmarks.load import connect, events_of
 from benchmarks.machine import describe_machine
-from benchmarks.peers.dynamic_lora import serving
+from benchmarks.peers.dynamic_lora import serving, totals
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.quality import RECIPES
 from benchmarks.stats import percentile
@@ -37,6 +35,7 @@ from dynamic_lora_server.training.datasets import load_examples
 
 TASKS = ("ner", "describe")
 NUM_CLIENTS = (1, 8, 32)
+_COUNTERS = ("engine_steps", "drafted_tokens", "accepted_draft_tokens")
 _WARM_SHARE = 0.2
 # Of what is left, what each number of clients asks for; more clients need more to be busy.
 _SHARES = (0.15, 0.35, 0.5)
@@ -90,22 +89,10 @@ async def ask(http: aiohttp.ClientSession, task: str, prompt: str) -> tuple[str,
     return text, num_tokens
 
 
-async def counts(http: aiohttp.ClientSession) -> tuple[int, int, int]:
-    """Steps, drafted and accepted tokens of the server so far."""
-    async with http.get("/metrics") as response:
-        families = text_string_to_metric_families(await response.text())
-    found = {family.name: family.samples for family in families}
-    names = ("engine_steps", "drafted_tokens", "accepted_draft_tokens")
-    steps, drafted, accepted = (
-        int(sum(sample.value for sample in found[f"dynamic_lora_{name}"])) for name in names
-    )
-    return steps, drafted, accepted
-
-
 async def measure(
     http: aiohttp.ClientSession, task: str, prompts: Sequence[str], num_clients: int
 ) -> Cell:
-    """All prompts from so many clients, each with one under way."""
+    """All prompts from so many clients, each with one under way. Raises RequestFailed."""
     waiting = iter(prompts)
     answers: dict[str, str] = {}
     num_tokens = 0
@@ -116,16 +103,13 @@ async def measure(
             answers[prompt], count = await ask(http, task, prompt)
             num_tokens += count
 
-    before = await counts(http)
+    before = await totals(http, *_COUNTERS)
     loop = asyncio.get_running_loop()
     begin = loop.time()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(num_clients):
-            group.create_task(client())
+    await asyncio.gather(*(client() for _ in range(num_clients)))
     wall_s = loop.time() - begin
-    steps, drafted, accepted = (
-        now - then for now, then in zip(await counts(http), before, strict=True)
-    )
+    after = await totals(http, *_COUNTERS)
+    steps, drafted, accepted = (int(b - a) for a, b in zip(before, after, strict=True))
     return Cell(
         task=task,
         num_clients=num_clients,
@@ -195,11 +179,7 @@ def summary(measured: Sequence[dict[str, list[Cell]]]) -> list[dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.speculation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("speculation", __doc__)
     root.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     root.add_argument("--speculate", type=int, default=7, help="tokens drafted at most")
     root.add_argument("--flags", default="", help="further options of both servers")
@@ -222,32 +202,24 @@ def main() -> None:
         ]
         for task in TASKS
     }
-    started = datetime.now(UTC).replace(microsecond=0)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            measured = list(rounds(Path(scratch), options, prompts))
-        except BenchmarkError as error:
-            raise SystemExit(f"benchmarks.speculation: {error}") from error
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    with exit_with_reason("speculation"), tempfile.TemporaryDirectory() as scratch:
+        measured = list(rounds(Path(scratch), options, prompts))
     cells = summary(measured)
     for cell in cells:
-        print(
+        say(
             f"{cell['task']}, {cell['num_clients']} clients: {cell['plain_tokens_per_s']:.1f} and "
-            f"{cell['drafting_tokens_per_s']:.1f} tok/s, {cell['ratio']:.2f}x",
-            file=sys.stderr,
+            f"{cell['drafting_tokens_per_s']:.1f} tok/s, {cell['ratio']:.2f}x"
         )
     document = {
         "machine": asdict(describe_machine()),
         "base": DEFAULT_BASE,
-        "started_at": started.isoformat(),
+        "started_at": started_at,
         "flags": options.flags,
         "speculate": options.speculate,
         "cells": cells,
     }
-    text = json.dumps(document, indent=2) + "\n"
-    if options.output is None:
-        print(text, end="")
-    else:
-        options.output.write_text(text, encoding="utf-8")
+    write_json(document, options.output)
 
 
 if __name__ == "__main__":

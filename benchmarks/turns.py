@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.command import command, write_json
 from benchmarks.machine import describe_machine
 from dynamic_lora_adapters.threads import spin_briefly
 
@@ -215,11 +216,7 @@ def table(rounds: Sequence[Round]) -> Table:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m benchmarks.turns",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    root = command("turns", __doc__)
     root.add_argument(
         "sides",
         nargs="+",
@@ -261,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "settings": settings,
             "rounds": [asdict(each) for each in rounds],
         }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, options.output)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import aiohttp
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.errors import PeerUnavailable
+from benchmarks.errors import PeerUnavailable, RequestFailed
 from benchmarks.load import TIMEOUT_S
 from benchmarks.peers.base import HttpSession, Session, Setup
 from benchmarks.peers.process import ServerProcess, free_port, running
@@ -33,6 +36,23 @@ def post_adapter(http: httpx.Client, name: str, files: Mapping[str, bytes]) -> N
     answer = http.post("/adapters", data={"name": name}, files=parts)
     if answer.status_code not in {200, 201}:
         raise PeerUnavailable(f"{name} was refused: {answer.status_code} {answer.text[:300]}")
+
+
+async def totals(http: aiohttp.ClientSession, *names: str) -> list[float]:
+    """What counters of a server stand at, their labels summed up: `dynamic_lora_NAME_total`.
+
+    Raises RequestFailed for one that it does not have.
+    """
+    async with http.get("/metrics") as answer:
+        text = await answer.text() if answer.status == 200 else ""
+    found: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+    wanted = [f"dynamic_lora_{name}_total" for name in names]
+    if missing := [name for name in wanted if name not in found]:
+        raise RequestFailed(f"the server's metrics have no {', '.join(missing)}")
+    return [found[name] for name in wanted]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.modes import Mode
-from dynamic_lora_server.modes.trace import TraceRecorder
+from dynamic_lora_server.recorder import TraceRecorder
 from dynamic_lora_server.residency import ReadStats, Residency
 from dynamic_lora_server.service import GenerationService
 from dynamic_lora_server.text import TokenizerView

@@ -29,7 +29,7 @@ from dynamic_lora_server.generation import (
     TokenLogprob,
     TokenPiece,
 )
-from dynamic_lora_server.modes.trace import Arrival, TraceRecorder
+from dynamic_lora_server.recorder import Arrival, TraceRecorder
 from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 

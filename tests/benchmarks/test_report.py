@@ -112,7 +112,7 @@ def test_a_written_report_is_read_back(tmp_path: Path) -> None:
 
 def test_a_report_from_before_there_was_a_choice_is_of_greedy_decoding(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    document = json.loads(_report().to_json())
+    document = _report().to_json()
     for cell in document["cells"]:
         del cell["workload"]["sampling"]
     path.write_text(json.dumps(document))

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,8 @@ from benchmarks.simulate import (
     COSTS,
     LOADS,
     RECORDED,
-    RESULTS,
     STRATEGIES,
+    SYNTHETIC,
     Result,
     main,
     put_tables,
@@ -16,14 +18,17 @@ from benchmarks.simulate import (
     simulate,
     tables,
 )
+from benchmarks.simulation.simulator import Simulator
+from benchmarks.simulation.strategies import PolicyStrategy
+from benchmarks.simulation.traces import TRACES, Shape, synthetic
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Mode
-from dynamic_lora_server.modes.simulator import Simulator
-from dynamic_lora_server.modes.strategies import PolicyStrategy
-from dynamic_lora_server.modes.trace import TRACES, Arrival, Shape, synthetic, write_trace
+from dynamic_lora_server.recorder import Arrival
+from tests.support.traces import record
 
-TRACE = Path(__file__).parents[2] / "benchmarks" / "traces" / "shipped-tasks.jsonl"
-PAGE = Path(__file__).parents[2] / "docs" / "policy.md"
+ROOT = Path(__file__).parents[2]
+TRACE = ROOT / "benchmarks" / "traces" / "shipped-tasks.jsonl"
+PAGE = ROOT / "docs" / "policy.md"
 
 
 def throughput(costs: StepCosts, trace: list[Arrival], mode: Mode, *, closed: bool) -> float:
@@ -69,7 +74,7 @@ def test_one_adapter_costs_hardly_more_than_the_base_model() -> None:
 
 
 def test_the_page_shows_the_results_that_are_kept() -> None:
-    results = [Result(**row) for row in json.loads(RESULTS.read_text())]
+    results = [Result(**row) for row in json.loads(SYNTHETIC.read_text())]
     assert {result.trace for result in results} == set(TRACES)
     assert {result.load for result in results} == set(LOADS)
     page = PAGE.read_text()
@@ -103,7 +108,7 @@ def test_recorded_traces_and_measured_costs_can_be_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace, costs = tmp_path / "monday.jsonl", tmp_path / "mine.json"
-    write_trace(trace, synthetic("one-hot", Shape(rate=2.0, num_requests=20)))
+    record(trace, synthetic("one-hot", Shape(rate=2.0, num_requests=20)))
     costs.write_text(COSTS["cpu"].to_json())
     assert main(["--trace", str(trace), "--costs", str(costs)]) == 0
     out = capsys.readouterr().out
@@ -138,6 +143,11 @@ def test_the_recorded_trace_is_drawn_and_auto_serves_it_as_fast_as_bypass(tmp_pa
     for costs, load, strategy in rates:
         if strategy == "auto":
             assert rates[costs, load, "auto"] >= 0.98 * rates[costs, load, "bypass"]
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, benchmarks.simulate; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_page_without_markers_is_refused() -> None:

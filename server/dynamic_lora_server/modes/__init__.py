@@ -1,4 +1,4 @@
-"""The choice between bypass and merged: costs, policy, and a simulator. Imports no torch."""
+"""The choice between bypass and merged: costs and policy. Imports no torch."""
 
 from dynamic_lora_server.modes.costs import Mix, Points, StepCosts, rising
 from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy

@@ -4,15 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamic_lora_server.modes import Mode, StepCosts
-from dynamic_lora_server.modes.simulator import Simulator
-from dynamic_lora_server.modes.strategies import (
+from benchmarks.simulation.simulator import Simulator
+from benchmarks.simulation.strategies import (
     DrainAndMerge,
     PolicyStrategy,
     cheapest_plan,
     hindsight,
 )
-from dynamic_lora_server.modes.trace import Arrival, Shape, synthetic
+from benchmarks.simulation.traces import Shape, synthetic
+from dynamic_lora_server.modes import Mode, StepCosts
+from dynamic_lora_server.recorder import Arrival
 
 COSTS = StepCosts(base=((1, 1.0),), deltas=((1, ((1, 0.8),)),), switch_s=2.0)
 STATES = (None, "a", "b")

@@ -4,15 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_lora_server.modes.trace import (
-    TRACES,
-    Arrival,
-    Shape,
-    TraceRecorder,
-    read_trace,
-    synthetic,
-    write_trace,
-)
+from benchmarks.simulation.traces import TRACES, Shape, read_trace, synthetic
+from dynamic_lora_server.recorder import Arrival, TraceRecorder
+from tests.support.traces import record
 
 SHAPE = Shape(rate=2.0, num_requests=600)
 LINE = {"arrival_s": 1.5, "adapter": "ner", "num_prompt_tokens": 9, "num_output_tokens": 4}
@@ -59,12 +53,12 @@ def test_bursts_are_dense_and_of_one_adapter() -> None:
     assert min(gaps) < 20 / SHAPE.rate / 5
 
 
-def test_a_written_trace_is_read_back(tmp_path: Path) -> None:
+def test_a_recorded_trace_is_read_back_sorted(tmp_path: Path) -> None:
     trace = [
         Arrival(arrival_s=0.5, adapter=None, num_prompt_tokens=3, num_output_tokens=1),
         Arrival(arrival_s=1.5, adapter="ner", num_prompt_tokens=9, num_output_tokens=4),
     ]
-    write_trace(tmp_path / "t.jsonl", reversed(trace))
+    record(tmp_path / "t.jsonl", reversed(trace))
     assert read_trace(tmp_path / "t.jsonl") == trace
 
 
@@ -114,48 +108,16 @@ def test_a_shape_without_tokens_is_refused() -> None:
         Shape(rate=1, mean_prompt_tokens=0)
 
 
-ARRIVAL = Arrival(arrival_s=0.5, adapter="a", num_prompt_tokens=3, num_output_tokens=4)
-
-
-def test_a_recording_is_read_back_while_it_goes_on(tmp_path: Path) -> None:
+def test_a_recording_is_read_while_it_goes_on_and_where_it_was_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
+    arrival = Arrival(arrival_s=0.5, adapter="a", num_prompt_tokens=3, num_output_tokens=4)
     recorder = TraceRecorder(path)
-    before = recorder.now()
-    recorder.record(ARRIVAL)
-    assert read_trace(path) == [ARRIVAL]
-    assert recorder.now() > before >= 0
+    recorder.record(arrival)
+    assert read_trace(path) == [arrival]
+    recorder.record(arrival)
     recorder.close()
-    recorder.record(ARRIVAL)
-    assert read_trace(path) == [ARRIVAL]
-
-
-def test_no_trace_is_written_over(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text("precious")
-    with pytest.raises(FileExistsError):
-        TraceRecorder(path)
-    assert path.read_text() == "precious"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_ends_the_recording_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with open("/dev/full", "w", buffering=1) as full:
-        monkeypatch.setattr(Path, "open", lambda *_, **__: full)
-        recorder = TraceRecorder(Path("trace.jsonl"))
-        recorder.record(ARRIVAL)
-        recorder.record(ARRIVAL)
-    assert [record.message for record in caplog.records] == [
-        "The trace ends here: [Errno 28] No space left on device"
-    ]
-
-
-def test_a_recording_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    write_trace(path, [ARRIVAL, ARRIVAL])
     path.write_text(path.read_text()[:-20])
-    assert read_trace(path) == [ARRIVAL]
+    assert read_trace(path) == [arrival]
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ValueError, match="trace.jsonl, line 2"):
         read_trace(path)

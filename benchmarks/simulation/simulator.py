@@ -6,7 +6,7 @@ from typing import Protocol
 
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Load
-from dynamic_lora_server.modes.trace import Arrival
+from dynamic_lora_server.recorder import Arrival
 
 Rows = dict[str | None, int]
 """Token rows of one step by adapter; None is the base model."""

@@ -1,35 +1,15 @@
-"""Traces: who asks for what, and when; synthetic ones, and recorded ones from a JSONL file."""
+"""Traces: synthetic ones, and those that a server has recorded."""
 
 import json
-import logging
 import math
 import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TextIO
 
-logger = logging.getLogger(__name__)
+from dynamic_lora_server.recorder import Arrival
 
-_KEYS = {"arrival_s", "adapter", "num_prompt_tokens", "num_output_tokens"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """One request of a trace; `adapter` None is the base model. Raises ValueError."""
-
-    arrival_s: float
-    adapter: str | None
-    num_prompt_tokens: int
-    num_output_tokens: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.arrival_s < math.inf:
-            raise ValueError(f"arrival_s must be finite and at least 0, got {self.arrival_s}")
-        if self.num_prompt_tokens < 1 or self.num_output_tokens < 1:
-            raise ValueError("num_prompt_tokens and num_output_tokens must be at least 1")
+_KEYS = {field.name for field in fields(Arrival)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +43,7 @@ def synthetic(kind: str, shape: Shape) -> list[Arrival]:
 
 
 def read_trace(path: Path) -> list[Arrival]:
-    """Read a recorded trace: one JSON object a line with the four fields of `Arrival`.
+    """Read what `TraceRecorder` wrote: one JSON object a line with the four fields of `Arrival`.
 
     Sorted by arrival. What follows the last whole line is left out if it cannot be read: a
     recording that was cut off. Raises ValueError, naming the line.
@@ -81,51 +61,6 @@ def read_trace(path: Path) -> list[Arrival]:
     if not arrivals:
         raise ValueError(f"{path.name} holds no request")
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
-
-
-def write_trace(path: Path, arrivals: Iterable[Arrival]) -> None:
-    """Write what `read_trace` reads."""
-    path.write_text("".join(map(_line, arrivals)), encoding="utf-8")
-
-
-class TraceRecorder:
-    """Writes a trace of what is served, a line as each answer ends, for `read_trace`.
-
-    Raises OSError, FileExistsError among them: no trace is written over. If the
-    disk fails later, recording ends, with a warning, and serving goes on.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and path.stat().st_size:
-            raise FileExistsError(f"{path} exists; no trace is written over")
-        self._file: TextIO | None = path.open("w", buffering=1, encoding="utf-8")
-        self._began = time.monotonic()
-
-    def now(self) -> float:
-        """Seconds since recording began."""
-        return time.monotonic() - self._began
-
-    def record(self, arrival: Arrival) -> None:
-        """Write one answer."""
-        file = self._file
-        if file is None or file.closed:
-            return
-        try:
-            file.write(_line(arrival))
-        except (OSError, ValueError) as error:  # ValueError: closed by another thread meanwhile
-            logger.warning("The trace ends here: %s", error)
-            self.close()
-
-    def close(self) -> None:
-        """End recording."""
-        file, self._file = self._file, None
-        if file is not None:
-            with suppress(OSError):
-                file.close()
-
-
-def _line(arrival: Arrival) -> str:
-    return json.dumps(asdict(arrival)) + "\n"
 
 
 def _parse(document: object) -> Arrival:

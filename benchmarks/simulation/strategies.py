@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.simulation.simulator import Job, Outcome, Simulator, Step
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy
-from dynamic_lora_server.modes.simulator import Job, Outcome, Simulator, Step
-from dynamic_lora_server.modes.trace import Arrival
+from dynamic_lora_server.recorder import Arrival
 
 _ROUNDS = 3
 

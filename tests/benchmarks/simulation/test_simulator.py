@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.simulation.simulator import Job, Simulator
+from benchmarks.simulation.strategies import PolicyStrategy
 from dynamic_lora_server.modes import Load, Mode, StepCosts
-from dynamic_lora_server.modes.simulator import Job, Simulator
-from dynamic_lora_server.modes.strategies import PolicyStrategy
-from dynamic_lora_server.modes.trace import Arrival
+from dynamic_lora_server.recorder import Arrival
 
 # A step takes 1 s and 1 s more for deltas; a switch takes 10 s.
 COSTS = StepCosts(base=((1, 1.0),), deltas=((1, ((1, 1.0),)),), switch_s=10.0)

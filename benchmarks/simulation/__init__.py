@@ -1,0 +1,1 @@
+"""The choice between bypass and merged, simulated over traces. Imports no torch."""
