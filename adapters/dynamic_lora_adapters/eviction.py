@@ -31,12 +31,26 @@ class Wanted:
             return []
         lengths = range(1, len(idle) + 1)
         needed = bisect_left(lengths, True, key=lambda n: self._found_without(idle[:n])) + 1
-        victims = list(idle[:needed])
+        victims = self._of_use(idle[:needed])
         for adapter in victims[-2::-1]:
             fewer = [one for one in victims if one is not adapter]
             if self._found_without(fewer):
                 victims = fewer
         return victims
+
+    def _of_use(self, victims: Sequence[ResidentAdapter]) -> list[ResidentAdapter]:
+        """Those that alone, or with all others of their slab, leave any room.
+
+        Of thousands that were used long ago most have neighbours that were not.
+        """
+        gone = Counter(one.slab.number for one in victims)
+
+        def leaves_room(one: ResidentAdapter) -> bool:
+            slab = one.slab
+            whole = slab.num_taken == gone[slab.number]
+            return whole or one.rows is not None or self.kind.includes(slab)
+
+        return list(filter(leaves_room, victims))
 
     def _found_without(self, victims: Sequence[ResidentAdapter]) -> bool:
         free, has_slot = self.free_bytes, self.has_slot

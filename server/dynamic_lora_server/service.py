@@ -266,7 +266,9 @@ class GenerationService:
 
     def _finish(self, continuation: _Continuation, event: TokenEvent) -> Finish | None:
         detokenizer, sequence = continuation.detokenizer, continuation.sequence
-        reason = FinishReason.STOP if detokenizer.stopped else event.reason
+        reason = event.reason
+        if detokenizer.stopped and reason is not FinishReason.EOS:
+            reason = FinishReason.STOP
         if reason is None:
             return None
         if event.reason is None:

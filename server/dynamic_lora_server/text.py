@@ -95,11 +95,36 @@ def _longest_token(backend: Tokenizer) -> int | None:
     return max(map(len, backend.get_vocab(with_added_tokens=True)), default=None)
 
 
+class _StopString:
+    """A stop string, looked for in a text that grows.
+
+    `begin` is where it begins, or the first place where it may do so once the text goes on. Places
+    before it are ruled out and never looked at again: however long text and string are, a token
+    more takes no longer.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.begin = 0
+
+    def is_in(self, text: str) -> bool:
+        """Whether all of the text so far holds it."""
+        while self.begin < len(text):
+            if text.startswith(self.stop, self.begin):
+                return True
+            if self.stop.startswith(text[self.begin :]):
+                return False
+            next_one = text.find(self.stop[0], self.begin + 1)
+            self.begin = len(text) if next_one < 0 else next_one
+        return False
+
+
 class Detokenizer:
     """The visible text of one continuation, stop strings cut off.
 
     It is text that goes on: a space at its beginning belongs to it, as the prompt stands before.
-    Bytes that are no characters are U+FFFD.
+    Bytes that are no characters are U+FFFD. A special token is no part of it, but one whose name
+    is a stop string ends it.
 
     `push` returns the text that a token makes certain: a character that is
     still incomplete waits for its other bytes, and text that may turn out to
@@ -111,7 +136,7 @@ class Detokenizer:
     ) -> None:
         self._view = view
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stop = tuple(stop)
+        self._stops = [_StopString(one) for one in stop]
         self._include_stop = include_stop
         self._decoded = ""
         self._num_shown = 0
@@ -128,15 +153,14 @@ class Detokenizer:
         """Take one token; returns the new visible text, often empty. Sets `stopped`."""
         assert not self.stopped, "no token may follow the stop string"
         self.num_tokens += 1
-        data = b"" if self._view.is_special(token_id) else self._view.bytes_of(token_id)
-        searched = max(0, len(self._decoded) - max(map(len, self._stop), default=0))
+        data = self._visible(token_id)
         if _begins_character(data):
             # What is incomplete before it remains so.
             self._decoded += self._decoder.decode(b"", final=True)
         self.offset = len(self._decoded)
         self._decoded += self._decoder.decode(data)
-        self._cut_at_stop(searched)
-        return self._show(len(self._decoded) - (0 if self.stopped else self._held_back()))
+        self._cut_at_stop()
+        return self._show(len(self._decoded) if self.stopped else self._certain())
 
     def finish(self) -> str:
         """The text that was held back until the end, incomplete characters as U+FFFD."""
@@ -144,27 +168,29 @@ class Detokenizer:
             self._decoded += self._decoder.decode(b"", final=True)
         return self._show(len(self._decoded))
 
+    def _visible(self, token_id: int) -> bytes:
+        """What a token adds to the text; the name of a special one only to be found there."""
+        data = self._view.bytes_of(token_id)
+        if not self._view.is_special(token_id):
+            return data
+        name = data.decode(errors="replace")
+        return data if any(one.stop == name for one in self._stops) else b""
+
     def _show(self, end: int) -> str:
         start, self._num_shown = self._num_shown, max(end, self._num_shown)
         return self._decoded[start : self._num_shown]
 
-    def _cut_at_stop(self, searched: int) -> None:
-        found = [(self._decoded.find(stop, searched), stop) for stop in self._stop]
-        found = [(at, stop) for at, stop in found if at >= 0]
+    def _cut_at_stop(self) -> None:
+        found = [one for one in self._stops if one.is_in(self._decoded)]
         if found:
-            at, stop = min(found, key=lambda hit: hit[0])
-            self._decoded = self._decoded[: at + len(stop) if self._include_stop else at]
+            first = min(found, key=lambda one: one.begin)
+            end = first.begin + (len(first.stop) if self._include_stop else 0)
+            self._decoded = self._decoded[:end]
             self.stopped = True
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
-                if self._decoded.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    def _certain(self) -> int:
+        """Length of the text before whatever may be the beginning of a stop string."""
+        return min((one.begin for one in self._stops), default=len(self._decoded))
 
 
 def _begins_character(data: bytes) -> bool:

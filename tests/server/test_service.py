@@ -3,6 +3,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PromptTuningConfig, get_peft_model
@@ -26,6 +27,10 @@ from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
 from tests.support.adapters import quiet as quiet_peft
 from tests.support.models import (
+    BOS,
+    EOS,
+    EOS_ID,
+    PAD,
     save_tiny_base,
     sentencepiece_tokenizer,
     tiny_llama,
@@ -152,6 +157,25 @@ async def test_stop_token_ends_the_sequence(runtime: Runtime) -> None:
     events = await collect(runtime, spec(stop_token_ids=(free[3],)))
     assert finishes(events)[0].reason is FinishReason.STOP
     assert token_ids(events) == free[: free.index(free[3]) + 1]
+
+
+async def test_a_special_token_that_is_asked_for_by_name_ends_the_sequence(
+    runtime: Runtime,
+) -> None:
+    noise: dict[str, Any] = {"temperature": 100.0, "max_new_tokens": 100}
+    names = dict(enumerate((BOS, EOS, PAD)))
+    for seed in range(100):
+        free = token_ids(await collect(runtime, spec(seed=seed, **noise)))
+        if (first := next((one for one in free if one in names), None)) is not None:
+            break
+    assert first is not None
+    for ignore_eos in (True, False):
+        request = spec(seed=seed, stop=(names[first],), ignore_eos=ignore_eos, **noise)
+        events = await collect(runtime, request)
+        assert token_ids(events) == free[: free.index(first) + 1]
+        by_eos = first == EOS_ID and not ignore_eos
+        assert finishes(events)[0].reason is (FinishReason.EOS if by_eos else FinishReason.STOP)
+    await quiet(runtime)
 
 
 async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> None:

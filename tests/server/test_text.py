@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,6 +154,27 @@ def test_an_incomplete_character_waits_for_its_bytes() -> None:
 def test_a_character_that_is_never_completed_is_shown_as_replacement() -> None:
     detokenizer = Detokenizer(VIEW)
     assert push_all(detokenizer, encode("aé")[:2]) == ["a", "", "\ufffd"]
+
+
+def test_a_special_token_ends_the_text_if_its_name_is_a_stop_string() -> None:
+    token_ids = (*encode("on"), EOS_ID, *encode("off"))
+    for include_stop, text in ((False, "on"), (True, "on</s>")):
+        detokenizer = Detokenizer(VIEW, stop=["</s>"], include_stop=include_stop)
+        assert "".join(push_all(detokenizer, token_ids)) == detokenizer.text == text
+        assert detokenizer.stopped
+    other = Detokenizer(VIEW, stop=["<pad>", "</s>\n"])
+    assert "".join(push_all(other, token_ids)) == "onoff"
+
+
+def test_a_long_stop_string_takes_no_longer_for_each_token() -> None:
+    """The bound is loose, for busy machines; what grows with the text would break it."""
+    (token_id,) = encode("a")
+    detokenizer = Detokenizer(VIEW, stop=["x" + 10**6 * "a", "a" * 10**6])
+    begin = time.process_time()
+    for _ in range(10_000):
+        detokenizer.push(token_id)
+    assert time.process_time() - begin < 2
+    assert detokenizer.text == detokenizer.finish() == 10_000 * "a"
 
 
 def test_text_that_may_become_a_stop_string_is_held_back() -> None:

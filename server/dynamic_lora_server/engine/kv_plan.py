@@ -70,7 +70,7 @@ def plan_kv(
             fix="Give the KV cache more memory.",
         )
     # No more than every running sequence at its full window can ever use.
-    most_used = wish.max_running * wish.window
+    most_used = wish.max_running * (_whole_pages(wish.window) if paged else wish.window)
     prefix_cells = _prefix_cells(wish.prefix_memory, per_token, num_cells, paged=paged)
     if paged:
         layout = paged_layout(
@@ -101,6 +101,11 @@ def kv_dtype(model: PreTrainedModel, wish: KVWish) -> torch.dtype:
         field="kv_dtype",
         fix="Leave the option out.",
     )
+
+
+def _whole_pages(num_tokens: int) -> int:
+    """The cells of the pages that so many tokens of one sequence take."""
+    return -(-num_tokens // PAGE_SIZE) * PAGE_SIZE
 
 
 def _prefix_cells(memory: int | None, per_token: int, num_cells: int, *, paged: bool) -> int | None:

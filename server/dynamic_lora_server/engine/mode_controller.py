@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # How long an adapter is left unmerged whose merge has failed.
 _BARRED_S = 60.0
+# Adapters whose merges are counted each for itself, those merged last: others come and go.
+MAX_COUNTED = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class ModeStats:
 @dataclass(slots=True)
 class _Counts:
     num_switches: int = 0
-    switches: Counter[str] = field(default_factory=Counter)
+    switches: OrderedDict[str, int] = field(default_factory=OrderedDict)
     rows: Counter[str] = field(default_factory=Counter)
     last_switch_s: float = 0.0
     switch_s: float = 0.0
@@ -128,8 +130,8 @@ class ModeController:
         )
 
     def num_switches_to(self, digest: str) -> int:
-        """How often this adapter was merged."""
-        return self._counts.switches[digest]
+        """How often this adapter was merged; 0 if MAX_COUNTED others were merged since."""
+        return self._counts.switches.get(digest, 0)
 
     def _switch(self, adapter: ResidentAdapter | None) -> None:
         before = self._merger.merged
@@ -151,7 +153,14 @@ class ModeController:
         self._counts.last_switch_s = time.perf_counter() - begin
         self._counts.switch_s += self._counts.last_switch_s
         if adapter is not None:
-            self._counts.switches[adapter.digest] += 1
+            self._count_switch(adapter.digest)
+
+    def _count_switch(self, digest: str) -> None:
+        switches = self._counts.switches
+        switches[digest] = switches.get(digest, 0) + 1
+        switches.move_to_end(digest)
+        if len(switches) > MAX_COUNTED:
+            switches.popitem(last=False)
 
     def _bar(self, adapter: ResidentAdapter | None, error: MergeFailed) -> None:
         """The weights are the base's: who asked is served in bypass."""

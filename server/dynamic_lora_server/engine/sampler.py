@@ -144,12 +144,7 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
     A token that was seen twice is written twice, with the same value.
     """
     sampling = sequence.sampling
-    # Virtual tokens have no ids: nobody wrote them.
-    tokens = sequence.tokens(sequence.num_virtual, sequence.num_tokens)
-    seen = to_device(tokens, scores.device, torch.long)
-    if sequence.num_unread:
-        assert unread is not None, "a token that nobody has"
-        seen = torch.cat((seen, unread.of(sequence.id)))
+    seen = _seen(sequence, unread, scores.device)
     if sampling.repetition_penalty != 1:
         values = scores[seen]
         penalty = sampling.repetition_penalty
@@ -159,6 +154,23 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
         counts = torch.zeros_like(scores).index_add_(0, output, torch.ones_like(scores[output]))
         less = sampling.presence_penalty + sampling.frequency_penalty * counts[output]
         scores[output] = scores[output] - less
+
+
+def _seen(sequence: Sequence, unread: UnreadTokens | None, device: torch.device) -> torch.Tensor:
+    """The ids of prompt and output, [num_tokens], int64, without virtual tokens: nobody wrote them.
+
+    Those of the prompt are brought to the device once.
+    """
+    if sequence.prompt_tensor is None:
+        prompt = sequence.prompt_ids[sequence.num_virtual :]
+        sequence.prompt_tensor = to_device(prompt, device, torch.long)
+    parts = [sequence.prompt_tensor]
+    if sequence.output_ids:
+        parts.append(to_device(sequence.output_ids, device, torch.long))
+    if sequence.num_unread:
+        assert unread is not None, "a token that nobody has"
+        parts.append(unread.of(sequence.id))
+    return torch.cat(parts)
 
 
 def _draw_of(row: int, owner: ScoredRow) -> Draw:

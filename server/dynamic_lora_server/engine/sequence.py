@@ -8,6 +8,8 @@ from dynamic_lora_server.engine.kv_space import Allocation
 from dynamic_lora_server.generation import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    import torch
+
     from dynamic_lora_adapters.slab import ResidentAdapter
     from dynamic_lora_adapters.terms import PromptTerms
 
@@ -55,6 +57,7 @@ class Sequence:
     num_reused: int = 0
     block_keys: tuple[bytes, ...] = ()  # of the prompt, where prefixes are kept
     num_kept: int = 0  # blocks that were offered to the prefix cache
+    prompt_tensor: "torch.Tensor | None" = None  # of its ids, where the sampler needs them
     phase: Phase = Phase.WAITING
     allocation: Allocation | None = None
 

@@ -65,13 +65,23 @@ def _parts(rows: Sequence[int], num_rows: int) -> list[tuple[int, float]]:
 
 
 def _convex(rows: Sequence[int], seconds: Sequence[float]) -> list[tuple[int, float]]:
-    """The points between which lines grow ever steeper and have all others above them."""
+    """The points between which lines grow ever steeper, and never fall, and have all others above.
+
+    What is before the first of them takes as long as that.
+    """
     corners: list[tuple[int, float]] = []
     for point in zip(rows, seconds, strict=True):
-        while len(corners) > 1 and _slope(corners[-2], point) <= _slope(corners[-2], corners[-1]):
+        while corners and (point[1] < corners[-1][1] or _bends_down(corners, point)):
             corners.pop()
         corners.append(point)
     return corners
+
+
+def _bends_down(corners: Sequence[tuple[int, float]], point: tuple[int, float]) -> bool:
+    """Whether the line to the last corner is no flatter than the one past it to the point."""
+    if len(corners) < 2:
+        return False
+    return _slope(corners[-2], point) <= _slope(corners[-2], corners[-1])
 
 
 def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:

@@ -138,7 +138,9 @@ class ModePolicy:
                 continue
             balances[other] = balance
             ready = gain > 0 and balance >= self._price_s(other)
-            if ready and balance > most and (other is None or rows.get(other)):
+            # One may be deleted that had a balance already.
+            possible = other is None or (rows.get(other) and self._can_merge(other))
+            if ready and balance > most and possible:
                 best, most = other, balance
         return best
 

@@ -13,7 +13,7 @@ from dynamic_lora_server.engine.build import EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
-from tests.support.engines import make_engine, make_sequence, run_all
+from tests.support.engines import make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import tiny_llama
 
 
@@ -64,6 +64,19 @@ def test_a_kv_dtype_that_cannot_be_had_is_refused_before_the_weights_are_packed(
     with pytest.raises(InvalidParameter, match="kv_dtype = float16 cannot be had here"):
         build(said, kv_dtype=torch.float16)
     assert said == ["Checking the model"]
+
+
+def test_pages_hold_every_running_sequence_at_its_longest() -> None:
+    """A window that ends within a page takes all of that page."""
+    window = 300
+    model = tiny_llama(max_position_embeddings=window)
+    assert make_engine(model, paged=True, max_running=1).context_length == window
+    model = tiny_llama(max_position_embeddings=window)
+    built = make_engine(model, paged=True, max_running=3)
+    for seed in range(3):
+        built.engine.add(make_sequence(random_prompt(290, seed=seed)))
+    built.engine.step()
+    assert built.engine.scheduler.num_running == 3
 
 
 def test_without_native_code_nothing_of_it_is_used() -> None:

@@ -8,8 +8,10 @@ from peft import PeftModel
 
 from dynamic_lora_adapters.compose import compose
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
+from dynamic_lora_server.engine import mode_controller
 from dynamic_lora_server.engine.build import BuiltEngine
-from dynamic_lora_server.modes import Mode
+from dynamic_lora_server.engine.mode_controller import ModeController
+from dynamic_lora_server.modes import Mode, StepCosts
 from tests.support.engines import (
     TASKS,
     admit,
@@ -85,6 +87,39 @@ def test_a_deleted_adapter_leaves_the_weights(built: BuiltEngine, folders: dict[
     run_all(built, [make_sequence(prompt)])
     assert built.modes.stats().merged is None
     assert built.pool.stats().used_bytes == 0
+
+
+def test_a_deleted_adapter_that_is_still_used_does_not_get_into_the_weights(
+    folders: dict[str, Path],
+) -> None:
+    """Its requests have made the case for a merge, and go on."""
+    built = make_engine(tiny_llama(), mode=Mode.AUTO)
+    rows = StepCosts(base=((1, 1.0),), deltas=((1, ((1, 0.5),)),), switch_s=2.0)
+    built.engine.modes = ModeController(rows, Mode.AUTO, built.engine.runner.merger, built.pool)
+    adapter = admit(built, folders["all"])
+    built.engine.add(make_sequence(random_prompt(8, seed=1), adapter=adapter))
+    for _ in range(4):
+        built.engine.step()
+    assert built.engine.modes.stats().num_switches == 0
+    built.pool.drop(adapter.digest)
+    run_all(built, [])
+    built.pool.release(adapter)
+    assert built.engine.modes.stats().num_switches == 0
+    assert built.pool.stats().used_bytes == 0
+
+
+def test_merges_are_counted_for_the_adapters_merged_last(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mode_controller, "MAX_COUNTED", 2)
+    built = make_engine(tiny_llama(), mode=Mode.MERGED)
+    for name in ("all", "down", "all", "large"):
+        adapter = admit(built, folders[name])
+        run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=adapter)])
+        assert built.modes.num_switches_to(name) > 0
+    counts = {name: built.modes.num_switches_to(name) for name in ("all", "down", "large")}
+    assert counts == {"all": 2, "down": 0, "large": 1}
+    assert built.modes.stats().num_switches == 4
 
 
 def test_bypass_never_merges(folders: dict[str, Path]) -> None:

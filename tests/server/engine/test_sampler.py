@@ -18,6 +18,7 @@ from transformers import (
 
 from dynamic_lora_adapters.native.draws import Draw
 from dynamic_lora_adapters.native.sampling import NativeSampling, native_sampling
+from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine import sampler
 from dynamic_lora_server.engine.sampler import Sampled, ScoredRow, _filter
 from dynamic_lora_server.engine.sequence import Sequence
@@ -53,6 +54,23 @@ def test_greedy_takes_the_most_likely() -> None:
     scores = logits(rows=3)
     rows = [make_sequence([1]) for _ in range(3)]
     assert tokens(scores, *rows) == scores.argmax(-1).tolist()
+
+
+def test_a_long_prompt_is_brought_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each token that is penalised by it."""
+    brought: list[object] = []
+
+    def counted(values: object, *args: Any) -> torch.Tensor:
+        brought.append(values)
+        return to_device(values, *args)
+
+    monkeypatch.setattr(sampler, "to_device", counted)
+    prompt = [3, 4] * 500
+    sequence = make_sequence(prompt, repetition_penalty=5.0, max_new_tokens=9)
+    for _ in range(9):
+        sequence.output_ids += tokens(logits(), sequence)
+    assert brought.count(tuple(prompt)) == 1
+    assert sum(len(values) for values in brought if isinstance(values, list | tuple)) < 1100
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -26,6 +26,15 @@ def test_a_point_that_noise_has_raised_makes_no_row_free() -> None:
     assert times.of(32) == 20
 
 
+def test_few_rows_that_took_long_make_no_more_rows_free() -> None:
+    times = StepTimes(POINTS)
+    for _ in range(100):
+        times.observe(1, 3.0)  # as beside another process
+        times.observe(8, 2.0)
+    seconds = [times.of(rows) for rows in range(1, 20)]
+    assert seconds == sorted(seconds)
+
+
 def test_a_slower_machine_slows_all_alike() -> None:
     times = StepTimes(POINTS)
     for _ in range(100):
@@ -65,4 +74,4 @@ def test_times_stay_times(steps: list[tuple[int, float]], rows: int) -> None:
     for step in steps:
         times.observe(*step)
     assert all(times.of(number) > 0 for number in (1, 4, 8, 16))
-    assert times.of(rows) < float("inf")
+    assert times.of(rows) <= times.of(rows + 1) < float("inf")

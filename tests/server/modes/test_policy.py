@@ -187,6 +187,18 @@ def test_adapters_that_cannot_be_merged_are_passed_over() -> None:
     assert engine.step({"a": 5, "b": 1}, requests={"a": 5, "b": 1}) == "b"
 
 
+def test_one_that_may_not_be_merged_any_more_is_not_though_it_would_pay() -> None:
+    barred: set[str] = set()
+    engine = Engine(ModePolicy(CPU, can_merge=lambda name: name not in barred))
+    for _ in range(20):
+        assert engine.step({"a": 32}) is None
+    barred.add("a")  # deleted, with requests that still run
+    for _ in range(100):
+        assert engine.step({"a": 32}) is None
+    barred.clear()
+    assert engine.step({"a": 32}) == "a"
+
+
 def test_merged_mode_takes_the_most_used_adapter_at_once() -> None:
     engine = Engine(ModePolicy(CPU, Mode.MERGED))
     assert engine.step({"a": 1, "b": 60}, requests={"a": 3, "b": 2, None: 9}) == "a"
