@@ -28,11 +28,12 @@ def counts(text: str) -> list[int]:
 
 
 @contextmanager
-def exit_with_reason(name: str) -> Iterator[None]:
-    """Have a BenchmarkError end the command NAME with 1, its text on standard error."""
+def exit_with_reason(name: str, *others: type[Exception]) -> Iterator[None]:
+    """Have a BenchmarkError, or one of the `others`, end the command NAME with 1 and its text."""
+    expected: tuple[type[Exception], ...] = (BenchmarkError, *others)
     try:
         yield
-    except BenchmarkError as error:
+    except expected as error:
         raise SystemExit(f"benchmarks.{name}: {error}") from error
 
 

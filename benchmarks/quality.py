@@ -21,10 +21,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import dynamic_lora_adapters
-from benchmarks.command import write_json
+from benchmarks.command import exit_with_reason, write_json
 from dynamic_lora_server.training import TrainingConfig, load_config
 from dynamic_lora_server.training.config import ConllDataset, E2ECsvDataset
 from dynamic_lora_server.training.datasets import Example, load_examples
+from dynamic_lora_server.training.errors import TrainingError
 from dynamic_lora_server.training.scoring import corpus_bleu, entity_score, label_accuracy
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -161,7 +162,8 @@ def main(
     """Measure the shipped adapters and the base alone through a running server."""
     if write_cards and limit is not None:
         raise typer.BadParameter("cards take figures of the whole dev split: drop --limit")
-    results = asyncio.run(measure_all(url, task, data, limit, concurrency))
+    with exit_with_reason("quality", TrainingError, httpx.HTTPError):
+        results = asyncio.run(measure_all(url, task, data, limit, concurrency))
     Console().print(as_table(results))
     report = {
         quality.task: {

@@ -32,6 +32,7 @@ from benchmarks.stats import percentile
 from dynamic_lora_server.base_model import DEFAULT_BASE
 from dynamic_lora_server.training.config import load_config
 from dynamic_lora_server.training.datasets import load_examples
+from dynamic_lora_server.training.errors import TrainingError
 
 TASKS = ("ner", "describe")
 NUM_CLIENTS = (1, 8, 32)
@@ -189,19 +190,21 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main() -> None:
-    """Measure, print one line for each cell, write the JSON."""
-    options = parser().parse_args()
-    end_on_sigterm()
-    prompts = {
-        task: [
-            example.input
-            for example in load_examples(
-                load_config(RECIPES / f"{task}.yaml").dataset, options.data, "dev"
-            )[: options.limit]
-        ]
-        for task in TASKS
+def load_prompts(data: Path, limit: int) -> dict[str, list[str]]:
+    """The first dev prompts of each task. Raises TrainingError."""
+    recipes = {task: load_config(RECIPES / f"{task}.yaml") for task in TASKS}
+    return {
+        task: [example.input for example in load_examples(recipe.dataset, data, "dev")[:limit]]
+        for task, recipe in recipes.items()
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print one line for each cell, write the JSON."""
+    options = parser().parse_args(argv)
+    with exit_with_reason("speculation", TrainingError):
+        prompts = load_prompts(options.data, options.limit)
+    end_on_sigterm()
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     with exit_with_reason("speculation"), tempfile.TemporaryDirectory() as scratch:
         measured = list(rounds(Path(scratch), options, prompts))

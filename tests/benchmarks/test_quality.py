@@ -64,3 +64,13 @@ async def test_an_error_answer_ends_the_measurement(data: Path) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         with pytest.raises(httpx.HTTPStatusError, match="404"):
             await quality.measure(client, "sentiment", data, None, 4)
+
+
+def test_data_that_is_missing_ends_the_command_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"benchmarks\.quality: .*sst2/dev\.tsv: .*No such file"):
+        quality.main(data=tmp_path, task=["sentiment"])
+
+
+def test_a_server_that_is_not_there_ends_the_command(data: Path) -> None:
+    with pytest.raises(SystemExit, match=r"benchmarks\.quality: All connection attempts failed"):
+        quality.main(data=data, url="http://127.0.0.1:9", task=["sentiment"])

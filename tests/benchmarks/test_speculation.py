@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -11,7 +12,7 @@ from aiohttp.test_utils import TestServer
 
 from benchmarks.errors import RequestFailed
 from benchmarks.load import connect
-from benchmarks.speculation import NUM_CLIENTS, Cell, measure, slices, summary
+from benchmarks.speculation import NUM_CLIENTS, Cell, main, measure, slices, summary
 
 
 def test_no_prompt_is_asked_twice_and_none_is_left_out() -> None:
@@ -103,3 +104,8 @@ async def test_a_server_without_the_counters_is_refused() -> None:
     async with TestServer(web.Application()) as server, connect(str(server.make_url("/"))) as http:
         with pytest.raises(RequestFailed, match="have no dynamic_lora_engine_steps_total, dyn"):
             await measure(http, "ner", ["a"], 1)
+
+
+def test_data_that_is_missing_ends_the_command_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"benchmarks\.speculation: .*wnut17/.*No such file"):
+        main(["--data", str(tmp_path)])
