@@ -71,13 +71,15 @@ class Team {
       processors_[thread].store(processor, std::memory_order_relaxed);
   }
 
-  // Whether another thread was last seen on this one's processor.
+  // Whether another thread was last seen on this one's processor. Where this one came is no matter:
+  // it may have been moved since.
   bool in_the_way(int size) const {
-    const int processor = own_processor();
-    int here = 0;
+    const int processor = own_processor(), own = omp_get_thread_num();
+    if (processor < 0) return false;
     for (int thread = 0; thread < std::min(size, kMostKnown); thread++)
-      here += processors_[thread].load(std::memory_order_relaxed) == processor;
-    return processor >= 0 && here > 1;
+      if (thread != own && processors_[thread].load(std::memory_order_relaxed) == processor)
+        return true;
+    return false;
   }
 
   void release(int round) {
