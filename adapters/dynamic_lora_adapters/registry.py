@@ -77,7 +77,8 @@ class AdapterRegistry:
     All methods may be called from any thread; they block, `publish` for as long
     as reading the weights takes. `resolve` and `list` touch no disk. Opening
     cleans up after a crash, and raises `AdapterError` while another process
-    uses the home. Use `close`, or the registry as a context manager.
+    uses the home, unless it is given the home's `store`, which it then closes.
+    Use `close`, or the registry as a context manager.
 
     `database_url` names another database than `home/index.sqlite`; a database
     serves one home only. `base` gives the base model's own parameters, for the
@@ -90,6 +91,7 @@ class AdapterRegistry:
         home: Path,
         geometry: BaseGeometry,
         *,
+        store: BlobStore | None = None,
         limits: UploadLimits | None = None,
         database_url: str | None = None,
         base: BaseWeights | None = None,
@@ -99,7 +101,7 @@ class AdapterRegistry:
         self.limits = limits or UploadLimits()
         self._geometry = geometry
         self._inspector = Inspector(geometry, base=base, dtype=dtype, factor_dtype=factor_dtype)
-        self._store = BlobStore(home)
+        self._store = store or BlobStore(home)
         self._index = AdapterIndex(
             database_url or f"sqlite:///{home / 'index.sqlite'}", _base_key(geometry)
         )

@@ -33,6 +33,7 @@ from dynamic_lora_server.uploads import JSON, media_type
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 NOT_READY_RETRY_SECONDS = 5
+_LOGGED = (500, 502, 507)  # a server that loads or shuts down, 503, says so itself
 # Errors quote names out of uploads, which may be as long as the files.
 _MAX_SENTENCE = 2000
 
@@ -96,6 +97,7 @@ TABLE: Mapping[type[Exception], Kind] = {
     adapter_errors.AdapterCapacityError: Kind(
         "adapter-capacity", "Adapter exceeds the memory for adapters", 422
     ),
+    adapter_errors.StoreFailed: Kind("store-failed", "The store cannot be written", 507),
     adapter_errors.AdapterError: Kind("adapter-error", "Adapter error", 422),
     ClientDisconnected: Kind("client-disconnected", "Client disconnected", 499),
     ClientDisconnect: Kind("client-disconnected", "Client disconnected", 499),
@@ -145,7 +147,7 @@ def install(app: FastAPI) -> None:
 def stream_fault(error: Exception) -> Fault:
     """What is wrong, for an answer that has begun; logged, as no handler will see it."""
     fault = fault_of(error)
-    if fault.kind.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if fault.kind.status in _LOGGED:
         _log.error("a stream broke off: %s", error, exc_info=error)
     return fault
 
@@ -171,7 +173,7 @@ def _refuse_duplicates(body: bytes) -> None:
 
 async def _handle(request: Request, error: Exception) -> Response:
     fault = fault_of(error, content_type=request.headers.get("content-type", ""))
-    if fault.kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+    if fault.kind.status in _LOGGED:
         _log.error("%s %s: %s", request.method, request.url.path, error)
     return answer(fault, path=request.url.path)
 

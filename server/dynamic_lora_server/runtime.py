@@ -1,7 +1,8 @@
 """Everything that serves: model, tokenizer, registry, engine and service, put together."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
@@ -25,9 +26,10 @@ from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
+from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.targets import import_peft
 from dynamic_lora_server.admission import ServiceLimits
-from dynamic_lora_server.base_model import BaseModel, resolve_base
+from dynamic_lora_server.base_model import BaseModel, BaseModelUnavailable, resolve_base
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import choose_dtype, named_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
@@ -97,9 +99,24 @@ class Runtime:
 
         `shipped` is a folder of adapters to publish on the first start; by
         default those of the package. `on_step` is told what is being done.
-        Raises UnsupportedModel, BaseModelUnavailable, InvalidParameter, or OSError where no
-        trace can be recorded.
+        Raises UnsupportedModel, BaseModelUnavailable, InvalidParameter, an AdapterError where the
+        store cannot be had, or OSError where no trace can be recorded.
         """
+        store = BlobStore(config.home)  # before what takes long: another server may have it
+        try:
+            return cls._load(config, store, shipped or shipped_adapters(), on_step)
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def _load(
+        cls,
+        config: ServerConfig,
+        store: BlobStore,
+        shipped: Path,
+        on_step: Callable[[str], object],
+    ) -> "Runtime":
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
@@ -116,13 +133,14 @@ class Runtime:
         registry = AdapterRegistry(
             config.home,
             built.geometry,
+            store=store,
             limits=UploadLimits(max_bytes=config.max_upload_bytes),
             base=built.weights,
             dtype=model.dtype,
             factor_dtype=built.pool.factor_dtype,
             database_url=config.database_url,
         )
-        published = registry.import_shipped(shipped or shipped_adapters())
+        published = registry.import_shipped(shipped)
         logger.info("published %d shipped adapters", len(published))
         if registry.list():
             import_peft()
@@ -197,15 +215,30 @@ def _device(wanted: str) -> torch.device:
 def _load_model(
     base: BaseModel, config: ServerConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    model_config = transformers.AutoConfig.from_pretrained(base.path)
+    with _unusable(base):
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        model_config = transformers.AutoConfig.from_pretrained(base.path)
     # Rounded weights are multiplied into sums of float32.
     wanted = config.dtype if config.quantize == "none" else "float32"
     dtype = choose_dtype(wanted, device, model_config, native=config.native)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    with _unusable(base):
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     torch.nn.Module.to(model, device)
     torch.nn.Module.eval(model)
     return model, tokenizer
+
+
+@contextmanager
+def _unusable(base: BaseModel) -> Iterator[None]:
+    """What transformers says of the base's files, with their name before it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelUnavailable(
+            f"{base.name} cannot be loaded: {error}",
+            fix="A base model is a folder, or a model of the Hub, that has a config.json, weights "
+            "and a tokenizer.",
+        ) from error
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:
