@@ -37,6 +37,7 @@ from dynamic_lora_server.engine.decode_graphs import GraphStats
 from dynamic_lora_server.engine.drafts import DraftStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
+from dynamic_lora_server.engine.processors import within_quota
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.trace import TraceRecorder
 from dynamic_lora_server.residency import ReadStats, Residency
@@ -117,8 +118,7 @@ class Runtime:
         shipped: Path,
         on_step: Callable[[str], object],
     ) -> "Runtime":
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        _use_threads(config.threads)
         recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
         on_step("Finding the base model")
         base = resolve_base(config.model)
@@ -204,6 +204,13 @@ class Runtime:
 def shipped_adapters() -> Path:
     """The folder of the adapters that come with the package."""
     return Path(str(files("dynamic_lora_adapters"))) / "shipped"
+
+
+def _use_threads(wanted: int | None) -> None:
+    usual = torch.get_num_threads()
+    number = within_quota(usual) if wanted is None else wanted
+    if number != usual:
+        torch.set_num_threads(number)
 
 
 def _device(wanted: str) -> torch.device:

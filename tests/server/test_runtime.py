@@ -178,6 +178,20 @@ def test_a_start_that_fails_gives_the_home_back(tmp_path: Path) -> None:
     BlobStore(tmp_path / "home").close()
 
 
+def test_in_a_container_no_more_threads_compute_than_its_share_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = torch.get_num_threads()
+    monkeypatch.setattr("dynamic_lora_server.runtime.within_quota", lambda _: number + 1)
+    try:
+        load_runtime(tmp_path, threads=None).registry.close()
+        assert torch.get_num_threads() == number + 1
+        load_runtime(tmp_path, threads=1).registry.close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(number)
+
+
 def test_dtype_by_name_and_by_measurement() -> None:
     config, cpu = tiny_llama().config, torch.device("cpu")
     assert choose_dtype("bfloat16", cpu, config) is torch.bfloat16
