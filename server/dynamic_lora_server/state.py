@@ -55,11 +55,18 @@ class ServerState:
         runtime.start()
         self._runtime = runtime
 
+    async def end_generations(self) -> None:
+        """Refuse new ones and fail those that run, so that their answers end; all else goes on."""
+        if self._runtime is not None:
+            self._runtime.service.refuse()
+            await asyncio.to_thread(self._runtime.service.close)
+
     async def go_down(self) -> None:
         """Refuse new requests, then fail those that run and free the model."""
         runtime, self._runtime = self._runtime, None
         self._why_not = "The server is shutting down."
         if runtime is not None:
+            runtime.service.refuse()
             await asyncio.to_thread(runtime.close)
 
     def _readings(self) -> list[Reading]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynamic_lora_adapters.threads import spin_briefly
+from dynamic_lora_server.commands.logs import print_error, set_up_logging
 from dynamic_lora_server.config import (
     BASE_PRODUCTS,
     DEVICES,
@@ -32,7 +32,6 @@ from dynamic_lora_server.errors import ServerError
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
-_GRACE_SECONDS = 10
 _START_FAILED = 1
 _INTERRUPTED = 130  # as shells have it for SIGINT
 _DEFAULT = ServerConfig()
@@ -91,6 +90,9 @@ _PrefixCacheMemory = Annotated[
 ]
 _MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
 _MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
+_GraceSeconds = Annotated[
+    int, typer.Option(help="What running requests get to end in when the server is to stop.")
+]
 _PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
 _Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 _Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
@@ -168,6 +170,7 @@ def serve(
     prefix_cache_memory: _PrefixCacheMemory = None,
     max_running: _MaxRunning = _DEFAULT.max_running,
     max_waiting: _MaxWaiting = _DEFAULT.max_waiting,
+    grace_seconds: _GraceSeconds = _DEFAULT.grace_seconds,
     prefill_chunk: _PrefillChunk = _DEFAULT.prefill_chunk,
     dtype: _Dtype = _DEFAULT.dtype,
     device: _Device = _DEFAULT.device,
@@ -216,8 +219,7 @@ def run_server(config: ServerConfig, console: Console) -> None:
     Exits with 1 if the model cannot be loaded, the port is taken, or the engine breaks.
     """
     spin_briefly(os.environ)
-    handler = RichHandler(console=console, show_path=False)
-    logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
+    set_up_logging(config.log_level, console)
     session = _Session(config, console)
     session.run()
     if session.failed:
@@ -236,18 +238,18 @@ class _Session:
         import uvicorn
 
         from dynamic_lora_server.app import create_app
+        from dynamic_lora_server.commands.listener import Listener
 
         self._console = console
-        self._steps = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._steps = Progress(*columns, console=console, disable=not console.is_terminal)
         self._num_steps = 0
         self.failed = False
         app = create_app(
             config, load=self._load, on_ready=self._on_ready, on_failure=self._on_failure
         )
         self._config = config
-        self._server: uvicorn.Server = uvicorn.Server(
+        self._server = Listener(
             uvicorn.Config(
                 app,
                 host=config.host,
@@ -255,14 +257,17 @@ class _Session:
                 log_config=None,
                 log_level=config.log_level,
                 access_log=config.log_level == "debug",
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-            )
+            ),
+            app.state.server.end_generations,
+            grace=config.grace_seconds,
         )
 
     def run(self) -> None:
         """Block until the server ends."""
         try:
             self._server.run()
+        except ServerError as error:
+            self._on_failure(error)
         finally:
             self._steps.stop()
             self.failed = self.failed or not self._server.started
@@ -292,7 +297,10 @@ class _Session:
         os._exit(_START_FAILED if self.failed else _INTERRUPTED)
 
     def _show(self, step: str) -> None:
-        """A bar that moves until the next step begins; called on the loading thread."""
+        """A bar that moves until the next step begins, or a line in a file (loading thread)."""
+        if not self._console.is_terminal:
+            self._console.print(step, markup=False, highlight=False)
+            return
         self._finish_step()
         # The first step brings the base model and shows bars of its own.
         if self._num_steps:
@@ -319,10 +327,7 @@ class _Session:
     def _on_failure(self, error: Exception) -> None:
         self._steps.stop()
         self.failed = True
-        fix = getattr(error, "fix", None)
-        self._console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        if fix:
-            self._console.print(fix, markup=False, highlight=False)
+        print_error(error, self._console)
         self._server.should_exit = True
 
     def _address(self) -> str:
