@@ -96,7 +96,9 @@ _GraceSeconds = Annotated[
 _PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
 _Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 _Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
-_Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
+_Threads = Annotated[
+    int | None, typer.Option(help="CPU threads.", show_default="one for each core it may use")
+]
 _BaseProduct = Annotated[
     str,
     typer.Option(
