@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from dynamic_lora_client import __version__
+from dynamic_lora_server.config import ServerConfig
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -66,6 +67,13 @@ def test_compose_keeps_what_the_image_declares(service: str) -> None:
     exposed = re.search(r"^EXPOSE (\d+)$", dockerfile, re.M)
     assert exposed is not None
     assert settings["ports"] == [f"${{PORT:-{exposed[1]}}}:{exposed[1]}"]
+
+
+@pytest.mark.parametrize("service", ["server", "server-gpu"])
+def test_compose_waits_for_the_server_to_let_requests_end(service: str) -> None:
+    period = re.fullmatch(r"(\d+)s", _compose()["services"][service]["stop_grace_period"])
+    assert period is not None
+    assert int(period[1]) >= ServerConfig().grace_seconds + 10
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:

@@ -5,6 +5,7 @@ Everything is counted while it is written, so a header that lies about a size
 gains nothing.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -31,22 +32,42 @@ IGNORED_FILES = frozenset(
         "NOTICE",
         "README.md",
         "added_tokens.json",
+        "additional_config.json",
         "all_results.json",
+        "args.json",
         "chat_template.json",
         "config.json",
         "eval_results.json",
+        "latest",
+        "llamaboard_config.yaml",
+        "logging.jsonl",
         "merges.txt",
+        "optimizer.bin",
+        "optimizer.pt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "running_log.txt",
+        "scaler.pt",
+        "scheduler.bin",
+        "scheduler.pt",
         "special_tokens_map.json",
         "spiece.model",
         "tokenizer.json",
         "tokenizer.model",
         "train_results.json",
+        "trainer_log.jsonl",
         "trainer_state.json",
         "training_args.bin",
+        "training_args.yaml",
+        "training_eval_loss.png",
+        "training_loss.png",
         "vocab.json",
         "vocab.txt",
+        "zero_to_fp32.py",
     }
 )
+# One for each process: rng_state_0.pth, random_states_1.pkl.
+_RANDOM_STATES = re.compile(r"rng_state(_\d+)?\.pth|random_states_\d+\.pkl")
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _MAX_NAME_LENGTH = 255
@@ -197,7 +218,10 @@ def _below_top(parts: list[str], top_folders: set[str]) -> list[str]:
 def _is_ignored(parts: list[str]) -> bool:
     # Finder packs "__MACOSX/" and "._name" beside the real files.
     return bool(parts) and (
-        parts[-1] in IGNORED_FILES or parts[-1].startswith("._") or parts[0] == "__MACOSX"
+        parts[-1] in IGNORED_FILES
+        or parts[-1].startswith("._")
+        or parts[0] == "__MACOSX"
+        or _RANDOM_STATES.fullmatch(parts[-1]) is not None
     )
 
 

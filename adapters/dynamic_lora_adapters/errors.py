@@ -8,7 +8,8 @@ AdapterError
 ├── IncompatibleAdapter       sound, but made for another base model
 ├── InvalidAdapterName        a name that cannot be a task name
 ├── AdapterNotFound           no adapter of that name
-└── AdapterCapacityError      does not fit in the device's byte budget
+├── AdapterCapacityError      does not fit in the device's byte budget
+└── StoreFailed               what adapters are kept in cannot be written, or not be read
 """
 
 from collections.abc import Sequence
@@ -68,3 +69,7 @@ class AdapterNotFound(AdapterError):
 
 class AdapterCapacityError(AdapterError):
     """The adapter alone needs more device memory than adapters may use."""
+
+
+class StoreFailed(AdapterError):
+    """The disk is full or read-only, or the index's database does not answer."""

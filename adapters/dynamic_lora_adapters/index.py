@@ -15,7 +15,11 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Engine, Text, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlmodel import Field, Session, SQLModel, create_engine, select
+
+from dynamic_lora_adapters.errors import StoreFailed
 
 
 class EventKind(StrEnum):
@@ -110,11 +114,15 @@ class AdapterEvent:
 
 
 class AdapterIndex:
-    """Names, versions and history in a database; each method is one transaction."""
+    """Names, versions and history in a database; each method is one transaction.
+
+    All raise `StoreFailed` where the database cannot be reached, read or written.
+    """
 
     def __init__(self, url: str, base: str) -> None:
         self._base = base
-        self._engine = create_engine(url)
+        self._engine = _engine(url)
+        event.listen(self._engine, "handle_error", _say_what_failed)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _wait_for_other_connections)
         tables = [_table(row) for row in (NameRow, VersionRow, EventRow, CompositionRow)]
@@ -289,6 +297,27 @@ def _table(row: type[SQLModel]) -> Any:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
+
+
+def _engine(url: str) -> Engine:
+    try:
+        return create_engine(url)
+    except (ArgumentError, ImportError) as error:  # the URL, and a driver that is not installed
+        raise StoreFailed(
+            f"The index's database cannot be used: {error}.",
+            field="database_url",
+            fix="Write the URL as SQLAlchemy does, and install the driver that it names.",
+        ) from error
+
+
+def _say_what_failed(context: ExceptionContext) -> StoreFailed | None:
+    if not isinstance(context.sqlalchemy_exception, OperationalError):
+        return None
+    return StoreFailed(
+        f"The index of adapters failed: {context.original_exception}.",
+        field="database_url",
+        fix="Free space under the server's home, or see to its database.",
+    )
 
 
 def _wait_for_other_connections(connection: Any, _: object) -> None:

@@ -1,5 +1,6 @@
 """What a start finds in a home: adapters that are served, and some that cannot be read."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from pydantic import ValidationError
 
 from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
+from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.index import AdapterIndex, EventKind, StoredVersion
 from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
+from dynamic_lora_adapters.names import model_leaf
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.store import BlobStore
 
@@ -41,6 +44,12 @@ class Recovered:
 
     versions: dict[str, AdapterVersion] = field(default_factory=dict)
     unreadable: dict[str, Unreadable] = field(default_factory=dict)
+
+
+def base_key(geometry: BaseGeometry) -> str:
+    """What tells one base's names from another's in a shared home."""
+    text = f"{geometry.fingerprint} {model_leaf(geometry.model_id)}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: str) -> Recovered:

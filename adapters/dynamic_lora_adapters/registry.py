@@ -1,6 +1,5 @@
 """The adapters a server knows: from an upload's folder to factors under a name."""
 
-import hashlib
 import logging
 import threading
 from collections import Counter
@@ -35,7 +34,7 @@ from dynamic_lora_adapters.inspection import (
 from dynamic_lora_adapters.names import check_adapter_name, model_leaf
 from dynamic_lora_adapters.near_names import near_names
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.recovery import recover
+from dynamic_lora_adapters.recovery import base_key, recover
 from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.terms import AdapterTerms
 
@@ -78,7 +77,8 @@ class AdapterRegistry:
     All methods may be called from any thread; they block, `publish` for as long
     as reading the weights takes. `resolve`, `lease` and `list` touch no disk. Opening
     cleans up after a crash, and raises `AdapterError` while another process
-    uses the home. Use `close`, or the registry as a context manager.
+    uses the home, unless it is given the home's `store`, which it then closes.
+    Use `close`, or the registry as a context manager.
 
     `database_url` names another database than `home/index.sqlite`; a database
     serves one home only. `base` gives the base model's own parameters, for the
@@ -92,6 +92,7 @@ class AdapterRegistry:
         home: Path,
         geometry: BaseGeometry,
         *,
+        store: BlobStore | None = None,
         limits: UploadLimits | None = None,
         database_url: str | None = None,
         base: BaseWeights | None = None,
@@ -103,16 +104,16 @@ class AdapterRegistry:
         self._geometry = geometry
         self.reserved = (geometry.model_id, model_leaf(geometry.model_id), *reserved)
         self._inspector = Inspector(geometry, base=base, dtype=dtype, factor_dtype=factor_dtype)
-        self._store = BlobStore(home)
+        self._store = store or BlobStore(home)
         self._index = AdapterIndex(
-            database_url or f"sqlite:///{home / 'index.sqlite'}", _base_key(geometry)
+            database_url or f"sqlite:///{home / 'index.sqlite'}", base_key(geometry)
         )
         # Held while store and index change, which waits for the disk; the other one, for what
         # requests read, never does. Whoever takes both takes this one first.
         self._changing = threading.Lock()
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
-        found = recover(self._store, self._index, self._inspector, _base_key(geometry))
+        found = recover(self._store, self._index, self._inspector, base_key(geometry))
         self._versions, self._unreadable = found.versions, found.unreadable
         self._forgotten: set[str] = set()  # left by a name, and leased
         # Told the digest of a content that is gone for good, by the thread that ended it, while
@@ -342,9 +343,3 @@ class AdapterRegistry:
                 self._collect(digest)
         except Exception:
             logger.exception("content %.12s stays until the next start", digest)
-
-
-def _base_key(geometry: BaseGeometry) -> str:
-    """What tells one base's names from another's in a shared home."""
-    text = f"{geometry.fingerprint} {model_leaf(geometry.model_id)}"
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,6 +16,7 @@ and leaves it by one rename back to `staging/`. So whatever a crash interrupts,
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -27,12 +28,14 @@ from typing import IO
 from dynamic_lora_adapters.archive import CONFIG_FILE
 from dynamic_lora_adapters.card import CARD_FILE
 from dynamic_lora_adapters.chat import CHAT_FILE
-from dynamic_lora_adapters.errors import AdapterError
+from dynamic_lora_adapters.errors import AdapterError, StoreFailed
 from dynamic_lora_adapters.safetensors_file import WEIGHTS_FILE
 
 if sys.platform != "win32":
     import fcntl
 
+# A disk that takes no more, by its own size, a quota's or ulimit's, or because it is read-only.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _KEPT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CHAT_FILE})
 
 
@@ -40,15 +43,22 @@ class BlobStore:
     """The folders under one home; not thread-safe but for `staging`, `prepare`, `sweep` and reads.
 
     Opening takes the home for this process: raises `AdapterError` if another
-    holds it. `close` gives it back.
+    holds it, `StoreFailed` if it cannot be written. `close` gives it back.
     """
 
     def __init__(self, home: Path) -> None:
         self._blobs = home / "adapters"
         self._staging = home / "staging"
-        for folder in (self._blobs, self._staging):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_home(home)
+        try:
+            for folder in (self._blobs, self._staging):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_home(home)
+        except OSError as error:
+            raise StoreFailed(
+                f"The home {str(home)!r} cannot be written: {error.strerror}.",
+                field="home",
+                fix="Make it a folder that this user may write to, or give another --home.",
+            ) from error
         self._doomed = list(self._staging.iterdir())
         self.sweep()
 
@@ -58,11 +68,22 @@ class BlobStore:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """A fresh empty folder for one upload; gone at the end unless published."""
+        """A fresh empty folder for one upload; gone at the end unless published.
+
+        Raises `StoreFailed` where its disk takes no more, also for what is written meanwhile.
+        """
         folder = self._staging / secrets.token_hex(16)
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield folder
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise StoreFailed(
+                f"The server's disk takes no more: {error.strerror}.",
+                field="files",
+                fix="Free space under the server's home, or delete adapters. Nothing was changed.",
+            ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -114,9 +114,14 @@ def _from_hub(model: str) -> Path:
             f"{model!r} is neither a folder here nor a model id of the Hub",
             fix="Give the path of a model folder, or an id like organisation/name.",
         ) from error
+    except RepositoryNotFoundError as error:  # also one that is gated
+        raise BaseModelUnavailable(
+            f"the Hub has no model {model!r} for this user, and there is no such folder here",
+            fix="Check the id. A private or gated model needs HF_TOKEN in the environment.",
+        ) from error
     except (OSError, ValueError) as error:
         raise BaseModelUnavailable(
-            f"cannot fetch {model!r} from the Hub: {_first_line(error)}",
+            f"{model!r} is no folder here and cannot be fetched from the Hub: {_first_line(error)}",
             fix="Check the id and the connection, or download the model and give its folder.",
         ) from error
 

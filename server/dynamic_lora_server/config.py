@@ -68,7 +68,8 @@ class ServerConfig:
     `prefix_cache_memory` is the part of `kv_memory` that may keep beginnings of
     prompts, 0 for none. `kv_dtype` is what keys and values are kept in: "auto" is the model's
     dtype, or bfloat16 with `quantize`.
-    `database_url` replaces the SQLite index in `home`. `base_product` says what
+    `database_url` replaces the SQLite index in `home`. `grace_seconds` is how long requests may
+    run on when the server is to stop. `base_product` says what
     multiplies by the base's weights, "auto" what measures fastest;
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
@@ -98,6 +99,7 @@ class ServerConfig:
     prefix_cache_memory: int | None = None
     max_running: int = 64
     max_waiting: int = 1024
+    grace_seconds: int = 10
     prefill_chunk: int = 512
     dtype: str = "auto"
     device: str = "auto"
@@ -124,7 +126,8 @@ class ServerConfig:
         prefixes = self.prefix_cache_memory
         _check("prefix_cache_memory", prefixes is None or prefixes >= 0, "must be 0 or more")
         _check("speculate", 0 <= self.speculate <= MAX_DRAFT, f"must lie between 0 and {MAX_DRAFT}")
-        _check("max_waiting", self.max_waiting >= 0, "must be 0 or more")
+        for name in ("max_waiting", "grace_seconds"):
+            _check(name, getattr(self, name) >= 0, "must be 0 or more")
         for name, choices in (
             ("dtype", DTYPES),
             ("kv_dtype", DTYPES),

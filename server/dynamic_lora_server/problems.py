@@ -40,6 +40,7 @@ from dynamic_lora_server.uploads import JSON, media_type
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 NOT_READY_RETRY_SECONDS = 5
+_LOGGED = (500, 502, 507)  # a server that loads or shuts down, 503, says so itself
 # Errors quote names out of uploads, which may be as long as the files.
 _MAX_SENTENCE = 2000
 
@@ -86,7 +87,7 @@ def install(app: FastAPI) -> None:
 def stream_fault(error: Exception) -> Fault:
     """What is wrong, for an answer that has begun; logged, as no handler will see it."""
     fault = fault_of(error)
-    if fault.kind.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if fault.kind.status in _LOGGED:
         _log.error("a stream broke off: %s (request %s)", error, request_id(), exc_info=error)
     return fault
 
@@ -112,7 +113,7 @@ def _refuse_duplicates(body: bytes) -> None:
 
 async def _handle(request: Request, error: Exception) -> Response:
     fault = fault_of(error, content_type=request.headers.get("content-type", ""))
-    if fault.kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+    if fault.kind.status in _LOGGED:
         what = (request.method, request.url.path, error, request_id())
         _log.error("%s %s: %s (request %s)", *what)
     return answer(fault, path=request.url.path)

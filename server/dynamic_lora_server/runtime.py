@@ -11,10 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,17 +23,20 @@ from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
+from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.targets import import_peft
 from dynamic_lora_server.admission import ServiceLimits
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
-from dynamic_lora_server.dtypes import choose_dtype, named_dtype
+from dynamic_lora_server.dtypes import named_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.decode_graphs import GraphStats
 from dynamic_lora_server.engine.drafts import DraftStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
+from dynamic_lora_server.engine.processors import within_quota
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.loading import load_model, num_embeddings, pick_device
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.recorder import TraceRecorder
 from dynamic_lora_server.residency import ReadStats, Residency
@@ -107,18 +107,32 @@ class Runtime:
 
         `shipped` is a folder of adapters to publish on the first start; by
         default those of the package. `on_step` is told what is being done.
-        Raises UnsupportedModel, BaseModelUnavailable, InvalidParameter, or OSError where no
-        trace can be recorded.
+        Raises UnsupportedModel, BaseModelUnavailable, InvalidParameter, an AdapterError where the
+        store cannot be had, or OSError where no trace can be recorded.
         """
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        store = BlobStore(config.home)  # before what takes long: another server may have it
+        try:
+            return cls._load(config, store, shipped or shipped_adapters(), on_step)
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def _load(
+        cls,
+        config: ServerConfig,
+        store: BlobStore,
+        shipped: Path,
+        on_step: Callable[[str], object],
+    ) -> "Runtime":
+        _use_threads(config.threads)
         recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
         on_step("Finding the base model")
         base = resolve_base(config.model)
-        device = _device(config.device)
+        device = pick_device(config.device)
         on_step("Loading the base model")
-        model, tokenizer = _load_model(base, config, device)
-        view = TokenizerView(tokenizer, num_embeddings=_num_embeddings(model))
+        model, tokenizer = load_model(base, config, device)
+        view = TokenizerView(tokenizer, num_embeddings=num_embeddings(model))
         built = build_engine(
             model, model_id=base.name, options=_options(config, base, model.dtype), on_step=on_step
         )
@@ -126,6 +140,7 @@ class Runtime:
         registry = AdapterRegistry(
             config.home,
             built.geometry,
+            store=store,
             limits=UploadLimits(max_bytes=config.max_upload_bytes),
             base=built.weights,
             dtype=model.dtype,
@@ -133,12 +148,12 @@ class Runtime:
             database_url=config.database_url,
             reserved=config.served_model_names,
         )
-        published = registry.import_shipped(shipped or shipped_adapters())
+        published = registry.import_shipped(shipped)
         logger.info("published %d shipped adapters", len(published))
         if registry.list():
             import_peft()
         saved = SavedCompositions(registry, registry.index)
-        _check_free(config.served_model_names, saved, registry)
+        _check_free(config.served_model_names, saved)
         residencies = Residency(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)
         service = GenerationService(built.engine, residencies, view, limits, recorder)
@@ -209,13 +224,10 @@ def shipped_adapters() -> Path:
     return Path(str(files("dynamic_lora_adapters"))) / "shipped"
 
 
-def _check_free(
-    served_names: Collection[str], saved: SavedCompositions, registry: AdapterRegistry
-) -> None:
-    """Close the registry and raise InvalidParameter for a name of the base that is taken."""
+def _check_free(served_names: Collection[str], saved: SavedCompositions) -> None:
+    """Raise InvalidParameter for a name of the base that is taken."""
     for name in served_names:
         if saved.has(name.lower()):
-            registry.close()
             raise InvalidParameter(
                 f"served_model_names holds {name!r}, but {name.lower()!r} is the name of an "
                 "adapter or of a saved composition.",
@@ -224,30 +236,11 @@ def _check_free(
             )
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
-
-
-def _load_model(
-    base: BaseModel, config: ServerConfig, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    model_config = transformers.AutoConfig.from_pretrained(base.path)
-    # Rounded weights are multiplied into sums of float32.
-    wanted = config.dtype if config.quantize == "none" else "float32"
-    dtype = choose_dtype(wanted, device, model_config, native=config.native)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
-    torch.nn.Module.to(model, device)
-    torch.nn.Module.eval(model)
-    return model, tokenizer
-
-
-def _num_embeddings(model: PreTrainedModel) -> int:
-    """Token ids that the model has a row for, in its embedding and in its head."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(len(next(table.parameters())) for table in tables if table is not None)
+def _use_threads(wanted: int | None) -> None:
+    usual = torch.get_num_threads()
+    number = within_quota(usual) if wanted is None else wanted
+    if number != usual:
+        torch.set_num_threads(number)
 
 
 def _options(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> EngineOptions:

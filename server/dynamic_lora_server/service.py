@@ -13,12 +13,7 @@ from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
-from dynamic_lora_server.errors import (
-    EngineFailed,
-    InvalidParameter,
-    NotReady,
-    QueueFull,
-)
+from dynamic_lora_server.errors import EngineFailed, InvalidParameter, NotReady, QueueFull
 from dynamic_lora_server.generation import (
     Finish,
     FinishReason,
@@ -78,6 +73,7 @@ class GenerationService:
         self._pace = _Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken = asyncio.Event()
+        self._ending: NotReady | None = None
         self._worker = Worker(engine, self._receive, self._on_broken)
         residency.make_room = self._make_room
 
@@ -86,14 +82,23 @@ class GenerationService:
         self._loop = asyncio.get_running_loop()
         self._worker.start()
 
+    def refuse(self) -> None:
+        """Begin no more generations, also of requests that wait; on the event loop."""
+        self._ending = NotReady("The server is shutting down.", fix="Send the request again.")
+        self._residency.give_up(self._ending)
+
     def close(self) -> None:
-        """Fail what runs and end the engine thread."""
+        """Refuse, fail what runs and end the engine thread; on another thread, refuse before."""
+        if self._ending is None:
+            self.refuse()
         self._worker.stop()
         if self._recorder is not None:
             self._recorder.close()
 
     def check_alive(self) -> None:
         """Raise NotReady unless the step loop runs."""
+        if self._ending is not None:
+            raise self._ending
         if self._loop is None or not self._worker.alive:
             why = self._worker.failure or "the engine is not running"
             raise NotReady(f"{why[0].upper()}{why[1:]}.", fix="See the server's log.")
@@ -134,6 +139,7 @@ class GenerationService:
                 continuations = self._continuations(spec, prompt_ids, held)
                 self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
+                self.check_alive()  # it may have waited long
                 # From here on each sequence has a lease of its own. One that nobody drives would
                 # be kept for ever by a request that waits for room for its next prompt.
                 inbox = stack.enter_context(self._submitted(continuations))
@@ -236,7 +242,7 @@ class GenerationService:
                 continue  # tokens made between a stop string and its cancellation
             if isinstance(event, FailedEvent):
                 continuation.done = True
-                raise EngineFailed(event.message)
+                raise self._ending or EngineFailed(event.message)
             piece = self._piece(continuation, event)
             finish = self._finish(continuation, event)
             yield piece if finish is None else replace(piece, is_last=True)

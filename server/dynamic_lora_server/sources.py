@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dynamic_lora_adapters.archive import ADAPTER_FILES, Intake
 from dynamic_lora_adapters.errors import AdapterTooLarge, UnsafeArchive
+from dynamic_lora_adapters.store import NO_SPACE
 from dynamic_lora_adapters.weights import WEIGHTS_FILE
 from dynamic_lora_server.errors import InvalidParameter, ServerError
 
@@ -38,7 +39,8 @@ def fetch_source(
         repo, _, revision = source.removeprefix(HUB_SCHEME).partition("@")
         _from_hub(repo, revision or None, intake, inbox, max_bytes, endpoint)
     else:
-        _from_disk(_path(source, roots), intake)
+        with _unreadable(source):
+            _from_disk(_path(source, roots), intake)
 
 
 def _path(source: str, roots: Sequence[Path]) -> Path:
@@ -75,6 +77,19 @@ def _check_links(path: Path, root: Path) -> None:
             raise InvalidParameter(
                 f"{entry.name!r} links to a place outside the allowed folder.", field="source"
             )
+
+
+@contextmanager
+def _unreadable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:  # safetensors saves files for their owner alone
+        name = Path(str(error.filename)).name
+        raise InvalidParameter(
+            f"The server may not read {name!r} of {source!r}.",
+            field="source",
+            fix="Let the user that the server runs as read the files, or upload them instead.",
+        ) from error
 
 
 def _from_disk(path: Path, intake: Intake) -> None:
@@ -126,6 +141,8 @@ def _hub_errors(repo: str) -> Iterator[None]:
             fix="Check the name; a private model needs HF_TOKEN in the server's environment.",
         ) from error
     except Exception as error:  # the transport's errors are not part of the Hub's interface
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise  # the store's, not the Hub's
         raise SourceUnavailable(
             f"The Hub did not give {repo!r}: {type(error).__name__}.",
             field="source",

@@ -68,12 +68,19 @@ class ServerState:
         runtime.start()
         self._runtime = runtime
 
+    async def end_generations(self) -> None:
+        """Refuse new ones and fail those that run, so that their answers end; all else goes on."""
+        if self._runtime is not None:
+            self._runtime.service.refuse()
+            await asyncio.to_thread(self._runtime.service.close)
+
     async def go_down(self) -> None:
         """Refuse new requests, then fail those that run and free the model."""
         runtime, self._runtime = self._runtime, None
         self._why_not = "The server is shutting down."
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         if runtime is not None:
+            runtime.service.refuse()
             await asyncio.to_thread(runtime.close)
 
     def _readings(self) -> list[Reading]:

@@ -89,6 +89,7 @@ def test_loose_files(tmp_path: Path) -> None:
 @packers
 def test_harmless_files_are_dropped_and_told(pack: Pack, tmp_path: Path) -> None:
     names = [*sorted(IGNORED_FILES), "._adapter_config.json", "__MACOSX/ner/._task.json"]
+    names += ["rng_state.pth", "rng_state_3.pth", "random_states_0.pkl"]
     extra = {(n if "/" in n else f"ner/{n}"): b"x" for n in names}
     intake = take(tmp_path, "a.zip", pack({f"ner/{CONFIG}": b"{}"} | extra))
     assert contents(tmp_path) == {CONFIG: b"{}"}
@@ -121,8 +122,8 @@ def test_folders_in_archives_are_no_files(tmp_path: Path) -> None:
         ("a/b/adapter_config.json", "lies in a folder of its own"),
         ("evil.py", "belongs to no adapter"),
         ("adapter_model.bin", "is a pickle"),
-        ("optimizer.pt", "is a pickle"),
-        ("rng_state.pth", "is a pickle"),
+        ("weights.pt", "is a pickle"),
+        ("weights.pth", "is a pickle"),
         ("model.PKL", "is a pickle"),
         ("last.ckpt", "is a pickle"),
     ],

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from sqlmodel import Session, select
 
+from dynamic_lora_adapters.errors import StoreFailed
 from dynamic_lora_adapters.index import (
     AdapterIndex,
     EventKind,
@@ -116,3 +117,24 @@ def test_compositions_are_kept_by_base_and_name(index: AdapterIndex, url: str) -
     index.drop_composition("a")
     index.drop_composition("a")
     assert index.compositions() == [again]
+
+
+@pytest.mark.parametrize("url", ["no url", "nosuch://host/db", "sqlite+nosuch:///x"])
+def test_a_url_that_is_none_or_lacks_its_driver(url: str) -> None:
+    with pytest.raises(StoreFailed, match="database cannot be used") as caught:
+        AdapterIndex(url, "base-a")
+    assert caught.value.field == "database_url"
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(StoreFailed, match="unable to open database file"):
+        AdapterIndex(f"sqlite:///{tmp_path}/nowhere/index.sqlite", "base-a")
+
+
+def test_a_database_that_cannot_be_written(index: AdapterIndex, url: str) -> None:
+    put(index, "ner", "d1")
+    only_read = AdapterIndex(f"{url.replace('///', '///file:')}?mode=ro&uri=true", "base-a")
+    with pytest.raises(StoreFailed, match="readonly database"):
+        put(only_read, "ner", "d2")
+    assert only_read.names() == {"ner": "d1"}
+    only_read.close()

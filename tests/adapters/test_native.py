@@ -32,6 +32,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and no library remembered by this process."""
     monkeypatch.setattr(library, "user_cache_path", lambda _: tmp_path)
     library.attempt.cache_clear()
+    library._warn.cache_clear()
     yield tmp_path
     library.attempt.cache_clear()
 
@@ -244,3 +245,19 @@ def test_a_library_is_compiled_once(no_cache: Path) -> None:
     library.attempt.cache_clear()
     load_library("norm")
     assert made.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_that_there_is_no_compiler_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever runs the server would see nothing but its slowness."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for name in ("norm", "layer"):
+        with pytest.raises(NativeUnavailable):
+            load_library(name)
+    warned = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert [r.getMessage() for r in warned] == [
+        "Without the project's C++ serving is slower: "
+        "no C++ compiler was found (looked for no-such-compiler)"
+    ]

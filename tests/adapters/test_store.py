@@ -1,3 +1,4 @@
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dynamic_lora_adapters import AdapterError
+from dynamic_lora_adapters.errors import StoreFailed
 from dynamic_lora_adapters.store import BlobStore
 
 DIGEST = "d" * 64
@@ -176,3 +178,24 @@ def test_a_home_has_one_user_at_a_time(store: BlobStore, home: Path) -> None:
     assert "--home" in (caught.value.fix or "")
     store.close()
     BlobStore(home).close()
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreFailed, match="cannot be written: Not a directory") as caught:
+        BlobStore(tmp_path / "file" / "home")
+    assert "--home" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
+def test_a_disk_that_takes_no_more_while_an_upload_is_collected(
+    store: BlobStore, home: Path, number: int
+) -> None:
+    with pytest.raises(StoreFailed, match=os.strerror(number)), store.staging():
+        raise OSError(number, os.strerror(number))
+    assert staged(home) == []
+
+
+def test_other_faults_of_a_file_stay_what_they_are(store: BlobStore) -> None:
+    with pytest.raises(FileNotFoundError), store.staging() as folder:
+        (folder / "nothing").open()

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import sys
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -556,6 +557,25 @@ async def test_bad_uploads_are_problems_and_leave_nothing(
     assert (response.status_code, problem["type"]) == (status, f"/problems/{slug}"), problem
     assert text in problem["detail"]
     assert (await client.get("/adapters")).json()["adapters"] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are Unix's")
+async def test_a_disk_that_takes_no_more_is_told_and_changes_nothing(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        refused = await upload(client, "ner", adapter_files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.status_code == 507
+    assert refused.json()["type"] == "/problems/store-failed"
+    assert "File too large" in refused.json()["detail"]
+    assert (await client.get("/adapters")).json()["adapters"] == []
+    assert (await upload(client, "ner", adapter_files)).status_code == 201
 
 
 async def test_an_adapter_of_another_model_needs_force(

@@ -9,7 +9,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -69,9 +71,21 @@ def test_an_id_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_hub_failures_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, OSError("no route\nsecond line"))
     with pytest.raises(
-        BaseModelUnavailable, match="cannot fetch 'org/model' from the Hub: no route$"
+        BaseModelUnavailable,
+        match="'org/model' is no folder here and cannot be fetched from the Hub: no route$",
     ):
         resolve_base("org/model")
+
+
+@pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError])
+def test_a_model_that_the_hub_does_not_give_to_this_user(
+    monkeypatch: pytest.MonkeyPatch, kind: type[RepositoryNotFoundError]
+) -> None:
+    answer: Any = httpx.Response(401, request=httpx.Request("GET", "https://hub"))
+    fake_hub(monkeypatch, kind("401 Client Error.", response=answer))
+    with pytest.raises(BaseModelUnavailable, match="has no model 'org/model' for this") as caught:
+        resolve_base("org/model")
+    assert "HF_TOKEN" in (caught.value.fix or "")
 
 
 def test_neither_folder_nor_id() -> None:

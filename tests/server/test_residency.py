@@ -14,7 +14,7 @@ from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from dynamic_lora_server import room_line
 from dynamic_lora_server.engine.scheduler import Scheduler
-from dynamic_lora_server.errors import EngineFailed
+from dynamic_lora_server.errors import EngineFailed, NotReady
 from dynamic_lora_server.generation import Started
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.streams import begin_all, collect_all
@@ -185,6 +185,30 @@ async def test_who_waits_for_room_is_told_that_the_engine_broke(
             async with asyncio.timeout(10), runtime.residencies.hold(second):
                 pass
         assert isinstance(await runtime.service.until_broken(), EngineFailed)
+
+
+async def test_who_waits_for_room_is_told_that_the_server_shuts_down(tmp_path: Path) -> None:
+    """Also where the room comes of what was failed for that."""
+    room_for_one = 2 * 8 * (64 + spread_width(128, 4)) * 4
+    async with serving(tmp_path, adapter_memory=room_for_one, mode="bypass") as runtime:
+        for seed, name in enumerate(names(2)):
+            source = make_adapter(
+                tmp_path / name, tiny_llama(), rank=8, targets=["q_proj"], seed=seed
+            )
+            publish(runtime, name, source)
+        first, second = names(2)
+        stream = runtime.service.stream(spec(adapter=first, max_new_tokens=400))
+        await anext(stream)
+        waiting = asyncio.create_task(collect(runtime, spec(adapter=second)))
+        while runtime.residencies.reads.num_reads < 2:
+            await asyncio.sleep(0.01)
+        runtime.service.refuse()
+        await asyncio.to_thread(runtime.service.close)
+        with pytest.raises(NotReady, match="shutting down"):
+            await asyncio.wait_for(waiting, 10)
+        with pytest.raises(NotReady, match="shutting down"):
+            async for _ in stream:
+                pass
 
 
 async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:

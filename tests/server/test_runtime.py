@@ -4,8 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.products import ProductKind, obstacle
+from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_server import dtypes
+from dynamic_lora_server.base_model import BaseModelUnavailable
 from dynamic_lora_server.dtypes import choose_dtype
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.runtime import Runtime, Tier, shipped_adapters
@@ -142,6 +145,51 @@ def test_costs_of_a_busy_machine_are_not_kept(
     monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
     load_runtime(tmp_path).registry.close()
     assert not (tmp_path / "home" / "costs").exists()
+
+
+def test_costs_that_cannot_be_kept_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "costs").touch()  # no folder can be made there
+    load_runtime(tmp_path).registry.close()
+    assert "is not kept for the next start" in caplog.text
+
+
+def test_a_home_that_is_in_use_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "home")
+    with pytest.raises(AdapterError, match="Another server is using"):
+        load_runtime(tmp_path, model="nowhere/at-all")
+    store.close()
+
+
+def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    with pytest.raises(BaseModelUnavailable, match="bare cannot be loaded: ") as caught:
+        load_runtime(tmp_path, model=str(tmp_path / "bare"))
+    assert "and a tokenizer" in (caught.value.fix or "")
+
+
+def test_a_start_that_fails_gives_the_home_back(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BaseModelUnavailable):
+        load_runtime(tmp_path, model=str(tmp_path / "empty"))
+    BlobStore(tmp_path / "home").close()
+
+
+def test_in_a_container_no_more_threads_compute_than_its_share_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = torch.get_num_threads()
+    monkeypatch.setattr("dynamic_lora_server.runtime.within_quota", lambda _: number + 1)
+    try:
+        load_runtime(tmp_path, threads=None).registry.close()
+        assert torch.get_num_threads() == number + 1
+        load_runtime(tmp_path, threads=1).registry.close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(number)
 
 
 def test_dtype_by_name_and_by_measurement() -> None:

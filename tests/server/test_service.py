@@ -349,10 +349,10 @@ async def test_shutting_down_fails_what_runs(tmp_path: Path) -> None:
         await anext(stream)
         await anext(stream)
         runtime.service.close()
-        with pytest.raises(EngineFailed, match="shutting down"):
+        with pytest.raises(NotReady, match="shutting down"):
             async for _ in stream:
                 pass
-        with pytest.raises(NotReady, match="not running"):
+        with pytest.raises(NotReady, match="shutting down"):
             await collect(runtime, spec())
 
 

@@ -1,9 +1,11 @@
 """Adapters that the server fetches itself."""
 
+import errno
 import socket
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_server.errors import InvalidParameter
@@ -86,3 +88,25 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
 def test_a_hub_name_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameter, match="no model 'a/b/c'"):
         fetch("hf://a/b/c", [], tmp_path, endpoint="http://127.0.0.1:9")
+
+
+def test_a_file_that_the_server_may_not_read_is_named(root: Path, tmp_path: Path) -> None:
+    class Private(Intake):
+        def add_folder(self, source: Path) -> None:
+            path = source / "adapter_model.safetensors"
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with pytest.raises(InvalidParameter, match="may not read 'adapter_model.safetensors'") as told:
+        fetch_source("ner", Private(tmp_path), roots=[root], inbox=tmp_path, max_bytes=10**6)
+    assert told.value.field == "source"
+
+
+def test_a_disk_that_is_full_is_not_the_hubs_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HfApi, "model_info", full)
+    with pytest.raises(OSError, match="No space left"):
+        fetch("hf://org/repo", [], tmp_path)

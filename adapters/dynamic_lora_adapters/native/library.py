@@ -61,7 +61,14 @@ def attempt(name: str) -> ctypes.CDLL | str:
     try:
         return _load(name)
     except NativeUnavailable as reason:
+        _warn(str(reason))
         return str(reason)
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Once for all libraries that lack the same."""
+    logger.warning("Without the project's C++ serving is slower: %s", reason)
 
 
 def allocating(library: ctypes.CDLL, name: str, argtypes: Sequence[Any]) -> Callable[..., None]:

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dynamic_lora_adapters.threads import spin_briefly
 from dynamic_lora_server.commands import serve_options as options
+from dynamic_lora_server.commands.logs import print_error, set_up_logging
 from dynamic_lora_server.config import ServerConfig, default_home, parse_bytes
 from dynamic_lora_server.errors import ServerError
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
-_GRACE_SECONDS = 10
 _START_FAILED = 1
 _INTERRUPTED = 130  # as shells have it for SIGINT
 _DEFAULT = ServerConfig()
@@ -33,9 +32,6 @@ _SIZES = (
     "kv_memory",
     "prefix_cache_memory",
 )
-# Options that can be given again, and the fields that have all that were given.
-_REPEATABLE = {"adapter_root": "adapter_roots", "served_model_name": "served_model_names"}
-
 # Options that can be given again, and the fields that have all that were given.
 _REPEATABLE = {
     "served_model_name": "served_model_names",
@@ -65,6 +61,7 @@ def serve(
     prefix_cache_memory: options.PrefixCacheMemory = None,
     max_running: options.MaxRunning = _DEFAULT.max_running,
     max_waiting: options.MaxWaiting = _DEFAULT.max_waiting,
+    grace_seconds: options.GraceSeconds = _DEFAULT.grace_seconds,
     prefill_chunk: options.PrefillChunk = _DEFAULT.prefill_chunk,
     dtype: options.Dtype = _DEFAULT.dtype,
     device: options.Device = _DEFAULT.device,
@@ -114,8 +111,7 @@ def run_server(config: ServerConfig, console: Console) -> None:
     Exits with 1 if the model cannot be loaded, the port is taken, or the engine breaks.
     """
     spin_briefly(os.environ)
-    handler = RichHandler(console=console, show_path=False)
-    logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
+    set_up_logging(config.log_level, console)
     session = _Session(config, console)
     session.run()
     if session.failed:
@@ -134,18 +130,18 @@ class _Session:
         import uvicorn
 
         from dynamic_lora_server.app import create_app
+        from dynamic_lora_server.commands.listener import Listener
 
         self._console = console
-        self._steps = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._steps = Progress(*columns, console=console, disable=not console.is_terminal)
         self._num_steps = 0
         self.failed = False
         app = create_app(
             config, load=self._load, on_ready=self._on_ready, on_failure=self._on_failure
         )
         self._config = config
-        self._server: uvicorn.Server = uvicorn.Server(
+        self._server = Listener(
             uvicorn.Config(
                 app,
                 host=config.host,
@@ -153,14 +149,17 @@ class _Session:
                 log_config=None,
                 log_level=config.log_level,
                 access_log=False,  # the application writes one
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-            )
+            ),
+            app.state.server.end_generations,
+            grace=config.grace_seconds,
         )
 
     def run(self) -> None:
         """Block until the server ends."""
         try:
             self._server.run()
+        except ServerError as error:
+            self._on_failure(error)
         finally:
             self._steps.stop()
             self.failed = self.failed or not self._server.started
@@ -190,7 +189,10 @@ class _Session:
         os._exit(_START_FAILED if self.failed else _INTERRUPTED)
 
     def _show(self, step: str) -> None:
-        """A bar that moves until the next step begins; called on the loading thread."""
+        """A bar that moves until the next step begins, or a line in a file (loading thread)."""
+        if not self._console.is_terminal:
+            self._console.print(step, markup=False, highlight=False)
+            return
         self._finish_step()
         # The first step brings the base model and shows bars of its own.
         if self._num_steps:
@@ -217,10 +219,7 @@ class _Session:
     def _on_failure(self, error: Exception) -> None:
         self._steps.stop()
         self.failed = True
-        fix = getattr(error, "fix", None)
-        self._console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        if fix:
-            self._console.print(fix, markup=False, highlight=False)
+        print_error(error, self._console)
         self._server.should_exit = True
 
     def _address(self) -> str:

@@ -91,10 +91,15 @@ PrefixCacheMemory = Annotated[
 ]
 MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
 MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
+GraceSeconds = Annotated[
+    int, typer.Option(help="What running requests get to end in when the server is to stop.")
+]
 PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads.", show_default="one for each core it may use")
+]
 BaseProduct = Annotated[
     str,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 from rich import progress as bars
 from rich.console import Console
 
+from dynamic_lora_server.commands.logs import print_error
 from dynamic_lora_server.errors import ServerError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def train(
                 recipe, base=path, data=data, output=output or Path(recipe.output), on_step=on_step
             )
     except (TrainingError, ServerError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        print_error(error, console)
         raise typer.Exit(1) from error
     left_out = f", {summary.num_too_long} too long and left out" if summary.num_too_long else ""
     typer.echo(

@@ -6,6 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from dynamic_lora_server.engine.control_groups import group_folders
+
 _ROOT = Path("/")
 # Of control groups, versions 2 and 1: the limit, what is used, and which of that is file cache
 # that nobody reads at the moment.
@@ -31,10 +33,7 @@ def share_of_free(device: torch.device, share: float) -> int:
 def _left_of_limits(root: Path) -> Iterator[int]:
     """What each control group that this process is in, or one around it, has left (Linux)."""
     for controller, limit, used, cache in _LIMITS:
-        top = root / "sys/fs/cgroup" / controller
-        own = _group(root / "proc/self/cgroup", controller)
-        # In a container the group may be shown at the top, though its name is longer.
-        for folder in {top, *((top / own, *_between(top, top / own)) if own else ())}:
+        for folder in group_folders(root, controller):
             try:
                 most = int((folder / limit).read_text())  # "max": no limit
                 taken = int((folder / used).read_text())
@@ -43,20 +42,3 @@ def _left_of_limits(root: Path) -> Iterator[int]:
                 continue
             idle = int(kept[kept.index(cache) + 1]) if cache in kept else 0
             yield max(most - taken + idle, 0)
-
-
-def _group(file: Path, controller: str) -> str:
-    """The path of this process's group of a controller, below the top; empty if there is none."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            return path.strip("/")
-    return ""
-
-
-def _between(top: Path, folder: Path) -> list[Path]:
-    return [parent for parent in folder.parents if top in parent.parents]

@@ -1,6 +1,7 @@
 """What is measured at the first start, and kept for the next ones."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dynamic_lora_adapters.kernels import DeltaKernel
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_server.engine.mode_costs import measure_mode_costs
 from dynamic_lora_server.modes.costs import StepCosts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +89,15 @@ def startup_costs(
 
 
 def _write(text: str, file: Path) -> None:
-    """Moved into place: another server that starts reads all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        made.write_text(text)
-        made.replace(file)
+    """Moved into place: another server that starts reads all of it or nothing.
+
+    A disk that takes no more costs the next start the time of measuring again.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            made.write_text(text)
+            made.replace(file)
+    except OSError as error:
+        logger.warning("What was measured is not kept for the next start: %s", error)

@@ -12,9 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
 from dynamic_lora_server.training.config import TrainingConfig
+from dynamic_lora_server.training.errors import TrainingConfigError
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
+
+
+def check_output(output: Path) -> None:
+    """Find out whether `output` could be written, before the hours that training may take.
+
+    Raises TrainingConfigError.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-"):
+            pass
+    except OSError as error:
+        raise TrainingConfigError(f"the output {output} cannot be written: {error}") from error
 
 
 def save_adapter(model: PeftModel, config: TrainingConfig, output: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dynamic_lora_adapters.card import PLACEHOLDER, CardExample, CardParameters
 from dynamic_lora_server.base_model import DEFAULT_BASE
@@ -152,7 +153,13 @@ def load_config(path: Path) -> TrainingConfig:
         return TrainingConfig.model_validate(loaded)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg']}"
+            f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {_reason(fault)}"
             for fault in error.errors()
         )
         raise TrainingConfigError(f"{path}: {faults}") from error
+
+
+def _reason(fault: ErrorDetails) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "is not a key of a recipe"
+    return fault["msg"]

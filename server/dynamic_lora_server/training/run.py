@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dynamic_lora_server.training.artifacts import save_adapter
+from dynamic_lora_server.training.artifacts import check_output, save_adapter
 from dynamic_lora_server.training.batches import EncodedRow, Tokenizer, encode_row
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.datasets import Example, load_examples
@@ -38,6 +38,7 @@ def run_training(
     An answer that does not fit `max_length` with its prompt is left out and counted:
     cut short, it would teach the model to stop early. Raises a `TrainingError`.
     """
+    check_output(output)
     examples = load_examples(config.dataset, data, "train")
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -1,6 +1,7 @@
 """`dynamic-lora serve`: options, one clear line when ready, and a start that fails."""
 
 import inspect
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_server.commands.serve import serve
 from dynamic_lora_server.config import ServerConfig
 from tests.support.models import save_tiny_base
@@ -74,13 +76,14 @@ def _line_with(process: subprocess.Popen[str], text: str) -> str:
 
 
 @contextmanager
-def _ready(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _ready(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of a tiny base, and the address that its one line names."""
-    base = save_tiny_base(tmp_path / "base")
-    process = _start("--model", str(base), "--home", str(tmp_path / "home"), "--kv-memory", "64MiB")
+    base, home = save_tiny_base(tmp_path / "base"), str(tmp_path / "home")
+    process = _start("--model", str(base), "--home", home, "--kv-memory", "64MiB", *options)
     stop = threading.Timer(200, process.kill)
     stop.start()
     try:
+        assert _line_with(process, "Loading the base model") == "Loading the base model\n"
         line = _line_with(process, "ready at")
         found = re.search(r"Dynamic LoRA ready at (http://\S+) · base .+ · \d+ adapters?", line)
         assert found is not None, line
@@ -114,6 +117,78 @@ def test_two_interrupts_end_it_within_a_request(tmp_path: Path) -> None:
                     process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
+
+
+LONG = {"inputs": "a", "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
+
+
+@pytest.mark.parametrize("grace", ["0", "60"])
+def test_on_sigterm_a_stream_ends_with_its_answer_or_with_the_reason(
+    tmp_path: Path, grace: str
+) -> None:
+    with _ready(tmp_path, "--grace-seconds", grace) as (process, url):
+        with httpx.stream("POST", f"{url}/generate_stream", json=LONG, timeout=60) as answer:
+            events = (json.loads(line[5:]) for line in answer.iter_lines() if line)
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            *_, last = events
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    if grace == "0":
+        assert last == {"error": "The server is shutting down.", "error_type": "not-ready"}
+    else:
+        assert last["details"]["generated_tokens"] == 400
+
+
+def test_on_sigterm_a_request_that_runs_too_long_may_be_sent_again(tmp_path: Path) -> None:
+    with _ready(tmp_path, "--grace-seconds", "0") as (process, url):
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/generate", json=LONG, timeout=60))
+        )
+        asking.start()
+        _wait_for(lambda: "running_sequences 1.0" in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        asking.join()
+        process.communicate(timeout=60)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["type"] == "/problems/not-ready"
+    assert answers[0].headers["retry-after"]
+
+
+def _wait_for(reached: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if reached():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def test_a_home_that_another_server_uses_is_refused_before_the_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "home"
+    store = BlobStore(home)
+    try:
+        process = _start("--model", "nowhere/at-all", "--home", str(home))
+        _, errors = process.communicate(timeout=200)
+    finally:
+        store.close()
+    assert process.returncode == 1
+    assert f"error: Another server is using '{home}'." in errors
+    assert "fix: Stop it, or give this server a --home of its own." in errors
+
+
+def test_a_port_that_is_taken_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        process = _start("--home", str(tmp_path / "home"), "--port", port)
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert f"error: Port {port} of 127.0.0.1 cannot be listened on" in errors
+    assert "fix: Stop the server that has it, or give another --port" in errors
+    assert "Traceback" not in errors
 
 
 def _free_port() -> int:

@@ -53,3 +53,21 @@ def test_faults_end_in_one_line(workplace: Path) -> None:
     assert result.stderr.startswith("error: ")
     assert "No such file" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(
+    workplace: Path,
+) -> None:
+    (workplace / "file").touch()
+    output = workplace / "file" / "made"
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--output", output)
+    assert result.exit_code == 1
+    assert f"error: the output {output} cannot be written" in result.stderr
+    assert "step 1" not in result.output
+
+
+def test_a_base_that_cannot_be_had_is_refused_with_what_to_do(workplace: Path) -> None:
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--base", "/no/such/folder")
+    assert result.exit_code == 1
+    assert "neither a folder here nor a model id" in result.stderr
+    assert "fix: Give the path of a model folder" in result.stderr

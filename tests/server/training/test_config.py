@@ -44,7 +44,7 @@ def test_defaults_and_rendering(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"rank": 8}}, "lora.rank: Extra inputs are not permitted"),
+        ({"lora": {"rank": 8}}, "lora.rank: is not a key of a recipe"),
         ({"lora": {"r": 0}}, "lora.r: Input should be greater than or equal to 1"),
         ({"optimizer": {"schedule": "step"}}, "optimizer.schedule: Input should be 'cosine'"),
         ({"prompt_template": "Q:"}, r"must hold \{input\} exactly once"),
@@ -55,7 +55,7 @@ def test_defaults_and_rendering(tmp_path: Path) -> None:
             {"card": {**recipe()["card"], "parameters": {"max_tokens": 8}}},
             "card.parameters.max_tok",
         ),
-        ({"epoch": 2}, "epoch: Extra inputs are not permitted"),
+        ({"epoch": 2}, "epoch: is not a key of a recipe"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
