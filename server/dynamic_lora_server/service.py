@@ -10,35 +10,22 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from dynamic_lora_server.admission import Admission, ServiceLimits
-from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.continuation import Continuation
+from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
 from dynamic_lora_server.errors import EngineFailed, InvalidParameter, NotReady, QueueFull
 from dynamic_lora_server.generation import (
     Finish,
-    FinishReason,
     GenerationEvent,
     GenerationSpec,
-    ServedMode,
     Started,
-    TokenLogprob,
-    TokenPiece,
 )
 from dynamic_lora_server.recorder import Arrival, TraceRecorder
 from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
 _SEED_SPACE = 2**64
-
-
-@dataclass(slots=True)
-class _Continuation:
-    """One of the n answers to a request."""
-
-    index: int
-    sequence: Sequence
-    detokenizer: Detokenizer
-    done: bool = False
 
 
 @dataclass(slots=True)
@@ -174,7 +161,7 @@ class GenerationService:
             self._num_open -= n
             self._pace.record(time.monotonic() - begin)
 
-    def _fit(self, spec: GenerationSpec, found: Iterable[_Continuation]) -> None:
+    def _fit(self, spec: GenerationSpec, found: Iterable[Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""
         for continuation in found:
             sequence = continuation.sequence
@@ -184,7 +171,7 @@ class GenerationService:
 
     def _continuations(
         self, spec: GenerationSpec, prompt_ids: tuple[int, ...], held: Held | None
-    ) -> dict[int, _Continuation]:
+    ) -> dict[int, Continuation]:
         seed = spec.sampling.seed
         first = secrets.randbits(64) if seed is None else seed
         stop_ids = self._stop_ids(held)
@@ -199,7 +186,7 @@ class GenerationService:
                 adapter=None if held is None else held.adapter,
             )
             detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
-            continuations[sequence.id] = _Continuation(index, sequence, detokenizer)
+            continuations[sequence.id] = Continuation(index, sequence, self._view, detokenizer)
         return continuations
 
     def _stop_ids(self, held: Held | None) -> frozenset[int]:
@@ -210,7 +197,7 @@ class GenerationService:
 
     @contextmanager
     def _submitted(
-        self, continuations: dict[int, _Continuation]
+        self, continuations: dict[int, Continuation]
     ) -> Iterator[asyncio.Queue[EngineEvent]]:
         """The continuations' events; what still runs when the block ends is cancelled."""
         inbox: asyncio.Queue[EngineEvent] = asyncio.Queue()
@@ -232,7 +219,7 @@ class GenerationService:
             self._worker.send(Submit(sequence, self._residency.share(sequence.adapter)))
 
     async def _events(
-        self, inbox: "asyncio.Queue[EngineEvent]", continuations: dict[int, _Continuation]
+        self, inbox: "asyncio.Queue[EngineEvent]", continuations: dict[int, Continuation]
     ) -> AsyncIterator[GenerationEvent]:
         remaining = len(continuations)
         while remaining:
@@ -243,55 +230,14 @@ class GenerationService:
             if isinstance(event, FailedEvent):
                 continuation.done = True
                 raise self._ending or EngineFailed(event.message)
-            piece = self._piece(continuation, event)
-            finish = self._finish(continuation, event)
+            piece = continuation.piece(event)
+            finish = continuation.finish(event)
+            if finish is not None and event.reason is None:
+                self._worker.send(Cancel(continuation.sequence))
             yield piece if finish is None else replace(piece, is_last=True)
             if finish is not None:
                 remaining -= 1
                 yield finish
-
-    def _piece(self, continuation: _Continuation, event: TokenEvent) -> TokenPiece:
-        sampled = event.sampled
-        view, detokenizer = self._view, continuation.detokenizer
-        text = detokenizer.push(sampled.token_id)
-        return TokenPiece(
-            index=continuation.index,
-            token_id=sampled.token_id,
-            text=text,
-            token_bytes=view.bytes_of(sampled.token_id),
-            offset=detokenizer.offset,
-            special=view.is_special(sampled.token_id),
-            logprob=sampled.logprob,
-            top=tuple(
-                TokenLogprob(
-                    token_id=token_id, token_bytes=view.bytes_of(token_id), logprob=logprob
-                )
-                for token_id, logprob in sampled.top
-            ),
-        )
-
-    def _finish(self, continuation: _Continuation, event: TokenEvent) -> Finish | None:
-        detokenizer, sequence = continuation.detokenizer, continuation.sequence
-        reason = event.reason
-        if detokenizer.stopped and reason is not FinishReason.EOS:
-            reason = FinishReason.STOP
-        if reason is None:
-            return None
-        if event.reason is None:
-            self._worker.send(Cancel(sequence))
-        continuation.done = True
-        tail = detokenizer.finish()
-        return Finish(
-            index=continuation.index,
-            reason=reason,
-            text=detokenizer.text,
-            tail=tail,
-            num_prompt_tokens=sequence.num_prompt,
-            num_cached_tokens=sequence.num_cached_prompt,
-            num_output_tokens=detokenizer.num_tokens,
-            seed=None if sequence.sampling.greedy else sequence.seed,
-            mode=_served_mode(sequence),
-        )
 
     def _record(self, started: Started, finish: Finish, arrived_s: float) -> None:
         if self._recorder is None:
@@ -330,14 +276,6 @@ class GenerationService:
             inbox = self._inboxes.get(event.sequence_id)
             if inbox is not None:
                 inbox.put_nowait(event)
-
-
-def _served_mode(sequence: Sequence) -> ServedMode:
-    if sequence.adapter is None:
-        return ServedMode.BASE
-    if not sequence.num_merged:
-        return ServedMode.BYPASS
-    return ServedMode.MERGED if sequence.num_merged >= sequence.num_run else ServedMode.BOTH
 
 
 def _started(held: Held | None, num_prompt_tokens: int) -> Started:
