@@ -222,11 +222,14 @@ class MemberTerms:
             stop = rows.stop
             a[rows.start : stop] = member.a
             # Each place is written once: a slot's memory is in no cache.
-            b[rows.start : stop, :column].zero_()
             b[rows.start : stop, column:end] = member.b.T
-            b[rows.start : stop, end:].zero_()
-        a[stop:].zero_()
-        b[stop:].zero_()
+            if column:
+                b[rows.start : stop, :column].zero_()
+            if end < b.shape[1]:
+                b[rows.start : stop, end:].zero_()
+        if stop < len(a):
+            a[stop:].zero_()
+            b[stop:].zero_()
 
     def _write_tiles(self, a: torch.Tensor, b: torch.Tensor) -> None:
         rows_of_a, rows_of_b = torch.zeros_like(a), b.new_zeros(b.shape[1], len(b))

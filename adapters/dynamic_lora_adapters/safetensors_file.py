@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -72,6 +73,24 @@ class MappedTensors:
             self.entries, self._data_start = _read_layout(stream, size, path.name)
             mapping = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY)
         self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._flat: dict[str, torch.Tensor] = {}
+
+    @cached_property
+    def norm(self) -> float:
+        """The Euclidean norm of all values, in one pass; NaN where they have several types.
+
+        No value is larger, but for the norm's own rounding.
+        """
+        import torch
+
+        types = {entry.dtype for entry in self.entries.values()}
+        if len(types) != 1 or not types <= set(READ_DTYPES):
+            return math.nan
+        (name,) = types
+        if self._data_start % _TYPES[name][1]:
+            return math.nan
+        values = self._values(name)[self._data_start // _TYPES[name][1] :]
+        return float(torch.linalg.vector_norm(values, dtype=torch.float32))
 
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by its name, in the file's dtype (32 or 16 bits, or integers); no copy."""
@@ -79,12 +98,22 @@ class MappedTensors:
 
         entry = self.entries[name]
         torch_name, num_bytes = _TYPES[entry.dtype]
-        start = self._data_start + entry.start
-        data = self._bytes[start : self._data_start + entry.stop]
+        start, stop = self._data_start + entry.start, self._data_start + entry.stop
         if start % num_bytes:
-            data = data.clone()
-        dtype: torch.dtype = getattr(torch, torch_name)
-        return data.view(dtype).view(entry.shape)
+            dtype: torch.dtype = getattr(torch, torch_name)
+            return self._bytes[start:stop].clone().view(dtype).view(entry.shape)
+        values = self._values(entry.dtype)
+        return values[start // num_bytes : stop // num_bytes].view(entry.shape)
+
+    def _values(self, name: str) -> "torch.Tensor":
+        """The whole file as numbers of a type."""
+        import torch
+
+        if name not in self._flat:
+            torch_name, num_bytes = _TYPES[name]
+            whole = len(self._bytes) // num_bytes * num_bytes
+            self._flat[name] = self._bytes[:whole].view(getattr(torch, torch_name))
+        return self._flat[name]
 
 
 @contextmanager

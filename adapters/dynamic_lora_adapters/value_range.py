@@ -48,6 +48,8 @@ def find_too_large(terms: AdapterTerms, dtype: "torch.dtype") -> tuple[str, floa
     import torch
 
     largest = min(LARGEST, torch.finfo(dtype).max / _ROOM)
+    if _all_surely_small(terms, largest):
+        return None
     doubtful = {p: one for p, one in terms.linears.items() if not _surely_small(one, largest)}
     terms = dataclasses.replace(terms, linears=doubtful)
     for sizes, limit in ((_values(terms), largest), (_products(terms), LARGEST)):
@@ -55,6 +57,26 @@ def find_too_large(terms: AdapterTerms, dtype: "torch.dtype") -> tuple[str, floa
             if not size <= limit:  # NaN too
                 return place, size
     return None
+
+
+def _all_surely_small(terms: AdapterTerms, largest: float) -> bool:
+    """Whether an adapter of factors alone is, as a whole, far within both limits: most are.
+
+    One norm of all factors bounds that of each, and takes a fraction of their norms one by one.
+    """
+    from torch.nn.utils import get_total_norm
+
+    linears = terms.linears.values()
+    if terms.embeddings or terms.overrides or terms.prompt is not None:
+        return False
+    if any(part is not None for one in linears for part in (one.scale, one.dense, one.bias)):
+        return False
+    factors = [part for one in linears for part in (one.a, one.b) if part is not None]
+    if not factors:
+        return False
+    norm = float(get_total_norm(factors, foreach=True))
+    width = max(one.a.shape[1] for one in linears if one.a is not None)
+    return norm <= largest / 2 and norm**2 * math.sqrt(width) <= LARGEST / 2
 
 
 def _surely_small(term: LinearTerms, largest: float) -> bool:

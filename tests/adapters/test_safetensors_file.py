@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> Non
     save_file({"a": torch.ones(4)}, tmp_path / WEIGHTS_FILE)
     MappedTensors(tmp_path / WEIGHTS_FILE).tensor("a").zero_()
     assert MappedTensors(tmp_path / WEIGHTS_FILE).tensor("a").tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_norm_is_of_all_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    saved = {"a": torch.full((3, 3), 3.0, dtype=dtype), "b": torch.full((19,), -1.0, dtype=dtype)}
+    save_file(saved, tmp_path / WEIGHTS_FILE)
+    assert MappedTensors(tmp_path / WEIGHTS_FILE).norm == pytest.approx(10.0)
+
+
+def test_tensors_of_several_types_have_no_norm(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4), "b": torch.ones(4).half()}, tmp_path / WEIGHTS_FILE)
+    assert math.isnan(MappedTensors(tmp_path / WEIGHTS_FILE).norm)
+    save_file({"a": torch.ones(4, dtype=torch.int64)}, tmp_path / WEIGHTS_FILE)
+    assert math.isnan(MappedTensors(tmp_path / WEIGHTS_FILE).norm)
 
 
 @pytest.mark.parametrize("padding", range(4))
