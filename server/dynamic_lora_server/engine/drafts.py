@@ -6,6 +6,7 @@ model, whose choice after each of them is then known, chooses the same. What is 
 what would have been without. Imports no torch.
 """
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class DraftStats:
 
 
 class Drafter:
-    """Drafts at most `most` tokens a sequence and step, and only while that brings more a second.
+    """Drafts at most `most` tokens a sequence and step, and only while sequences gain by it.
 
     What a step of so many rows takes is known from `costs` and from the steps that were. The
     engine's thread owns it.
@@ -54,29 +55,39 @@ class Drafter:
 
         They have a row each in the next step, which has room for so many rows more.
         """
-        offers = [
-            (chance, sequence.id, token_id)
-            for sequence in decoding
-            for token_id, chance in self._expected(sequence)
-        ]
-        # Along a draft chances fall, and equal ones stay in their order.
+        offers = [offer for sequence in decoding for offer in self._offers(sequence)]
+        # Along a draft gains fall, and equal ones stay in their order.
         offers.sort(key=lambda offer: offer[0], reverse=True)
-        chances = [chance for chance, _, _ in offers[:room]]
+        gains = [gain for gain, _, _ in offers[:room]]
         drafts: dict[int, Draft] = {}
-        for _, sequence_id, token_id in offers[: self._worth(chances, len(decoding))]:
+        for _, sequence_id, token_id in offers[: self._worth(gains, len(decoding))]:
             drafts[sequence_id] = (*drafts.get(sequence_id, ()), token_id)
         return drafts
 
-    def _worth(self, chances: Seq[float], num_rows: int) -> int:
-        """How many of these tokens bring most a second."""
-        expected, best, most = float(num_rows), 0, 0.0
-        for count in range(len(chances) + 1):
-            if count:
-                expected += chances[count - 1]
-            rate = expected / max(self._times.of(num_rows + count), 1e-9)
-            if rate > most:
-                best, most = count, rate if count else rate * _MIN_GAIN
+    def _worth(self, gains: Seq[float], num_rows: int) -> int:
+        """How many of these tokens make the sequences fastest, by the geometric mean.
+
+        The mean of what they would have in a second lets one that is drafted for slow all others
+        down; of the logarithms of that, only as far as the others' loss is less than its gain.
+        """
+        alone = self._times.of(num_rows)
+        gained, best, most = 0.0, 0, math.log(_MIN_GAIN)
+        for count, gain in enumerate(gains, 1):
+            gained += gain
+            slower = self._times.of(num_rows + count) / max(alone, 1e-9)
+            faster = gained / num_rows - math.log(max(slower, 1.0))
+            if faster > most:
+                best, most = count, faster
         return best
+
+    def _offers(self, sequence: Sequence) -> list[tuple[float, int, int]]:
+        """What each token of a draft adds to the logarithm of the tokens that a step brings."""
+        offers = []
+        expected = 1.0
+        for token_id, chance in self._expected(sequence):
+            offers.append((math.log1p(chance / expected), sequence.id, token_id))
+            expected += chance
+        return offers
 
     def _expected(self, sequence: Sequence) -> list[tuple[int, float]]:
         left = sequence.sampling.max_new_tokens - sequence.num_output - 1

@@ -242,6 +242,18 @@ def test_the_surest_tokens_are_drafted_first() -> None:
     assert unsure.id not in drafts
 
 
+def test_one_sequence_does_not_slow_the_others_down_for_its_own_sake() -> None:
+    drafter = Drafter(costs((1, 1.0), (8, 1.0), (15, 1.6)), MAX_DRAFT)
+    heard(drafter)
+    sure = decoding(drafter)
+    unsure = [make_sequence([51 + number]) for number in range(7)]
+    assert len(drafter.draft([sure], 100)[sure.id]) == 7
+    # Fifteen tokens in 1.6 in place of eight in 1: more a second, and seven would have less.
+    assert drafter.draft([sure, *unsure], 100) == {}
+    # Where all are as sure, all gain.
+    assert len(drafter.draft([decoding(drafter) for _ in range(8)], 100)) > 0
+
+
 def test_rejected_tokens_leave_no_trace() -> None:
     scheduler = Scheduler(
         ContiguousSpace(100),
