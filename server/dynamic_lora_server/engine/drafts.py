@@ -67,8 +67,8 @@ class Drafter:
     def _worth(self, gains: Seq[float], num_rows: int) -> int:
         """How many of these tokens make the sequences fastest, by the geometric mean.
 
-        The mean of what they would have in a second lets one that is drafted for slow all others
-        down; of the logarithms of that, only as far as the others' loss is less than its gain.
+        By the sum of their tokens a second, one sequence that is easily guessed would slow all
+        others down. So it may only as far as its speed grows by more than theirs together fall.
         """
         alone = self._times.of(num_rows)
         gained, best, most = 0.0, 0, math.log(_MIN_GAIN)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dynamic_lora_server.engine import memory
+from tests.support.files import write_files
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -17,13 +18,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file system of a machine that limits nobody."""
     monkeypatch.setattr(memory, "_ROOT", tmp_path)
     return tmp_path
-
-
-def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
 
 
 def version_2(most: str, *, used: int = 300, cache: int = 100) -> dict[str, str]:
@@ -44,22 +38,22 @@ def test_file_cache_counts_as_free() -> None:
 
 def test_a_container_has_what_its_limit_leaves(root: Path) -> None:
     files = version_2(str(1000 * MIB))
-    write(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
-    write(root, {"proc/self/cgroup": "0::/"})
+    write_files(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    write_files(root, {"proc/self/cgroup": "0::/"})
     assert memory.free_memory(CPU) == 800 * MIB
 
 
 def test_of_groups_within_groups_the_narrowest_counts(root: Path) -> None:
-    write(root, {"proc/self/cgroup": "0::/system/unit"})
+    write_files(root, {"proc/self/cgroup": "0::/system/unit"})
     for folder, most in (("", "max"), ("system", str(500 * MIB)), ("system/unit", "max")):
         files = version_2(most)
-        write(root, {f"sys/fs/cgroup/{folder}/{name}": text for name, text in files.items()})
+        write_files(root, {f"sys/fs/cgroup/{folder}/{name}": text for name, text in files.items()})
     assert memory.free_memory(CPU) == 300 * MIB
 
 
 def test_limits_of_version_1(root: Path) -> None:
-    write(root, {"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc"})
-    write(
+    write_files(root, {"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc"})
+    write_files(
         root,
         {
             "sys/fs/cgroup/memory/memory.limit_in_bytes": str(600 * MIB),
@@ -72,5 +66,5 @@ def test_limits_of_version_1(root: Path) -> None:
 
 def test_a_limit_that_is_used_up_leaves_nothing(root: Path) -> None:
     files = version_2(str(100 * MIB), used=400, cache=0)
-    write(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    write_files(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     assert memory.free_memory(CPU) == 0

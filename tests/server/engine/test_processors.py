@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynamic_lora_server.engine import processors
+from tests.support.files import write_files
 
 
 @pytest.fixture(autouse=True)
@@ -12,13 +13,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file system of a machine that limits nobody."""
     monkeypatch.setattr(processors, "_ROOT", tmp_path)
     return tmp_path
-
-
-def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
 
 
 def test_without_a_limit_all_are_used() -> None:
@@ -36,20 +30,22 @@ def test_without_a_limit_all_are_used() -> None:
     ],
 )
 def test_a_containers_share(root: Path, limit: str, expected: int) -> None:
-    write(root, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": limit})
+    write_files(root, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": limit})
     assert processors.within_quota(64) == expected
 
 
 def test_of_groups_within_groups_the_narrowest_counts(root: Path) -> None:
-    write(root, {"proc/self/cgroup": "0::/system/unit"})
+    write_files(root, {"proc/self/cgroup": "0::/system/unit"})
     for folder, limit in (("system", "300000 100000"), ("system/unit", "400000 100000")):
-        write(root, {f"sys/fs/cgroup/{folder}/cpu.max": limit})
+        write_files(root, {f"sys/fs/cgroup/{folder}/cpu.max": limit})
     assert processors.within_quota(64) == 3
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("-1", 64), ("400000", 4)])
 def test_limits_of_version_1(root: Path, quota: str, expected: int) -> None:
-    write(root, {"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc"})
+    write_files(root, {"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc"})
     folder = "sys/fs/cgroup/cpu"
-    write(root, {f"{folder}/cpu.cfs_quota_us": quota, f"{folder}/cpu.cfs_period_us": "100000"})
+    write_files(
+        root, {f"{folder}/cpu.cfs_quota_us": quota, f"{folder}/cpu.cfs_period_us": "100000"}
+    )
     assert processors.within_quota(64) == expected
