@@ -27,7 +27,7 @@ from benchmarks.command import RESULTS, command, counts, exit_with_reason, say, 
 from benchmarks.load import closed_loop, connect, send_streaming
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import make_adapters
-from benchmarks.peers.dynamic_lora import serving, totals, upload
+from benchmarks.peers.dynamic_lora import NO_DRAFTS, serving, totals, upload
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.report import table
 from benchmarks.stats import Timing
@@ -225,9 +225,9 @@ def measure(options: argparse.Namespace, base: Path, prompts: PromptMaker) -> li
         log = Path(scratch) / "serve.log"
         say(f"making and uploading {num_adapters} adapters")
         folders = make_adapters(base, folder, num_adapters=num_adapters)
-        with serving(base, home, log) as (url, _):
+        with serving(base, home, log, NO_DRAFTS) as (url, _):
             names = upload(url, folders)
-        with serving(base, home, log) as (url, _):
+        with serving(base, home, log, NO_DRAFTS) as (url, _):
             forget_files(home)
             pairs = asyncio.run(probe(url, DynamicLoraWire(names), prompts, options))
         read_alone_s = read_alone_seconds(base, home, names)

@@ -26,7 +26,7 @@ from benchmarks.command import RESULTS, command, counts, exit_with_reason, say, 
 from benchmarks.load import TIMEOUT_S, connect, measure
 from benchmarks.machine import describe_machine
 from benchmarks.peers.adapters import halved, make_adapters, with_other_values
-from benchmarks.peers.dynamic_lora import FILES, post_adapter, serving
+from benchmarks.peers.dynamic_lora import FILES, NO_DRAFTS, post_adapter, serving
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.report import spread, table
 from benchmarks.stats import Summary
@@ -142,7 +142,7 @@ class Homes:
 
 def flags(options: argparse.Namespace) -> tuple[str, ...]:
     """The options of `serve`."""
-    return ("--adapter-memory", options.adapter_memory)
+    return (*NO_DRAFTS, "--adapter-memory", options.adapter_memory)
 
 
 def warm_up(workload: Workload, prompts: PromptMaker) -> list[Request]:

@@ -4,8 +4,8 @@
     python -m benchmarks.speculation --data DIR --flags "--quantize int8" --output FILE
 
 The shipped adapters answer the dev splits of their data sets (under the paths that
-`recipes/*.yaml` name below `DIR`), streaming, with and without `--speculate`. In each round both
-servers are started anew, one after the other, so that neither has seen anything; the first
+`recipes/*.yaml` name below `DIR`), streaming, with drafts and with `--speculate 0`. In each round
+both servers are started anew, one after the other, so that neither has seen anything; the first
 requests are not counted, and no prompt comes twice in a round. Every second round goes the other
 way about. The answers of the two are held against each other.
 """
@@ -27,14 +27,11 @@ from benchmarks.load import connect, events_of
 from benchmarks.machine import describe_machine
 from benchmarks.peers.dynamic_lora import serving, totals
 from benchmarks.peers.process import end_on_sigterm
-from benchmarks.quality import RECIPES
 from benchmarks.stats import percentile
+from benchmarks.tasks import TASKS, dev_prompts
 from dynamic_lora_server.base_model import DEFAULT_BASE
-from dynamic_lora_server.training.config import load_config
-from dynamic_lora_server.training.datasets import load_examples
 from dynamic_lora_server.training.errors import TrainingError
 
-TASKS = ("ner", "describe")
 NUM_CLIENTS = (1, 8, 32)
 _COUNTERS = ("engine_steps", "drafted_tokens", "accepted_draft_tokens")
 _WARM_SHARE = 0.2
@@ -62,13 +59,9 @@ class Cell:
 
 
 def slices(prompts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """What warms a server up, and what each of `NUM_CLIENTS` asks for: nothing twice.
-
-    A prompt that a data set has several times is asked for once.
-    """
-    distinct = list(dict.fromkeys(prompts))
-    num_warm = round(len(distinct) * _WARM_SHARE)
-    warm, rest = distinct[:num_warm], distinct[num_warm:]
+    """What warms a server up, and what each of `NUM_CLIENTS` asks for: nothing twice."""
+    num_warm = round(len(prompts) * _WARM_SHARE)
+    warm, rest = list(prompts[:num_warm]), list(prompts[num_warm:])
     parts, begin = [], 0
     for share in _SHARES:
         end = min(begin + round(share * len(rest)), len(rest))
@@ -140,7 +133,8 @@ def rounds(
 ) -> Iterator[dict[str, list[Cell]]]:
     """The cells of each round, by `plain` and `drafting`."""
     own = tuple(options.flags.split())
-    flags = {"plain": own, "drafting": (*own, "--speculate", str(options.speculate))}
+    drafted = {"plain": 0, "drafting": options.speculate}
+    flags = {side: (*own, "--speculate", str(most)) for side, most in drafted.items()}
     for number in range(options.rounds):
         found = {}
         for side in sorted(flags, reverse=number % 2 == 0):
@@ -190,20 +184,11 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def load_prompts(data: Path, limit: int) -> dict[str, list[str]]:
-    """The first dev prompts of each task. Raises TrainingError."""
-    recipes = {task: load_config(RECIPES / f"{task}.yaml") for task in TASKS}
-    return {
-        task: [example.input for example in load_examples(recipe.dataset, data, "dev")[:limit]]
-        for task, recipe in recipes.items()
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print one line for each cell, write the JSON."""
     options = parser().parse_args(argv)
     with exit_with_reason("speculation", TrainingError):
-        prompts = load_prompts(options.data, options.limit)
+        prompts = {task: dev_prompts(task, options.data)[: options.limit] for task in TASKS}
     end_on_sigterm()
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     with exit_with_reason("speculation"), tempfile.TemporaryDirectory() as scratch:

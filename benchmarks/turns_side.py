@@ -1,7 +1,8 @@
 """One side of `benchmarks.turns`: an engine that makes a step when it is asked to.
 
 Reads a JSON object a line and answers each with one: `{"begin": seed, "requests": n}` starts a
-closed loop of as many requests, `{}` makes a step of it.
+closed loop of as many requests, `{}` makes a step of it. Requests are random, or those of
+`{"prompts": [...]}` besides, which the adapter of a task answers.
 """
 
 import argparse
@@ -9,10 +10,16 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dynamic_lora_adapters
+from dynamic_lora_adapters.card import TaskCard
+from dynamic_lora_adapters.inspection import Inspector
 from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.base_model import resolve_base
@@ -23,15 +30,80 @@ from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 
 
+class RandomRequests:
+    """Prompts and answers of fixed lengths, for random adapters in turns."""
+
+    def __init__(self, built: BuiltEngine, vocab_size: int, options: argparse.Namespace) -> None:
+        self._token_ids = range(vocab_size)
+        self._options = options
+        self._adapters = [
+            built.pool.admit(f"{number:064x}", _terms(built, number, options))
+            for number in range(options.adapters)
+        ]
+
+    def all(self, asked: dict[str, Any]) -> Iterator[Sequence]:
+        """Of one loop. The first have different lengths, so that they do not end together."""
+        rng = random.Random(asked["begin"])
+        first = [rng.randint(2, self._options.output_tokens) for _ in range(self._options.clients)]
+        for number in range(asked["requests"]):
+            prompt = rng.choices(self._token_ids, k=self._options.prompt_tokens)
+            output_tokens = [*first, self._options.output_tokens][min(number, len(first))]
+            yield Sequence(
+                id=number,
+                prompt_ids=tuple(prompt),
+                sampling=SamplingParams(max_new_tokens=output_tokens, ignore_eos=True),
+                stop_ids=frozenset(),
+                seed=0,
+                adapter=self._adapters[number % len(self._adapters)] if self._adapters else None,
+            )
+
+
+class TaskRequests:
+    """Inputs of a data set, for the shipped adapter of their task.
+
+    Answers end where the server's do: at the model's end token, or the card's stop strings, each of
+    which must be one token here.
+    """
+
+    def __init__(self, built: BuiltEngine, base: Path, task: str) -> None:
+        folder = Path(dynamic_lora_adapters.__file__).parent / "shipped" / task
+        card = TaskCard.read(folder)
+        if card is None or card.parameters.max_new_tokens is None:
+            raise RuntimeError(f"the card of {task} does not say how long answers are")
+        self._card = card
+        self._sampling = SamplingParams(max_new_tokens=card.parameters.max_new_tokens)
+        self._tokenizer = AutoTokenizer.from_pretrained(base)
+        stops = [self._ids(text) for text in card.parameters.stop or ()]
+        if any(len(ids) != 1 for ids in stops):
+            raise RuntimeError(f"a stop string of {task} is more than one token")
+        self._stop_ids = frozenset([self._tokenizer.eos_token_id, *(ids[0] for ids in stops)])
+        inspector = Inspector(built.geometry, base=built.weights)
+        self._adapter = built.pool.admit(task, inspector.read(folder))
+
+    def all(self, asked: dict[str, Any]) -> Iterator[Sequence]:
+        """Of one loop: one for each prompt."""
+        for number, text in enumerate(asked["prompts"]):
+            yield Sequence(
+                id=number,
+                prompt_ids=self._ids(self._card.render(text)),
+                sampling=self._sampling,
+                stop_ids=self._stop_ids,
+                seed=0,
+                adapter=self._adapter,
+            )
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
 class Side:
-    """A closed loop of clients on an engine with random adapters on all linear layers."""
+    """A closed loop of clients on an engine."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_base(options.model).path, dtype=torch.float32
-        )
-        self._token_ids = range(model.config.vocab_size)
+        self._num_clients = options.clients
+        base = resolve_base(options.model).path
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        drafts = {"speculate": options.speculate} if options.speculate else {}
         self._built = build_engine(
             model.eval(),
             model_id="turns",
@@ -41,21 +113,21 @@ class Side:
                 mode=Mode(options.mode),
                 prefix_cache_memory=0,
                 base_product=None if options.product is None else ProductKind(options.product),
+                **drafts,
             ),
         )
-        self._adapters = [
-            self._built.pool.admit(f"{number:064x}", _terms(self._built, number, options))
-            for number in range(options.adapters)
-        ]
-        self._rng = random.Random()
-        self._waiting = 0
-        self._asked = 0
+        self._requests: RandomRequests | TaskRequests
+        if options.task is None:
+            self._requests = RandomRequests(self._built, model.config.vocab_size, options)
+        else:
+            self._requests = TaskRequests(self._built, base, options.task)
+        self._waiting: Iterator[Sequence] = iter(())
 
-    def begin(self, seed: int, requests: int) -> None:
-        """Have the first requests wait: of different lengths, so that they do not end together."""
-        self._rng, self._waiting, self._asked = random.Random(seed), requests, 0
-        for _ in range(self._options.clients):
-            self._ask(self._rng.randint(2, self._options.output_tokens))
+    def begin(self, asked: dict[str, Any]) -> None:
+        """Have the first requests wait."""
+        self._waiting = self._requests.all(asked)
+        for _ in range(self._num_clients):
+            self._ask()
 
     def step(self) -> dict[str, float | int | bool]:
         """Make a step; clients whose request has ended send their next."""
@@ -67,25 +139,13 @@ class Side:
             raise RuntimeError(f"a request failed: {events}")
         for event in tokens:
             if event.reason is not None:
-                self._ask(self._options.output_tokens)
+                self._ask()
         return {"s": seconds, "tokens": len(tokens), "more": self._built.engine.has_work}
 
-    def _ask(self, output_tokens: int) -> None:
-        if not self._waiting:
-            return
-        self._waiting -= 1
-        self._asked += 1
-        adapters = self._adapters
-        self._built.engine.add(
-            Sequence(
-                id=self._asked,
-                prompt_ids=tuple(self._rng.choices(self._token_ids, k=self._options.prompt_tokens)),
-                sampling=SamplingParams(max_new_tokens=output_tokens, ignore_eos=True),
-                stop_ids=frozenset(),
-                seed=0,
-                adapter=adapters[self._asked % len(adapters)] if adapters else None,
-            )
-        )
+    def _ask(self) -> None:
+        request = next(self._waiting, None)
+        if request is not None:
+            self._built.engine.add(request)
 
 
 def _terms(built: BuiltEngine, seed: int, options: argparse.Namespace) -> AdapterTerms:
@@ -107,10 +167,11 @@ def _terms(built: BuiltEngine, seed: int, options: argparse.Namespace) -> Adapte
 def main() -> None:
     """Serve steps over standard input and output."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "product"):
+    for name in ("model", "product", "task"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--mode", required=True)
     parser.add_argument("--saved-in", default="float32")
+    parser.add_argument("--speculate", type=int, default=0)
     for name in ("adapters", "clients", "rank", "prompt-tokens", "output-tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)
     with torch.inference_mode():
@@ -120,7 +181,7 @@ def main() -> None:
             asked = json.loads(line)
             answer: dict[str, float | int | bool] = {}
             if asked:
-                side.begin(asked["begin"], asked["requests"])
+                side.begin(asked)
             else:
                 answer = side.step()
             print(json.dumps(answer), flush=True)

@@ -19,6 +19,9 @@ from benchmarks.peers.base import HttpSession, Session, Setup
 from benchmarks.peers.process import ServerProcess, free_port, running
 from benchmarks.wire import DynamicLoraWire
 
+# What greedy models answer to prompts of random words soon runs in circles, which drafts would turn
+# into a speed that nobody sees. What they bring on real tasks `benchmarks.speculation` measures.
+NO_DRAFTS = ("--speculate", "0")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -59,7 +62,7 @@ async def totals(http: aiohttp.ClientSession, *names: str) -> list[float]:
 class DynamicLora:
     """`dynamic-lora serve` from this environment, its store in a temporary folder.
 
-    `flags` are further options of `serve`; everything else is left at its default.
+    `flags` are further options of `serve`; everything else but drafts is left at its default.
     """
 
     name: str = "dynamic-lora"
@@ -68,7 +71,8 @@ class DynamicLora:
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Start, upload, and end on leaving. Raises PeerUnavailable with the reason."""
-        flags = self.flags if "--dtype" in self.flags else ("--dtype", setup.dtype, *self.flags)
+        dtype = () if "--dtype" in self.flags else ("--dtype", setup.dtype)
+        flags = (*NO_DRAFTS, *dtype, *self.flags)
         with (
             tempfile.TemporaryDirectory() as home,
             serving(setup.base, Path(home), setup.logs / f"{self.name}.log", flags) as server,

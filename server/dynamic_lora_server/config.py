@@ -73,7 +73,8 @@ class ServerConfig:
     multiplies by the base's weights, "auto" what measures fastest;
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
-    answers. Up to `speculate` tokens of a sequence are drafted in a step, on a CPU. `quantize`
+    answers. Up to `speculate` tokens of a sequence are drafted in a step, on a CPU; None means as
+    many as can be there, and none on a GPU. `quantize`
     rounds the base's weights to "bf16" or "int8"; nothing is merged into eight bits. `mode` says
     whether adapters are merged into the weights, `restore` how the base comes back afterwards.
     `record_trace` names a new file for who asked for what and when, without any text.
@@ -108,7 +109,7 @@ class ServerConfig:
     native: bool = True
     compile: bool = False
     overlap: bool = True
-    speculate: int = 0
+    speculate: int | None = None
     quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"
@@ -125,7 +126,8 @@ class ServerConfig:
             _check(name, value is None or value >= 1, "must be at least 1")
         prefixes = self.prefix_cache_memory
         _check("prefix_cache_memory", prefixes is None or prefixes >= 0, "must be 0 or more")
-        _check("speculate", 0 <= self.speculate <= MAX_DRAFT, f"must lie between 0 and {MAX_DRAFT}")
+        drafted = self.speculate or 0
+        _check("speculate", 0 <= drafted <= MAX_DRAFT, f"must lie between 0 and {MAX_DRAFT}")
         for name in ("max_waiting", "grace_seconds"):
             _check(name, getattr(self, name) >= 0, "must be 0 or more")
         for name, choices in (

@@ -31,7 +31,7 @@ from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.dtypes import named_dtype
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.decode_graphs import GraphStats
-from dynamic_lora_server.engine.drafts import DraftStats
+from dynamic_lora_server.engine.drafts import MAX_DRAFT, DraftStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.engine.processors import within_quota
@@ -134,7 +134,7 @@ class Runtime:
         model, tokenizer = load_model(base, config, device)
         view = TokenizerView(tokenizer, num_embeddings=num_embeddings(model))
         built = build_engine(
-            model, model_id=base.name, options=_options(config, base, model.dtype), on_step=on_step
+            model, model_id=base.name, options=_options(config, base, model), on_step=on_step
         )
         on_step("Opening the adapter store")
         registry = AdapterRegistry(
@@ -243,7 +243,8 @@ def _use_threads(wanted: int | None) -> None:
         torch.set_num_threads(number)
 
 
-def _options(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> EngineOptions:
+def _options(config: ServerConfig, base: BaseModel, model: PreTrainedModel) -> EngineOptions:
+    speculate = num_drafted(config, model.device)
     return EngineOptions(
         max_running=config.max_running,
         prefill_chunk=config.prefill_chunk,
@@ -256,10 +257,10 @@ def _options(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Engin
         mode=Mode.BYPASS if config.quantize == "int8" else Mode(config.mode),
         restore=Restore(config.restore),
         checkpoint=base.path,
-        costs_file=_costs_file(config, base, dtype),
+        costs_file=_costs_file(config, base, model.dtype, drafts=speculate > 0),
         compile_layers=config.compile,
         overlap=None if config.overlap else False,
-        speculate=config.speculate,
+        speculate=speculate,
     )
 
 
@@ -269,7 +270,14 @@ def _product_kind(config: ServerConfig) -> ProductKind | None:
     return None if config.base_product == "auto" else ProductKind(config.base_product)
 
 
-def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Path:
+def num_drafted(config: ServerConfig, device: torch.device) -> int:
+    """Tokens of a sequence that a step may draft: where nothing was chosen, all that pay."""
+    if config.speculate is not None:
+        return config.speculate
+    return MAX_DRAFT if device.type == "cpu" else 0
+
+
+def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype, *, drafts: bool) -> Path:
     """Where measured kernel costs are kept; the name says what they depend on."""
     conditions = (
         version("dynamic-lora"),
@@ -285,7 +293,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype) -> Pa
         config.kv_dtype,
         config.native,
         config.mode == "bypass",
-        config.speculate > 0,
+        drafts,
         torch.get_num_threads(),
         torch.__version__,
         processor(),

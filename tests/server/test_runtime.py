@@ -10,8 +10,9 @@ from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_server import dtypes
 from dynamic_lora_server.base_model import BaseModelUnavailable
 from dynamic_lora_server.dtypes import choose_dtype
+from dynamic_lora_server.engine.drafts import MAX_DRAFT
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
-from dynamic_lora_server.runtime import Runtime, Tier, shipped_adapters
+from dynamic_lora_server.runtime import Runtime, Tier, num_drafted, shipped_adapters
 from tests.support.adapters import make_adapter
 from tests.support.models import (
     VOCAB_SIZE,
@@ -217,3 +218,19 @@ def test_without_cpp_bfloat16_must_be_clearly_faster_on_a_cpu(
 def test_with_cpp_a_cpu_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dtypes, "_seconds", lambda *_: [1.0, 0.1])
     assert choose_dtype("auto", torch.device("cpu"), tiny_llama().config) is torch.float32
+
+
+async def test_a_cpu_drafts_unless_told_not_to(tmp_path: Path) -> None:
+    """Answers are the same; the second is the first again, which has been said before."""
+    answers = []
+    for changes in ({}, {"speculate": 0}):
+        async with serving(tmp_path, **changes) as runtime:
+            assert (runtime.built.engine.scheduler.drafter is None) == bool(changes)
+            answers += [await collect(runtime, spec(max_new_tokens=32)) for _ in range(2)]
+    assert all(token_ids(answer) == token_ids(answers[0]) for answer in answers)
+
+
+def test_a_gpu_drafts_nothing_by_itself(tmp_path: Path) -> None:
+    assert num_drafted(tiny_config(tmp_path), torch.device("cuda")) == 0
+    assert num_drafted(tiny_config(tmp_path), torch.device("cpu")) == MAX_DRAFT
+    assert num_drafted(tiny_config(tmp_path, speculate=3), torch.device("cuda")) == 3

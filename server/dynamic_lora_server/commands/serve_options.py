@@ -14,6 +14,7 @@ from dynamic_lora_server.config import (
     QUANTIZATIONS,
     RESTORES,
 )
+from dynamic_lora_server.engine.drafts import MAX_DRAFT
 
 Model = Annotated[
     str | None,
@@ -137,10 +138,11 @@ Overlap = Annotated[
     ),
 ]
 Speculate = Annotated[
-    int,
+    int | None,
     typer.Option(
         help="Most tokens of each sequence to draft in a step from what its adapter has said "
-        "before, where that is faster (CPU); 0 drafts none."
+        "before, where that is faster (CPU); 0 drafts none.",
+        show_default=f"{MAX_DRAFT}; 0 on a GPU",
     ),
 ]
 Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
