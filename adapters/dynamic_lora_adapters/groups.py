@@ -51,6 +51,17 @@ class GroupShape(NamedTuple):
     bias: bool = False
 
 
+class _Span(NamedTuple):
+    """Where a member's factors lie in its group's: ranks `start` to `stop`, columns `column` to
+    `end` of b."""
+
+    number: int
+    start: int
+    stop: int
+    column: int
+    end: int
+
+
 _NOTHING = LinearTerms()
 _PARTS = ("a", "b", "columns", "scale", "dense", "bias")
 # Rows of other adapters divide by 1 + scale; closer to 0 that would lose digits.
@@ -201,49 +212,57 @@ class MemberTerms:
         else:
             self._write_rows(place.a, place.b)
         if place.columns is not None:
-            reach = [(column, end) for _, rows, column, end in self._ranks() for _ in rows]
-            reach += [(0, 0)] * (len(place.a) - len(reach))
-            place.columns.copy_(_reach_tensor(tuple(reach)))
+            place.columns.copy_(_reach(self._spans(), place.a.shape[0]))
 
-    def _ranks(self) -> Iterator[tuple[LinearTerms, range, int, int]]:
-        """Members with factors, each with its ranks and with its first and last column's end."""
-        row = column = 0
-        for member, width in zip(self.members, self.group.widths, strict=True):
-            if member.a is not None:
-                rows = range(row, row + len(member.a))
-                yield member, rows, column, column + width
-                row = rows.stop
-            column += width
+    def _spans(self) -> tuple["_Span", ...]:
+        ranks = tuple(0 if m.a is None else m.a.shape[0] for m in self.members)
+        return _spans(self.group.widths, ranks)
 
     def _write_rows(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        stop = 0
-        for member, rows, column, end in self._ranks():
+        stop, width = 0, b.shape[1]
+        for number, start, stop, column, end in self._spans():
+            member = self.members[number]
             assert member.a is not None and member.b is not None
-            stop = rows.stop
-            a[rows.start : stop] = member.a
+            a[start:stop] = member.a
             # Each place is written once: a slot's memory is in no cache.
-            b[rows.start : stop, column:end] = member.b.T
+            rows = b[start:stop]
+            rows[:, column:end] = member.b.T
             if column:
-                b[rows.start : stop, :column].zero_()
-            if end < b.shape[1]:
-                b[rows.start : stop, end:].zero_()
-        if stop < len(a):
+                rows[:, :column].zero_()
+            if end < width:
+                rows[:, end:].zero_()
+        if stop < a.shape[0]:
             a[stop:].zero_()
             b[stop:].zero_()
 
     def _write_tiles(self, a: torch.Tensor, b: torch.Tensor) -> None:
         rows_of_a, rows_of_b = torch.zeros_like(a), b.new_zeros(b.shape[1], len(b))
-        for member, rows, column, end in self._ranks():
+        for number, start, stop, column, end in self._spans():
+            member = self.members[number]
             assert member.a is not None and member.b is not None
-            rows_of_a[rows.start : rows.stop, : self.group.in_features] = member.a
-            rows_of_b[column:end, rows.start : rows.stop] = member.b
+            rows_of_a[start:stop, : self.group.in_features] = member.a
+            rows_of_b[column:end, start:stop] = member.b
         write_tiles(rows_of_a, rows_of_b, a, b)
 
 
 @lru_cache(maxsize=256)
-def _reach_tensor(reach: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """`columns` of a group; layers of a model have few different ones. Only to be read."""
-    return torch.tensor(reach)
+def _spans(widths: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[_Span, ...]:
+    """Where members of these widths and ranks lie; layers of a model have few different ones."""
+    spans, row, column = [], 0, 0
+    for number, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
+        if rank:
+            spans.append(_Span(number, row, row + rank, column, column + width))
+        row, column = row + rank, column + width
+    return tuple(spans)
+
+
+@lru_cache(maxsize=256)
+def _reach(spans: tuple[_Span, ...], num_rows: int) -> torch.Tensor:
+    """`columns` of a group with so many rows. Only to be read."""
+    reach = torch.zeros(num_rows, 2, dtype=torch.long)
+    for span in spans:
+        reach[span.start : span.stop] = torch.tensor([span.column, span.end])
+    return reach
 
 
 def probe_shape(group: ProjectionGroup) -> GroupShape:

@@ -1,5 +1,6 @@
 """`dynamic-lora serve`: load a base model and serve it with its adapters over HTTP."""
 
+import gc
 import logging
 import os
 import sys
@@ -123,6 +124,16 @@ def _model_at_work() -> bool:
     return any(thread.name in ("load", "engine") for thread in threading.enumerate())
 
 
+def _settle_garbage() -> None:
+    """Have Python's collector look no more at what there is now, and will be to the end.
+
+    Half a million objects of the model and of libraries: going through them takes a quarter of a
+    second, in which nobody gets a token.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 class _Session:
     """One run of the server in the terminal: what it shows, and how it ends."""
 
@@ -173,7 +184,9 @@ class _Session:
 
         # One display at a time: its bars would be drawn over ours.
         transformers_logging.disable_progress_bar()
-        return Runtime.load(self._config, on_step=self._show)
+        runtime = Runtime.load(self._config, on_step=self._show)
+        _settle_garbage()
+        return runtime
 
     def _leave(self) -> NoReturn:
         """End the process at once, for a thread that cannot be interrupted.
