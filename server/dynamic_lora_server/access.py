@@ -18,7 +18,10 @@ from dynamic_lora_server.problems import PROBLEM_MEDIA_TYPE, answer, fault_of
 _OPEN = frozenset(
     {"/health", "/ready", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
 )
-_ADMINISTERED = ("/adapters", "/compositions")
+_ADMINISTERED = (
+    *("/adapters", "/compositions"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+)
 _READS = frozenset({"GET", "HEAD"})
 _SCHEME = "key"  # its name in the OpenAPI document
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})  # as OpenAPI has them

@@ -24,6 +24,7 @@ from dynamic_lora_server.routes import (
     completions,
     compositions,
     generate,
+    lora_adapters,
     models,
     service,
     tokenize,
@@ -46,7 +47,10 @@ Until the model is loaded everything but `/health` and `/metrics` answers 503.
 """
 
 
-_RESOURCES = (generate, adapters, compositions, completions, chat, models, tokenize, service)
+_RESOURCES = (
+    *(generate, adapters, compositions, completions, chat, models),
+    *(lora_adapters, tokenize, service),
+)
 _REQUEST_ID_HEADER = {
     "description": "The request's id: its own header of this name, if that has up to 128 visible "
     "ASCII characters, or else a new one.",

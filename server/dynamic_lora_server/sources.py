@@ -1,5 +1,6 @@
 """Adapters that the server fetches itself: from an allowed folder, or from the Hugging Face Hub."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from dynamic_lora_adapters.weights import WEIGHTS_FILE
 from dynamic_lora_server.errors import InvalidParameter, ServerError
 
 HUB_SCHEME = "hf://"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _HUB_TIMEOUT = 10.0
 _MAX_SHOWN = 80
 
@@ -41,6 +43,14 @@ def fetch_source(
     else:
         with _unreadable(source):
             _from_disk(_path(source, roots), intake)
+
+
+def source_of(path: str, roots: Sequence[Path]) -> str:
+    """What vLLM's `lora_path` means as a source: what is below a root, else, for
+    `organisation/repository`, the Hub's."""
+    if not _REPOSITORY.fullmatch(path) or any((root / path).exists() for root in roots):
+        return path
+    return f"{HUB_SCHEME}{path}"
 
 
 def _path(source: str, roots: Sequence[Path]) -> Path:

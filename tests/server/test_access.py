@@ -36,7 +36,8 @@ def _bearer(key: str) -> dict[str, str]:
 
 
 def _changes_adapters(method: str, path: str) -> bool:
-    return method != "GET" and path.startswith(("/adapters", "/compositions"))
+    changed = ("/adapters", "/compositions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+    return method != "GET" and path.startswith(changed)
 
 
 class Server:

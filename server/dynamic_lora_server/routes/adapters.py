@@ -57,19 +57,14 @@ async def upload(request: Request, runtime: Ready) -> Response:
 
     An existing name moves to the new content; requests that run keep the old one.
     """
-    async with _staging(runtime) as inbox, _staging(runtime) as folder:
-        kind = media_type(request.headers.get("content-type", ""))
-        wanted: Upload | AdapterSource
-        if kind == MULTIPART:
-            wanted = await _receive(request, runtime, inbox)
-            intake = await run_in_threadpool(_take_in, wanted, runtime, folder)
-        elif kind == JSON:
-            wanted = parse_body(AdapterSource, await request.body())
-            intake = await run_in_threadpool(_fetch, wanted, runtime, inbox, folder)
-        else:
-            raise HTTPException(415, f"The body must be {MULTIPART} or {JSON}.")
-        async with runtime.checking:
-            publication = await run_in_threadpool(_publish, runtime, wanted, folder, intake)
+    kind = media_type(request.headers.get("content-type", ""))
+    if kind == MULTIPART:
+        publication = await _publish_upload(request, runtime)
+    elif kind == JSON:
+        source = parse_body(AdapterSource, await request.body())
+        publication = await publish_source(runtime, source)
+    else:
+        raise HTTPException(415, f"The body must be {MULTIPART} or {JSON}.")
     adapter = _adapter(runtime, publication.passport)
     return Response(
         adapter.model_dump_json(),
@@ -99,6 +94,20 @@ async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
     """Forget the name at once; requests that use the adapter finish with it."""
     await run_in_threadpool(runtime.registry.delete, name)
     state.metrics.forget(name)
+
+
+async def publish_source(runtime: "Runtime", source: AdapterSource) -> Publication:
+    """Fetch an adapter, check it whole and publish it, all or nothing."""
+    async with _staging(runtime) as inbox, _staging(runtime) as folder:
+        intake = await run_in_threadpool(_fetch, source, runtime, inbox, folder)
+        return await _publish(runtime, source, folder, intake)
+
+
+async def _publish_upload(request: Request, runtime: "Runtime") -> Publication:
+    async with _staging(runtime) as inbox, _staging(runtime) as folder:
+        upload = await _receive(request, runtime, inbox)
+        intake = await run_in_threadpool(_take_in, upload, runtime, folder)
+        return await _publish(runtime, upload, folder, intake)
 
 
 def _staging(runtime: "Runtime") -> AbstractAsyncContextManager[Path]:
@@ -140,13 +149,17 @@ def _fetch(source: AdapterSource, runtime: "Runtime", inbox: Path, folder: Path)
     return intake
 
 
-def _publish(
+async def _publish(
     runtime: "Runtime", wanted: Upload | AdapterSource, folder: Path, intake: Intake
 ) -> Publication:
-    runtime.residencies.saved.check_free(wanted.name)
-    return runtime.registry.publish(
-        wanted.name, folder, force=wanted.force, ignored_files=intake.ignored_files
-    )
+    def publish() -> Publication:
+        runtime.residencies.saved.check_free(wanted.name)
+        return runtime.registry.publish(
+            wanted.name, folder, force=wanted.force, ignored_files=intake.ignored_files
+        )
+
+    async with runtime.checking:
+        return await run_in_threadpool(publish)
 
 
 def _adapter(runtime: "Runtime", passport: Passport) -> Adapter:

@@ -1,11 +1,19 @@
 """The bodies and answers of `/adapters`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Text, Wire
+from dynamic_lora_server.schemas._base import (
+    Answer,
+    NonEmptyText,
+    Text,
+    Unset,
+    UnsetOrFalse,
+    Wire,
+    null_is,
+)
 
 
 class AdapterSource(Wire):
@@ -23,6 +31,28 @@ class AdapterSource(Wire):
     force: bool = Field(
         default=False, description="Accept an adapter that names another base model."
     )
+
+
+class LoadLoraAdapter(Wire):
+    """The body of `POST /v1/load_lora_adapter`, vLLM's."""
+
+    lora_name: Text
+    lora_path: NonEmptyText = Field(
+        description="A folder or archive below a folder that the server was started with "
+        "(`--adapter-root`), or a repository of the Hub: `organisation/repository`, or as in "
+        "`POST /adapters`."
+    )
+    load_inplace: Annotated[bool, null_is(False, bool)] = Field(
+        default=False, description="Give other content to a name that is there."
+    )
+    is_3d_lora_weight: UnsetOrFalse = None
+
+
+class UnloadLoraAdapter(Wire):
+    """The body of `POST /v1/unload_lora_adapter`, vLLM's."""
+
+    lora_name: Text
+    lora_int_id: Unset = None
 
 
 class Residency(Answer):

@@ -1,0 +1,57 @@
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters as vLLM's operators change them.
+
+What controllers of clusters ask of a vLLM server that may load adapters while it runs. The same as
+`POST /adapters` with a source, and `DELETE /adapters/{name}`.
+"""
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+from starlette.concurrency import run_in_threadpool
+
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, openai_errors
+from dynamic_lora_server.routes.adapters import publish_source
+from dynamic_lora_server.schemas.adapters import (
+    AdapterSource,
+    LoadLoraAdapter,
+    UnloadLoraAdapter,
+)
+from dynamic_lora_server.sources import source_of
+
+router = APIRouter(prefix="/v1", tags=["adapters"], route_class=StrictRoute)
+
+
+@router.post(
+    "/load_lora_adapter",
+    responses=openai_errors(400, 413, 415, 502, 503),
+    dependencies=[NoQuery],
+    summary="Load an adapter from a folder or the Hub, as vLLM does",
+)
+async def load_lora_adapter(asked: LoadLoraAdapter, runtime: Ready) -> PlainTextResponse:
+    """Check the adapter whole and publish it. A name that is there needs `load_inplace`."""
+    name = asked.lora_name
+    if runtime.registry.has(name) and not asked.load_inplace:
+        raise InvalidParameter(
+            f"The lora adapter {name!r} has already been loaded.",
+            field="lora_name",
+            fix="Set load_inplace to true to give the name other content.",
+        )
+    source = source_of(asked.lora_path, runtime.config.adapter_roots)
+    await publish_source(runtime, AdapterSource(name=name, source=source))
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post(
+    "/unload_lora_adapter",
+    responses=openai_errors(400, 404, 413, 415, 503),
+    dependencies=[NoQuery],
+    summary="Forget an adapter, as vLLM does",
+)
+async def unload_lora_adapter(
+    asked: UnloadLoraAdapter, state: State, runtime: Ready
+) -> PlainTextResponse:
+    """Forget the name at once; requests that use the adapter finish with it."""
+    name = asked.lora_name
+    await run_in_threadpool(runtime.registry.delete, name)
+    state.metrics.forget(name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
