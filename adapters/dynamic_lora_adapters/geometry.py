@@ -31,6 +31,19 @@ class EmbeddingShape:
     dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class RowAxes:
+    """Along which axis a module has a row for each token of a batch.
+
+    One axis for each of its outputs; for each argument, by position or name, one, or None
+    where it is no tensor of rows.
+    """
+
+    outputs: tuple[int, ...]
+    args: tuple[int | None, ...] = ()
+    kwargs: Mapping[str, int | None] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseGeometry:
     """A base model as adapters see it. All paths are below the causal LM.
@@ -43,6 +56,7 @@ class BaseGeometry:
     module path to its class name and `parameters` every parameter to its shape,
     so that what exists but cannot be served is refused by name.
     `transposed_experts` are the modules whose experts are stored as [in, out].
+    `rows` is what a trial run showed of the modules that work row by row, by path.
     """
 
     model_id: str
@@ -55,6 +69,7 @@ class BaseGeometry:
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     transposed_experts: frozenset[str] = frozenset()
     tied: bool = False
+    rows: Mapping[str, RowAxes] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:

@@ -18,6 +18,7 @@ from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.inspection import Inspector, declared_base, folder_digest
 from tests.adapters.kinds.checkpoints import edit_tensors, make
 from tests.support.adapters import edit_config, quiet, save_adapter
+from tests.support.geometry import geometry_of
 from tests.support.models import tiny_llama
 
 
@@ -114,7 +115,7 @@ def test_values_that_no_product_survives_are_refused(
     config, place = LARGE[case]
     make(tmp_path, model, config)
     base = ModelWeights(model)
-    geometry = BaseGeometry.of(model, model_id="org/Tiny-Llama")
+    geometry = geometry_of(model, model_id="org/Tiny-Llama")
     full, half = (Inspector(geometry, base=base, dtype=d) for d in (None, torch.float16))
     edit_tensors(tmp_path, lambda tensors: _fill(tensors, 20_000.0))
     passport_of(tmp_path, full)

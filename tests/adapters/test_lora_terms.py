@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters import (
     AdapterTerms,
-    BaseGeometry,
     IncompatibleAdapter,
     InvalidAdapter,
     LoraSpec,
@@ -23,6 +22,7 @@ from dynamic_lora_adapters.json_file import read_json_object
 from dynamic_lora_adapters.passport import find_features
 from tests.support.adapters import edit_config, load_with_peft, quiet, save_adapter
 from tests.support.apply_terms import logits
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MODELS, TINY_MOE_MODELS
 from tests.support.uploads import edit_tensors
 
@@ -35,7 +35,7 @@ BIASED = {"attention_bias": True}
 
 def read(folder: Path, model: PreTrainedModel) -> AdapterTerms:
     spec = LoraSpec.parse(read_json_object(folder / "adapter_config.json"))
-    geometry = BaseGeometry.of(model, model_id="tiny")
+    geometry = geometry_of(model)
     return read_adapter(folder, spec, geometry, ModelWeights(model))
 
 
@@ -464,4 +464,4 @@ def test_an_adapter_that_needs_the_base_says_so(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path, model, lora(target_modules=QV, use_dora=True))
     spec = LoraSpec.parse(read_json_object(folder / "adapter_config.json"))
     with pytest.raises(ValueError, match=r"against the base model's '.*q_proj.weight': pass base"):
-        read_adapter(folder, spec, BaseGeometry.of(model, model_id="tiny"))
+        read_adapter(folder, spec, geometry_of(model))

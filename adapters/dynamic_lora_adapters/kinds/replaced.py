@@ -9,6 +9,7 @@ from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, Un
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds.spec import KindSpec
 from dynamic_lora_adapters.kinds.tensors import read_tensors
+from dynamic_lora_adapters.replaced import check_rows
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms, ModuleOverride
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def read_norms(folder: Path, spec: KindSpec, geometry: BaseGeometry) -> AdapterT
                 field="target_modules",
                 fix="Train the adapter with norms alone as target_modules.",
             )
+        check_rows(path, geometry, field="target_modules")
         for leaf in ("weight", "bias"):
             if (name := f"{path}.{leaf}") in geometry.parameters:
                 shapes[f"{_PREFIX}{path}{_NORM}{leaf}"] = geometry.parameters[name]

@@ -18,6 +18,7 @@ from dynamic_lora_adapters.native.norm import adopt_native_norms
 from dynamic_lora_adapters.native.sampling import native_sampling
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
+from dynamic_lora_adapters.row_axes import watching_rows
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
@@ -123,7 +124,9 @@ def build_engine(
     on_step("Checking the model")
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = _checked_layers(model, options)
-    groups = _groups(model, geometry)
+    with watching_rows(model) as rows:
+        groups = _groups(model, geometry)
+    geometry = replace(geometry, rows=rows)
     kind = _product_kind(model, groups, options)
     wish = _kv_wish(model, kind, options)
     dtype = kv_dtype(model, wish)  # refused, if so, before what takes long
@@ -140,7 +143,7 @@ def build_engine(
     runner = ModelRunner(
         model=model,
         site=site,
-        hooks=RowHooks(model, site),
+        hooks=RowHooks(model, site, rows),
         merger=merger,
         cache=cache,
         chooser=chooser,

@@ -19,6 +19,7 @@ from dynamic_lora_adapters.errors import (
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds import read_kind
 from tests.adapters.kinds.checkpoints import WEIGHTS, edit_tensors, make, make_config
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MODELS, tiny_llama
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -31,9 +32,13 @@ def model() -> LlamaForCausalLM:
 
 
 def refused(
-    model: Any, folder: Path, config: dict[str, Any], error: type[AdapterError]
+    model: Any,
+    folder: Path,
+    config: dict[str, Any],
+    error: type[AdapterError],
+    geometry: BaseGeometry | None = None,
 ) -> AdapterError:
-    geometry = BaseGeometry.of(model, model_id="org/tiny")
+    geometry = geometry or geometry_of(model)
     with pytest.raises(error) as caught:
         read_kind(folder, config, geometry, ModelWeights(model))
     return caught.value
@@ -206,6 +211,9 @@ def test_norms_alone_are_replaced(model: LlamaForCausalLM, tmp_path: Path) -> No
     assert "LayerNorm tuning takes a list of modules here" in error.message
     error = refused(model, tmp_path, config | {"target_modules": ["ln"]}, IncompatibleAdapter)
     assert "matches no module of 'org/tiny'" in error.message
+    unseen = BaseGeometry.of(model, model_id="org/tiny")
+    error = refused(model, tmp_path, config, UnsupportedAdapter, unseen)
+    assert "'model.norm' (LlamaRMSNorm), which was not seen to work on each" in error.message
 
 
 def test_tokens_of_another_base(model: LlamaForCausalLM, tmp_path: Path) -> None:
