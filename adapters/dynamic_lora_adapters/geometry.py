@@ -32,6 +32,20 @@ class EmbeddingShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """Sizes of one layer's keys and values, as observed in the start-up probe."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        """Keys and values of one token."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
 class RowAxes:
     """Along which axis a module has a row for each token of a batch.
 
@@ -56,7 +70,8 @@ class BaseGeometry:
     module path to its class name and `parameters` every parameter to its shape,
     so that what exists but cannot be served is refused by name.
     `transposed_experts` are the modules whose experts are stored as [in, out].
-    `rows` is what a trial run showed of the modules that work row by row, by path.
+    `rows` is what a trial run showed of the modules that work row by row, by path, and
+    `layers` what it showed of each layer's attention; empty without one.
     """
 
     model_id: str
@@ -70,6 +85,7 @@ class BaseGeometry:
     transposed_experts: frozenset[str] = frozenset()
     tied: bool = False
     rows: Mapping[str, RowAxes] = field(default_factory=dict)
+    layers: tuple[LayerGeometry, ...] = ()
 
     @property
     def fingerprint(self) -> str:

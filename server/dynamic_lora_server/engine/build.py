@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.costs import KernelChooser, group_kernels
 from dynamic_lora_adapters.factor_layout import FactorLayout, layout_for
-from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.geometry import BaseGeometry, LayerGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
@@ -24,7 +24,6 @@ from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.drafts import MAX_DRAFT, Drafter
 from dynamic_lora_server.engine.engine import Engine
-from dynamic_lora_server.engine.kv_cache import LayerGeometry
 from dynamic_lora_server.engine.kv_layout import KVLayout
 from dynamic_lora_server.engine.kv_plan import KVWish, kv_dtype, plan_kv
 from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
@@ -126,7 +125,7 @@ def build_engine(
     layers = _checked_layers(model, options)
     with watching_rows(model) as rows:
         groups = _groups(model, geometry)
-    geometry = replace(geometry, rows=rows)
+    geometry = replace(geometry, rows=rows, layers=tuple(layers))
     kind = _product_kind(model, groups, options)
     wish = _kv_wish(model, kind, options)
     dtype = kv_dtype(model, wish)  # refused, if so, before what takes long

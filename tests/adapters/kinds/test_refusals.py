@@ -1,5 +1,6 @@
 """What is wrong with the files of an adapter is said by the name of the tensor or key."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +179,13 @@ PROMPTS: list[tuple[str, dict[str, Any], type[AdapterError], str]] = [
     ("PromptTuningConfig", {"num_virtual_tokens": 4}, InvalidAdapter, "need [4, 64]"),
     ("PrefixTuningConfig", {"num_layers": 3}, IncompatibleAdapter, "the base model has 2 layers"),
     ("PrefixTuningConfig", {"token_dim": 33}, InvalidAdapter, "must be a multiple"),
-    ("PrefixTuningConfig", {"token_dim": 64}, IncompatibleAdapter, "makes keys of 32 values"),
+    ("PrefixTuningConfig", {"token_dim": 64}, IncompatibleAdapter, "makes keys of 2 x 16 values"),
+    (
+        "PrefixTuningConfig",
+        {"num_attention_heads": 4},
+        IncompatibleAdapter,
+        "num_attention_heads = 4, but the base model has 2 heads of keys",
+    ),
     ("PrefixTuningConfig", {"num_attention_heads": None}, InvalidAdapter, "must be a multiple"),
 ]
 
@@ -194,6 +201,16 @@ def test_prompts_of_another_base(
 ) -> None:
     config = make(tmp_path, model, make_config(name, num_virtual_tokens=3))
     assert text in refused(model, tmp_path, config | changes, error).message
+
+
+def test_prefixes_need_keys_and_values_of_one_size(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    config = make(tmp_path, model, make_config("PrefixTuningConfig", num_virtual_tokens=3))
+    seen = geometry_of(model)
+    one, other = seen.layers[0], dataclasses.replace(seen.layers[0], key_dim=8)
+    for layers in ((), (one, other), (other, other)):
+        geometry = dataclasses.replace(seen, layers=layers)
+        error = refused(model, tmp_path, config, UnsupportedAdapter, geometry)
+        assert "has no keys and values of one size in all layers" in error.message
 
 
 def test_a_prompt_of_another_width(model: LlamaForCausalLM, tmp_path: Path) -> None:
