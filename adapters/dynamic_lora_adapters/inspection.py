@@ -11,6 +11,7 @@ from dynamic_lora_adapters.base_weights import BaseWeights, NoWeights
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
 from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.config_values import read_text
+from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.json_file import read_json_object
 from dynamic_lora_adapters.kinds import KindSpec, read_kind
@@ -51,6 +52,14 @@ def folder_digest(folder: Path) -> str:
     content = read_json_object(card) if card.exists() else None
     spec = _parse(_config(folder))
     return content_digest(spec, folder / WEIGHTS_FILE, content, ChatFormat.read(folder))
+
+
+def is_sound(folder: Path, digest: str) -> bool:
+    """Whether a folder holds the content of this digest, whole and unchanged."""
+    try:
+        return folder_digest(folder) == digest
+    except (AdapterError, OSError):
+        return False
 
 
 class Inspector:
