@@ -132,6 +132,25 @@ class GroupTerms:
             folded = torch.addmm(folded, exact(self.b).T, exact(self.a))
         return folded if self.dense is None else folded + exact(self.dense)
 
+    def delta_norms(self, widths: Sequence[int]) -> torch.Tensor:
+        """At most what is added to the weight of each member [width, in], as Frobenius norms.
+
+        Shape: [members], on the terms' device. `scale` is left out.
+        """
+        assert not self.tiled
+        norms = torch.zeros(len(widths))
+        if self.a is not None and self.b is not None:
+            # Of b^T a, without making it: tr((b b^T) (a a^T)).
+            a, b = self.a.float(), self.b.float()
+            inner = a @ a.T
+            squares = [(part @ part.T * inner).sum() for part in b.split(list(widths), dim=1)]
+            norms = torch.stack(squares).clamp(min=0).sqrt()
+        if self.dense is not None:
+            parts = self.dense.float().split(list(widths))
+            dense = torch.stack([torch.linalg.matrix_norm(part) for part in parts])
+            norms = norms.to(dense.device) + dense
+        return norms
+
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:
         """The inverse of `fold`, in float32, up to rounding."""
         assert not self.tiled
