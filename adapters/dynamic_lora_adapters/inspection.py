@@ -14,7 +14,7 @@ from dynamic_lora_adapters.config_values import read_text
 from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.json_file import read_json_object
-from dynamic_lora_adapters.kinds import KindSpec, read_kind
+from dynamic_lora_adapters.kinds import KindSpec, kind_notes, read_kind
 from dynamic_lora_adapters.names import check_base_model
 from dynamic_lora_adapters.passport import Passport, write_passport
 from dynamic_lora_adapters.self_check import self_check
@@ -150,7 +150,8 @@ class Inspector:
         spec = _parse(config)
         if isinstance(spec, LoraSpec):
             return read_with_notes(folder, spec, self._geometry, self._base)
-        return read_kind(folder, config, self._geometry, self._base), []
+        notes = kind_notes(config)
+        return read_kind(folder, config, self._geometry, self._base), notes
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -85,6 +87,50 @@ def test_other_kinds_are_read_too(inspector: Inspector, tmp_path: Path) -> None:
     assert inspector.read(tmp_path).linears.keys() == {
         f"model.layers.{i}.self_attn.v_proj" for i in range(2)
     }
+
+
+@pytest.mark.parametrize("peft_version", [None, "0.17.1", "0.18.0"])
+def test_what_peft_warns_of_is_noted(
+    peft_version: str | None, model: LlamaForCausalLM, inspector: Inspector, tmp_path: Path
+) -> None:
+    config = OFTConfig(
+        task_type="CAUSAL_LM", target_modules=["v_proj"], oft_block_size=8, use_cayley_neumann=True
+    )
+    make(tmp_path, model, config)
+    edit_config(tmp_path, base_model_name_or_path=None, peft_version=peft_version)
+    notes = passport_of(tmp_path, inspector).notes
+    warned = [note for note in notes if "parameterization has been slightly changed" in note]
+    assert len(warned) == (peft_version != "0.18.0")
+    assert all(note.startswith("PEFT warns: The cayley-neumann") for note in warned)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("oft_block_size", None, "OFT has been updated since PEFT 0.14.0"),
+        ("peft_version", 18, "peft_version"),
+        ("peft_version", "soon", "PEFT cannot build"),
+    ],
+)
+def test_a_config_that_peft_does_not_load_is_refused(
+    key: str,
+    value: object,
+    text: str,
+    model: LlamaForCausalLM,
+    inspector: Inspector,
+    tmp_path: Path,
+) -> None:
+    config = make(
+        tmp_path,
+        model,
+        OFTConfig(target_modules=["v_proj"], oft_block_size=32, use_cayley_neumann=True),
+    )
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, key: value}
+    if value is None:
+        del config[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidAdapter, match=text):
+        passport_of(tmp_path, inspector)
 
 
 LARGE: dict[str, tuple[PeftConfig, str]] = {
