@@ -27,6 +27,8 @@ from dynamic_lora_adapters.weights import WEIGHTS_FILE, content_digest, read_wit
 if TYPE_CHECKING:
     import torch
 
+# Of lists with as many entries as are read.
+_MAX_CONFIG_BYTES = 4 << 20
 _BASE_KEY = "base_model_name_or_path"
 
 
@@ -155,7 +157,7 @@ class Inspector:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder / CONFIG_FILE)
+    return read_json_object(folder / CONFIG_FILE, max_bytes=_MAX_CONFIG_BYTES)
 
 
 def _parse(config: Mapping[str, Any]) -> LoraSpec | KindSpec:

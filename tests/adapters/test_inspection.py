@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from dynamic_lora_adapters import BaseGeometry, InvalidAdapter, Passport, UnsupportedAdapter
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.inspection import Inspector, declared_base, folder_digest
+from dynamic_lora_adapters.spec import MAX_LISTED
 from tests.adapters.kinds.checkpoints import edit_tensors, make
 from tests.support.adapters import edit_config, quiet, save_adapter
 from tests.support.geometry import geometry_of
@@ -131,6 +132,12 @@ def test_a_config_that_peft_does_not_load_is_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InvalidAdapter, match=text):
         passport_of(tmp_path, inspector)
+
+
+def test_a_config_may_list_every_module_of_a_large_base(adapter: Path) -> None:
+    names = [f"model.layers.{i}.block_sparse_moe.experts.127.gate_proj" for i in range(MAX_LISTED)]
+    edit_config(adapter, target_modules=names)
+    assert folder_digest(adapter)
 
 
 LARGE: dict[str, tuple[PeftConfig, str]] = {
