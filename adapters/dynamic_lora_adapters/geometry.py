@@ -70,6 +70,7 @@ class BaseGeometry:
     module path to its class name and `parameters` every parameter to its shape,
     so that what exists but cannot be served is refused by name.
     `transposed_experts` are the modules whose experts are stored as [in, out].
+    `embedding_dtype` is what the token embedding is held in.
     `rows` is what a trial run showed of the modules that work row by row, by path, and
     `layers` what it showed of each layer's attention; empty without one.
     """
@@ -84,6 +85,7 @@ class BaseGeometry:
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     transposed_experts: frozenset[str] = frozenset()
     tied: bool = False
+    embedding_dtype: "torch.dtype | None" = None
     rows: Mapping[str, RowAxes] = field(default_factory=dict)
     layers: tuple[LayerGeometry, ...] = ()
 
@@ -126,6 +128,7 @@ class BaseGeometry:
                 path for path, m in model.named_modules() if getattr(m, "is_transposed", False)
             ),
             tied=head is not None and head.weight is embedding.weight,
+            embedding_dtype=embedding.weight.dtype,
         )
 
 

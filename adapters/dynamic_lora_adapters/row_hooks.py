@@ -65,6 +65,8 @@ class RowHooks:
     ) -> None:
         # Gemma multiplies its embeddings inside the module; a delta is multiplied alike.
         factor = getattr(module, "embed_scale", 1.0)
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(output.dtype)
         for segment in self._site.segments:
             rows, terms = segment.rows, segment.terms
             if path in terms.embeddings:

@@ -423,6 +423,18 @@ def test_copies_of_a_tied_pair_must_agree(tmp_path: Path) -> None:
     refused(folder, model, InvalidAdapter, "The copies of .* differ; the base model has one")
 
 
+def test_copies_are_rounded_as_the_base_is(tmp_path: Path) -> None:
+    """The file was saved in float32, from a base that is served in bfloat16."""
+    model = TINY_MODELS["llama"]()
+    config = lora(target_modules=["q_proj"])
+    folder = save_adapter(tmp_path, model, config, save_embedding_layers=True)
+    rounded = TINY_MODELS["llama"]()
+    rounded.to(torch.bfloat16)  # type: ignore[arg-type]
+    terms = read(folder, rounded)
+    assert not terms.embeddings
+    assert all(path.endswith("q_proj") for path in terms.linears)
+
+
 def test_modules_that_take_no_new_value_are_refused(tmp_path: Path) -> None:
     model = TINY_MODELS["gpt2"]()
     config = lora(target_modules=["c_attn"], modules_to_save=["wpe"])
