@@ -17,6 +17,7 @@ import torch
 
 from dynamic_lora_adapters.factor_layout import TILE_RANKS, read_tiles, write_tiles
 from dynamic_lora_adapters.terms import LinearTerms
+from dynamic_lora_adapters.value_range import balanced
 
 RANK_MULTIPLE = TILE_RANKS
 # Costs are measured with adapters of this rank on every layer but the output head.
@@ -80,6 +81,13 @@ class GroupTerms:
     def joined(self) -> "GroupTerms":
         """Themselves: what has been joined stays so."""
         return self
+
+    def fitted(self, dtype: torch.dtype) -> "GroupTerms":
+        """The same, with factors that a dtype of few exponents holds too."""
+        if self.a is None or self.b is None or dtype != torch.float16:
+            return self
+        a, b = balanced(self.a, self.b)
+        return replace(self, a=a, b=b)
 
     def write(self, place: "GroupTerms") -> None:
         """Copy the terms to where they are to lie, in the dtype of the place."""
