@@ -16,9 +16,10 @@ from dynamic_lora_adapters.errors import (
 from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
 from dynamic_lora_adapters.index import AdapterEvent, EventKind
 from dynamic_lora_adapters.inspection import AdapterVersion
+from dynamic_lora_adapters.lease import Lease
 from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.registry import AdapterRegistry, Lease, Publication
+from dynamic_lora_adapters.registry import AdapterRegistry, Publication
 from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_adapters.weights import read_adapter

@@ -31,6 +31,33 @@ class EmbeddingShape:
     dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """Sizes of one layer's keys and values, as observed in the start-up probe."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        """Keys and values of one token."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class RowAxes:
+    """Along which axis a module has a row for each token of a batch.
+
+    One axis for each of its outputs; for each argument, by position or name, one, or None
+    where it is no tensor of rows.
+    """
+
+    outputs: tuple[int, ...]
+    args: tuple[int | None, ...] = ()
+    kwargs: Mapping[str, int | None] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseGeometry:
     """A base model as adapters see it. All paths are below the causal LM.
@@ -43,6 +70,9 @@ class BaseGeometry:
     module path to its class name and `parameters` every parameter to its shape,
     so that what exists but cannot be served is refused by name.
     `transposed_experts` are the modules whose experts are stored as [in, out].
+    `embedding_dtype` is what the token embedding is held in.
+    `rows` is what a trial run showed of the modules that work row by row, by path, and
+    `layers` what it showed of each layer's attention; empty without one.
     """
 
     model_id: str
@@ -55,6 +85,9 @@ class BaseGeometry:
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     transposed_experts: frozenset[str] = frozenset()
     tied: bool = False
+    embedding_dtype: "torch.dtype | None" = None
+    rows: Mapping[str, RowAxes] = field(default_factory=dict)
+    layers: tuple[LayerGeometry, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -95,6 +128,7 @@ class BaseGeometry:
                 path for path, m in model.named_modules() if getattr(m, "is_transposed", False)
             ),
             tied=head is not None and head.weight is embedding.weight,
+            embedding_dtype=embedding.weight.dtype,
         )
 
 

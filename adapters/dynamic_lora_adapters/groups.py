@@ -17,6 +17,7 @@ import torch
 
 from dynamic_lora_adapters.factor_layout import TILE_RANKS, read_tiles, write_tiles
 from dynamic_lora_adapters.terms import LinearTerms
+from dynamic_lora_adapters.value_range import balanced
 
 RANK_MULTIPLE = TILE_RANKS
 # Costs are measured with adapters of this rank on every layer but the output head.
@@ -92,6 +93,13 @@ class GroupTerms:
         """Themselves: what has been joined stays so."""
         return self
 
+    def fitted(self, dtype: torch.dtype) -> "GroupTerms":
+        """The same, with factors that a dtype of few exponents holds too."""
+        if self.a is None or self.b is None or dtype != torch.float16:
+            return self
+        a, b = balanced(self.a, self.b)
+        return replace(self, a=a, b=b)
+
     def write(self, place: "GroupTerms") -> None:
         """Copy the terms to where they are to lie, in the dtype of the place."""
         assert not place.tiled
@@ -142,6 +150,25 @@ class GroupTerms:
         if self.a is not None and self.b is not None:
             folded = torch.addmm(folded, exact(self.b).T, exact(self.a))
         return folded if self.dense is None else folded + exact(self.dense)
+
+    def delta_norms(self, widths: Sequence[int]) -> torch.Tensor:
+        """At most what is added to the weight of each member [width, in], as Frobenius norms.
+
+        Shape: [members], on the terms' device. `scale` is left out.
+        """
+        assert not self.tiled
+        norms = torch.zeros(len(widths))
+        if self.a is not None and self.b is not None:
+            # Of b^T a, without making it: tr((b b^T) (a a^T)).
+            a, b = self.a.float(), self.b.float()
+            inner = a @ a.T
+            squares = [(part @ part.T * inner).sum() for part in b.split(list(widths), dim=1)]
+            norms = torch.stack(squares).clamp(min=0).sqrt()
+        if self.dense is not None:
+            parts = self.dense.float().split(list(widths))
+            dense = torch.stack([torch.linalg.matrix_norm(part) for part in parts])
+            norms = norms.to(dense.device) + dense
+        return norms
 
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:
         """The inverse of `fold`, in float32, up to rounding."""

@@ -198,6 +198,15 @@ class AdapterIndex:
             session.add(row)
             session.commit()
 
+    def put_sizes(self, digest: str, sizes: Mapping[str, int]) -> None:
+        """Say anew how large the files of a content are, under every name of every base."""
+        with Session(self._engine) as session:
+            query = select(VersionRow).where(VersionRow.digest == digest)
+            for row in session.exec(query).all():
+                row.sizes = json.dumps(sizes, sort_keys=True)
+                session.add(row)
+            session.commit()
+
     def drop(self, name: str, kind: EventKind, *, base: str | None = None) -> None:
         """Forget a name (of `base`, by default the one served) and its version."""
         base = base or self._base

@@ -11,9 +11,10 @@ from dynamic_lora_adapters.base_weights import BaseWeights, NoWeights
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
 from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.config_values import read_text
+from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.json_file import read_json_object
-from dynamic_lora_adapters.kinds import KindSpec, read_kind
+from dynamic_lora_adapters.kinds import KindSpec, kind_notes, read_kind
 from dynamic_lora_adapters.names import check_base_model
 from dynamic_lora_adapters.passport import Passport, write_passport
 from dynamic_lora_adapters.self_check import self_check
@@ -26,6 +27,8 @@ from dynamic_lora_adapters.weights import WEIGHTS_FILE, content_digest, read_wit
 if TYPE_CHECKING:
     import torch
 
+# Of lists with as many entries as are read.
+_MAX_CONFIG_BYTES = 4 << 20
 _BASE_KEY = "base_model_name_or_path"
 
 
@@ -51,6 +54,14 @@ def folder_digest(folder: Path) -> str:
     content = read_json_object(card) if card.exists() else None
     spec = _parse(_config(folder))
     return content_digest(spec, folder / WEIGHTS_FILE, content, ChatFormat.read(folder))
+
+
+def is_sound(folder: Path, digest: str) -> bool:
+    """Whether a folder holds the content of this digest, whole and unchanged."""
+    try:
+        return folder_digest(folder) == digest
+    except (AdapterError, OSError):
+        return False
 
 
 class Inspector:
@@ -141,11 +152,12 @@ class Inspector:
         spec = _parse(config)
         if isinstance(spec, LoraSpec):
             return read_with_notes(folder, spec, self._geometry, self._base)
-        return read_kind(folder, config, self._geometry, self._base), []
+        notes = kind_notes(config)
+        return read_kind(folder, config, self._geometry, self._base), notes
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder / CONFIG_FILE)
+    return read_json_object(folder / CONFIG_FILE, max_bytes=_MAX_CONFIG_BYTES)
 
 
 def _parse(config: Mapping[str, Any]) -> LoraSpec | KindSpec:

@@ -8,6 +8,7 @@ restoring happen between two steps, so no step sees half-folded weights.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,9 @@ from dynamic_lora_adapters.layers import GroupedProjection
 from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.pristine import Pristine
 from dynamic_lora_adapters.slab import ResidentAdapter
+
+# Other rows get W x back as (W + BA) x - BA x, whose error grows as BA does beside W.
+_LARGEST_DELTA = 4.0
 
 
 class MergeFailed(Exception):
@@ -47,6 +51,39 @@ class Merger:
     def drift(self) -> float:
         """Largest known difference between a restored weight and the checkpoint's; 0 if exact."""
         return self._pristine.drift
+
+    @torch.inference_mode()
+    def spares_others(self, adapter: ResidentAdapter) -> bool:
+        """Whether the rows of others keep their digits while the weights hold `adapter`.
+
+        No layer's delta may be larger than _LARGEST_DELTA times its weight, by Frobenius
+        norms. Takes a part of what a switch takes. First asked before anything is merged.
+        """
+        adapter.await_upload()
+        terms = _terms(adapter)
+        for index, projection in enumerate(self._projections):
+            found = _plain(terms, projection.group, index)
+            if found is None:
+                continue
+            norms = found.delta_norms(projection.group.widths).cpu()
+            if not bool((norms <= self._largest_norms[index]).all()):
+                return False
+        return True
+
+    @cached_property
+    def _largest_norms(self) -> list[torch.Tensor]:
+        """For each group [members], how large a delta may be."""
+        assert self._merged is None, "the weights are measured before anything is merged"
+        return [
+            _LARGEST_DELTA
+            * torch.tensor(
+                [
+                    float(torch.linalg.vector_norm(part, dtype=torch.float32))
+                    for part in projection.weight.split(list(projection.group.widths))
+                ]
+            )
+            for projection in self._projections
+        ]
 
     @torch.inference_mode()
     def switch(self, adapter: ResidentAdapter | None) -> None:

@@ -30,7 +30,9 @@ from dynamic_lora_adapters.inspection import (
     Inspector,
     declared_base,
     folder_digest,
+    is_sound,
 )
+from dynamic_lora_adapters.lease import Lease
 from dynamic_lora_adapters.names import check_adapter_name, model_leaf
 from dynamic_lora_adapters.near_names import near_names
 from dynamic_lora_adapters.passport import Passport
@@ -50,25 +52,6 @@ class Publication:
 
     passport: Passport
     created: bool
-
-
-class Lease(AbstractContextManager["Lease"]):
-    """Keeps a version's files on disk while it is in use; releasing twice is harmless."""
-
-    __slots__ = ("_registry", "released", "version")
-
-    def __init__(self, version: AdapterVersion, registry: "AdapterRegistry") -> None:
-        self.version = version
-        self.released = False
-        self._registry = registry
-
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _value: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self._registry.release(self)
 
 
 class AdapterRegistry:
@@ -161,8 +144,9 @@ class AdapterRegistry:
         """Check everything about the adapter in a `staging` folder and give it a name.
 
         A name that exists moves to the new content; requests that hold a lease
-        keep the old one. `force` accepts an adapter that declares another base
-        model, if its shapes fit. Raises an `AdapterError`; nothing is changed then.
+        keep the old one. Files of the same content that were damaged on disk are
+        replaced. `force` accepts an adapter that declares another base model, if its
+        shapes fit. Raises an `AdapterError`; nothing is changed then.
         """
         check_adapter_name(name, reserved=self.reserved)
         version = self._inspector.inspect(name, folder, force=force, ignored_files=ignored_files)
@@ -205,7 +189,7 @@ class AdapterRegistry:
         with self._lock:
             version = self.resolve(name)
             self._num_leases[version.digest] += 1
-        return Lease(version, self)
+        return Lease(version, self.release)
 
     def release(self, lease: Lease) -> None:
         """End a lease; the last one of a forgotten version removes its files."""
@@ -282,6 +266,10 @@ class AdapterRegistry:
             version.chat.save(folder)
         self._store.prepare(folder)
         with self._change():
+            if self._is_damaged(version.digest):
+                self._store.remove(version.digest)
+                self._store.publish(folder, version.digest)
+                self._index.put_sizes(version.digest, self._store.sizes(version.digest))
             current = self._versions.get(version.name)
             if current is not None and current.digest == version.digest:
                 return Publication(current.passport, created=False)
@@ -315,6 +303,13 @@ class AdapterRegistry:
                 yield
         finally:
             self._store.sweep()
+
+    def _is_damaged(self, digest: str) -> bool:
+        """Whether files of a content that a name may have are not what they were, or gone."""
+        folder = self._store.path(digest)
+        if folder.is_dir():
+            return not is_sound(folder, digest)
+        return any(version.digest == digest for version in self._versions.copy().values())
 
     def _digest(self, name: str) -> str | None:
         """The content that a name means, whether or not it can be read."""

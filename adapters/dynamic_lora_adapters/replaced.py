@@ -64,8 +64,20 @@ def find_changes(
     return changes
 
 
+def check_rows(path: str, geometry: BaseGeometry, *, field: str) -> None:
+    """Raise `UnsupportedAdapter` for a module whose rows a trial run did not tell apart."""
+    if path not in geometry.rows:
+        raise UnsupportedAdapter(
+            f"The adapter has new values for {path!r} ({geometry.modules.get(path)}), which was "
+            "not seen to work on each token by itself; they are not served.",
+            field=field,
+            fix="Leave the module out of what the adapter trains.",
+        )
+
+
 def _check_rowwise(name: str, geometry: BaseGeometry) -> None:
-    kind = geometry.modules.get(name.rpartition(".")[0], geometry.model_type)
+    path = name.rpartition(".")[0]
+    kind = geometry.modules.get(path, geometry.model_type)
     if not any(part in kind for part in _ROWWISE):
         raise UnsupportedAdapter(
             f"The adapter has a new value for {name!r} ({kind}), which is not served: "
@@ -73,3 +85,4 @@ def _check_rowwise(name: str, geometry: BaseGeometry) -> None:
             field=name,
             fix="Leave the module out of modules_to_save, target_parameters and bias.",
         )
+    check_rows(path, geometry, field=name)

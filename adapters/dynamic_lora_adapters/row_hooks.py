@@ -1,6 +1,6 @@
 """Applies row terms: forward hooks on the modules that an adapter changes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,16 +8,24 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.geometry import RowAxes
 from dynamic_lora_adapters.layers import DeltaSite
+from dynamic_lora_adapters.row_axes import as_outputs
 from dynamic_lora_adapters.rows import RowSegment
 
 
 class RowHooks:
-    """Hooks of one model. A module gets its hook when the first adapter needs it."""
+    """Hooks of one model. A module gets its hook when the first adapter needs it.
 
-    def __init__(self, model: PreTrainedModel, site: DeltaSite) -> None:
+    `axes` says where the modules that adapters replace keep their rows, by path.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, site: DeltaSite, axes: Mapping[str, RowAxes]
+    ) -> None:
         self._model = model
         self._site = site
+        self._axes = axes
         self._hooked: set[str] = set()
         self._replaying = False
         embedding = model.get_input_embeddings()
@@ -57,6 +65,8 @@ class RowHooks:
     ) -> None:
         # Gemma multiplies its embeddings inside the module; a delta is multiplied alike.
         factor = getattr(module, "embed_scale", 1.0)
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(output.dtype)
         for segment in self._site.segments:
             rows, terms = segment.rows, segment.terms
             if path in terms.embeddings:
@@ -74,49 +84,33 @@ class RowHooks:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        """Run the module again for the rows of each adapter that replaces its parameters.
-
-        `output` is a tensor, or a tuple of tensors with a row for each token
-        (a router's).
-        """
+        """Run the module again for the rows of each adapter that replaces its parameters."""
         if self._replaying:
             return output
-        outputs = output if isinstance(output, tuple) else (output,)
+        axes = self._axes[path]
         self._replaying = True
         try:
             for segment in self._site.segments:
                 parameters = segment.terms.overrides.get(path)
                 if parameters is None:
                     continue
-                axis = _row_axis(outputs[0])
-                num_rows = outputs[0].shape[axis]
-                cut = [_cut(arg, segment.rows, axis, num_rows) for arg in args]
-                named = {k: _cut(v, segment.rows, axis, num_rows) for k, v in kwargs.items()}
+                rows = segment.rows
+                cut = [_cut(a, axis, rows) for a, axis in zip(args, axes.args, strict=True)]
+                named = {name: _cut(v, axes.kwargs[name], rows) for name, v in kwargs.items()}
                 again = functional_call(module, dict(parameters), tuple(cut), named)
-                parts = again if isinstance(again, tuple) else (again,)
-                for whole, part in zip(outputs, parts, strict=True):
-                    place = whole[segment.rows] if axis == 0 else whole[:, segment.rows]
-                    place.copy_(part)
+                places = zip(as_outputs(output), as_outputs(again), axes.outputs, strict=True)
+                for whole, part, axis in places:
+                    _cut(whole, axis, rows).copy_(part)
         finally:
             self._replaying = False
         return output
 
 
-def _row_axis(output: torch.Tensor) -> int:
-    """Rows come first, or behind a batch axis of one packed row."""
-    return 1 if output.dim() > 2 and output.shape[0] == 1 else 0
-
-
-def _cut(value: Any, rows: slice, axis: int, num_rows: int) -> Any:
-    """The rows of a tensor argument that has as many as the output; others as they are."""
-    if not isinstance(value, torch.Tensor) or value.dim() <= axis:
+def _cut(value: Any, axis: int | None, rows: slice) -> Any:
+    """A view of the rows of a tensor that has some; others as they are."""
+    if axis is None:
         return value
-    if value.shape[axis] != num_rows:
-        # A router gets its rows behind a batch axis and answers without one.
-        if axis == 0 and value.shape[0] == 1 and value.dim() > 1 and value.shape[1] == num_rows:
-            return value[:, rows]
-        return value
-    return value[rows] if axis == 0 else value[:, rows]
+    return value.narrow(axis, rows.start, rows.stop - rows.start)
 
 
 def _place_prompt(segment: RowSegment, output: torch.Tensor) -> None:

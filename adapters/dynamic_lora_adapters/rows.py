@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, PromptTerms
+from dynamic_lora_adapters.value_range import balanced
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +34,10 @@ class EmbeddingDelta:
         """Bring the terms to the device."""
         a = b = token_ids = rows = None
         if terms.a is not None and terms.b is not None:
-            a = terms.a.T.contiguous().to(device, dtype)
-            b = terms.b.T.contiguous().to(device, dtype)
+            a, b = terms.a, terms.b.T
+            if dtype == torch.float16:
+                a, b = balanced(a, b)
+            a, b = a.T.contiguous().to(device, dtype), b.contiguous().to(device, dtype)
         if terms.rows is not None and terms.token_ids is not None:
             token_ids, order = terms.token_ids.sort()
             token_ids, rows = token_ids.to(device), terms.rows[order].to(device, dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dynamic_lora_adapters.errors import InvalidAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_adapters.value_range import balanced
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def self_check(
         # Rounded first: what the inputs lose is not the adapter's doing.
         x, y = (batch.to(dtype) for batch in _probe(shape, generator))
         reference = _delta(term, x, y, torch.float64)
-        served = _delta(_rounded(term, factor_dtype), x, y, dtype).double()
+        served = _delta(_rounded(term, factor_dtype or dtype), x, y, dtype).double()
         if not bool(served.isfinite().all()):
             raise InvalidAdapter(
                 f"The delta on {path!r} overflows in {str(dtype).removeprefix('torch.')}.",
@@ -59,10 +60,16 @@ def _probe(shape: LinearShape, generator: "torch.Generator") -> "Iterator[torch.
         yield torch.randn(_NUM_ROWS, width, generator=generator)
 
 
-def _rounded(term: LinearTerms, dtype: "torch.dtype | None") -> LinearTerms:
-    if dtype is None or term.a is None or term.b is None:
+def _rounded(term: LinearTerms, dtype: "torch.dtype") -> LinearTerms:
+    """With factors as a slot of `dtype` holds them."""
+    import torch
+
+    if term.a is None or term.b is None:
         return term
-    return replace(term, a=term.a.to(dtype), b=term.b.to(dtype))
+    a, b = term.a, term.b.T
+    if dtype == torch.float16:
+        a, b = balanced(a, b)
+    return replace(term, a=a.to(dtype), b=b.T.to(dtype))
 
 
 def _delta(

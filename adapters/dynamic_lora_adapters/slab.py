@@ -117,7 +117,7 @@ class ResidentAdapter:
 
     `rows` is what it does besides terms on linear layers, `invocation_ids` the
     tokens from which on it acts. It is `mergeable` if it acts on every token and
-    can be undone for other rows. `exact` holds its terms in float32 where the
+    can be undone for other rows, as far as is known. `exact` holds its terms in float32 where the
     slot's are rounded to a shorter dtype. `size` is what its slot takes, as a multiple of
     an adapter of `groups.PROBE_RANK` on every layer. The slot may be read once `uploaded`,
     if there is such an event, has come to pass.

@@ -146,8 +146,7 @@ class AdapterPool:
             if place is None:
                 return None
             slab, slot = place
-            adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids)
-            adapter.mergeable = mergeable
+            adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids, mergeable)
             adapter.size = slot_bytes / max(self._probe_bytes, 1)
             slab.tenants[slot] = adapter
         try:
@@ -178,7 +177,8 @@ class AdapterPool:
         """Write a slot that nobody else knows of: others need not wait for it."""
         sources: Sequence[Source] = members
         if self._dtype != torch.float32:
-            sources = adapter.exact = [one.joined() for one in members]
+            adapter.exact = [one.joined() for one in members]
+            sources = [one.fitted(self._dtype) for one in adapter.exact]
         adapter.uploaded = self._upload.write(sources, self._places(adapter.slab, adapter.slot))
 
     def _places(self, slab: Slab, slot: int) -> list[GroupTerms]:

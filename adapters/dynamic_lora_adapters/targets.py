@@ -1,34 +1,19 @@
 """Which modules of the base an adapter targets, exactly as PEFT decides it."""
 
-import contextlib
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.patterns import prove_fast
 from dynamic_lora_adapters.spec import ALL_LINEAR, LoraSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 T = TypeVar("T")
-
-_PROBE_SECONDS = 10.0
-_PROBE = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        re.match(pattern, name), re.fullmatch(pattern, name)
-"""
-# The shapes in which PEFT uses patterns: whole paths, ends of paths, layer segments, subtrees.
-_SHAPES = ("{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(^|.*\.){}($|\..*)")
-_PLAIN_NAME = re.compile(r"[\w.]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +48,7 @@ def find_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
     matches, `UnsupportedAdapter` if a matched module can take no delta,
     `InvalidAdapter` for a pattern that takes unreasonably long to match.
     """
-    _prove_patterns_fast(spec, geometry.modules)
+    prove_fast(spec.patterns(), _matched_names(spec, geometry))
     try:
         targets = _matches(spec, geometry)
     except re.error as error:
@@ -216,38 +201,9 @@ def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":
     )
 
 
-def _prove_patterns_fast(spec: LoraSpec, names: Iterable[str]) -> None:
-    # A regular expression can backtrack for hours while it holds the interpreter
-    # lock. Patterns from outside are first run in a process that can be killed.
-    patterns = [pattern for _, pattern in spec.patterns() if not _PLAIN_NAME.fullmatch(pattern)]
-    if not patterns:
-        return
-    probes = [shape.replace("{}", pattern) for pattern in patterns for shape in _SHAPES]
-    probes = [probe for probe in probes if _compiles(probe)]
-    try:
-        # Not checked: a pattern that fails there fails here too, with its own error.
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _PROBE],
-            input=json.dumps([probes, list(names)]).encode(),
-            timeout=_PROBE_SECONDS,
-            capture_output=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        key = ", ".join(sorted({key for key, _ in spec.patterns()}))
-        raise InvalidAdapter(
-            f"A regular expression in {key} takes over {_PROBE_SECONDS:.0f} seconds to match.",
-            field=key,
-            fix="List the module names instead.",
-        ) from None
-
-
-def _compiles(pattern: str) -> bool:
-    # Inline flags, for one, are legal only at the start of a pattern.
-    with contextlib.suppress(re.error):
-        re.compile(pattern)
-        return True
-    return False
+def _matched_names(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
+    """All that the patterns of a config are matched with here."""
+    return [*geometry.modules, *(geometry.parameters if spec.target_parameters else ())]
 
 
 def _leaf_names(geometry: BaseGeometry) -> list[str]:

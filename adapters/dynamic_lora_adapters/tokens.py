@@ -49,9 +49,15 @@ def embedding_rows(token_ids: "torch.Tensor", rows: "torch.Tensor") -> Embedding
 
 
 def head_rows(token_ids: "torch.Tensor", rows: "torch.Tensor", num_tokens: int) -> LinearTerms:
-    """Row differences of the output head as factors: `a` the rows, `b` one-hot."""
+    """Row differences of the output head as factors, `a` the rows and `b` one-hot.
+
+    As a dense delta where so many rows change that factors would take more.
+    """
     import torch
 
+    dim = rows.shape[1]
+    if len(token_ids) * (num_tokens + dim) > num_tokens * dim:
+        return LinearTerms(dense=torch.zeros(num_tokens, dim).index_copy_(0, token_ids, rows))
     b = torch.zeros(num_tokens, len(token_ids))
     b[token_ids, torch.arange(len(token_ids))] = 1.0
     return LinearTerms(a=rows.contiguous(), b=b)

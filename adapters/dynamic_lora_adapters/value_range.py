@@ -39,6 +39,18 @@ def check_range(terms: AdapterTerms, dtype: "torch.dtype") -> None:
     )
 
 
+def balanced(a: "torch.Tensor", b: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+    """The same product of factors, with b's small values brought up to a's. float16 holds both.
+
+    Shapes: a [rank, in], b [rank, out]. Each rank is moved by a power of two, which rounds
+    nothing.
+    """
+    ratio = a.abs().amax(1) / b.abs().amax(1)
+    exponents = (ratio.log2() / 2).nan_to_num(0.0, 0.0, 0.0).round().clamp(0, 60)
+    factor = exponents.exp2()[:, None]
+    return a / factor, b * factor
+
+
 def find_too_large(terms: AdapterTerms, dtype: "torch.dtype") -> tuple[str, float] | None:
     """The first place whose values are too large or not finite in `dtype`, and their size.
 

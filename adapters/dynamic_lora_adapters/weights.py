@@ -141,11 +141,16 @@ def _replaced_values(
 def _embedding_copies(checkpoint: Checkpoint, geometry: BaseGeometry) -> "dict[str, torch.Tensor]":
     """Embedding and head as the file holds them unasked (PEFT's `save_embedding_layers`).
 
-    PEFT loads them into the base itself: of a tied pair one changes the other.
+    PEFT loads them into the base itself, which rounds them to what it is held in; of a tied
+    pair one changes the other.
     """
+    import torch
+
     weights = [f"{path}.weight" for path in (*geometry.embeddings, *geometry.heads)]
     copies = {
         name: checkpoint.take(name, Part.PARAMETER, geometry.parameters[name])
+        .to(geometry.embedding_dtype or torch.float32)
+        .to(torch.float32)
         for name in checkpoint.parameters_left()
         if name in weights
     }

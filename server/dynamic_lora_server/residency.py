@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.composition import Composition, Part
-from dynamic_lora_adapters.registry import AdapterRegistry, Lease
+from dynamic_lora_adapters.lease import Lease
+from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions, check_version
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slots import AdapterPool

@@ -7,7 +7,6 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from dynamic_lora_adapters import (
     AdapterTerms,
-    BaseGeometry,
     InvalidAdapter,
     LoraSpec,
     UnsupportedAdapter,
@@ -17,6 +16,7 @@ from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.json_file import read_json_object
 from tests.support.adapters import edit_config, load_with_peft, save_adapter
 from tests.support.apply_terms import logits
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MOE_MODELS
 from tests.support.uploads import edit_tensors
 
@@ -26,7 +26,7 @@ EXPERTS = "model.layers.0.mlp.experts"
 
 def read(folder: Path, model: PreTrainedModel) -> AdapterTerms:
     spec = LoraSpec.parse(read_json_object(folder / "adapter_config.json"))
-    return read_adapter(folder, spec, BaseGeometry.of(model, model_id="x"), ModelWeights(model))
+    return read_adapter(folder, spec, geometry_of(model), ModelWeights(model))
 
 
 def tiny_gpt_oss() -> GptOssForCausalLM:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -16,8 +18,10 @@ from transformers import LlamaForCausalLM
 from dynamic_lora_adapters import BaseGeometry, InvalidAdapter, Passport, UnsupportedAdapter
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.inspection import Inspector, declared_base, folder_digest
+from dynamic_lora_adapters.spec import MAX_LISTED
 from tests.adapters.kinds.checkpoints import edit_tensors, make
 from tests.support.adapters import edit_config, quiet, save_adapter
+from tests.support.geometry import geometry_of
 from tests.support.models import tiny_llama
 
 
@@ -86,6 +90,56 @@ def test_other_kinds_are_read_too(inspector: Inspector, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("peft_version", [None, "0.17.1", "0.18.0"])
+def test_what_peft_warns_of_is_noted(
+    peft_version: str | None, model: LlamaForCausalLM, inspector: Inspector, tmp_path: Path
+) -> None:
+    config = OFTConfig(
+        task_type="CAUSAL_LM", target_modules=["v_proj"], oft_block_size=8, use_cayley_neumann=True
+    )
+    make(tmp_path, model, config)
+    edit_config(tmp_path, base_model_name_or_path=None, peft_version=peft_version)
+    notes = passport_of(tmp_path, inspector).notes
+    warned = [note for note in notes if "parameterization has been slightly changed" in note]
+    assert len(warned) == (peft_version != "0.18.0")
+    assert all(note.startswith("PEFT warns: The cayley-neumann") for note in warned)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("oft_block_size", None, "OFT has been updated since PEFT 0.14.0"),
+        ("peft_version", 18, "peft_version"),
+        ("peft_version", "soon", "PEFT cannot build"),
+    ],
+)
+def test_a_config_that_peft_does_not_load_is_refused(
+    key: str,
+    value: object,
+    text: str,
+    model: LlamaForCausalLM,
+    inspector: Inspector,
+    tmp_path: Path,
+) -> None:
+    config = make(
+        tmp_path,
+        model,
+        OFTConfig(target_modules=["v_proj"], oft_block_size=32, use_cayley_neumann=True),
+    )
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, key: value}
+    if value is None:
+        del config[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidAdapter, match=text):
+        passport_of(tmp_path, inspector)
+
+
+def test_a_config_may_list_every_module_of_a_large_base(adapter: Path) -> None:
+    names = [f"model.layers.{i}.block_sparse_moe.experts.127.gate_proj" for i in range(MAX_LISTED)]
+    edit_config(adapter, target_modules=names)
+    assert folder_digest(adapter)
+
+
 LARGE: dict[str, tuple[PeftConfig, str]] = {
     "prompt": (
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
@@ -114,7 +168,7 @@ def test_values_that_no_product_survives_are_refused(
     config, place = LARGE[case]
     make(tmp_path, model, config)
     base = ModelWeights(model)
-    geometry = BaseGeometry.of(model, model_id="org/Tiny-Llama")
+    geometry = geometry_of(model, model_id="org/Tiny-Llama")
     full, half = (Inspector(geometry, base=base, dtype=d) for d in (None, torch.float16))
     edit_tensors(tmp_path, lambda tensors: _fill(tensors, 20_000.0))
     passport_of(tmp_path, full)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters import (
     AdapterTerms,
-    BaseGeometry,
     IncompatibleAdapter,
     InvalidAdapter,
     LoraSpec,
@@ -23,6 +22,7 @@ from dynamic_lora_adapters.json_file import read_json_object
 from dynamic_lora_adapters.passport import find_features
 from tests.support.adapters import edit_config, load_with_peft, quiet, save_adapter
 from tests.support.apply_terms import logits
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MODELS, TINY_MOE_MODELS
 from tests.support.uploads import edit_tensors
 
@@ -35,7 +35,7 @@ BIASED = {"attention_bias": True}
 
 def read(folder: Path, model: PreTrainedModel) -> AdapterTerms:
     spec = LoraSpec.parse(read_json_object(folder / "adapter_config.json"))
-    geometry = BaseGeometry.of(model, model_id="tiny")
+    geometry = geometry_of(model)
     return read_adapter(folder, spec, geometry, ModelWeights(model))
 
 
@@ -423,6 +423,18 @@ def test_copies_of_a_tied_pair_must_agree(tmp_path: Path) -> None:
     refused(folder, model, InvalidAdapter, "The copies of .* differ; the base model has one")
 
 
+def test_copies_are_rounded_as_the_base_is(tmp_path: Path) -> None:
+    """The file was saved in float32, from a base that is served in bfloat16."""
+    model = TINY_MODELS["llama"]()
+    config = lora(target_modules=["q_proj"])
+    folder = save_adapter(tmp_path, model, config, save_embedding_layers=True)
+    rounded = TINY_MODELS["llama"]()
+    rounded.to(torch.bfloat16)  # type: ignore[arg-type]
+    terms = read(folder, rounded)
+    assert not terms.embeddings
+    assert all(path.endswith("q_proj") for path in terms.linears)
+
+
 def test_modules_that_take_no_new_value_are_refused(tmp_path: Path) -> None:
     model = TINY_MODELS["gpt2"]()
     config = lora(target_modules=["c_attn"], modules_to_save=["wpe"])
@@ -464,4 +476,4 @@ def test_an_adapter_that_needs_the_base_says_so(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path, model, lora(target_modules=QV, use_dora=True))
     spec = LoraSpec.parse(read_json_object(folder / "adapter_config.json"))
     with pytest.raises(ValueError, match=r"against the base model's '.*q_proj.weight': pass base"):
-        read_adapter(folder, spec, BaseGeometry.of(model, model_id="tiny"))
+        read_adapter(folder, spec, geometry_of(model))

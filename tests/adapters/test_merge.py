@@ -131,6 +131,25 @@ def test_an_adapter_that_cannot_be_undone_is_not_merged() -> None:
     assert rig.admit("plain", random_terms(rig.geometry, 1)).mergeable
 
 
+@pytest.mark.parametrize("part", ["factors", "dense"])
+def test_an_adapter_far_larger_than_the_weights_does_not_spare_others(part: str) -> None:
+    """Measured by layer: `v_proj` shares a group with two that are ten times as large."""
+    rig = Rig()
+    path = "model.layers.0.self_attn.v_proj"
+    for projection in rig.projections:
+        if path in projection.group.paths:
+            projection.weight[: -projection.group.widths[-1]].mul_(10)
+    weight = rig.model.get_parameter(f"{path}.weight").data
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    for times, spares in ((3.9, True), (4.1, False)):
+        delta = LinearTerms(a=(s[:, None] * v) * times, b=u)
+        if part == "dense":
+            delta = LinearTerms(dense=weight * times)
+        adapter = rig.admit(str(times), AdapterTerms(linears={path: delta}))
+        assert rig.merger.spares_others(adapter) is spares
+    assert rig.merger.spares_others(rig.admit("plain", random_terms(rig.geometry, 1)))
+
+
 def test_subtracting_drifts_within_its_bound_and_is_refreshed() -> None:
     rig = Rig(torch.bfloat16)
     stored = [projection.weight.clone() for projection in rig.projections]

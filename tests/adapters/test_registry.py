@@ -35,7 +35,7 @@ from dynamic_lora_adapters import (
 )
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.index import AdapterIndex
-from dynamic_lora_adapters.inspection import Inspector
+from dynamic_lora_adapters.inspection import Inspector, folder_digest
 from dynamic_lora_adapters.near_names import near_names
 from tests.support.adapters import edit_config, save_adapter
 from tests.support.models import TINY_MODELS
@@ -397,6 +397,32 @@ def test_damaged_files_are_dropped_with_a_warning(
         assert kinds(registry, "ner") == [EventKind.UPLOADED, EventKind.LOST]
     assert "'ner' dropped: its files are damaged or gone" in caplog.text
     assert_clean(home, {kept})
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed", "a file gone"])
+def test_uploading_again_mends_damaged_files(
+    damage: str, home: Path, geometry: BaseGeometry, adapter: Path, tmp_path: Path
+) -> None:
+    respelt = copy_adapter(adapter, tmp_path / "respelt")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (respelt / "adapter_config.json").write_text(json.dumps(config))
+    with AdapterRegistry(home, geometry) as registry:
+        digest = publish(registry, "ner", adapter).passport.version
+        publish(registry, "other", adapter)
+        weights = home / "adapters" / digest / WEIGHTS_FILE
+        if damage == "gone":
+            shutil.rmtree(weights.parent)
+        elif damage == "changed":
+            weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        else:
+            weights.unlink()
+        again = publish(registry, "ner", respelt)
+        assert (again.created, again.passport.version) == (False, digest)
+        assert folder_digest(home / "adapters" / digest) == digest
+        assert registry.load(digest).linears
+        assert_clean(home, {digest})
+    with AdapterRegistry(home, geometry) as registry:
+        assert names(registry) == ["ner", "other"]
 
 
 def test_a_passport_of_another_release_is_written_anew(

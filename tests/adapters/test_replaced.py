@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters import BaseGeometry, UnsupportedAdapter
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.replaced import Changes, find_changes
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MODELS
 
 C_FC = "transformer.h.1.mlp.c_fc"
@@ -19,10 +20,14 @@ def model() -> PreTrainedModel:
     return TINY_MODELS["gpt2"]()
 
 
-def changes_of(model: PreTrainedModel, differences: Mapping[str, torch.Tensor]) -> Changes:
+def changes_of(
+    model: PreTrainedModel,
+    differences: Mapping[str, torch.Tensor],
+    geometry: BaseGeometry | None = None,
+) -> Changes:
     base = ModelWeights(model)
     values = {name: base.parameter(name) + change for name, change in differences.items()}
-    return find_changes(values, BaseGeometry.of(model, model_id="x"), base)
+    return find_changes(values, geometry or geometry_of(model), base)
 
 
 def test_each_parameter_becomes_what_its_module_takes(model: PreTrainedModel) -> None:
@@ -65,4 +70,13 @@ def test_other_modules_are_refused(model: PreTrainedModel) -> None:
     message = rf"a new value for '{name}' \(Embedding\), which is not served"
     with pytest.raises(UnsupportedAdapter, match=message) as caught:
         changes_of(model, {name: torch.tensor(1.0)})
+    assert caught.value.field == name
+
+
+def test_modules_whose_rows_are_not_known_are_refused(model: PreTrainedModel) -> None:
+    name = f"{LN}.bias"
+    unseen = BaseGeometry.of(model, model_id="x")
+    message = rf"for '{LN}' \(LayerNorm\), which was not seen to work on each token by itself"
+    with pytest.raises(UnsupportedAdapter, match=message) as caught:
+        changes_of(model, {name: torch.tensor(1.0)}, unseen)
     assert caught.value.field == name

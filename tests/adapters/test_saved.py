@@ -23,8 +23,9 @@ from dynamic_lora_adapters.errors import (
 from dynamic_lora_adapters.grammar import parse_parts
 from dynamic_lora_adapters.index import AdapterIndex
 from dynamic_lora_adapters.inspection import AdapterVersion
+from dynamic_lora_adapters.lease import Lease
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.registry import AdapterRegistry, Lease
+from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import CompositionNotFound, NameTaken, SavedCompositions
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms, PromptTerms
 
@@ -45,7 +46,7 @@ class Registry(AdapterRegistry):
 
     def lease(self, name: str) -> Lease:
         self.num_leased += 1
-        return Lease(self.resolve(name), self)
+        return Lease(self.resolve(name), self.release)
 
     def release(self, lease: Lease) -> None:
         lease.released = True

@@ -44,6 +44,13 @@ def test_factors_of_a_shorter_format_show(seed: int) -> None:
     assert self_check(checked, GEOMETRY, torch.float32, torch.float32) < 1e-6
 
 
+def test_a_small_scaling_takes_nothing_from_float16() -> None:
+    term = dataclasses.replace(terms(), scale=None, dense=None, bias=None)
+    assert term.b is not None
+    small = dataclasses.replace(term, b=term.b * 1e-3 / 256)
+    assert check(small, torch.float16) < 2 * check(term, torch.float16)
+
+
 def test_the_same_adapter_gets_the_same_figure() -> None:
     assert check(terms(), torch.bfloat16) == check(terms(), torch.bfloat16)
 

@@ -55,6 +55,23 @@ def admit(pool: AdapterPool, digest: str, rank: int = 8) -> ResidentAdapter:
     return adapter
 
 
+def test_float16_holds_factors_whose_scaling_is_small() -> None:
+    """As a scaling of 1/256 makes them: by themselves below what float16 has eleven bits for."""
+    terms = factors(8, seed=3).linears["q"]
+    assert terms.a is not None and terms.b is not None
+    small = replace(terms, b=terms.b * 1e-3 / 256)
+    half = AdapterPool(GROUPS, budget_bytes=2**20, device=torch.device("cpu"), dtype=torch.float16)
+    adapter = half.admit("a", AdapterTerms(linears={"q": small}))
+    assert adapter is not None and adapter.exact is not None
+    kept, exact = adapter.slab.terms(0, adapter.slot), adapter.exact[0]
+    assert kept.a is not None and kept.b is not None and exact.a is not None
+    assert small.b is not None
+    delta = small.b @ terms.a
+    difference = (kept.b.float().T[:16] @ kept.a.float() - delta).abs().max()
+    assert difference < 1e-3 * delta.abs().max()
+    assert exact.a[:8].equal(terms.a)
+
+
 def test_admitted_factors_lie_in_the_slot() -> None:
     pool = make_pool(2)
     adapter = pool.admit("a", factors(5, seed=3))

@@ -1,4 +1,5 @@
 import copy
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaForCausalLM
 
-import dynamic_lora_adapters.targets as targets_module
+import dynamic_lora_adapters.patterns as patterns_module
 from dynamic_lora_adapters import (
     BaseGeometry,
     IncompatibleAdapter,
@@ -156,14 +157,39 @@ def test_names_that_match_nothing_beside_others_are_told(geometry: BaseGeometry)
             {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "(.+)+"},
             "layers_pattern",
         ),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "target_parameters": ["v_proj.weight"],
+                # Quick for every module, whose path never ends like this.
+                "rank_pattern": {r"(?=.*\.weight$)(\w+\.?)+Z": 4},
+            },
+            "rank_pattern",
+        ),
     ],
 )
 def test_a_runaway_pattern_is_refused_in_bounded_time(
     config: dict[str, Any], key: str, geometry: BaseGeometry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets_module, "_PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(patterns_module, "_PROBE_SECONDS", 1.0)
     with pytest.raises(InvalidAdapter, match=f"in {key} takes over 1 seconds"):
         find_targets(spec_of(**config), geometry)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_proofs"),
+    [(r"^model\.layers\.0\.self_attn\.q_proj$", 0), ("layers.0.*q_proj", 1)],
+)
+def test_patterns_are_proved_once_and_paths_never(
+    pattern: str, num_proofs: int, geometry: BaseGeometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs: list[object] = []
+    monkeypatch.setattr(patterns_module, "_proved", set())
+    monkeypatch.setattr(subprocess, "run", lambda *args, **_: proofs.append(args))
+    spec = spec_of(target_modules=["q_proj"], rank_pattern={pattern: 2})
+    for _ in range(3):
+        assert [target.rank for target in find_targets(spec, geometry)] == [2, 4]
+    assert len(proofs) == num_proofs
 
 
 def test_a_pattern_that_peft_cannot_embed_is_refused(geometry: BaseGeometry) -> None:

@@ -18,6 +18,7 @@ from dynamic_lora_adapters import (
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.json_file import read_json_object
 from tests.support.adapters import edit_config, save_adapter
+from tests.support.apply_terms import linear_delta
 from tests.support.models import tiny_llama
 
 EMBEDDING = "model.embed_tokens"
@@ -60,6 +61,22 @@ def test_a_tied_head_gets_the_same_rows(tmp_path: Path) -> None:
     delta = head.b @ head.a
     assert delta[[7, 3]].equal(rows)
     assert delta.count_nonzero(dim=1).nonzero().flatten().tolist() == [3, 7]
+
+
+@pytest.mark.parametrize(("num_rows", "dense"), [(52, False), (53, True)])
+def test_a_tied_head_takes_no_more_than_a_dense_one(
+    num_rows: int, dense: bool, tmp_path: Path
+) -> None:
+    """Of 300 tokens and 64 values each."""
+    model = tiny_llama(tie_word_embeddings=True)
+    indices = list(range(290, 290 - num_rows, -1))
+    terms = read(saved(tmp_path, model, indices, ["q_proj"]), model)
+    head, rows = terms.linears["lm_head"], terms.embeddings[EMBEDDING].rows
+    assert (head.dense is not None, head.a is None) == (dense, dense)
+    delta = linear_delta(head, torch.zeros(300, 64))
+    assert rows is not None
+    assert delta[indices].equal(rows)
+    assert int(delta.any(dim=1).sum()) == num_rows
 
 
 @pytest.mark.parametrize(

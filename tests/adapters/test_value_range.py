@@ -13,7 +13,7 @@ from dynamic_lora_adapters.kernels.base import SlotFactors
 from dynamic_lora_adapters.kernels.rank_concat import RankConcat
 from dynamic_lora_adapters.segments import Run
 from dynamic_lora_adapters.terms import EmbeddingTerms, ModuleOverride, PromptTerms
-from dynamic_lora_adapters.value_range import check_range, find_too_large
+from dynamic_lora_adapters.value_range import balanced, check_range, find_too_large
 from tests.support.slabs import make_slab
 
 ONES = torch.ones(2, 2)
@@ -120,3 +120,17 @@ def test_the_look_at_norms_decides_nothing_that_the_values_do_not(
     largest = min(1e8, torch.finfo(dtype).max / 8)
     sound = all(abs(value) <= largest for value in (in_a, in_b)) and abs(4 * in_a * in_b) <= 1e8
     assert (found is None) == sound
+
+
+def test_balancing_changes_no_product_and_leaves_larger_values_of_b() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 20, generator=generator), torch.randn(6, 30, generator=generator)
+    b *= torch.tensor([1.0, 1e-6, 1e6, 0.0, 1e-3, 1e-30])[:, None]
+    a[2] = 0
+    small_a, large_b = balanced(a, b)
+    assert (small_a[:, :, None] * large_b[:, None]).equal(a[:, :, None] * b[:, None])
+    for rank in (1, 4, 5):
+        assert 0.5 <= float(small_a[rank].abs().max() / large_b[rank].abs().max()) <= 2
+    for rank in (2, 3):
+        assert small_a[rank].equal(a[rank])
+        assert large_b[rank].equal(b[rank])

@@ -9,7 +9,7 @@ import pytest
 from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
 from dynamic_lora_adapters.factor_layout import spread_width
-from dynamic_lora_adapters.registry import Lease
+from dynamic_lora_adapters.lease import Lease
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from dynamic_lora_server import room_line

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, UnsupportedAdapter
-from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.geometry import BaseGeometry, LayerGeometry
 from dynamic_lora_adapters.kinds.spec import KindSpec
 from dynamic_lora_adapters.kinds.tensors import header_shapes, read_tensors
 from dynamic_lora_adapters.terms import AdapterTerms, PromptTerms
@@ -51,7 +51,7 @@ def read_prefix(folder: Path, spec: KindSpec, geometry: BaseGeometry) -> Adapter
             f"token_dim = {width} must be a multiple of num_attention_heads = {heads}.",
             field="token_dim",
         )
-    _check_kv_width(width, geometry)
+    _check_kv(width, heads, geometry)
     shape = (num_tokens, geometry.num_layers * 2 * width)
     tensor = read_tensors(folder, {_TENSOR: shape})[_TENSOR]
     past = tensor.view(num_tokens, geometry.num_layers, 2, heads, width // heads)
@@ -84,11 +84,33 @@ def _check_base(key: str, spec: KindSpec, of_base: int, what: str) -> None:
         )
 
 
-def _check_kv_width(width: int, geometry: BaseGeometry) -> None:
-    for path, shape in geometry.linears.items():
-        if path.endswith(".k_proj") and shape.out_features != width:
-            raise IncompatibleAdapter(
-                f"token_dim = {width}, but {path!r} makes keys of {shape.out_features} values.",
-                field="token_dim",
-                fix=_FIX,
-            )
+def _check_kv(width: int, heads: int, geometry: BaseGeometry) -> None:
+    """Hold keys and values of all heads together, `width` values, against every layer's."""
+    layer = _kv_sizes(geometry)
+    if heads != layer.num_kv_heads:
+        raise IncompatibleAdapter(
+            f"num_attention_heads = {heads}, but the base model has {layer.num_kv_heads} heads of "
+            "keys and values in a layer.",
+            field="num_attention_heads",
+            fix=_FIX,
+        )
+    if width != heads * layer.key_dim:
+        raise IncompatibleAdapter(
+            f"token_dim = {width}, but a layer of the base model makes keys of {heads} x "
+            f"{layer.key_dim} values.",
+            field="token_dim",
+            fix=_FIX,
+        )
+
+
+def _kv_sizes(geometry: BaseGeometry) -> LayerGeometry:
+    """Of every layer: a prefix has keys and values of one size for all."""
+    sizes = set(geometry.layers)
+    layer = sizes.pop() if sizes else None
+    if layer is None or sizes or layer.key_dim != layer.value_dim:
+        raise UnsupportedAdapter(
+            f"{geometry.model_id!r} has no keys and values of one size in all layers, which "
+            "prefix tuning needs.",
+            field="peft_type",
+        )
+    return layer

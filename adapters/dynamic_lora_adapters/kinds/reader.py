@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_lora_adapters.base_weights import BaseWeights
+from dynamic_lora_adapters.config_values import read_text
 from dynamic_lora_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
 from dynamic_lora_adapters.kinds.factored import loha_terms, lokr_terms, vera_terms
@@ -16,7 +17,7 @@ from dynamic_lora_adapters.kinds.folded import (
 )
 from dynamic_lora_adapters.kinds.prompts import read_prefix, read_prompt
 from dynamic_lora_adapters.kinds.replaced import read_norms, read_tokens
-from dynamic_lora_adapters.kinds.replica import build_replica, calling_peft
+from dynamic_lora_adapters.kinds.replica import build_replica, calling_peft, config_warnings
 from dynamic_lora_adapters.kinds.rotated import read_boft
 from dynamic_lora_adapters.kinds.scaled import beft_terms, ia3_terms
 from dynamic_lora_adapters.kinds.spec import KindSpec
@@ -48,6 +49,15 @@ _FOLDS: Mapping[str, _Fold] = {
     "VERA": vera_terms,
     "WAVEFT": added_delta,
 }
+
+
+def kind_notes(config: Mapping[str, Any]) -> list[str]:
+    """What the uploader of an adapter with this `adapter_config.json` should know.
+
+    Raises what `read_kind` raises for a config.
+    """
+    read_text(config, "peft_version")
+    return config_warnings(KindSpec.parse(config), config)
 
 
 def read_kind(

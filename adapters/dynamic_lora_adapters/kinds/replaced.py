@@ -9,7 +9,9 @@ from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, Un
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds.spec import KindSpec
 from dynamic_lora_adapters.kinds.tensors import read_tensors
-from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms, ModuleOverride
+from dynamic_lora_adapters.replaced import check_rows
+from dynamic_lora_adapters.terms import AdapterTerms, ModuleOverride
+from dynamic_lora_adapters.tokens import embedding_rows, head_rows
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ def read_norms(folder: Path, spec: KindSpec, geometry: BaseGeometry) -> AdapterT
                 field="target_modules",
                 fix="Train the adapter with norms alone as target_modules.",
             )
+        check_rows(path, geometry, field="target_modules")
         for leaf in ("weight", "bias"):
             if (name := f"{path}.{leaf}") in geometry.parameters:
                 shapes[f"{_PREFIX}{path}{_NORM}{leaf}"] = geometry.parameters[name]
@@ -52,6 +55,8 @@ def read_tokens(
     Raises `UnsupportedAdapter` for a target that is not the token embedding,
     `IncompatibleAdapter` for a token that the base model does not have.
     """
+    import torch
+
     embedding = _embedding(spec, geometry)
     ids, shape = spec.values["token_indices"], geometry.embeddings[embedding]
     if max(ids) >= shape.num_tokens:
@@ -69,9 +74,10 @@ def read_tokens(
             field=names[-1],
         )
     rows = first - base.parameter(f"{embedding}.weight")[ids]
+    token_ids = torch.tensor(ids, dtype=torch.int64)
     return AdapterTerms(
-        embeddings={embedding: _new_rows(rows, ids)},
-        linears={head: _head_rows(rows, ids, shape.num_tokens) for head in heads},
+        embeddings={embedding: embedding_rows(token_ids, rows)},
+        linears={head: head_rows(token_ids, rows, shape.num_tokens) for head in heads},
     )
 
 
@@ -116,18 +122,3 @@ def _embedding(spec: KindSpec, geometry: BaseGeometry) -> str:
             field="target_modules",
         )
     return paths[0]
-
-
-def _new_rows(rows: "torch.Tensor", ids: list[int]) -> EmbeddingTerms:
-    import torch
-
-    return EmbeddingTerms(token_ids=torch.tensor(ids, dtype=torch.int64), rows=rows.contiguous())
-
-
-def _head_rows(rows: "torch.Tensor", ids: list[int], num_tokens: int) -> LinearTerms:
-    """A change of a few rows of the head, as factors: one row of `a` for each token."""
-    import torch
-
-    selection = torch.zeros(num_tokens, len(ids))
-    selection[ids, range(len(ids))] = 1.0
-    return LinearTerms(a=rows.contiguous(), b=selection)

@@ -58,6 +58,22 @@ def build_replica(
     return {path: model.base_model.model.get_submodule(path) for path in shapes}
 
 
+def config_warnings(spec: KindSpec, config: Mapping[str, Any]) -> list[str]:
+    """What PEFT warns of where it loads this `adapter_config.json`.
+
+    Raises `InvalidAdapter` for a config that it does not load.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    given = {key: value for key, value in config.items() if value is not None}
+    with calling_peft(spec), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(spec.peft_type)]
+        config_class.check_kwargs(**given)
+    return [f"PEFT warns: {warning.message}" for warning in caught]
+
+
 @contextlib.contextmanager
 def calling_peft(spec: KindSpec) -> Iterator[None]:
     """For code that calls PEFT: no warnings, no gradients, and its refusals as `InvalidAdapter`.

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from dynamic_lora_adapters.geometry import LayerGeometry
 from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_adapters.uncompiled import uncompiled
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.decode_groups import DecodeGroup, group_decodes
-from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
+from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.paged_attention import PagedKernel
 from dynamic_lora_server.errors import UnsupportedModel
 

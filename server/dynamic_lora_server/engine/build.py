@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.costs import KernelChooser, group_kernels
 from dynamic_lora_adapters.factor_layout import FactorLayout, layout_for
-from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.geometry import BaseGeometry, LayerGeometry
 from dynamic_lora_adapters.groups import ProjectionGroup
 from dynamic_lora_adapters.inject import head_group, inject, linear_at, observe_groups, weight_of
 from dynamic_lora_adapters.merge import Merger
@@ -18,12 +18,12 @@ from dynamic_lora_adapters.native.norm import adopt_native_norms
 from dynamic_lora_adapters.native.sampling import native_sampling
 from dynamic_lora_adapters.pristine import PristineWeights, Restore
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
+from dynamic_lora_adapters.row_axes import watching_rows
 from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
 from dynamic_lora_server.engine.drafts import MAX_DRAFT, Drafter
 from dynamic_lora_server.engine.engine import Engine
-from dynamic_lora_server.engine.kv_cache import LayerGeometry
 from dynamic_lora_server.engine.kv_layout import KVLayout
 from dynamic_lora_server.engine.kv_plan import KVWish, kv_dtype, plan_kv
 from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
@@ -123,7 +123,9 @@ def build_engine(
     on_step("Checking the model")
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = _checked_layers(model, options)
-    groups = _groups(model, geometry)
+    with watching_rows(model) as rows:
+        groups = _groups(model, geometry)
+    geometry = replace(geometry, rows=rows, layers=tuple(layers))
     kind = _product_kind(model, groups, options)
     wish = _kv_wish(model, kind, options)
     dtype = kv_dtype(model, wish)  # refused, if so, before what takes long
@@ -140,7 +142,7 @@ def build_engine(
     runner = ModelRunner(
         model=model,
         site=site,
-        hooks=RowHooks(model, site),
+        hooks=RowHooks(model, site, rows),
         merger=merger,
         cache=cache,
         chooser=chooser,

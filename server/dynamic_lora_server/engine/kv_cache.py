@@ -1,26 +1,12 @@
 """The tensors that hold keys and values, one pair per layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from dynamic_lora_adapters.arena import Arena
+from dynamic_lora_adapters.geometry import LayerGeometry
 from dynamic_lora_server.engine.prefix_cache import CellCopy
-
-
-@dataclass(frozen=True, slots=True)
-class LayerGeometry:
-    """Sizes of one layer's keys and values, as observed in the start-up probe."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def num_elements(self) -> int:
-        """Keys and values of one token."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim)
 
 
 class KVCache:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from dynamic_lora_server.engine.kv_cache import KVCache, LayerGeometry
+from dynamic_lora_adapters.geometry import LayerGeometry
+from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.kv_layout import KVLayout, contiguous_layout, paged_layout
 from dynamic_lora_server.engine.memory import share_of_free
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE

@@ -139,6 +139,11 @@ class ModeController:
             return
         if adapter is not None and not self._pool.keep(adapter):
             return  # its request was cancelled and its slot given away in this moment
+        if adapter is not None and not self._merger.spares_others(adapter):
+            adapter.mergeable = False
+            self._pool.let_go(adapter)
+            logger.info("adapter %.12s is not merged: others would lose digits", adapter.digest)
+            return
         begin = time.perf_counter()
         try:
             self._merger.switch(adapter)

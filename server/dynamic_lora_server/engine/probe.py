@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.geometry import LayerGeometry
 from dynamic_lora_server.engine.attention import ATTENTION_NAME, AttentionStep, attending
 from dynamic_lora_server.engine.batch import Span
-from dynamic_lora_server.engine.kv_cache import LayerGeometry
 from dynamic_lora_server.errors import UnsupportedModel
 
 _LENGTHS = (7, 12)

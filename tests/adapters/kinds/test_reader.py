@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.base_weights import ModelWeights
-from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds import KINDS, read_kind
 from dynamic_lora_adapters.terms import AdapterTerms
 from tests.adapters.kinds.checkpoints import edit_tensors, make, make_config, peft_logits
 from tests.support.apply_terms import logits
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MODELS
 
 TOKENS = torch.tensor([5, 9, 33, 120, 7, 250, 64, 11])
@@ -73,7 +73,7 @@ def check(
     model: PreTrainedModel, folder: Path, config: dict[str, Any], *, tolerance: float = 1e-4
 ) -> AdapterTerms:
     """Read the adapter, hold it against PEFT, and return its terms."""
-    geometry = BaseGeometry.of(model, model_id="org/tiny")
+    geometry = geometry_of(model)
     terms = read_kind(folder, config, geometry, ModelWeights(model))
     ours = logits(model, terms, TOKENS)
     theirs = peft_logits(model, folder, TOKENS)
@@ -100,9 +100,7 @@ def test_linear_kinds_agree_with_peft(case: str, family: str, tmp_path: Path) ->
     )
     terms = check(model, tmp_path, config)
     assert set(terms.linears) == {
-        path
-        for path in BaseGeometry.of(model, model_id="").linears
-        if path.rsplit(".", 1)[-1] in targets
+        path for path in geometry_of(model).linears if path.rsplit(".", 1)[-1] in targets
     }
 
 

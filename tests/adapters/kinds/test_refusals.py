@@ -1,5 +1,6 @@
 """What is wrong with the files of an adapter is said by the name of the tensor or key."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from dynamic_lora_adapters.errors import (
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds import read_kind
 from tests.adapters.kinds.checkpoints import WEIGHTS, edit_tensors, make, make_config
+from tests.support.geometry import geometry_of
 from tests.support.models import TINY_MODELS, tiny_llama
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -31,9 +33,13 @@ def model() -> LlamaForCausalLM:
 
 
 def refused(
-    model: Any, folder: Path, config: dict[str, Any], error: type[AdapterError]
+    model: Any,
+    folder: Path,
+    config: dict[str, Any],
+    error: type[AdapterError],
+    geometry: BaseGeometry | None = None,
 ) -> AdapterError:
-    geometry = BaseGeometry.of(model, model_id="org/tiny")
+    geometry = geometry or geometry_of(model)
     with pytest.raises(error) as caught:
         read_kind(folder, config, geometry, ModelWeights(model))
     return caught.value
@@ -173,7 +179,13 @@ PROMPTS: list[tuple[str, dict[str, Any], type[AdapterError], str]] = [
     ("PromptTuningConfig", {"num_virtual_tokens": 4}, InvalidAdapter, "need [4, 64]"),
     ("PrefixTuningConfig", {"num_layers": 3}, IncompatibleAdapter, "the base model has 2 layers"),
     ("PrefixTuningConfig", {"token_dim": 33}, InvalidAdapter, "must be a multiple"),
-    ("PrefixTuningConfig", {"token_dim": 64}, IncompatibleAdapter, "makes keys of 32 values"),
+    ("PrefixTuningConfig", {"token_dim": 64}, IncompatibleAdapter, "makes keys of 2 x 16 values"),
+    (
+        "PrefixTuningConfig",
+        {"num_attention_heads": 4},
+        IncompatibleAdapter,
+        "num_attention_heads = 4, but the base model has 2 heads of keys",
+    ),
     ("PrefixTuningConfig", {"num_attention_heads": None}, InvalidAdapter, "must be a multiple"),
 ]
 
@@ -191,6 +203,16 @@ def test_prompts_of_another_base(
     assert text in refused(model, tmp_path, config | changes, error).message
 
 
+def test_prefixes_need_keys_and_values_of_one_size(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    config = make(tmp_path, model, make_config("PrefixTuningConfig", num_virtual_tokens=3))
+    seen = geometry_of(model)
+    one, other = seen.layers[0], dataclasses.replace(seen.layers[0], key_dim=8)
+    for layers in ((), (one, other), (other, other)):
+        geometry = dataclasses.replace(seen, layers=layers)
+        error = refused(model, tmp_path, config, UnsupportedAdapter, geometry)
+        assert "has no keys and values of one size in all layers" in error.message
+
+
 def test_a_prompt_of_another_width(model: LlamaForCausalLM, tmp_path: Path) -> None:
     config = make(tmp_path, model, make_config("PromptTuningConfig", num_virtual_tokens=3))
     edit_tensors(tmp_path, replace("prompt_embeddings", lambda t: t[:, :32].contiguous()))
@@ -206,6 +228,9 @@ def test_norms_alone_are_replaced(model: LlamaForCausalLM, tmp_path: Path) -> No
     assert "LayerNorm tuning takes a list of modules here" in error.message
     error = refused(model, tmp_path, config | {"target_modules": ["ln"]}, IncompatibleAdapter)
     assert "matches no module of 'org/tiny'" in error.message
+    unseen = BaseGeometry.of(model, model_id="org/tiny")
+    error = refused(model, tmp_path, config, UnsupportedAdapter, unseen)
+    assert "'model.norm' (LlamaRMSNorm), which was not seen to work on each" in error.message
 
 
 def test_tokens_of_another_base(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -122,6 +122,24 @@ def test_merges_are_counted_for_the_adapters_merged_last(
     assert built.modes.stats().num_switches == 4
 
 
+def test_an_adapter_that_would_take_digits_from_others_is_served_unmerged(
+    oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    built = make_engine(tiny_llama(), mode=Mode.MERGED)
+    terms = read_terms(built, folders["all"])
+    huge = built.pool.admit("huge", compose([(terms, 1e5)], names=["all"]))
+    prompt = random_prompt(20, seed=1)
+    sequences = [make_sequence(prompt, adapter=huge), make_sequence(prompt)]
+    _, base = run_all(built, sequences)
+    assert base == expected_tokens(oracle, None, prompt)
+    assert built.modes.stats().num_switches == 0
+    beside = [make_sequence(prompt, adapter=huge), make_sequence(prompt, adapter=huge)]
+    other = make_sequence(prompt, adapter=admit(built, folders["down"]))
+    run_all(built, [*beside, other])
+    assert other.output_ids == expected_tokens(oracle, "down", prompt)
+    assert built.modes.stats().merged == other.adapter_digest
+
+
 def test_bypass_never_merges(folders: dict[str, Path]) -> None:
     built = make_engine(tiny_llama(), mode=Mode.BYPASS)
     run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=admit(built, folders["all"]))])

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_server.engine.build import BuiltEngine
-from tests.support.adapters import load_with_peft, make_adapter
+from tests.support.adapters import load_with_peft, make_adapter, save_adapter
 from tests.support.engines import (
     ADAPTER_KINDS,
     NUM_TOKENS,
@@ -71,6 +71,30 @@ def test_late_comers_join_a_running_batch(
     run_all(built, [late])
     assert early.output_ids == expected_tokens(oracle, "all", first)
     assert late.output_ids == expected_tokens(oracle, "down", second)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "olmo2"])
+def test_replaced_norms(family: str, tmp_path: Path) -> None:
+    """All of a model's, among them those of the heads, behind a transpose or before it."""
+    model = TINY_MODELS[family]()
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["v_proj"], modules_to_save=["norm"]
+    )
+    folders = {
+        name: save_adapter(tmp_path / name, model, config, seed=seed)
+        for seed, name in enumerate(["one", "two"])
+    }
+    oracle = load_with_peft(model, folders)
+    built = make_engine(TINY_MODELS[family]())
+    for tasks in (["one"], ["one", None, "two", "one", None]):
+        prompts = [random_prompt(7 + 13 * i, seed=i) for i in range(len(tasks))]
+        sequences = [
+            make_sequence(prompt, adapter=None if task is None else admit(built, folders[task]))
+            for task, prompt in zip(tasks, prompts, strict=True)
+        ]
+        tokens = run_all(built, sequences)
+        for task, prompt, actual in zip(tasks, prompts, tokens, strict=True):
+            assert actual == peft_greedy(oracle, task, prompt, NUM_TOKENS), (tasks, task)
 
 
 @pytest.mark.parametrize("family", sorted(set(TINY_MODELS) - {"gpt2"}))

@@ -167,6 +167,9 @@ _OTHERS: Mapping[str, Kind] = {
     "LN tuning": Kind(
         recipe=_other("LNTuningConfig", None, target_modules=lambda layout: [layout.norm])
     ),
+    "LN tuning: q_norm and k_norm": Kind(
+        recipe=_other("LNTuningConfig", None, target_modules=["q_norm", "k_norm"])
+    ),
 }
 
 KINDS: Mapping[str, Kind] = {
