@@ -256,8 +256,8 @@ def _check_rank(key: str, value: object) -> None:
 def _check_alpha(key: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # The comparison also refuses integers too large for a float, and NaN.
-    if not number or not 0 < value <= 1e9:  # type: ignore[operator]
-        raise invalid(key, value, "a number above 0 and at most 1e9")
+    if not number or not -1e9 <= value <= 1e9:  # type: ignore[operator]
+        raise invalid(key, value, "a number from -1e9 to 1e9")
 
 
 def _sorted_names(names: tuple[str, ...] | str | None) -> list[str] | str | None:

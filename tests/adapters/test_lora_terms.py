@@ -65,6 +65,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
         {"target_modules": "all-linear", "fan_in_fan_out": True},
         [],
     ),
+    "alphas below and at zero": (
+        "llama",
+        {},
+        {"target_modules": QV, "lora_alpha": -8, "alpha_pattern": {"v_proj": 0}},
+        [],
+    ),
     "lora_bias": ("llama", BIASED, {"target_modules": QV, "lora_bias": True}, ["bias"]),
     "lora_bias on Conv1D": (
         "gpt2",
