@@ -71,6 +71,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
         {"target_modules": QV, "lora_alpha": -8, "alpha_pattern": {"v_proj": 0}},
         [],
     ),
+    "MiCA": (
+        "llama",
+        TIED,
+        {"target_modules": [*QV, "embed_tokens"], "init_lora_weights": "mica"},
+        ["embedding"],
+    ),
     "lora_bias": ("llama", BIASED, {"target_modules": QV, "lora_bias": True}, ["bias"]),
     "lora_bias on Conv1D": (
         "gpt2",
@@ -357,6 +363,14 @@ def test_a_converted_init_is_a_plain_lora(init: str, use_rslora: bool, tmp_path:
     terms = read(tmp_path / "converted", model)
     assert {term.rank for term in terms.linears.values()} == {8}
     torch.testing.assert_close(logits(model, terms, PROMPT), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", [None, "Gaussian", "mica"])
+def test_inits_that_leave_the_base_alone_do_not_count(init: str | None, tmp_path: Path) -> None:
+    model = TINY_MODELS["llama"]()
+    folder = save_adapter(tmp_path, model, lora(target_modules=QV))
+    edit_config(folder, init_lora_weights=init)
+    check_against_peft(folder, model)
 
 
 def test_settings_of_an_init_that_was_converted_do_not_count(tmp_path: Path) -> None:
