@@ -106,6 +106,18 @@ def test_linear_kinds_agree_with_peft(case: str, family: str, tmp_path: Path) ->
     }
 
 
+def test_positions_that_were_saved_on_windows(tmp_path: Path) -> None:
+    """There PEFT writes them as float32."""
+    model = TINY_MODELS["llama"]()
+    config = make(tmp_path, model, make_config("ShiraConfig", r=4, **LIST))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {k: v.float() for k, v in tensors.items() if k.endswith("shira_indices")}
+
+    edit_tensors(tmp_path, change)
+    check(model, tmp_path, config)
+
+
 @pytest.mark.parametrize("case", ["ia3", "ia3-outputs", "vera"])
 def test_conv1d_layers(case: str, tmp_path: Path) -> None:
     name, values = CASES[case]
