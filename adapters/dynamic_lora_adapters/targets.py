@@ -206,11 +206,13 @@ def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":
         target_modules = [*geometry.linears]
     else:
         target_modules = spec.target_modules
-    exclude = spec.exclude_modules
+    exclude, layers = spec.exclude_modules, spec.layers_to_transform
+    if isinstance(target_modules, str):
+        layers = None  # there is none but an empty one, at which PEFT stops
     return LoraConfig(
         target_modules=target_modules,
         exclude_modules=list(exclude) if isinstance(exclude, tuple) else exclude,
-        layers_to_transform=list(spec.layers_to_transform) if spec.layers_to_transform else None,
+        layers_to_transform=None if layers is None else list(layers),
         layers_pattern=list(spec.layers_pattern) or None,
         modules_to_save=list(spec.modules_to_save) or None,
     )

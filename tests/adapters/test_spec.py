@@ -217,9 +217,12 @@ def test_missing_numbers_are_refused(key: str) -> None:
         LoraSpec.parse(config)
 
 
-def test_layers_with_a_pattern_target_are_refused() -> None:
-    with pytest.raises(InvalidAdapter, match="needs target_modules to be a list"):
-        parse(target_modules=".*q_proj", layers_to_transform=[0])
+@pytest.mark.parametrize("key", ["layers_to_transform", "layers_pattern"])
+def test_layers_with_a_pattern_target_are_refused(key: str) -> None:
+    config: dict[str, Any] = {"layers_to_transform": [], "layers_pattern": []}
+    config[key] = ["h"] if key == "layers_pattern" else [0]
+    with pytest.raises(InvalidAdapter, match=f"{key} needs target_modules to be a list"):
+        parse(target_modules=".*q_proj", **config)
 
 
 @pytest.mark.parametrize(
@@ -302,3 +305,9 @@ def test_canonical_form_ignores_order_and_origin_but_no_result() -> None:
     ]
     forms = [str(parse(**change).canonical()) for change in different]
     assert len({*forms, str(parse().canonical())}) == len(different) + 1
+
+
+def test_an_empty_list_of_layers_means_all() -> None:
+    assert parse(layers_to_transform=[]).canonical() == parse().canonical()
+    with_pattern = parse(layers_to_transform=[], layers_pattern=["layers"])
+    assert with_pattern.layers_to_transform == ()
