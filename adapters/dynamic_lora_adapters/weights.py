@@ -28,6 +28,7 @@ from dynamic_lora_adapters.targets import (
     find_parameters,
     find_targets,
     saved_modules,
+    ties_targets,
     unmatched_names,
 )
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms, ModuleOverride
@@ -201,7 +202,7 @@ def _read_terms(reader: LoraReader, targets: Iterable[Target]) -> AdapterTerms:
             embeddings[target.path] = reader.embedding(target)
         else:
             linears[target.path] = reader.linear(target)
-    if reader.spec.ensure_weight_tying and not reader.spec.use_dora:
+    if not reader.spec.use_dora and ties_targets(reader.spec, geometry):
         _check_tied(geometry, linears, embeddings)
     tokens = read_token_rows(reader.spec, reader.checkpoint, geometry, reader.base)
     for path, (token_ids, rows) in tokens.items():

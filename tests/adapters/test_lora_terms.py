@@ -157,6 +157,28 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_dora": True},
         ["scale", "embedding"],
     ),
+    "embedding by a pattern that ties nothing": (
+        "llama",
+        TIED,
+        {"target_modules": r"model\.embed_tokens|.*q_proj", "ensure_weight_tying": True},
+        ["embedding"],
+    ),
+    "head and embedding by a pattern, tied by the adapter": (
+        "llama",
+        TIED,
+        {"target_modules": r".*(q_proj|embed_tokens)", "ensure_weight_tying": True},
+        ["embedding"],
+    ),
+    "saved pair that is listed as a target too": (
+        "llama",
+        TIED,
+        {
+            "target_modules": ["q_proj", "embed_tokens"],
+            "modules_to_save": ["lm_head"],
+            "ensure_weight_tying": True,
+        },
+        ["dense", "embedding"],
+    ),
     "all-linear, mixture of experts": (
         "qwen3_moe",
         {},
