@@ -35,6 +35,7 @@ class Part(StrEnum):
     B = "lora_B.weight"
     B_BIAS = "lora_B.bias"
     MAGNITUDE = "lora_magnitude_vector"
+    VELORA = "lora_velora_embed"
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     TOKENS = "token_adapter.trainable_tokens_delta"
@@ -47,6 +48,7 @@ _PATTERNS = {
     Part.B: r"lora_B(\.default)?\.weight",
     Part.B_BIAS: r"lora_B(\.default)?\.bias",
     Part.MAGNITUDE: r"lora_magnitude_vector(\.default)?(\.weight)?",
+    Part.VELORA: r"lora_velora_embed(\.default)?",
     Part.EMBEDDING_A: r"lora_embedding_A(\.default)?",
     Part.EMBEDDING_B: r"lora_embedding_B(\.default)?",
     Part.TOKENS: r"token_adapter\.trainable_tokens_delta(\.default)?",
@@ -57,6 +59,7 @@ _COMPILED = {part: re.compile(rf"(.+)\.{pattern}") for part, pattern in _PATTERN
 _ASKED_BY = {
     Part.B_BIAS: ("a LoRA bias", "lora_bias"),
     Part.MAGNITUDE: ("a DoRA magnitude", "use_dora"),
+    Part.VELORA: ("a projection of VeLoRA's training", "velora_config"),
     Part.TOKENS: ("trained token embeddings", "trainable_token_indices"),
 }
 
@@ -130,6 +133,10 @@ class Checkpoint:
         if not self._file.norm * abs(factor) < _SURELY_FINITE:  # NaN too
             check_finite(name, tensor)
         return tensor.contiguous()
+
+    def skip(self, path: str, part: Part) -> None:
+        """Count a tensor that changes nothing as taken, if there is one."""
+        self._taken.add((path, part))
 
     def finish(self) -> None:
         """Raise `InvalidAdapter` naming a tensor that nobody has taken."""

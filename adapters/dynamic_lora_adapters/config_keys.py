@@ -31,6 +31,7 @@ _READ_KEYS = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "init_lora_weights",
+        "velora_config",
     }
 )
 
@@ -59,7 +60,6 @@ _REFUSED_KEYS = {
     "layer_replication": "it changes the base model's layers",
     "megatron_config": "it is for Megatron's parallel layers",
     "use_qalora": "QALoRA pools the layer's input",
-    "velora_config": "VeLoRA is not served",
     "monteclora_config": "MonteCLoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served",
     "arrow_config": "Arrow routes between adapters token by token",

@@ -54,7 +54,8 @@ class LoraSpec:
     first that matches wins. An empty `layers_to_transform` means all layers, as
     None does. `trainable_token_indices` are token ids by the name
     of their layer ("" for the token embedding), `invocation_ids` the tokens from
-    which on an aLoRA acts. `base_model` and `revision` are what the adapter
+    which on an aLoRA acts. `use_velora` changes how an adapter trains and which
+    tensors it has, not what it does. `base_model` and `revision` are what the adapter
     says of its base. Raises `InvalidAdapter` naming the key at fault, and
     `UnsupportedAdapter` for keys that are not served together.
     """
@@ -69,6 +70,7 @@ class LoraSpec:
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     use_dora: bool = False
+    use_velora: bool = False
     lora_bias: bool = False
     bias: str = "none"
     target_parameters: tuple[str, ...] = ()
@@ -121,10 +123,11 @@ class LoraSpec:
         variants = {
             "use_dora": self.use_dora,
             "lora_bias": self.lora_bias,
+            "velora_config": self.use_velora,
             "alora_invocation_tokens": bool(self.invocation_ids),
         }
         used = [key for key, value in variants.items() if value]
-        exclusive = self.use_dora and len(used) > 1
+        exclusive = (self.use_dora and len(used) > 1) or (self.use_velora and self.invocation_ids)
         if exclusive or (self.target_parameters and used):
             keys = " and ".join(used + ["target_parameters"] * bool(self.target_parameters))
             raise InvalidAdapter(
@@ -218,6 +221,7 @@ class LoraSpec:
         for key in ("r", "lora_alpha"):
             if key not in config:
                 raise InvalidAdapter(f"{key} is missing from adapter_config.json.", field=key)
+        read_mapping(config, "velora_config")  # an empty one, too, means VeLoRA
         layers = config.get("layers_to_transform")
         layers_pattern = read_names(config, "layers_pattern") or ()
         invocation = config.get("alora_invocation_tokens")
@@ -234,6 +238,7 @@ class LoraSpec:
             ),
             layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
             use_dora=read_bool(config, "use_dora"),
+            use_velora=config.get("velora_config") is not None,
             lora_bias=read_bool(config, "lora_bias"),
             bias=config.get("bias", "none"),
             target_parameters=read_list(config, "target_parameters"),

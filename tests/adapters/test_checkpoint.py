@@ -22,6 +22,7 @@ NAMES: dict[str, tuple[str, Part]] = {
     "embed.token_adapter.trainable_tokens_delta": ("embed", Part.TOKENS),
     "layer.base_layer.weight": ("layer.weight", Part.PARAMETER),
     "norm.weight": ("norm.weight", Part.PARAMETER),
+    "layer.lora_velora_embed": ("layer", Part.VELORA),
 }
 
 
@@ -66,6 +67,7 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
         ("layer.lora_magnitude_vector", "a DoRA magnitude, which the config's use_dora does not"),
         ("embed.token_adapter.trainable_tokens_delta", "trainable_token_indices does not ask"),
         ("norm.weight", "replaces 'norm.weight' of the base model, which neither"),
+        ("layer.lora_velora_embed", "which the config's velora_config does not ask for"),
     ],
 )
 def test_what_nobody_took_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:
@@ -82,6 +84,13 @@ def test_parameters_left_are_those_that_nobody_took(tmp_path: Path) -> None:
     assert opened.parameters_left() == ["layer.bias", "norm.weight"]
     opened.take("norm.weight", Part.PARAMETER, (1,))
     assert opened.parameters_left() == ["layer.bias"]
+
+
+def test_what_is_skipped_may_be_anything(tmp_path: Path) -> None:
+    opened = checkpoint(tmp_path, {"layer.lora_velora_embed": torch.tensor([torch.nan])})
+    opened.skip("layer", Part.VELORA)
+    opened.skip("other", Part.VELORA)
+    opened.finish()
 
 
 def test_shapes_tell_another_rank_from_another_base(tmp_path: Path) -> None:

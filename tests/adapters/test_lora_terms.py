@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import VeloraConfig
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters import (
@@ -76,6 +77,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
         TIED,
         {"target_modules": [*QV, "embed_tokens"], "init_lora_weights": "mica"},
         ["embedding"],
+    ),
+    "VeLoRA": (
+        "llama",
+        {},
+        {"target_modules": QV, "velora_config": VeloraConfig(num_groups=8), "lora_bias": True},
+        ["bias"],
     ),
     "lora_bias": ("llama", BIASED, {"target_modules": QV, "lora_bias": True}, ["bias"]),
     "lora_bias on Conv1D": (

@@ -53,6 +53,7 @@ HONOURED_OR_HARMLESS = {
     "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4, 1]},
     "use_dora": None,
     "use_rslora": True,
+    "velora_config": None,
 }
 
 REFUSED = {
@@ -63,7 +64,6 @@ REFUSED = {
     "monteclora_config": {"x": 1},
     "use_bdlora": {"x": 1},
     "use_qalora": True,
-    "velora_config": {"x": 1},
 }
 
 
@@ -311,3 +311,9 @@ def test_an_empty_list_of_layers_means_all() -> None:
     assert parse(layers_to_transform=[]).canonical() == parse().canonical()
     with_pattern = parse(layers_to_transform=[], layers_pattern=["layers"])
     assert with_pattern.layers_to_transform == ()
+
+
+def test_velora_is_how_an_adapter_was_trained() -> None:
+    spec = parse(velora_config={})
+    assert spec.use_velora
+    assert spec.canonical() == parse().canonical()
