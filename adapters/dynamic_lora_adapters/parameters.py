@@ -104,7 +104,8 @@ def _check_repeated(
 
 
 def _embedding_parameters(geometry: BaseGeometry) -> set[str]:
-    return geometry.parameters.keys() & _embedding_weights(geometry)
+    names = _embedding_weights(geometry) + [f"{path}.bias" for path in geometry.heads]
+    return geometry.parameters.keys() & names
 
 
 def _embedding_weights(geometry: BaseGeometry) -> list[str]:
@@ -130,4 +131,5 @@ def _tied(
 
 
 def _differs(name: str, changes: Changes) -> bool:
-    return name.rpartition(".")[0] in {**changes.dense, **changes.rows}
+    path, _, leaf = name.rpartition(".")
+    return path in changes.bias if leaf == "bias" else path in {**changes.dense, **changes.rows}

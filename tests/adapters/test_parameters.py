@@ -11,7 +11,7 @@ from dynamic_lora_adapters import IncompatibleAdapter, InvalidAdapter
 from dynamic_lora_adapters.passport import find_features
 from tests.support.adapters import edit_config, save_adapter
 from tests.support.lora_terms import check_against_peft, lora, notes_of, refused
-from tests.support.models import TINY_MODELS
+from tests.support.models import TINY_MODELS, tiny_phi
 from tests.support.uploads import WEIGHTS_FILE, edit_tensors
 
 PREFIX = "base_model.model."
@@ -199,3 +199,24 @@ def test_a_resized_vocabulary_is_another_base(keys: dict[str, Any], tmp_path: Pa
     folder = save_adapter(tmp_path, model, config, save_embedding_layers=True)
     message = r"\[310, 64\]; \[300, 64\] is needed: the vocabulary was resized from 300 to 310"
     refused(folder, TINY_MODELS["llama"](), IncompatibleAdapter, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "base_layer.bias"),
+        ({"target_modules": ["q_proj"]}, "bias"),
+        ({"target_modules": QV, "modules_to_save": ["lm_head"]}, "original_module.bias"),
+    ],
+)
+@pytest.mark.parametrize("differs", [False, True])
+def test_the_bias_of_a_head_is_copied_too(
+    config: dict[str, Any], name: str, differs: bool, tmp_path: Path
+) -> None:
+    model = tiny_phi()
+    folder = save_adapter(tmp_path, model, lora(**config), save_embedding_layers=True)
+    if differs:
+        edit_tensors(folder, lambda t: t[f"{PREFIX}lm_head.{name}"].neg_())
+    check_against_peft(folder, model)
+    note = "The file's own 'lm_head.bias' differs from the base's and takes its place."
+    assert (note in notes_of(folder, model)) == (differs and "modules_to_save" not in config)
