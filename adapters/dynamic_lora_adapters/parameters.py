@@ -19,25 +19,30 @@ from dynamic_lora_adapters.targets import Target, saved_modules
 if TYPE_CHECKING:
     import torch
 
+_NO_BIASES = (
+    "bias is 'lora_only', but the file has no trained biases, as earlier releases of PEFT "
+    "saved it: the base's own are used, as PEFT does."
+)
+
 
 def replaced_values(
     spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry, targets: Iterable[Target]
-) -> "dict[str, torch.Tensor]":
-    """The parameters that `modules_to_save` and `bias` give new values, by name.
+) -> "tuple[dict[str, torch.Tensor], list[str]]":
+    """The parameters that `modules_to_save` and `bias` give new values, and notes.
 
     Raises `InvalidAdapter` for a missing one, `IncompatibleAdapter` for the shape of
     another base model.
     """
     saved = tuple(f"{path}." for path in saved_modules(spec, geometry))
-    biases = {f"{target.path}.bias" for target in targets}
+    biases, notes = _target_biases(spec, checkpoint, geometry, targets)
     names = [
         name
         for name in geometry.parameters
         if name.startswith(saved)
         or (spec.bias == "all" and name.endswith(".bias"))
-        or (spec.bias == "lora_only" and name in biases)
+        or name in biases
     ]
-    return {name: _take(checkpoint, geometry, name) for name in names}
+    return {name: _take(checkpoint, geometry, name) for name in names}, notes
 
 
 def read_copies(
@@ -74,6 +79,18 @@ def copy_notes(
         else f"The file holds a copy of the base's {name!r}, which is left out."
         for name in copies
     ]
+
+
+def _target_biases(
+    spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry, targets: Iterable[Target]
+) -> tuple[set[str], list[str]]:
+    if spec.bias != "lora_only":
+        return set(), []
+    biases = {f"{target.path}.bias" for target in targets} & geometry.parameters.keys()
+    # Once PEFT looked for them under names that they no longer had.
+    if biases and not any(checkpoint.has(name) for name in biases):
+        return set(), [_NO_BIASES]
+    return biases, []
 
 
 def _take(

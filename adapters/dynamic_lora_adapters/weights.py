@@ -63,7 +63,7 @@ def read_with_notes(
         for key, name in unmatched_names(spec, targets, geometry)
     ]
     checkpoint = Checkpoint(folder / WEIGHTS_FILE, geometry.parameters)
-    values = replaced_values(spec, checkpoint, geometry, targets)
+    values, bias_notes = replaced_values(spec, checkpoint, geometry, targets)
     copies = read_copies(checkpoint, geometry, values)
     for target in find_parameters(spec, geometry):
         values[target.name] = merged_parameter(target, checkpoint, geometry, base)
@@ -73,7 +73,7 @@ def read_with_notes(
     )
     terms = _read_terms(reader, targets, values)
     checkpoint.finish()
-    return terms, notes + copy_notes(copies, values, changes)
+    return terms, notes + bias_notes + copy_notes(copies, values, changes)
 
 
 def _check_invocation(spec: LoraSpec, geometry: BaseGeometry) -> None:

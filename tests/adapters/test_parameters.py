@@ -220,3 +220,20 @@ def test_the_bias_of_a_head_is_copied_too(
     check_against_peft(folder, model)
     note = "The file's own 'lm_head.bias' differs from the base's and takes its place."
     assert (note in notes_of(folder, model)) == (differs and "modules_to_save" not in config)
+
+
+def test_biases_that_earlier_releases_did_not_save_are_the_bases(tmp_path: Path) -> None:
+    model = TINY_MODELS["opt"]()
+    folder = save_adapter(tmp_path, model, lora(target_modules=QV, bias="lora_only"))
+    edit_tensors(folder, lambda t: {k: v for k, v in t.items() if not k.endswith("bias")})
+    check_against_peft(folder, model)
+    (note,) = notes_of(folder, model)
+    assert note.startswith("bias is 'lora_only', but the file has no trained biases")
+
+
+def test_one_trained_bias_of_many_that_is_missing_is_refused(tmp_path: Path) -> None:
+    model = TINY_MODELS["opt"]()
+    folder = save_adapter(tmp_path, model, lora(target_modules=QV, bias="lora_only"))
+    key = f"{PREFIX}model.decoder.layers.1.self_attn.q_proj.base_layer.bias"
+    edit_tensors(folder, lambda t: t.pop(key))
+    refused(folder, model, InvalidAdapter, r"layers.1.self_attn.q_proj.bias' is missing")

@@ -44,6 +44,7 @@ Beside an adapter's own tensors PEFT saves others, and these are read as it read
 - Copies of embedding and head (`save_embedding_layers`), also below the wrappers of
   `modules_to_save` and `trainable_token_indices`. One that differs from the base's takes
   its place for this adapter; one of another vocabulary is refused, with both sizes.
+- Earlier releases saved no biases with `bias: lora_only`: the base's own are used.
 """
 _LETTERS = {Status.REFUSED: "R", Status.NOT_IN_PEFT: "P", Status.WRONG: "W"}
 _NOTE = re.compile(r"- \*?\*?`?([RPW]\d+)`?\*?\*?: (.*)")
