@@ -23,6 +23,7 @@ from dynamic_lora_adapters.safetensors_file import (
     hash_tensors,
     read_header,
 )
+from dynamic_lora_adapters.single_experts import stacked_spec
 from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.targets import (
     Target,
@@ -57,12 +58,13 @@ def read_with_notes(
     """`read_adapter`, and what the uploader should know about the files."""
     base = base or NoWeights()
     _check_invocation(spec, geometry)
+    checkpoint = Checkpoint(folder / WEIGHTS_FILE, geometry.parameters)
+    spec = stacked_spec(spec, checkpoint, geometry)
     targets = find_targets(spec, geometry)
     notes = [
         f"{key} lists {name!r}, which the base does not have."
         for key, name in unmatched_names(spec, targets, geometry)
     ]
-    checkpoint = Checkpoint(folder / WEIGHTS_FILE, geometry.parameters)
     values, bias_notes = replaced_values(spec, checkpoint, geometry, targets)
     copies = read_copies(checkpoint, geometry, values)
     for target in find_parameters(spec, geometry):

@@ -45,6 +45,8 @@ Beside an adapter's own tensors PEFT saves others, and these are read as it read
   `modules_to_save` and `trainable_token_indices`. One that differs from the base's takes
   its place for this adapter; one of another vocabulary is refused, with both sizes.
 - Earlier releases saved no biases with `bias: lora_only`: the base's own are used.
+- Experts that were adapted one by one, under transformers 4, are stacked as PEFT does it
+  under transformers 5.
 """
 _LETTERS = {Status.REFUSED: "R", Status.NOT_IN_PEFT: "P", Status.WRONG: "W"}
 _NOTE = re.compile(r"- \*?\*?`?([RPW]\d+)`?\*?\*?: (.*)")
