@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("VeraConfig", {"r": 8}),
     "vera-key": ("VeraConfig", {"r": 8, "save_projection": False, "projection_prng_key": 7}),
     "loha-factors": ("LoHaConfig", {"r": 3, "alpha": 5}),
+    "loha-negative": ("LoHaConfig", {"r": 2, "alpha": -4}),
     "loha-dense": ("LoHaConfig", {"r": 8, "alpha": 8}),
     "loha-patterns": (
         "LoHaConfig",
