@@ -4,7 +4,8 @@ PEFT names them after the module they belong to: `base_model.model.<path>.`
 and, for instance, `lora_A.weight`. Older releases put the adapter's name
 (`default`) before the last part. What ends in none of the known parts is a
 parameter of the base model with a new value, which PEFT may name after the
-module inside its wrapper (`<path>.base_layer.weight`).
+module inside its wrapper (`<path>.base_layer.weight`). Of a module that it
+replaces or whose rows it trains, it may write all that is below its wrapper.
 """
 
 import math
@@ -35,10 +36,14 @@ class Part(StrEnum):
     B = "lora_B.weight"
     B_BIAS = "lora_B.bias"
     MAGNITUDE = "lora_magnitude_vector"
+    VELORA = "lora_velora_embed"
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     TOKENS = "token_adapter.trainable_tokens_delta"
     PARAMETER = ""
+    # What PEFT's wrapper holds beside the tensors that count; here the path is the parameter's.
+    ORIGINAL = "original_module"
+    REPEATED = "modules_to_save"
 
 
 # Both spellings that PEFT has had for each part; `default` is the adapter's name.
@@ -47,16 +52,23 @@ _PATTERNS = {
     Part.B: r"lora_B(\.default)?\.weight",
     Part.B_BIAS: r"lora_B(\.default)?\.bias",
     Part.MAGNITUDE: r"lora_magnitude_vector(\.default)?(\.weight)?",
+    Part.VELORA: r"lora_velora_embed(\.default)?",
     Part.EMBEDDING_A: r"lora_embedding_A(\.default)?",
     Part.EMBEDDING_B: r"lora_embedding_B(\.default)?",
     Part.TOKENS: r"token_adapter\.trainable_tokens_delta(\.default)?",
 }
 _COMPILED = {part: re.compile(rf"(.+)\.{pattern}") for part, pattern in _PATTERNS.items()}
+# Before and after what PEFT's wrapper puts into the name of a parameter.
+_WRAPPED = {
+    Part.ORIGINAL: re.compile(r"(.+)\.(?:original_module|token_adapter\.base_layer)\.(.+)"),
+    Part.REPEATED: re.compile(r"(.+)\.modules_to_save(?:\.default)?\.(.+)"),
+}
 
 # Which key of the config a tensor needs that was found without it.
 _ASKED_BY = {
     Part.B_BIAS: ("a LoRA bias", "lora_bias"),
     Part.MAGNITUDE: ("a DoRA magnitude", "use_dora"),
+    Part.VELORA: ("a projection of VeLoRA's training", "velora_config"),
     Part.TOKENS: ("trained token embeddings", "trainable_token_indices"),
 }
 
@@ -82,13 +94,15 @@ class Checkpoint:
         """Whether the file has this tensor."""
         return (path, part) in self._names
 
-    def parameters_left(self) -> list[str]:
-        """The base model's parameters that the file holds and nobody has taken, sorted."""
+    def left(self, part: Part) -> list[str]:
+        """The paths of the tensors of this part that nobody has taken, sorted."""
         return sorted(
-            path
-            for path, part in self._names
-            if part is Part.PARAMETER and (path, part) not in self._taken
+            path for path, other in self._names if other is part and (path, part) not in self._taken
         )
+
+    def shape(self, path: str, part: Part) -> tuple[int, ...]:
+        """The tensor's shape in the file; raises `InvalidAdapter` if it has none."""
+        return self._file.entries[self.name(path, part)].shape
 
     def name(self, path: str, part: Part = Part.PARAMETER) -> str:
         """The tensor's name in the file; raises `InvalidAdapter` if it has none."""
@@ -130,6 +144,10 @@ class Checkpoint:
         if not self._file.norm * abs(factor) < _SURELY_FINITE:  # NaN too
             check_finite(name, tensor)
         return tensor.contiguous()
+
+    def skip(self, path: str, part: Part) -> None:
+        """Count a tensor that changes nothing as taken, if there is one."""
+        self._taken.add((path, part))
 
     def finish(self) -> None:
         """Raise `InvalidAdapter` naming a tensor that nobody has taken."""
@@ -174,6 +192,10 @@ def _key(name: str, parameters: frozenset[str]) -> Key:
         plain = below.replace(".base_layer.", ".")
         if plain in parameters:
             return plain, Part.PARAMETER
+        for part, pattern in _WRAPPED.items():
+            match = pattern.fullmatch(below)
+            if match and (path := f"{match[1]}.{match[2]}") in parameters:
+                return path, part
     raise InvalidAdapter(
         f"The tensor {name!r} is no LoRA factor.",
         field=name,
@@ -216,6 +238,13 @@ def _left_over(name: str, path: str, part: Part) -> InvalidAdapter:
         return InvalidAdapter(
             f"The tensor {name!r} replaces {path!r} of the base model, "
             "which neither modules_to_save nor bias asks for.",
+            field=name,
+            fix=_OTHER_CONFIG,
+        )
+    if part in _WRAPPED:
+        return InvalidAdapter(
+            f"The tensor {name!r} is a copy of {path!r}, whose module neither modules_to_save "
+            "nor trainable_token_indices names.",
             field=name,
             fix=_OTHER_CONFIG,
         )

@@ -31,6 +31,7 @@ _READ_KEYS = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "init_lora_weights",
+        "velora_config",
     }
 )
 
@@ -59,7 +60,6 @@ _REFUSED_KEYS = {
     "layer_replication": "it changes the base model's layers",
     "megatron_config": "it is for Megatron's parallel layers",
     "use_qalora": "QALoRA pools the layer's input",
-    "velora_config": "VeLoRA is not served",
     "monteclora_config": "MonteCLoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served",
     "arrow_config": "Arrow routes between adapters token by token",
@@ -67,7 +67,8 @@ _REFUSED_KEYS = {
 }
 
 
-_UNCHANGED_BASE_INITS = ("gaussian", "orthogonal", "eva")
+# With null PEFT initialises nothing. MiCA starts from the base's weight but leaves it alone.
+_UNCHANGED_BASE_INITS = (None, "gaussian", "orthogonal", "eva", "mica")
 # PEFT saves these as plain LoRA on request: twice the rank, init_lora_weights = true.
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
@@ -110,12 +111,12 @@ def _check_refused(config: Mapping[str, Any]) -> None:
 
 def _check_init(value: object) -> None:
     # With these the base stays as it was; every other init moves a part of W0 into the factors.
-    if isinstance(value, bool) or value in _UNCHANGED_BASE_INITS:
+    # PEFT knows some of the names in any case of letters.
+    name = value.lower() if isinstance(value, str) else value
+    if isinstance(name, bool) or name in _UNCHANGED_BASE_INITS:
         return
-    if value == "mica":
-        raise refusal("init_lora_weights", value, "MiCA is not served")
     fix = "Train the adapter with another init_lora_weights."
-    if str(value).startswith(_CONVERTIBLE_INITS):
+    if str(name).startswith(_CONVERTIBLE_INITS):
         fix = (
             "Convert it to a plain LoRA: "
             "save_pretrained(path, path_initial_model_for_weight_conversion=...)."

@@ -6,6 +6,7 @@ from dynamic_lora_adapters.base_weights import BaseWeights
 from dynamic_lora_adapters.checkpoint import Checkpoint, Part
 from dynamic_lora_adapters.errors import UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.single_experts import saved_router, stacked_factors
 from dynamic_lora_adapters.targets import ParameterTarget
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ def merged_parameter(
     from peft.tuners.lora import ParamWrapper
 
     path, _, leaf = target.name.rpartition(".")
-    num_experts, in_features, out_features = _sizes(target.name, geometry)
-    stacked = target.rank * num_experts
-    a = checkpoint.take(target.wrapper, Part.A, (stacked, in_features), rank_axis=0)
-    b = checkpoint.take(target.wrapper, Part.B, (out_features, stacked), rank_axis=1)
+    a, b = _factors(target, checkpoint, geometry)
     holder: Any = torch.nn.Module()
     weight = base.parameter(target.name)
     holder.register_parameter(leaf, torch.nn.Parameter(weight, requires_grad=False))
@@ -40,6 +38,21 @@ def merged_parameter(
         wrapper.lora_B["default"].weight.copy_(b)
         delta: torch.Tensor = wrapper.get_delta_weight("default")
     return weight + delta
+
+
+def _factors(
+    target: ParameterTarget, checkpoint: Checkpoint, geometry: BaseGeometry
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    sizes = _sizes(target.name, geometry)
+    joined = stacked_factors(checkpoint, target.name, target.rank, sizes)
+    if joined is not None:
+        return joined
+    num_experts, in_features, out_features = sizes
+    stacked = target.rank * num_experts
+    path = saved_router(checkpoint, target.wrapper)
+    a = checkpoint.take(path, Part.A, (stacked, in_features), rank_axis=0)
+    b = checkpoint.take(path, Part.B, (out_features, stacked), rank_axis=1)
+    return a, b
 
 
 def _sizes(name: str, geometry: BaseGeometry) -> tuple[int, int, int]:

@@ -47,6 +47,8 @@ class LoraReader:
             rank=target.rank,
             scaling=target.scaling,
         )
+        if self.spec.use_velora:
+            self.checkpoint.skip(target.path, Part.VELORA)
         if not self.spec.use_dora:
             return plain
         weight = linear_weight(self.base, target.path, shape)
@@ -57,11 +59,11 @@ class LoraReader:
     def embedding(self, target: Target) -> EmbeddingTerms:
         """Terms of an adapted token embedding, its replaced rows included."""
         shape = self.geometry.embeddings[target.path]
-        for key in ("lora_bias", "invocation_ids"):
-            if getattr(self.spec, key):
+        for key, used in self._for_linears_alone().items():
+            if used:
                 raise InvalidAdapter(
-                    f"{'alora_invocation_tokens' if key == 'invocation_ids' else key} cannot go "
-                    f"together with the token embedding {target.path!r}: PEFT has no such adapter.",
+                    f"{key} cannot go together with the token embedding {target.path!r}: "
+                    "PEFT has no such adapter.",
                     field="target_modules",
                 )
         a = self.checkpoint.take(
@@ -84,6 +86,13 @@ class LoraReader:
         terms = dora_embedding(plain, table, self._magnitude(target, shape.dim))
         self._check_norms(target, terms.rows)
         return terms
+
+    def _for_linears_alone(self) -> dict[str, bool]:
+        return {
+            "lora_bias": self.spec.lora_bias,
+            "alora_invocation_tokens": bool(self.spec.invocation_ids),
+            "velora_config": self.spec.use_velora,
+        }
 
     def _bias(self, target: Target, width: int) -> "torch.Tensor | None":
         changed = self.changes.bias.get(target.path)

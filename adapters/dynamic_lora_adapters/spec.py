@@ -51,9 +51,11 @@ class LoraSpec:
     `target_modules` is a tuple of module names, a regular expression over whole
     module paths, or "all-linear". The keys of `rank_pattern` and
     `alpha_pattern` are regular expressions for the end of a module path; the
-    first that matches wins. `trainable_token_indices` are token ids by the name
+    first that matches wins. An empty `layers_to_transform` means all layers, as
+    None does. `trainable_token_indices` are token ids by the name
     of their layer ("" for the token embedding), `invocation_ids` the tokens from
-    which on an aLoRA acts. `base_model` and `revision` are what the adapter
+    which on an aLoRA acts. `use_velora` changes how an adapter trains and which
+    tensors it has, not what it does. `base_model` and `revision` are what the adapter
     says of its base. Raises `InvalidAdapter` naming the key at fault, and
     `UnsupportedAdapter` for keys that are not served together.
     """
@@ -68,6 +70,7 @@ class LoraSpec:
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     use_dora: bool = False
+    use_velora: bool = False
     lora_bias: bool = False
     bias: str = "none"
     target_parameters: tuple[str, ...] = ()
@@ -108,11 +111,9 @@ class LoraSpec:
                 )
 
     def _check_layers(self) -> None:
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise InvalidAdapter(
-                "layers_to_transform needs target_modules to be a list.",
-                field="layers_to_transform",
-            )
+        for key in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, key) and isinstance(self.target_modules, str):
+                raise InvalidAdapter(f"{key} needs target_modules to be a list.", field=key)
         if self.layers_pattern and self.layers_to_transform is None:
             raise InvalidAdapter(
                 "layers_pattern needs layers_to_transform.", field="layers_pattern"
@@ -122,10 +123,11 @@ class LoraSpec:
         variants = {
             "use_dora": self.use_dora,
             "lora_bias": self.lora_bias,
+            "velora_config": self.use_velora,
             "alora_invocation_tokens": bool(self.invocation_ids),
         }
         used = [key for key, value in variants.items() if value]
-        exclusive = self.use_dora and len(used) > 1
+        exclusive = (self.use_dora and len(used) > 1) or (self.use_velora and self.invocation_ids)
         if exclusive or (self.target_parameters and used):
             keys = " and ".join(used + ["target_parameters"] * bool(self.target_parameters))
             raise InvalidAdapter(
@@ -188,7 +190,7 @@ class LoraSpec:
             "exclude_modules": _sorted_names(self.exclude_modules),
             "rank_pattern": [list(item) for item in self.rank_pattern],
             "alpha_pattern": [[key, float(value)] for key, value in self.alpha_pattern],
-            "layers_to_transform": self.layers_to_transform and sorted(self.layers_to_transform),
+            "layers_to_transform": sorted(self.layers_to_transform or ()) or None,
             "layers_pattern": list(self.layers_pattern),
         }
         return plain | {key: value for key, value in self._extras().items() if value}
@@ -219,6 +221,8 @@ class LoraSpec:
         for key in ("r", "lora_alpha"):
             if key not in config:
                 raise InvalidAdapter(f"{key} is missing from adapter_config.json.", field=key)
+        read_mapping(config, "velora_config")  # an empty one, too, means VeLoRA
+        layers = config.get("layers_to_transform")
         layers_pattern = read_names(config, "layers_pattern") or ()
         invocation = config.get("alora_invocation_tokens")
         return cls(
@@ -229,13 +233,12 @@ class LoraSpec:
             exclude_modules=read_names(config, "exclude_modules"),
             rank_pattern=tuple(read_mapping(config, "rank_pattern").items()),
             alpha_pattern=tuple(read_mapping(config, "alpha_pattern").items()),
-            # PEFT reads an empty list as "all layers".
-            layers_to_transform=read_indices(
-                "layers_to_transform", config.get("layers_to_transform")
-            )
-            or None,
+            layers_to_transform=(
+                None if layers is None else read_indices("layers_to_transform", layers)
+            ),
             layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
             use_dora=read_bool(config, "use_dora"),
+            use_velora=config.get("velora_config") is not None,
             lora_bias=read_bool(config, "lora_bias"),
             bias=config.get("bias", "none"),
             target_parameters=read_list(config, "target_parameters"),
@@ -256,8 +259,8 @@ def _check_rank(key: str, value: object) -> None:
 def _check_alpha(key: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # The comparison also refuses integers too large for a float, and NaN.
-    if not number or not 0 < value <= 1e9:  # type: ignore[operator]
-        raise invalid(key, value, "a number above 0 and at most 1e9")
+    if not number or not -1e9 <= value <= 1e9:  # type: ignore[operator]
+        raise invalid(key, value, "a number from -1e9 to 1e9")
 
 
 def _sorted_names(names: tuple[str, ...] | str | None) -> list[str] | str | None:

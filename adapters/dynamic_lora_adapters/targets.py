@@ -96,10 +96,24 @@ def saved_modules(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
 
     PEFT matches the end of the path, even within a name.
     """
-    paths = [path for path in geometry.modules if path.endswith(spec.modules_to_save)]
-    if _ties(spec, geometry, paths):
-        return [p for p in geometry.modules if p in {*paths, *geometry.embeddings, *geometry.heads}]
-    return paths
+    saved = _modules_to_save(spec, geometry)
+    return [path for path in geometry.modules if path.endswith(saved)]
+
+
+def ties_targets(spec: LoraSpec, geometry: BaseGeometry) -> bool:
+    """Whether PEFT gives embedding and head one LoRA because `target_modules` names either.
+
+    It looks at what is listed, or matches its pattern against the bare names (its
+    `_check_tied_modules`). Raises as `find_targets` does.
+    """
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    if not _may_tie(spec, geometry) or _names_embedding(spec.modules_to_save):
+        return False
+    if not isinstance(spec.target_modules, str):
+        return _names_embedding(spec.target_modules)
+    prove_fast(spec.patterns(), EMBEDDING_LAYER_NAMES)
+    return any(re.fullmatch(spec.target_modules, name) for name in EMBEDDING_LAYER_NAMES)
 
 
 def unmatched_names(
@@ -134,12 +148,21 @@ def _ends_with(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _ties(spec: LoraSpec, geometry: BaseGeometry, paths: Iterable[str]) -> bool:
-    """Whether PEFT gives head and embedding one adapter because one of `paths` is either."""
+def _modules_to_save(spec: LoraSpec, geometry: BaseGeometry) -> tuple[str, ...]:
+    """`modules_to_save`, and of a tied pair both where PEFT saves one copy for both."""
+    if _may_tie(spec, geometry) and _names_embedding(spec.modules_to_save):
+        return (*spec.modules_to_save, *geometry.embeddings, *geometry.heads)
+    return spec.modules_to_save
+
+
+def _may_tie(spec: LoraSpec, geometry: BaseGeometry) -> bool:
+    return spec.ensure_weight_tying and geometry.tied
+
+
+def _names_embedding(names: Iterable[str]) -> bool:
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-    leaves = {path.rsplit(".", 1)[-1] for path in paths}
-    return spec.ensure_weight_tying and geometry.tied and bool(leaves & {*EMBEDDING_LAYER_NAMES})
+    return any(name.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for name in names)
 
 
 class _Scales:
@@ -173,7 +196,7 @@ def _matches(spec: LoraSpec, geometry: BaseGeometry) -> list[Target]:
 
     config = _peft_config(spec, geometry)
     paths = [path for path in geometry.modules if check_target_module_exists(config, path)]
-    if _ties(spec, geometry, paths):
+    if ties_targets(spec, geometry):
         tied = {*paths, *geometry.embeddings, *geometry.heads}
         paths = [path for path in geometry.modules if path in tied]
     scales = _Scales(spec)
@@ -191,13 +214,15 @@ def _peft_config(spec: LoraSpec, geometry: BaseGeometry) -> "LoraConfig":
         target_modules = [*geometry.linears]
     else:
         target_modules = spec.target_modules
-    exclude = spec.exclude_modules
+    exclude, layers = spec.exclude_modules, spec.layers_to_transform
+    if isinstance(target_modules, str):
+        layers = None  # there is none but an empty one, at which PEFT stops
     return LoraConfig(
         target_modules=target_modules,
         exclude_modules=list(exclude) if isinstance(exclude, tuple) else exclude,
-        layers_to_transform=list(spec.layers_to_transform) if spec.layers_to_transform else None,
+        layers_to_transform=None if layers is None else list(layers),
         layers_pattern=list(spec.layers_pattern) or None,
-        modules_to_save=list(spec.modules_to_save) or None,
+        modules_to_save=list(_modules_to_save(spec, geometry)) or None,
     )
 
 

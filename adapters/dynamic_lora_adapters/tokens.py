@@ -23,7 +23,7 @@ def read_token_rows(
 
     PEFT saves the new rows, not the differences. Where the head shares the
     embedding's weight it follows the embedding, unless it has other tokens of
-    its own.
+    its own; the file may hold its rows once more. Raises `InvalidAdapter` if these differ.
     """
     import torch
 
@@ -38,13 +38,28 @@ def read_token_rows(
             rows[path] = (torch.tensor(token_ids), new - table[token_ids])
     for path, source in followers.items():
         rows[path] = rows[source]
+        if checkpoint.has(path, Part.TOKENS):
+            _check_follower(path, source, checkpoint, rows[source][1].shape)
     for path in rows:
         _check_head(path, geometry)
     return rows
 
 
-def embedding_rows(token_ids: "torch.Tensor", rows: "torch.Tensor") -> EmbeddingTerms:
-    """Row differences as terms of the embedding."""
+def embedding_rows(
+    token_ids: "torch.Tensor",
+    rows: "torch.Tensor",
+    others: "tuple[torch.Tensor, torch.Tensor] | None" = None,
+) -> EmbeddingTerms:
+    """Row differences as terms of the embedding.
+
+    `others`: token ids and row differences that count for tokens not in `token_ids`.
+    """
+    import torch
+
+    if others is not None:
+        kept = ~torch.isin(others[0], token_ids)
+        token_ids = torch.cat([token_ids, others[0][kept]])
+        rows = torch.cat([rows, others[1][kept]])
     return EmbeddingTerms(token_ids=token_ids, rows=rows)
 
 
@@ -93,6 +108,16 @@ def _followers(layers: dict[str, tuple[int, ...]], geometry: BaseGeometry) -> di
         for head in geometry.heads
         if layers.get(head, layers[source]) == layers[source]
     }
+
+
+def _check_follower(path: str, source: str, checkpoint: Checkpoint, shape: tuple[int, ...]) -> None:
+    own, other = (checkpoint.take(p, Part.TOKENS, shape) for p in (path, source))
+    if not own.equal(other):
+        raise InvalidAdapter(
+            f"The trained rows of {source!r} and {path!r} differ; the base model has one weight "
+            "for both.",
+            field=checkpoint.name(path, Part.TOKENS),
+        )
 
 
 def _token_ids(path: str, ids: tuple[int, ...], num_tokens: int) -> list[int]:

@@ -4,17 +4,18 @@ Only safetensors is read; `checkpoint.py` tells how PEFT names the tensors.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from dynamic_lora_adapters.base_weights import BaseWeights, NoWeights
 from dynamic_lora_adapters.chat import ChatFormat
-from dynamic_lora_adapters.checkpoint import Checkpoint, Part
+from dynamic_lora_adapters.checkpoint import Checkpoint
 from dynamic_lora_adapters.errors import InvalidAdapter
 from dynamic_lora_adapters.experts import merged_parameter
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.lora_terms import LoraReader
+from dynamic_lora_adapters.parameters import copy_notes, read_copies, replaced_values
 from dynamic_lora_adapters.replaced import find_changes
 from dynamic_lora_adapters.safetensors_file import (
     WEIGHTS_FILE,
@@ -22,19 +23,17 @@ from dynamic_lora_adapters.safetensors_file import (
     hash_tensors,
     read_header,
 )
+from dynamic_lora_adapters.single_experts import stacked_spec
 from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.targets import (
     Target,
     find_parameters,
     find_targets,
-    saved_modules,
+    ties_targets,
     unmatched_names,
 )
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms, ModuleOverride
 from dynamic_lora_adapters.tokens import embedding_rows, head_rows, read_token_rows
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["WEIGHTS_FILE", "content_digest", "read_adapter", "read_header", "read_with_notes"]
 
@@ -59,24 +58,24 @@ def read_with_notes(
     """`read_adapter`, and what the uploader should know about the files."""
     base = base or NoWeights()
     _check_invocation(spec, geometry)
+    checkpoint = Checkpoint(folder / WEIGHTS_FILE, geometry.parameters)
+    spec = stacked_spec(spec, checkpoint, geometry)
     targets = find_targets(spec, geometry)
     notes = [
         f"{key} lists {name!r}, which the base does not have."
         for key, name in unmatched_names(spec, targets, geometry)
     ]
-    checkpoint = Checkpoint(folder / WEIGHTS_FILE, geometry.parameters)
-    values = _replaced_values(spec, checkpoint, geometry, targets)
-    copies = _embedding_copies(checkpoint, geometry)
+    values, bias_notes = replaced_values(spec, checkpoint, geometry, targets)
+    copies = read_copies(checkpoint, geometry, values)
     for target in find_parameters(spec, geometry):
         values[target.name] = merged_parameter(target, checkpoint, geometry, base)
     changes = find_changes(copies | values, geometry, base)
     reader = LoraReader(
         spec=spec, geometry=geometry, base=base, checkpoint=checkpoint, changes=changes
     )
-    terms = _read_terms(reader, targets)
+    terms = _read_terms(reader, targets, values)
     checkpoint.finish()
-    notes += [_copy_note(name, name.rpartition(".")[0] in changes) for name in copies]
-    return terms, notes
+    return terms, notes + bias_notes + copy_notes(copies, values, changes)
 
 
 def _check_invocation(spec: LoraSpec, geometry: BaseGeometry) -> None:
@@ -120,58 +119,6 @@ def content_digest(
     return digest.hexdigest()
 
 
-def _replaced_values(
-    spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry, targets: Iterable[Target]
-) -> "dict[str, torch.Tensor]":
-    """The base's parameters that `modules_to_save` and `bias` give new values, by name."""
-    saved = tuple(f"{path}." for path in saved_modules(spec, geometry))
-    biases = {f"{target.path}.bias" for target in targets}
-    names = [
-        name
-        for name in geometry.parameters
-        if name.startswith(saved)
-        or (spec.bias == "all" and name.endswith(".bias"))
-        or (spec.bias == "lora_only" and name in biases)
-    ]
-    return {
-        name: checkpoint.take(name, Part.PARAMETER, geometry.parameters[name]) for name in names
-    }
-
-
-def _embedding_copies(checkpoint: Checkpoint, geometry: BaseGeometry) -> "dict[str, torch.Tensor]":
-    """Embedding and head as the file holds them unasked (PEFT's `save_embedding_layers`).
-
-    PEFT loads them into the base itself, which rounds them to what it is held in; of a tied
-    pair one changes the other.
-    """
-    import torch
-
-    weights = [f"{path}.weight" for path in (*geometry.embeddings, *geometry.heads)]
-    copies = {
-        name: checkpoint.take(name, Part.PARAMETER, geometry.parameters[name])
-        .to(geometry.embedding_dtype or torch.float32)
-        .to(torch.float32)
-        for name in checkpoint.parameters_left()
-        if name in weights
-    }
-    if not copies or not geometry.tied:
-        return copies
-    (name, first), *others = copies.items()
-    for other, value in others:
-        if not value.equal(first):
-            raise InvalidAdapter(
-                f"The copies of {name!r} and {other!r} differ; the base model has one for both.",
-                field=other,
-            )
-    return dict.fromkeys(weights, first)
-
-
-def _copy_note(name: str, differs: bool) -> str:
-    if differs:
-        return f"The file's own {name!r} differs from the base's and takes its place."
-    return f"The file holds a copy of the base's {name!r}, which is left out."
-
-
 def _check_tied(
     geometry: BaseGeometry,
     linears: Mapping[str, LinearTerms],
@@ -191,7 +138,10 @@ def _check_tied(
                 )
 
 
-def _read_terms(reader: LoraReader, targets: Iterable[Target]) -> AdapterTerms:
+def _read_terms(
+    reader: LoraReader, targets: Collection[Target], replaced: Iterable[str]
+) -> AdapterTerms:
+    """All terms; `replaced` are the parameters that the adapter has new values for."""
     geometry, changes = reader.geometry, reader.changes
     linears = {
         path: LinearTerms(dense=changes.dense.get(path), bias=changes.bias.get(path))
@@ -206,20 +156,10 @@ def _read_terms(reader: LoraReader, targets: Iterable[Target]) -> AdapterTerms:
             embeddings[target.path] = reader.embedding(target)
         else:
             linears[target.path] = reader.linear(target)
-    if reader.spec.ensure_weight_tying and not reader.spec.use_dora:
+    if not reader.spec.use_dora and ties_targets(reader.spec, geometry):
         _check_tied(geometry, linears, embeddings)
-    tokens = read_token_rows(reader.spec, reader.checkpoint, geometry, reader.base)
-    for path, (token_ids, rows) in tokens.items():
-        if path in linears or path in embeddings:
-            raise InvalidAdapter(
-                f"trainable_token_indices changes {path!r}, which the adapter changes otherwise "
-                "too: PEFT has no such adapter.",
-                field="trainable_token_indices",
-            )
-        if path in geometry.embeddings:
-            embeddings[path] = embedding_rows(token_ids, rows)
-        else:
-            linears[path] = head_rows(token_ids, rows, geometry.heads[path].out_features)
+    adapted = {target.path for target in targets} | {n.rpartition(".")[0] for n in replaced}
+    _add_tokens(reader, linears, embeddings, adapted)
     return AdapterTerms(
         linears=linears,
         embeddings=embeddings,
@@ -228,3 +168,27 @@ def _read_terms(reader: LoraReader, targets: Iterable[Target]) -> AdapterTerms:
         },
         invocation_ids=reader.spec.invocation_ids,
     )
+
+
+def _add_tokens(
+    reader: LoraReader,
+    linears: dict[str, LinearTerms],
+    embeddings: dict[str, EmbeddingTerms],
+    adapted: Collection[str],
+) -> None:
+    """Trained rows take the place of the base's, also where the file has a copy of these."""
+    geometry, changes = reader.geometry, reader.changes
+    tokens = read_token_rows(reader.spec, reader.checkpoint, geometry, reader.base)
+    for path, (token_ids, rows) in tokens.items():
+        if path in adapted:
+            raise InvalidAdapter(
+                f"trainable_token_indices changes {path!r}, which the adapter changes otherwise "
+                "too: PEFT has no such adapter.",
+                field="trainable_token_indices",
+            )
+        if path in geometry.embeddings:
+            embeddings[path] = embedding_rows(token_ids, rows, changes.rows.get(path))
+        elif path in changes.dense:
+            linears[path] = LinearTerms(dense=changes.dense[path].index_copy(0, token_ids, rows))
+        else:
+            linears[path] = head_rows(token_ids, rows, geometry.heads[path].out_features)

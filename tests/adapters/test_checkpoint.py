@@ -22,6 +22,11 @@ NAMES: dict[str, tuple[str, Part]] = {
     "embed.token_adapter.trainable_tokens_delta": ("embed", Part.TOKENS),
     "layer.base_layer.weight": ("layer.weight", Part.PARAMETER),
     "norm.weight": ("norm.weight", Part.PARAMETER),
+    "layer.lora_velora_embed": ("layer", Part.VELORA),
+    "norm.original_module.weight": ("norm.weight", Part.ORIGINAL),
+    "norm.token_adapter.base_layer.weight": ("norm.weight", Part.ORIGINAL),
+    "norm.modules_to_save.weight": ("norm.weight", Part.REPEATED),
+    "norm.modules_to_save.default.weight": ("norm.weight", Part.REPEATED),
 }
 
 
@@ -45,7 +50,7 @@ def test_every_spelling_is_understood(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["layer.lora_C.weight", "other.weight", "layer.modules_to_save.weight"]
+    "name", ["layer.lora_C.weight", "other.weight", "other.modules_to_save.weight"]
 )
 def test_unknown_names_are_refused_on_opening(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match=f"{name}' is no LoRA factor"):
@@ -66,6 +71,9 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
         ("layer.lora_magnitude_vector", "a DoRA magnitude, which the config's use_dora does not"),
         ("embed.token_adapter.trainable_tokens_delta", "trainable_token_indices does not ask"),
         ("norm.weight", "replaces 'norm.weight' of the base model, which neither"),
+        ("layer.lora_velora_embed", "which the config's velora_config does not ask for"),
+        ("norm.original_module.weight", "a copy of 'norm.weight', whose module neither"),
+        ("norm.modules_to_save.weight", "a copy of 'norm.weight', whose module neither"),
     ],
 )
 def test_what_nobody_took_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:
@@ -75,13 +83,20 @@ def test_what_nobody_took_is_refused_by_name(name: str, message: str, tmp_path: 
     assert caught.value.field == f"base_model.model.{name}"
 
 
-def test_parameters_left_are_those_that_nobody_took(tmp_path: Path) -> None:
+def test_what_is_left_is_what_nobody_took(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.ones(1), "layer.bias": torch.ones(1)}
     tensors["layer.lora_A.weight"] = torch.ones(1)
     opened = checkpoint(tmp_path, tensors)
-    assert opened.parameters_left() == ["layer.bias", "norm.weight"]
+    assert opened.left(Part.PARAMETER) == ["layer.bias", "norm.weight"]
     opened.take("norm.weight", Part.PARAMETER, (1,))
-    assert opened.parameters_left() == ["layer.bias"]
+    assert opened.left(Part.PARAMETER) == ["layer.bias"]
+
+
+def test_what_is_skipped_may_be_anything(tmp_path: Path) -> None:
+    opened = checkpoint(tmp_path, {"layer.lora_velora_embed": torch.tensor([torch.nan])})
+    opened.skip("layer", Part.VELORA)
+    opened.skip("other", Part.VELORA)
+    opened.finish()
 
 
 def test_shapes_tell_another_rank_from_another_base(tmp_path: Path) -> None:

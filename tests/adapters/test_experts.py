@@ -1,4 +1,6 @@
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from dynamic_lora_adapters.json_file import read_json_object
 from tests.support.adapters import edit_config, load_with_peft, save_adapter
 from tests.support.apply_terms import logits
 from tests.support.geometry import geometry_of
+from tests.support.lora_terms import check_against_peft, lora, refused
 from tests.support.models import TINY_MOE_MODELS
 from tests.support.uploads import edit_tensors
 
@@ -118,3 +121,77 @@ def test_vectors_take_no_factors(folder: Path, model: PreTrainedModel) -> None:
     edit_config(folder, target_parameters=["model.norm.weight"])
     with pytest.raises(UnsupportedAdapter, match="'model.norm.weight', which has 1 dimensions"):
         read(folder, model)
+
+
+# Where transformers 4 had the experts of each family, and their layers: in, in, out.
+SINGLE = {
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), 48),
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), 96),
+}
+
+
+def save_single(
+    folder: Path, model: PreTrainedModel, family: str, *, router: bool = False, **keys: Any
+) -> None:
+    """Save an adapter of every expert by itself, as PEFT did under transformers 4."""
+    parent, leaves, width = SINGLE[family]
+    save_adapter(folder, model, lora(target_modules=["q_proj"]))
+    edit_config(folder, **{"target_modules": ["q_proj", *leaves, *["gate"] * router], **keys})
+    shapes = {
+        f"experts.{expert}.{leaf}": (width, 64) if leaf == leaves[-1] else (64, width)
+        for expert, leaf in product(range(4), leaves)
+    }
+    if router:
+        shapes["gate"] = (64, 4)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for layer, (below, (inner, outer)) in product(range(2), shapes.items()):
+            path = f"base_model.model.model.layers.{layer}.{parent}.{below}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(4, inner, generator=generator) * 0.1
+            tensors[f"{path}.lora_B.weight"] = torch.randn(outer, 4, generator=generator) * 0.3
+
+    edit_tensors(folder, add)
+
+
+@pytest.mark.parametrize("family", SINGLE)
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize(
+    "keys", [{}, {"use_rslora": True}, {"lora_alpha": 3, "alpha_pattern": {"q_proj": 8}}]
+)
+def test_experts_adapted_one_by_one_are_stacked(
+    keys: dict[str, Any], router: bool, family: str, tmp_path: Path
+) -> None:
+    model = TINY_MOE_MODELS[family]()
+    save_single(tmp_path, model, family, router=router, **keys)
+    check_against_peft(tmp_path, model)
+
+
+def test_single_experts_by_a_pattern(tmp_path: Path) -> None:
+    model = TINY_MOE_MODELS["qwen3_moe"]()
+    pattern = r".*(q_proj|experts\..*(gate|up|down)_proj)"
+    save_single(tmp_path, model, "qwen3_moe", target_modules=pattern)
+    check_against_peft(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (["q_proj", "w1", "w2"], "Cannot convert PEFT target.* w1 without also targeting w3"),
+        (["q_proj", "w1", "w3"], "only where all layers of an expert are adapted"),
+    ],
+)
+def test_single_experts_that_peft_does_not_stack_are_refused(
+    targets: list[str], reason: str, tmp_path: Path
+) -> None:
+    model = TINY_MOE_MODELS["mixtral"]()
+    save_single(tmp_path, model, "mixtral", target_modules=targets)
+    refused(tmp_path, model, UnsupportedAdapter, f"as transformers 4 had them; .* {reason}")
+
+
+def test_a_single_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
+    model = TINY_MOE_MODELS["mixtral"]()
+    save_single(tmp_path, model, "mixtral")
+    name = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2.lora_B.weight"
+    edit_tensors(tmp_path, lambda t: t.pop(name))
+    refused(tmp_path, model, InvalidAdapter, f"'{name}' is missing")

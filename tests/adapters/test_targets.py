@@ -46,6 +46,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layers_to_transform": [0],
         "layers_pattern": "layers",
     },
+    "no layers, by name": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [],
+        "layers_pattern": "layers",
+    },
     "patterns": {
         "target_modules": list(ALL_TARGETS),
         "use_rslora": True,

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import LlamaForCausalLM
 
 from dynamic_lora_adapters import (
     AdapterTerms,
@@ -19,7 +19,7 @@ from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.json_file import read_json_object
 from tests.support.adapters import edit_config, save_adapter
 from tests.support.apply_terms import linear_delta
-from tests.support.models import tiny_llama
+from tests.support.models import tiny_llama, tiny_phi
 
 EMBEDDING = "model.embed_tokens"
 
@@ -119,16 +119,7 @@ def join(folder: Path, other: Path) -> None:
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     """PEFT leaves the bias out of such a head's product, which nobody can have meant."""
-    config = PhiConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = PhiForCausalLM(config)
+    model = tiny_phi()
     adapter = LoraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices={"lm_head": [7]}
     )

@@ -38,6 +38,8 @@ from transformers import (
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -191,6 +193,16 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """A Llama of two layers, hidden size 64, four query and two KV heads."""
     model = TINY_MODELS["llama"](seed, **overrides)
     assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def tiny_phi(seed: int = 0) -> PhiForCausalLM:
+    """A Phi, whose output head has a bias, which is not zero."""
+    config = PhiConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"})
+    model = _build(PhiForCausalLM, config, seed)
+    assert isinstance(model, PhiForCausalLM)
+    with torch.no_grad():
+        model.lm_head.bias.copy_(torch.linspace(-1, 1, VOCAB_SIZE))
     return model
 
 

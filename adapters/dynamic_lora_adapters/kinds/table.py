@@ -26,7 +26,7 @@ _NO_EXCLUDE = TARGET_KEYS - {"exclude_modules"}
 _SIZE = 1 << 31
 
 _RANK = integer(1, MAX_RANK)
-_ALPHA = number(0, 1e9)
+_ALPHA = number(-1e9, 1e9)
 _SEED = integer(0, (1 << 63) - 1)
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 _FLOATS = ("F32", "F16", "BF16")
-_INTEGERS = ("I32", "I64")
+# PEFT on Windows saves integers as F32.
+_INTEGERS = ("I32", "I64", "F32")
+# Beyond this a float32 stands for several integers.
+_MOST_WHOLE = 1 << 24
 _FIX = "Upload the adapter_config.json that was saved with these weights."
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,7 +60,7 @@ def read_tensors(
 ) -> "dict[str, torch.Tensor]":
     """Read exactly the tensors in `expected`, floating-point ones as finite fp32.
 
-    Those named in `integers` hold positions and keep their type. Raises
+    Those named in `integers` hold positions and come as integers. Raises
     `InvalidAdapter` naming the tensor at fault.
     """
     stored = MappedTensors(folder / WEIGHTS_FILE)
@@ -71,7 +74,10 @@ def read_tensors(
                 "read.",
                 field=name,
             )
-    return {name: _checked(name, stored.tensor(name)) for name in sorted(expected)}
+    return {
+        name: (_whole if name in integers else _finite)(name, stored.tensor(name))
+        for name in sorted(expected)
+    }
 
 
 def num_values(shapes: Shapes) -> int:
@@ -79,10 +85,22 @@ def num_values(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _checked(name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+def _finite(name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    check_finite(name, tensor)
+    return tensor.to(torch.float32).contiguous()
+
+
+def _whole(name: str, tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if not tensor.is_floating_point():
         return tensor
-    check_finite(name, tensor)
-    return tensor.to(torch.float32).contiguous()
+    # NaN and infinities are refused too: they equal no integer.
+    whole = tensor.abs() < _MOST_WHOLE
+    if not bool(whole.all()) or not tensor.equal(tensor.trunc()):
+        raise InvalidAdapter(
+            f"The tensor {name!r} holds positions that are not whole numbers.", field=name
+        )
+    return tensor.to(torch.int64)

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("VeraConfig", {"r": 8}),
     "vera-key": ("VeraConfig", {"r": 8, "save_projection": False, "projection_prng_key": 7}),
     "loha-factors": ("LoHaConfig", {"r": 3, "alpha": 5}),
+    "loha-negative": ("LoHaConfig", {"r": 2, "alpha": -4}),
     "loha-dense": ("LoHaConfig", {"r": 8, "alpha": 8}),
     "loha-patterns": (
         "LoHaConfig",
@@ -102,6 +103,18 @@ def test_linear_kinds_agree_with_peft(case: str, family: str, tmp_path: Path) ->
     assert set(terms.linears) == {
         path for path in geometry_of(model).linears if path.rsplit(".", 1)[-1] in targets
     }
+
+
+def test_positions_that_were_saved_on_windows(tmp_path: Path) -> None:
+    """There PEFT writes them as float32."""
+    model = TINY_MODELS["llama"]()
+    config = make(tmp_path, model, make_config("ShiraConfig", r=4, **LIST))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {k: v.float() for k, v in tensors.items() if k.endswith("shira_indices")}
+
+    edit_tensors(tmp_path, change)
+    check(model, tmp_path, config)
 
 
 @pytest.mark.parametrize("case", ["ia3", "ia3-outputs", "vera"])

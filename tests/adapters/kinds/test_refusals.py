@@ -99,10 +99,21 @@ def test_broken_tensors_are_refused_by_name(
     assert error.field == ("zzz" if edit == "extra" else tensor)
 
 
-def test_positions_must_be_integers(model: LlamaForCausalLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf"), 2.0**24])
+def test_positions_must_be_whole_numbers(
+    value: float, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
     config = make(tmp_path, model, make_config("ShiraConfig", r=2, target_modules=["q_proj"]))
-    edit_tensors(tmp_path, replace(f"{Q}shira_indices", lambda t: t.float()))
-    assert "shira_indices' has dtype F32; I32, I64 are read" in str(
+    edit_tensors(tmp_path, replace(f"{Q}shira_indices", lambda t: t + value))
+    assert "shira_indices' holds positions that are not whole numbers" in str(
+        refused(model, tmp_path, config, InvalidAdapter)
+    )
+
+
+def test_positions_are_not_half_precision(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    config = make(tmp_path, model, make_config("ShiraConfig", r=2, target_modules=["q_proj"]))
+    edit_tensors(tmp_path, replace(f"{Q}shira_indices", lambda t: t.half()))
+    assert "shira_indices' has dtype F16; I32, I64, F32 are read" in str(
         refused(model, tmp_path, config, InvalidAdapter)
     )
 

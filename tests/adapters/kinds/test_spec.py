@@ -93,7 +93,11 @@ BAD: list[tuple[dict[str, Any], type[AdapterError], str]] = [
     ),
     (config("LOHA", r=0), InvalidAdapter, "r must be an integer from 1 to 4096, not 0"),
     (config("LOHA", r=True), InvalidAdapter, "r must be an integer from 1 to 4096, not True"),
-    (config("LOHA", alpha="8"), InvalidAdapter, "alpha must be a number from 0 to 1e+09, not '8'"),
+    (
+        config("LOHA", alpha="8"),
+        InvalidAdapter,
+        "alpha must be a number from -1e+09 to 1e+09, not '8'",
+    ),
     (config("LOHA", alpha=float("nan")), InvalidAdapter, "not nan"),
     (config("LOKR", decompose_both=1), InvalidAdapter, "decompose_both must be true or false"),
     (config("HIRA", rank_pattern=[3]), InvalidAdapter, "rank_pattern must be an object, not [3]"),

@@ -38,6 +38,15 @@ are honoured: `task.json`, the chat template (`chat_template.jinja`, else the
 `tokenizer_config.json`, `eos_token_id` of `generation_config.json`).
 [api.md](api.md#adapters) says when. The tokenizer itself and all else in
 these files are not: prompts are tokenised by the base's tokenizer.
+
+Beside an adapter's own tensors PEFT saves others, and these are read as it reads them:
+
+- Copies of embedding and head (`save_embedding_layers`), also below the wrappers of
+  `modules_to_save` and `trainable_token_indices`. One that differs from the base's takes
+  its place for this adapter; one of another vocabulary is refused, with both sizes.
+- Earlier releases saved no biases with `bias: lora_only`: the base's own are used.
+- Experts that were adapted one by one, under transformers 4, are stacked as PEFT does it
+  under transformers 5.
 """
 _LETTERS = {Status.REFUSED: "R", Status.NOT_IN_PEFT: "P", Status.WRONG: "W"}
 _NOTE = re.compile(r"- \*?\*?`?([RPW]\d+)`?\*?\*?: (.*)")
