@@ -9,14 +9,28 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
+# More than any object of a request has. Each unknown field is an error of its own.
+_MAX_FIELDS = 200
+
 
 class Wire(BaseModel):
-    """A request body or part of one. Unknown fields and wrong types are refused by name."""
+    """A request body or part of one. Unknown fields and wrong types are refused by name.
+
+    A list that may be long stops at its first item that is wrong (`fail_fast`).
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"has {len(value)} fields, far more than there are")
+        return value
 
 
 def null_is(default: object, kind: type) -> BeforeValidator:
