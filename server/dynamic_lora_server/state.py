@@ -12,6 +12,7 @@ from dynamic_lora_server.errors import NotReady
 from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
 from dynamic_lora_server.readings import readings_of
+from dynamic_lora_server.work_pool import WorkPool
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Load = Callable[[], "Runtime"]
 
+_NUM_RENDERING = 2
 _NUM_TOKENIZING = 2
 
 
@@ -31,6 +33,8 @@ class ServerState:
         self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
         self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING, thread_name_prefix="tokenize")
+        capacity = config.max_running + config.max_waiting
+        self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
 
@@ -45,6 +49,13 @@ class ServerState:
         """Start a generation, seen by the metrics. The generator must be closed."""
         events = self.runtime.service.stream(spec)
         return self.metrics.observed(events)
+
+    async def render(self, work: Callable[[], T]) -> T:
+        """Run `work`, which renders a conversation, on one of a few threads.
+
+        A long one would hold up everybody's streams. Raises QueueFull where too many wait.
+        """
+        return await self._rendering.run(work)
 
     async def tokenize(self, work: Callable[[], T]) -> T:
         """Run `work`, which tokenises for who wants the tokens alone, on one of a few threads.
