@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_server.config import ServerConfig
@@ -22,6 +21,7 @@ Load = Callable[[], "Runtime"]
 
 _NUM_RENDERING = 2
 _NUM_TOKENIZING = 2
+_MAX_TO_TOKENIZE = 64  # that wait, each with a body of up to `max_body_bytes`
 
 
 class ServerState:
@@ -32,9 +32,11 @@ class ServerState:
         self.started_at = time.time()
         self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
-        self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING, thread_name_prefix="tokenize")
         capacity = config.max_running + config.max_waiting
         self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
+        self._tokenizing = WorkPool(
+            "tokenize", num_threads=_NUM_TOKENIZING, max_waiting=_MAX_TO_TOKENIZE
+        )
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
 
@@ -61,9 +63,9 @@ class ServerState:
         """Run `work`, which tokenises for who wants the tokens alone, on one of a few threads.
 
         A long text takes seconds and some hundred times its size: not many at a time, and no
-        generation's prompt is to wait for it.
+        generation's prompt is to wait for it. Raises QueueFull where too many wait.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        return await self._tokenizing.run(work)
 
     async def come_up(self, load: Load) -> None:
         """Load the runtime on a thread of its own, and start it on this event loop.
@@ -89,7 +91,6 @@ class ServerState:
         """Refuse new requests, then fail those that run and free the model."""
         runtime, self._runtime = self._runtime, None
         self._why_not = "The server is shutting down."
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
         if runtime is not None:
             runtime.service.refuse()
             await asyncio.to_thread(runtime.close)
