@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
@@ -231,6 +232,8 @@ def _headers(error: Exception) -> dict[str, str]:
 
 
 def _http_fault(error: HTTPException) -> Fault:
+    if isinstance(error.__cause__, ClientDisconnect):  # the framework's 400, while it read a body
+        return Fault(kind=TABLE[ClientDisconnect], detail="The client went away.")
     status = error.status_code
     unlisted = Kind(f"http-{status}", HTTPStatus(status).phrase, status)
     detail = _DETAILS.get(status) if error.detail == HTTPStatus(status).phrase else None
