@@ -54,8 +54,8 @@ class Admission:
             raise InvalidParameter(
                 "The prompt is empty.", field="inputs", fix="Send at least one character."
             )
-        self._check_ids("inputs", ids)
         self.fitted(spec, len(ids), 0)
+        self._check_ids("inputs", ids)
         return ids
 
     def fitted(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> SamplingParams:

@@ -234,6 +234,8 @@ async def test_a_prompt_that_is_too_long_alone_is_to_blame(
     with pytest.raises(ContextOverflow, match=r"has 512 tokens, but the context holds 512") as one:
         await collect(runtime, spec((5,) * 512))
     assert one.value.field == "inputs"
+    with pytest.raises(ContextOverflow):  # each of a body full of ids is not looked at
+        await collect(runtime, spec((10**9,) * 512))
     monkeypatch.setattr(TokenizerView, "encode", None)  # so long that this would take seconds
     with pytest.raises(ContextOverflow, match=r"has at least \d{4,} tokens, but the context"):
         await collect(runtime, spec("the rain " * 100_000))
