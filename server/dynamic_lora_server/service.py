@@ -151,9 +151,10 @@ class GenerationService:
         begin = time.monotonic()
         try:
             yield
+            # One that was refused or given up says nothing of how long an answer takes.
+            self._pace.record(time.monotonic() - begin)
         finally:
             self._num_open -= n
-            self._pace.record(time.monotonic() - begin)
 
     def _fit(self, spec: GenerationSpec, found: Iterable[Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""

@@ -215,6 +215,20 @@ async def test_a_full_queue_refuses_with_a_pause(runtime: Runtime) -> None:
     assert finishes(await collect(runtime, spec()))
 
 
+async def test_the_pause_is_what_answers_take_whatever_was_refused(runtime: Runtime) -> None:
+    for _ in range(50):
+        with pytest.raises(ContextOverflow):
+            await collect(runtime, spec((5,) * 512))
+    streams = [runtime.service.stream(spec(n=4, max_new_tokens=100)) for _ in range(2)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(QueueFull) as refused:
+        await collect(runtime, spec())
+    for stream in streams:
+        await stream.aclose()
+    assert refused.value.retry_after == 2  # rounds of 4, of a second each: none was answered yet
+
+
 async def test_more_continuations_than_places_are_no_reason_to_wait(runtime: Runtime) -> None:
     with pytest.raises(InvalidParameter, match="n is 9; the server takes 8 continuations") as error:
         await collect(runtime, spec(n=9))
