@@ -127,6 +127,8 @@ class Runtime:
     ) -> "Runtime":
         _use_threads(config.threads)
         recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
+        if recorder is not None:
+            on_step(f"Recording a trace in {recorder.path}")
         on_step("Finding the base model")
         base = resolve_base(config.model)
         device = pick_device(config.device)
