@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from dynamic_lora_adapters.archive import Intake
+from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import Publication
 from dynamic_lora_server.problems import parse_body
@@ -62,10 +63,14 @@ async def upload(request: Request, runtime: Ready) -> Response:
         wanted: Upload | AdapterSource
         if kind == MULTIPART:
             wanted = await _receive(request, runtime, inbox)
-            intake = await run_in_threadpool(_take_in, wanted, runtime, folder)
+            _check_name(wanted.name, runtime)
+            async with runtime.unpacking:
+                intake = await run_in_threadpool(_take_in, wanted, runtime, folder)
         elif kind == JSON:
             wanted = parse_body(AdapterSource, await request.body())
-            intake = await run_in_threadpool(_fetch, wanted, runtime, inbox, folder)
+            _check_name(wanted.name, runtime)
+            async with runtime.fetching:
+                intake = await run_in_threadpool(_fetch, wanted, runtime, inbox, folder)
         else:
             raise HTTPException(415, f"The body must be {MULTIPART} or {JSON}.")
         async with runtime.checking:
@@ -104,6 +109,12 @@ async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
 def _staging(runtime: "Runtime") -> AbstractAsyncContextManager[Path]:
     """A folder for an upload; making and removing it, which takes time, holds up nobody."""
     return contextmanager_in_threadpool(runtime.registry.staging())
+
+
+def _check_name(name: str, runtime: "Runtime") -> None:
+    """Before what takes long; once more when it is published, as it may be given meanwhile."""
+    check_adapter_name(name, reserved=runtime.registry.reserved)
+    runtime.residencies.saved.check_free(name)
 
 
 async def _receive(request: Request, runtime: "Runtime", inbox: Path) -> Upload:
