@@ -234,6 +234,8 @@ def _headers(error: Exception) -> dict[str, str]:
 def _http_fault(error: HTTPException) -> Fault:
     if isinstance(error.__cause__, ClientDisconnect):  # the framework's 400, while it read a body
         return Fault(kind=TABLE[ClientDisconnect], detail="The client went away.")
+    if isinstance(error.__cause__, errors.QueueFull):  # the same
+        return _fault_of(error.__cause__, "")
     status = error.status_code
     unlisted = Kind(f"http-{status}", HTTPStatus(status).phrase, status)
     detail = _DETAILS.get(status) if error.detail == HTTPStatus(status).phrase else None
