@@ -174,6 +174,11 @@ def test_a_long_body_of_faults_has_few_errors_for_each_form(body: dict[str, Any]
     assert caught.value.error_count() < 150
 
 
+def test_a_list_in_the_place_of_a_text_is_not_looked_into() -> None:
+    place, text = refused(GenerateRequest, {"inputs": ["\ud800"] * 1000})
+    assert (place, text) == ("inputs", "Input should be a valid string")
+
+
 def test_a_message_is_text_or_text_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert Message.model_validate({"role": "user", "content": parts}).text == "ab"
