@@ -31,8 +31,11 @@ def parse(text: str) -> Composition:
 
 
 def is_expression(text: str) -> bool:
-    """Whether a text has operators: if not, it is a name and nothing else."""
-    return bool(_OPERATORS.search(text))
+    """Whether a text has operators: if not, it is a name and nothing else.
+
+    Looks no further than a sum may go: a text may be a whole body.
+    """
+    return bool(_OPERATORS.search(text, 0, MAX_TEXT))
 
 
 def parse_parts(text: str) -> list[Part]:

@@ -10,6 +10,7 @@ NAME_RULE = (
     "and goes on with lower-case letters, digits, '.', '_' or '-'"
 )
 RESERVED_NAMES = frozenset({"base"})
+SUMS = "composition"  # what metrics count all sums of adapters under
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -20,7 +21,7 @@ def check_adapter_name(name: str, *, reserved: Collection[str] = ()) -> str:
     """Return `name` if an adapter may have it.
 
     `reserved` adds to the names that mean the base model. Raises
-    `InvalidAdapterName`, stating the rule.
+    `InvalidAdapterName`, stating the rule or what the name means.
     """
     if not _NAME.fullmatch(name):
         raise InvalidAdapterName(
@@ -31,6 +32,12 @@ def check_adapter_name(name: str, *, reserved: Collection[str] = ()) -> str:
     if name in RESERVED_NAMES or name in {other.lower() for other in reserved}:
         raise InvalidAdapterName(
             f"The name {name!r} means the base model and cannot be given to an adapter.",
+            field="name",
+            fix="Choose another name.",
+        )
+    if name == SUMS:
+        raise InvalidAdapterName(
+            f"The name {name!r} is what metrics count sums of adapters under and cannot be given.",
             field="name",
             fix="Choose another name.",
         )

@@ -11,10 +11,14 @@ _MOST_COMPARED = 200
 def near_names(name: str, known: Iterable[str]) -> Sequence[str]:
     """Up to three of the `known` names that are like `name`, the nearest first.
 
-    Of many, those alone are looked at that begin alike, or else are about as long.
+    Of many, those alone are looked at that begin alike, or else are about as long. A name more
+    than twice as long as all of them is like none, and is not looked at: it may be a whole body.
     """
+    names = list(known)
+    if len(name) > 2 * max(map(len, names), default=0):
+        return ()
 
     def unlike(other: str) -> tuple[bool, int, str]:
         return other[:1] != name[:1], abs(len(other) - len(name)), other
 
-    return difflib.get_close_matches(name, nsmallest(_MOST_COMPARED, known, key=unlike))
+    return difflib.get_close_matches(name, nsmallest(_MOST_COMPARED, names, key=unlike))

@@ -58,7 +58,7 @@ class AdapterRegistry:
     """Names to adapter versions, kept on disk under `home` and fitted to one base.
 
     All methods may be called from any thread; they block, `publish` for as long
-    as reading the weights takes. `resolve`, `lease` and `list` touch no disk. Opening
+    as reading the weights takes. `resolve`, `lease`, `let_go` and `list` touch no disk. Opening
     cleans up after a crash, and raises `AdapterError` while another process
     uses the home, unless it is given the home's `store`, which it then closes.
     Use `close`, or the registry as a context manager.
@@ -193,18 +193,33 @@ class AdapterRegistry:
 
     def release(self, lease: Lease) -> None:
         """End a lease; the last one of a forgotten version removes its files."""
+        if self.let_go(lease):
+            self.collect(lease.version.digest)
+
+    def let_go(self, lease: Lease) -> bool:
+        """End a lease without waiting for the disk; whether to `collect` its version now."""
         with self._lock:
             if lease.released:
-                return
+                return False
             lease.released = True
             digest = lease.version.digest
             self._num_leases[digest] -= 1
             if self._num_leases[digest]:
-                return
+                return False
             del self._num_leases[digest]
-            left_over = digest in self._forgotten
-        if left_over:
-            self._collect_quietly(digest)
+            return digest in self._forgotten
+
+    def collect(self, digest: str) -> None:
+        """Remove a forgotten version's files, unless something needs them again.
+
+        Who asks has had its answer, which is right even if the index cannot be asked: the next
+        start finds files that no name needs.
+        """
+        try:
+            with self._change():
+                self._collect(digest)
+        except Exception:
+            logger.exception("content %.12s stays until the next start", digest)
 
     def load(self, digest: str) -> AdapterTerms:
         """Read what a version does, checked again.
@@ -327,14 +342,3 @@ class AdapterRegistry:
             self._store.remove(digest)
             if self.on_removed is not None:
                 self.on_removed(digest)
-
-    def _collect_quietly(self, digest: str) -> None:
-        """The same for whom has had its answer, which is right even if the index cannot be asked.
-
-        The next start finds files that no name needs.
-        """
-        try:
-            with self._change():
-                self._collect(digest)
-        except Exception:
-            logger.exception("content %.12s stays until the next start", digest)

@@ -84,10 +84,9 @@ class SavedCompositions:
 
     def version(self, part: Part) -> AdapterVersion:
         """The adapter of a part. Raises AdapterNotFound or VersionNotFound."""
-        try:
-            version = self._registry.resolve(part.name)
-        except AdapterNotFound:
-            raise AdapterNotFound(part.name, self._near(part.name)) from None
+        if not self._is_adapter(part.name):
+            raise AdapterNotFound(part.name, self._near(part.name))
+        version = self._registry.resolve(part.name)
         check_version(part, version.digest)
         return version
 

@@ -1,11 +1,15 @@
 """What a request must be to be admitted: a prompt of known tokens that fits the context."""
 
-import asyncio
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dynamic_lora_server.errors import ContextOverflow, InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec, SamplingParams
 from dynamic_lora_server.text import TokenizerView
+from dynamic_lora_server.work_pool import WorkPool
+
+# Prompts that are tokenised at a time: short ones do not wait for a few that are long.
+_NUM_ENCODING = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,12 @@ class Admission:
     def __init__(self, view: TokenizerView, limits: ServiceLimits) -> None:
         self._view = view
         self._limits = limits
+        # Who waits here has a place, so that the line is never full.
+        self._encoding = WorkPool(
+            "encode",
+            num_threads=_NUM_ENCODING,
+            max_waiting=limits.max_running + limits.max_waiting,
+        )
 
     async def prompt_ids(self, spec: GenerationSpec) -> tuple[int, ...]:
         """The prompt's token ids. Raises InvalidParameter or ContextOverflow."""
@@ -35,8 +45,8 @@ class Admission:
                 if least > self._limits.context_length:
                     raise self._too_long(f"at least {least}")
             # A long text takes seconds, and the tokenizer releases the GIL.
-            ids = await asyncio.to_thread(
-                self._view.encode, ids, add_special_tokens=spec.add_special_tokens
+            ids = await self._encoding.run(
+                partial(self._view.encode, ids, add_special_tokens=spec.add_special_tokens)
             )
             if spec.keep_last is not None:
                 ids = ids[-spec.keep_last :]
@@ -44,8 +54,8 @@ class Admission:
             raise InvalidParameter(
                 "The prompt is empty.", field="inputs", fix="Send at least one character."
             )
-        self._check_ids("inputs", ids)
         self.fitted(spec, len(ids), 0)
+        self._check_ids("inputs", ids)
         return ids
 
     def fitted(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> SamplingParams:

@@ -77,7 +77,8 @@ class ServerConfig:
     many as can be there, and none on a GPU. `quantize`
     rounds the base's weights to "bf16" or "int8"; nothing is merged into eight bits. `mode` says
     whether adapters are merged into the weights, `restore` how the base comes back afterwards.
-    `record_trace` names a new file for who asked for what and when, without any text.
+    `record_trace` names a file for who asked for what and when, without any text; where there is
+    a trace already, its name gets a number.
 
     Raises InvalidParameter, naming the field.
     """
@@ -156,10 +157,9 @@ class ServerConfig:
         )
         _check("restore", self.restore == "copy" or not separate, rule)
         if self.record_trace is not None:
-            path = self.record_trace
-            new = not path.exists() or (path.is_file() and not path.stat().st_size)
-            _check("record_trace", new, f"names {path}, which exists; no trace is written over")
-            folder = self.record_trace.parent
+            path, folder = self.record_trace, self.record_trace.parent
+            is_file = path.is_file() or not path.exists()
+            _check("record_trace", is_file, f"names {path}, which is no file")
             _check("record_trace", folder.is_dir(), f"is to lie in {folder}, which is no folder")
         self._check_clients()
         for root in self.adapter_roots:

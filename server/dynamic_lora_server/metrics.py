@@ -14,11 +14,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynamic_lora_adapters.names import SUMS
 from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
 from dynamic_lora_server.prompts import BASE
 
-# Sums of adapters count under one label: theirs would come and never go.
-_COMPOSITION = "composition"
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
@@ -118,7 +117,8 @@ class _Observation:
     def _start(self, started: Started) -> None:
         self._name = started.name
         if started.adapter is not None:
-            self._label = started.name or _COMPOSITION
+            # Sums count under one label: theirs would come and never go.
+            self._label = started.name or SUMS
         if not self._gone:
             self._metrics.prompt_tokens.labels(self._label).inc(started.num_prompt_tokens)
 

@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
@@ -43,6 +44,8 @@ NOT_READY_RETRY_SECONDS = 5
 _LOGGED = (500, 502, 507)  # a server that loads or shuts down, 503, says so itself
 # Errors quote names out of uploads, which may be as long as the files.
 _MAX_SENTENCE = 2000
+# Of a body with many faults so many are told; the others are counted.
+_MAX_TOLD = 20
 
 W = TypeVar("W", bound=BaseModel)
 
@@ -121,6 +124,16 @@ async def _handle(request: Request, error: Exception) -> Response:
 
 def fault_of(error: Exception, *, content_type: str = "application/json") -> Fault:
     """What is wrong, from the error; an unforeseen error tells the client nothing of itself."""
+    fault = _fault_of(error, content_type)
+    return dataclasses.replace(
+        fault,
+        detail=_capped(fault.detail) or "",
+        field=_capped(fault.field),
+        fix=_capped(fault.fix),
+    )
+
+
+def _fault_of(error: Exception, content_type: str) -> Fault:
     if isinstance(error, RequestValidationError):
         return _validation_fault(error.errors(), content_type)
     if isinstance(error, HTTPException):
@@ -129,9 +142,9 @@ def fault_of(error: Exception, *, content_type: str = "application/json") -> Fau
     if isinstance(error, errors.ServerError | adapter_errors.AdapterError):
         return Fault(
             kind=kind,
-            detail=_capped(error.message) or "",
-            field=_capped(error.field),
-            fix=_capped(error.fix),
+            detail=error.message,
+            field=error.field,
+            fix=error.fix,
             near=getattr(error, "near", ()),
             headers=_headers(error),
         )
@@ -219,6 +232,10 @@ def _headers(error: Exception) -> dict[str, str]:
 
 
 def _http_fault(error: HTTPException) -> Fault:
+    if isinstance(error.__cause__, ClientDisconnect):  # the framework's 400, while it read a body
+        return Fault(kind=TABLE[ClientDisconnect], detail="The client went away.")
+    if isinstance(error.__cause__, errors.QueueFull):  # the same
+        return _fault_of(error.__cause__, "")
     status = error.status_code
     unlisted = Kind(f"http-{status}", HTTPStatus(status).phrase, status)
     detail = _DETAILS.get(status) if error.detail == HTTPStatus(status).phrase else None
@@ -272,12 +289,15 @@ def _is_json(content_type: str) -> bool:
 def _describe(faults: Sequence[Mapping[str, Any]]) -> str:
     """One clause per field; a field of several accepted forms names what each would need."""
     clauses: dict[str, list[str]] = {}
-    for fault in faults:
+    for fault in faults[:_MAX_TOLD]:
         reasons = clauses.setdefault(_path(fault["loc"]), [])
         reason = _reason(fault)
         if reason not in reasons:
             reasons.append(reason)
-    return "; ".join(f"{path}: {', or '.join(reasons)}" for path, reasons in clauses.items()) + "."
+    told = [f"{path}: {', or '.join(reasons)}" for path, reasons in clauses.items()]
+    if (num_more := len(faults) - _MAX_TOLD) > 0:
+        told.append(f"and {num_more} more")
+    return "; ".join(told) + "."
 
 
 def _reason(fault: Mapping[str, Any]) -> str:

@@ -25,7 +25,6 @@ from dynamic_lora_server.schemas.openai import (
 if TYPE_CHECKING:
     from dynamic_lora_adapters.chat import ChatFormat
     from dynamic_lora_adapters.inspection import AdapterVersion
-    from dynamic_lora_server.text import TokenizerView
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
@@ -208,7 +207,6 @@ def chat_spec(
     *,
     adapter: str | Composition | None,
     tokenizer: Tokenizer,
-    view: "TokenizerView",
     chat: "ChatFormat | None" = None,
 ) -> GenerationSpec:
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
@@ -216,10 +214,10 @@ def chat_spec(
     `chat` is the adapter's, if it is one alone; its template goes before the base model's.
     Raises what `render` does, and InvalidParameter for fields that contradict each other.
     """
-    rendered = render(body.messages, body.chat_template_kwargs or {}, tokenizer, chat)
     limit = _chat_limit(body)
     return GenerationSpec(
-        prompt=view.encode(rendered, add_special_tokens=False),
+        prompt=render(body.messages, body.chat_template_kwargs or {}, tokenizer, chat),
+        add_special_tokens=False,  # the template writes those that it wants
         adapter=adapter,
         sampling=_openai_sampling(
             body,

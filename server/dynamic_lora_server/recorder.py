@@ -31,14 +31,14 @@ class Arrival:
 class TraceRecorder:
     """Writes a trace, a line of JSON with the fields of `Arrival` as each answer ends.
 
-    Raises OSError, FileExistsError among them: no trace is written over. If the
-    disk fails later, recording ends, with a warning, and serving goes on.
+    No trace is written over: where the file has one, `path` becomes the same name with the next
+    number, as `trace-2.jsonl`. Raises OSError. If the disk fails later, recording ends, with a
+    warning, and serving goes on.
     """
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and path.stat().st_size:
-            raise FileExistsError(f"{path} exists; no trace is written over")
-        self._file: TextIO | None = path.open("w", buffering=1, encoding="utf-8")
+        self.path = _unwritten(path)
+        self._file: TextIO | None = self.path.open("w", buffering=1, encoding="utf-8")
         self._began = time.monotonic()
 
     def now(self) -> float:
@@ -62,3 +62,12 @@ class TraceRecorder:
         if file is not None:
             with suppress(OSError):
                 file.close()
+
+
+def _unwritten(path: Path) -> Path:
+    """The first of `trace.jsonl`, `trace-2.jsonl` and so on that is not there, or empty."""
+    number, free = 1, path
+    while free.exists() and free.stat().st_size:
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free

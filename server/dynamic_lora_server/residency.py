@@ -151,8 +151,10 @@ class Residency:
             check_version(part, lease.version.digest)
             yield lease
         finally:
-            # The last lease of a deleted version removes its files.
-            await asyncio.shield(asyncio.to_thread(self._registry.release, lease))
+            if self._registry.let_go(lease):
+                # Removing the files of a deleted version waits for the disk.
+                collecting = asyncio.to_thread(self._registry.collect, lease.version.digest)
+                await asyncio.shield(collecting)
 
     def _remember(self, version: str, digests: Sequence[str]) -> None:
         """Note what a composition was made of; those that left the device are forgotten."""

@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 # Uploads that are checked and compositions that are tried at a time: each takes a core, and as
 # much memory as its terms.
 _NUM_CHECKS = 2
+# Each holds one of the threads that all routes share, the Hub's for as long as that takes.
+_NUM_UNPACKINGS = 2
+_NUM_FETCHES = 4
 
 
 class Tier(StrEnum):
@@ -80,7 +83,8 @@ class EngineStats:
 class Runtime:
     """A loaded server without its HTTP side. `start` belongs on the serving event loop.
 
-    Who checks an upload or tries a composition holds `checking` meanwhile.
+    Who unpacks an upload, fetches a source, or checks either or tries a composition holds
+    `unpacking`, `fetching` or `checking` meanwhile.
     """
 
     config: ServerConfig
@@ -94,6 +98,8 @@ class Runtime:
     device: str
     dtype: str
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_CHECKS))
+    unpacking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_UNPACKINGS))
+    fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_FETCHES))
 
     @classmethod
     def load(
@@ -127,6 +133,8 @@ class Runtime:
     ) -> "Runtime":
         _use_threads(config.threads)
         recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
+        if recorder is not None:
+            on_step(f"Recording a trace in {recorder.path}")
         on_step("Finding the base model")
         base = resolve_base(config.model)
         device = pick_device(config.device)

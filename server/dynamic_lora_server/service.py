@@ -2,12 +2,11 @@
 
 import asyncio
 import itertools
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.continuation import Continuation
@@ -21,21 +20,12 @@ from dynamic_lora_server.generation import (
     GenerationSpec,
     Started,
 )
+from dynamic_lora_server.pace import Pace
 from dynamic_lora_server.recorder import Arrival, TraceRecorder
 from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
 _SEED_SPACE = 2**64
-
-
-@dataclass(slots=True)
-class _Pace:
-    """A running mean of how long a request takes, for Retry-After."""
-
-    seconds: float = 1.0
-
-    def record(self, seconds: float) -> None:
-        self.seconds += 0.1 * (seconds - self.seconds)
 
 
 class GenerationService:
@@ -57,7 +47,7 @@ class GenerationService:
         self._ids = itertools.count()
         self._inboxes: dict[int, asyncio.Queue[EngineEvent]] = {}
         self._num_open = 0
-        self._pace = _Pace()
+        self._pace = Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken = asyncio.Event()
         self._ending: NotReady | None = None
@@ -105,6 +95,24 @@ class GenerationService:
         """Continuations admitted and not yet ended."""
         return self._num_open
 
+    def check_room(self, n: int) -> None:
+        """Raise QueueFull where n more continuations have no place, InvalidParameter where they
+        never will."""
+        capacity = self.capacity
+        if n > capacity:
+            raise InvalidParameter(
+                f"n is {n}; the server takes {capacity} continuations at a time.",
+                field="n",
+                fix="Ask for fewer.",
+            )
+        if self._num_open + n > capacity:
+            rounds = max(1.0, self._num_open / self._limits.max_running)
+            raise QueueFull(
+                f"{self._num_open} continuations are running or waiting; the server takes "
+                f"{capacity}.",
+                retry_after=self._pace.retry_after(rounds),
+            )
+
     async def stream(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
 
@@ -138,28 +146,15 @@ class GenerationService:
 
     @contextmanager
     def _place(self, n: int) -> Iterator[None]:
-        capacity = self.capacity
-        if n > capacity:
-            raise InvalidParameter(
-                f"n is {n}; the server takes {capacity} continuations at a time.",
-                field="n",
-                fix="Ask for fewer.",
-            )
-        if self._num_open + n > capacity:
-            rounds = max(1.0, self._num_open / self._limits.max_running)
-            retry_after = min(60, max(1, math.ceil(self._pace.seconds * rounds)))
-            raise QueueFull(
-                f"{self._num_open} continuations are running or waiting; the server takes "
-                f"{capacity}.",
-                retry_after=retry_after,
-            )
+        self.check_room(n)
         self._num_open += n
         begin = time.monotonic()
         try:
             yield
+            # One that was refused or given up says nothing of how long an answer takes.
+            self._pace.record(time.monotonic() - begin)
         finally:
             self._num_open -= n
-            self._pace.record(time.monotonic() - begin)
 
     def _fit(self, spec: GenerationSpec, found: Iterable[Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""

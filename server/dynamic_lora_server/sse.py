@@ -1,7 +1,9 @@
 """Server-sent events: how they are framed and sent."""
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -9,12 +11,17 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dynamic_lora_server.access_log import request_id
 from dynamic_lora_server.disconnect import ClientDisconnected, until_disconnect
 
 EVENT_STREAM = "text/event-stream"
 # Proxies must pass events on as they come.
 _NEVER_STORED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"  # OpenAI's end of a stream
+# What a client may take to read on once the buffers between are full: its place is wanted.
+_STALLED_SECONDS = 120.0
+
+_log = logging.getLogger(__name__)
 
 
 def event(data: BaseModel) -> bytes:
@@ -31,7 +38,8 @@ class EventStream(Response):
     """Sends the events of a generator as they come and closes it when the client goes.
 
     The generator is closed in every case, so that what it holds is freed at
-    once: after its last event, on an error, and on a disconnect.
+    once: after its last event, on an error, on a disconnect, and where the client reads nothing
+    for two minutes.
     """
 
     media_type = EVENT_STREAM
@@ -57,5 +65,17 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         async for chunk in self._events:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await _until_taken(
+                send({"type": "http.response.body", "body": chunk, "more_body": True})
+            )
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_taken(sending: Awaitable[None]) -> None:
+    """Raises ClientDisconnected if the client does not read on."""
+    try:
+        async with asyncio.timeout(_STALLED_SECONDS):
+            await sending
+    except TimeoutError:
+        _log.info("a stream ends that nobody reads (request %s)", request_id())
+        raise ClientDisconnected from None

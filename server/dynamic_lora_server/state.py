@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_server.config import ServerConfig
@@ -12,6 +11,7 @@ from dynamic_lora_server.errors import NotReady
 from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
 from dynamic_lora_server.readings import readings_of
+from dynamic_lora_server.work_pool import WorkPool
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Load = Callable[[], "Runtime"]
 
+_NUM_RENDERING = 2
 _NUM_TOKENIZING = 2
+_MAX_TO_TOKENIZE = 64  # that wait, each with a body of up to `max_body_bytes`
 
 
 class ServerState:
@@ -30,7 +32,11 @@ class ServerState:
         self.started_at = time.time()
         self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
-        self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING, thread_name_prefix="tokenize")
+        capacity = config.max_running + config.max_waiting
+        self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
+        self._tokenizing = WorkPool(
+            "tokenize", num_threads=_NUM_TOKENIZING, max_waiting=_MAX_TO_TOKENIZE
+        )
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
 
@@ -46,13 +52,20 @@ class ServerState:
         events = self.runtime.service.stream(spec)
         return self.metrics.observed(events)
 
+    async def render(self, work: Callable[[], T]) -> T:
+        """Run `work`, which renders a conversation, on one of a few threads.
+
+        A long one would hold up everybody's streams. Raises QueueFull where too many wait.
+        """
+        return await self._rendering.run(work)
+
     async def tokenize(self, work: Callable[[], T]) -> T:
         """Run `work`, which tokenises for who wants the tokens alone, on one of a few threads.
 
         A long text takes seconds and some hundred times its size: not many at a time, and no
-        generation's prompt is to wait for it.
+        generation's prompt is to wait for it. Raises QueueFull where too many wait.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        return await self._tokenizing.run(work)
 
     async def come_up(self, load: Load) -> None:
         """Load the runtime on a thread of its own, and start it on this event loop.
@@ -78,7 +91,6 @@ class ServerState:
         """Refuse new requests, then fail those that run and free the model."""
         runtime, self._runtime = self._runtime, None
         self._why_not = "The server is shutting down."
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
         if runtime is not None:
             runtime.service.refuse()
             await asyncio.to_thread(runtime.close)

@@ -1,13 +1,14 @@
 """Multipart uploads, streamed to disk: no part is ever whole in memory."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from fastapi.exceptions import HTTPException
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
@@ -101,26 +102,25 @@ class _Form:
         self._header = (bytearray(), bytearray())
         self._headers: dict[bytes, bytes] = {}
         self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin_part,
-                "on_part_data": self._add_data,
-                "on_part_end": self.close,
-                "on_header_field": self._add_header_field,
-                "on_header_value": self._add_header_value,
-                "on_header_end": self._end_header,
-                "on_headers_finished": self._open_part,
-                "on_end": self._end,
-            },
-        )
+        with _parsing():
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin_part,
+                    "on_part_data": self._add_data,
+                    "on_part_end": self.close,
+                    "on_header_field": self._add_header_field,
+                    "on_header_value": self._add_header_value,
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._open_part,
+                    "on_end": self._end,
+                },
+            )
 
     def write(self, chunk: bytes) -> None:
         """Parse the next bytes of the body."""
-        try:
+        with _parsing():
             self._parser.write(chunk)
-        except MultipartParseError as error:
-            raise _malformed(str(error)) from error
 
     def finish(self) -> Upload:
         """The upload, once the body has ended."""
@@ -221,6 +221,14 @@ class _Form:
 
     def _end(self) -> None:
         self._ended = True
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    try:
+        yield
+    except FormParserError as error:  # a boundary that is too long is no MultipartParseError
+        raise _malformed(str(error)) from error
 
 
 def _malformed(reason: str) -> HTTPException:

@@ -182,6 +182,11 @@ def test_names_are_no_expressions(text: str) -> None:
     assert not is_expression(text)
 
 
+def test_no_operator_is_looked_for_beyond_what_a_sum_may_have() -> None:
+    assert is_expression("a" * 4000 + "*2")
+    assert not is_expression("a" * 5000 + "*2")
+
+
 def test_the_plain_adapter() -> None:
     assert parse("ner").plain == Part("ner")
     assert parse("ner@3f2a9c1d").plain == Part("ner", "3f2a9c1d")

@@ -45,6 +45,12 @@ def test_names_of_the_base_are_reserved(name: str) -> None:
         check_adapter_name(name, reserved=["Tiny-Llama"])
 
 
+def test_the_label_of_sums_in_the_metrics_is_nobodys_name() -> None:
+    with pytest.raises(InvalidAdapterName, match="what metrics count sums of adapters under"):
+        check_adapter_name("composition")
+    assert check_adapter_name("compositions")
+
+
 @pytest.mark.parametrize("declared", ["org/Tiny", "org/tiny", "ORG/TINY", "Tiny"])
 def test_the_same_base_passes_without_a_note(declared: str) -> None:
     assert check_base_model(declared, "org/Tiny", force=False) == []

@@ -1,3 +1,4 @@
+import difflib
 import json
 import logging
 import os
@@ -351,6 +352,13 @@ def test_near_names_are_found_among_many(registry: AdapterRegistry, adapter: Pat
         registry.resolve("sentimnt")
     many = [f"s-{number}" for number in range(5000)]
     assert near_names("sentimnt", [*many, "sentiment"])[0] == "sentiment"
+
+
+def test_a_name_as_long_as_a_body_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert near_names("sentiment" * 2, ["sentiment"]) == ["sentiment"]
+    monkeypatch.setattr(difflib, "get_close_matches", None)
+    assert near_names("sentiment" * 10**5, ["sentiment", "ner"]) == ()
+    assert near_names("sentiment", []) == ()
 
 
 def test_everything_survives_a_restart(home: Path, geometry: BaseGeometry, adapter: Path) -> None:

@@ -156,6 +156,14 @@ def test_near_names_are_of_both_kinds(saved: SavedCompositions) -> None:
         saved.get("newsi")
 
 
+def test_near_names_are_looked_for_once(
+    saved: SavedCompositions, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "resolve", None)  # which looks among the adapters alone
+    with pytest.raises(AdapterNotFound, match="Did you mean 'tone'"):
+        saved.resolve("tones")
+
+
 def test_names_are_given_once(saved: SavedCompositions) -> None:
     with pytest.raises(NameTaken, match="'ner' is the name of an adapter"):
         save(saved, "ner", "tone*2")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def address(folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 async def client(address: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
         yield client
 
 
@@ -147,6 +149,29 @@ async def test_bodies_are_read_strictly(client: httpx.AsyncClient) -> None:
     asked = await client.post("/tokenize?adapter=terse", json={"inputs": "a"})
     assert asked.status_code == 422
     assert "takes no adapter in its address" in asked.json()["detail"]
+
+
+async def test_of_many_texts_those_beyond_a_line_of_64_are_refused(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, go_on = TokenizerView.encode, threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> tuple[int, ...]:
+        assert go_on.wait(30)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(TokenizerView, "encode", slowly)
+    tasks = [asyncio.create_task(client.post("/tokenize", json={"prompt": "x"})) for _ in range(70)]
+    async with asyncio.timeout(30):
+        while sum(task.done() for task in tasks) < 4:
+            await asyncio.sleep(0.01)
+    go_on.set()
+    answers = [await task for task in tasks]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) == 4
+    assert refused[0].json()["type"] == "/problems/queue-full"
+    assert int(refused[0].headers["retry-after"]) >= 1
+    assert sum(answer.status_code == 200 for answer in answers) == 66
 
 
 async def test_a_long_text_holds_nobody_up(client: httpx.AsyncClient) -> None:

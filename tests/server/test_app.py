@@ -11,6 +11,7 @@ from typing import NoReturn
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message
 
 from dynamic_lora_server.app import create_app
 from dynamic_lora_server.config import ServerConfig
@@ -113,6 +114,59 @@ async def test_a_body_over_the_cap(tmp_path: Path, declared: bool) -> None:
 
 def _never() -> NoReturn:
     raise RuntimeError("no model in this test")
+
+
+async def test_bodies_on_their_way_are_bounded_together(tmp_path: Path) -> None:
+    app = create_app(ServerConfig(home=tmp_path, max_body_bytes=100), load=_never)
+    go_on = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b" " * 90
+        await go_on.wait()
+        yield b"{"
+
+    headers = {"content-type": "application/json"}
+    async with client_of(app) as client:
+        arriving = [
+            asyncio.create_task(client.post("/generate", content=slowly(), headers=headers))
+            for _ in range(71)
+        ]
+        await asyncio.sleep(0.1)
+        refused = await client.post("/generate", content=b" " * 20, headers=headers)
+        go_on.set()
+        statuses = {(await task).status_code for task in arriving}
+        later = await client.post("/generate", content=b" " * 20, headers=headers)
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "5"
+    assert refused.json()["type"] == "/problems/queue-full"
+    assert statuses == {400}
+    assert later.status_code == 400
+
+
+async def test_a_client_that_goes_while_it_sends_its_body_made_no_mistake(tmp_path: Path) -> None:
+    app = create_app(ServerConfig(home=tmp_path), load=_never)
+    parts: list[Message] = [
+        {"type": "http.request", "body": b'{"inputs":', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return parts.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async with client_of(app):
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/tokenize",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await app(scope, receive, send)
+    assert sent[0]["status"] == 499
 
 
 def test_the_openapi_document_describes_the_errors(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_defaults_are_valid() -> None:
         ({"log_level": "loud"}, "log_level must be one of"),
         (
             {"record_trace": Path("/")},
-            "record_trace names /, which exists; no trace",
+            "record_trace names /, which is no file",
         ),
         (
             {"record_trace": Path("no-such-folder/trace.jsonl")},

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.testclient import TestClient
 
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_server import base_model, errors, fault_kinds, problems, sources
 from dynamic_lora_server.disconnect import ClientDisconnected
+from dynamic_lora_server.schemas.generate import GenerateRequest
 
 
 def _tree(root: type[Exception]) -> set[type[Exception]]:
@@ -87,6 +89,25 @@ def test_errors_that_quote_whole_files_are_cut_off() -> None:
     fault = problems.fault_of(adapter_errors.InvalidAdapter(f"{name} is bad", field=name, fix=name))
     assert len(fault.detail) == len(fault.field or "") == len(fault.fix or "") == 2000
     assert fault.detail.endswith("x...")
+
+
+def test_a_body_of_many_faults_is_told_in_part() -> None:
+    faults = [
+        {"type": "missing", "loc": ("body", f"field-{i}"), "msg": "Field required"}
+        for i in range(25)
+    ]
+    detail = problems.fault_of(RequestValidationError(faults)).detail
+    assert "field-19: Field required; and 5 more." in detail
+    assert "field-20" not in detail
+
+
+def test_a_field_whose_name_is_a_whole_body_is_cut_off() -> None:
+    body = {"inputs": "x", "y" * 10**6: 0}
+    with pytest.raises(RequestValidationError) as caught:
+        problems.parse_body(GenerateRequest, json.dumps(body).encode())
+    fault = problems.fault_of(caught.value)
+    assert fault.field == "y" * 1997 + "..."
+    assert len(fault.detail) == 2000
 
 
 def test_a_lone_surrogate_in_an_error_can_be_answered() -> None:

@@ -21,11 +21,9 @@ from dynamic_lora_server.prompts import (
 )
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest
-from dynamic_lora_server.text import TokenizerView
 from tests.support.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-VIEW = TokenizerView(TOKENIZER)
 CARD = TaskCard.model_validate(
     {
         "prompt_template": "Text: {input}\nEntities:",
@@ -207,7 +205,7 @@ def test_completion_prompts(prompt: Any, prompts: list[Any]) -> None:
 def chat(**fields: Any) -> GenerationSpec:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     body = ChatRequest.model_validate({"model": "m", "messages": messages} | fields)
-    return chat_spec(body, adapter=None, tokenizer=TOKENIZER, view=VIEW)
+    return chat_spec(body, adapter=None, tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize("kept", [True, False, None])
@@ -220,16 +218,15 @@ def test_the_stop_string_may_stay_in_the_text(kept: bool | None) -> None:
 
 def test_chat_uses_the_template() -> None:
     spec = chat()
-    assert isinstance(spec.prompt, tuple)
-    assert TOKENIZER.decode(list(spec.prompt)) == "[user] hi\n[assistant]"
+    assert spec.prompt == "[user] hi\n[assistant]"
+    assert not spec.add_special_tokens
     assert spec.sampling.max_new_tokens == CHAT_TOKENS
     assert chat(max_completion_tokens=3).sampling.max_new_tokens == 3
 
 
 def test_a_developer_speaks_as_the_system() -> None:
     spec = chat(messages=[{"role": "developer", "content": "be brief"}])
-    assert isinstance(spec.prompt, tuple)
-    assert TOKENIZER.decode(list(spec.prompt)) == "[system] be brief\n[assistant]"
+    assert spec.prompt == "[system] be brief\n[assistant]"
 
 
 @pytest.mark.parametrize(("asked", "top_k"), [(-1, 0), (0, 0), (5, 5), (None, 0)])
@@ -249,8 +246,7 @@ def test_variables_of_the_template() -> None:
     )
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ 'thinking' if enable_thinking is not false else 'plain' }}"
-    spec = chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
-    assert spec.prompt == VIEW.encode("plain", add_special_tokens=False)
+    assert chat_spec(body, adapter=None, tokenizer=tokenizer).prompt == "plain"
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tools", "tokenize", "messages", "self"])
@@ -298,7 +294,7 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InvalidParameter, match="no users here"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+        chat_spec(body, adapter=None, tokenizer=tokenizer)
     for broken in (
         "{{ messages[0]['content'] + 1 }}",  # TypeError
         "{{ messages[0]['content'] / 0 }}",
@@ -307,8 +303,8 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     ):
         tokenizer.chat_template = broken
         with pytest.raises(InvalidParameter, match="template refuses") as caught:
-            chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+            chat_spec(body, adapter=None, tokenizer=tokenizer)
         assert caught.value.field == "messages"
     tokenizer.chat_template = None
     with pytest.raises(InvalidParameter, match="has no chat template"):
-        chat_spec(body, adapter=None, tokenizer=tokenizer, view=VIEW)
+        chat_spec(body, adapter=None, tokenizer=tokenizer)

@@ -29,9 +29,21 @@ def test_a_line_is_written_as_each_answer_ends(tmp_path: Path) -> None:
 def test_no_trace_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text("precious")
-    with pytest.raises(FileExistsError):
-        TraceRecorder(path)
+    for number in (2, 3):
+        recorder = TraceRecorder(path)
+        recorder.record(ARRIVAL)
+        recorder.close()
+        assert recorder.path == tmp_path / f"trace-{number}.jsonl"
+        assert lines(recorder.path) == [asdict(ARRIVAL)]
     assert path.read_text() == "precious"
+
+
+def test_an_empty_file_is_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.touch()
+    recorder = TraceRecorder(path)
+    recorder.close()
+    assert recorder.path == path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

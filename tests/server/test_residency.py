@@ -2,6 +2,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,7 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
     threads: list[threading.Thread] = []
     async with serving(tmp_path) as runtime:
         publish(runtime, "a", folder)
-        lease, release = runtime.registry.lease, runtime.registry.release
+        lease, collect_files = runtime.registry.lease, runtime.registry.collect
 
         def lease_and_delete(name: str) -> Lease:
             leased = lease(name)
@@ -251,12 +252,12 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
             time.sleep(0.1)
             return leased
 
-        def note_thread(lease: Lease) -> None:
+        def note_thread(digest: str) -> None:
             threads.append(threading.current_thread())
-            release(lease)
+            collect_files(digest)
 
         monkeypatch.setattr(runtime.registry, "lease", lease_and_delete)
-        monkeypatch.setattr(runtime.registry, "release", note_thread)
+        monkeypatch.setattr(runtime.registry, "collect", note_thread)
         loop = asyncio.get_running_loop()
         task = asyncio.create_task(collect(runtime, spec(adapter="a")))
         with pytest.raises(asyncio.CancelledError):
@@ -266,6 +267,24 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
                 await asyncio.sleep(0.01)
         await all_freed(runtime)
     assert threading.current_thread() not in threads
+
+
+async def test_an_adapter_on_the_device_is_held_and_let_go_without_a_thread(
+    tmp_path: Path,
+) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    go_on = threading.Event()
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", folder)
+        await collect(runtime, spec(adapter="a"))
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        busy = asyncio.create_task(asyncio.to_thread(go_on.wait, 60))
+        try:
+            async with asyncio.timeout(20), runtime.residencies.hold("a") as held:
+                assert held is not None
+        finally:
+            go_on.set()
+            await busy
 
 
 async def test_a_composition_is_loaded_once_and_leaves_with_a_part(tmp_path: Path) -> None:

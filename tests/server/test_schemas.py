@@ -8,9 +8,16 @@ from pydantic import BaseModel, ValidationError
 from dynamic_lora_server.schemas.adapters import AdapterSource
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatDelta, ChatRequest, CompletionRequest, Message
+from dynamic_lora_server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
+MODELS: dict[str, type[BaseModel]] = {
+    "messages": ChatRequest,
+    "prompt": CompletionRequest,
+    "inputs": GenerateRequest,
+}
+MANY_FIELDS = {f"field-{i}": 0 for i in range(1000)}
 
 
 def refused(model: type[BaseModel], body: dict[str, Any]) -> tuple[str, str]:
@@ -128,6 +135,48 @@ def test_chat_with_neutral_values() -> None:
 )
 def test_what_completions_do_not_serve(field: dict[str, Any], place: str) -> None:
     assert refused(CompletionRequest, COMPLETION | field)[0] == place
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "place"),
+    [
+        (ChatRequest, CHAT | {"messages": [0] * 1000}, "messages.0"),
+        (TokenizeRequest, {"messages": [0] * 1000}, "TokenizeMessages.messages.0"),
+        (DetokenizeRequest, {"tokens": [1, *[""] * 1000]}, "tokens.1"),
+        (GenerateRequest, {"inputs": "x"} | MANY_FIELDS, ""),
+        (GenerateRequest, {"inputs": "x", "parameters": MANY_FIELDS}, "parameters"),
+        (ChatRequest, CHAT | {"messages": [MANY_FIELDS] * 1000}, "messages.0"),
+        (AdapterSource, {"name": "a", "source": "b"} | MANY_FIELDS, ""),
+    ],
+)
+def test_a_long_body_of_faults_is_one_error(
+    model: type[BaseModel], body: dict[str, Any], place: str
+) -> None:
+    assert refused(model, body)[0] == place
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT | {"messages": [{"role": "user", "content": [0] * 1000}]},
+        COMPLETION | {"prompt": [None] * 1000},
+        COMPLETION | {"prompt": [[""] * 1000] * 2},
+        {
+            "inputs": "x",
+            "parameters": {"merged_adapters": {"ids": ["a"], "weights": [""] * 1000}},
+        },
+    ],
+)
+def test_a_long_body_of_faults_has_few_errors_for_each_form(body: dict[str, Any]) -> None:
+    model = next(m for field, m in MODELS.items() if field in body)
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() < 150
+
+
+def test_a_list_in_the_place_of_a_text_is_not_looked_into() -> None:
+    place, text = refused(GenerateRequest, {"inputs": ["\ud800"] * 1000})
+    assert (place, text) == ("inputs", "Input should be a valid string")
 
 
 def test_a_message_is_text_or_text_parts() -> None:

@@ -215,6 +215,20 @@ async def test_a_full_queue_refuses_with_a_pause(runtime: Runtime) -> None:
     assert finishes(await collect(runtime, spec()))
 
 
+async def test_the_pause_is_what_answers_take_whatever_was_refused(runtime: Runtime) -> None:
+    for _ in range(50):
+        with pytest.raises(ContextOverflow):
+            await collect(runtime, spec((5,) * 512))
+    streams = [runtime.service.stream(spec(n=4, max_new_tokens=100)) for _ in range(2)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(QueueFull) as refused:
+        await collect(runtime, spec())
+    for stream in streams:
+        await stream.aclose()
+    assert refused.value.retry_after == 2  # rounds of 4, of a second each: none was answered yet
+
+
 async def test_more_continuations_than_places_are_no_reason_to_wait(runtime: Runtime) -> None:
     with pytest.raises(InvalidParameter, match="n is 9; the server takes 8 continuations") as error:
         await collect(runtime, spec(n=9))
@@ -234,6 +248,8 @@ async def test_a_prompt_that_is_too_long_alone_is_to_blame(
     with pytest.raises(ContextOverflow, match=r"has 512 tokens, but the context holds 512") as one:
         await collect(runtime, spec((5,) * 512))
     assert one.value.field == "inputs"
+    with pytest.raises(ContextOverflow):  # each of a body full of ids is not looked at
+        await collect(runtime, spec((10**9,) * 512))
     monkeypatch.setattr(TokenizerView, "encode", None)  # so long that this would take seconds
     with pytest.raises(ContextOverflow, match=r"has at least \d{4,} tokens, but the context"):
         await collect(runtime, spec("the rain " * 100_000))

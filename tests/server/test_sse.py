@@ -7,6 +7,7 @@ import pytest
 from pydantic import BaseModel
 from starlette.types import Message
 
+from dynamic_lora_server import sse
 from dynamic_lora_server.disconnect import ClientDisconnected, until_disconnect
 from dynamic_lora_server.sse import EventStream, event, json_event
 
@@ -67,6 +68,31 @@ async def test_a_client_that_goes_closes_the_generator_at_once() -> None:
     client.gone.set()
     await asyncio.wait_for(answering, 5)
     assert closed.is_set()
+
+
+async def test_a_client_that_reads_no_more_closes_the_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sse, "_STALLED_SECONDS", 0.05)
+    closed = asyncio.Event()
+
+    async def endless() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"1"
+        finally:
+            closed.set()
+
+    class Stalled(Client):
+        async def send(self, message: Message) -> None:
+            if len(self.sent) == 3:
+                await asyncio.Event().wait()
+            await super().send(message)
+
+    client = Stalled()
+    await asyncio.wait_for(EventStream(endless())({}, client.receive, client.send), 5)
+    assert closed.is_set()
+    assert len(client.sent) == 3
 
 
 async def test_an_error_closes_the_generator_and_comes_out() -> None:

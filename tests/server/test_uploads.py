@@ -87,6 +87,7 @@ async def test_forms_that_are_wrong(
         (encode(GOOD)[:-12], TYPE, "ends in the middle"),
         (b"", TYPE, "ends in the middle"),
         (encode(GOOD), "multipart/form-data", "no boundary"),
+        (encode(GOOD), f"multipart/form-data; boundary={'X' * 300}", "Boundary length 300"),
     ],
 )
 async def test_bodies_that_are_no_form(

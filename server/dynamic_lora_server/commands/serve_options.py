@@ -153,8 +153,8 @@ Restore = Annotated[
 RecordTrace = Annotated[
     Path | None,
     typer.Option(
-        help="New file for who asked for which adapter and when, as benchmarks.simulate reads it; "
-        "another one at each start."
+        help="File for who asked for which adapter and when, as benchmarks.simulate reads it; "
+        "where it has a trace already, the name gets a number."
     ),
 ]
 LogLevel = Annotated[str, typer.Option(help=f"{', '.join(LOG_LEVELS)}.")]

@@ -18,6 +18,8 @@ LONGEST = ORDERS[0]
 MAX_CONTEXTS = 2**18
 # Of one adapter: a quarter, so that a busy one does not make all others forget.
 _MAX_OF_ONE = MAX_CONTEXTS // 4
+# Each text looks over all of them as it begins, and each has more than its contexts.
+MAX_SPEAKERS = 256
 # Of a prompt only its end is read: beyond, indexing it would be felt in a step.
 _MAX_PROMPT = 1024
 # Guesses of one kind after which half of their record is forgotten.
@@ -112,9 +114,13 @@ class Speakers:
         """The speaker, a new one if it was not heard lately; called when a text begins."""
         speaker = self._speakers.pop(digest, None) or Speaker()
         self._speakers[digest] = speaker
-        while len(self._speakers) > 1 and self.num_contexts > MAX_CONTEXTS:
+        while len(self._speakers) > 1 and self._too_many:
             self._speakers.popitem(last=False)
         return speaker
+
+    @property
+    def _too_many(self) -> bool:
+        return len(self._speakers) > MAX_SPEAKERS or self.num_contexts > MAX_CONTEXTS
 
 
 class Text:

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from dynamic_lora_adapters.archive import Intake
+from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import Publication
 from dynamic_lora_server.problems import parse_body
@@ -98,21 +99,31 @@ async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
 
 async def publish_source(runtime: "Runtime", source: AdapterSource) -> Publication:
     """Fetch an adapter, check it whole and publish it, all or nothing."""
+    _check_name(source.name, runtime)
     async with _staging(runtime) as inbox, _staging(runtime) as folder:
-        intake = await run_in_threadpool(_fetch, source, runtime, inbox, folder)
+        async with runtime.fetching:
+            intake = await run_in_threadpool(_fetch, source, runtime, inbox, folder)
         return await _publish(runtime, source, folder, intake)
 
 
 async def _publish_upload(request: Request, runtime: "Runtime") -> Publication:
     async with _staging(runtime) as inbox, _staging(runtime) as folder:
         upload = await _receive(request, runtime, inbox)
-        intake = await run_in_threadpool(_take_in, upload, runtime, folder)
+        _check_name(upload.name, runtime)
+        async with runtime.unpacking:
+            intake = await run_in_threadpool(_take_in, upload, runtime, folder)
         return await _publish(runtime, upload, folder, intake)
 
 
 def _staging(runtime: "Runtime") -> AbstractAsyncContextManager[Path]:
     """A folder for an upload; making and removing it, which takes time, holds up nobody."""
     return contextmanager_in_threadpool(runtime.registry.staging())
+
+
+def _check_name(name: str, runtime: "Runtime") -> None:
+    """Before what takes long; once more when it is published, as it may be given meanwhile."""
+    check_adapter_name(name, reserved=runtime.registry.reserved)
+    runtime.residencies.saved.check_free(name)
 
 
 async def _receive(request: Request, runtime: "Runtime", inbox: Path) -> Upload:

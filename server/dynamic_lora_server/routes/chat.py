@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: OpenAI's chat completions."""
 
-import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
@@ -59,17 +59,13 @@ async def _begun(
 ) -> tuple[Generation, ChatAnswer]:
     """A generation that was admitted, with the version by whose template it was rendered."""
     saved = runtime.residencies.saved
+    runtime.service.check_room(body.n or 1)
     while True:
         asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
-        # Rendering and tokenising a long conversation would hold up everybody's streams.
-        spec = await asyncio.to_thread(
-            chat_spec,
-            body,
-            adapter=asked.adapter,
-            tokenizer=runtime.tokenizer,
-            view=runtime.view,
-            chat=asked.chat,
+        make = partial(
+            chat_spec, body, adapter=asked.adapter, tokenizer=runtime.tokenizer, chat=asked.chat
         )
+        spec = await state.render(make)
         generation = await begin(state.generate(spec))
         if generation.started.version == asked.digest:
             name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["tokens"], route_class=StrictRoute, dependencies=[NoQuery])
 
-_ERRORS = problems(400, 404, 413, 415, 422, 503)
+_ERRORS = problems(400, 404, 413, 415, 422, 429, 503)
 _SLICE = 1000  # tokens that are written at once: meanwhile the event loop stands still
 
 

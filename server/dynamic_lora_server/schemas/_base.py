@@ -9,14 +9,28 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
+# More than any object of a request has. Each unknown field is an error of its own.
+_MAX_FIELDS = 200
+
 
 class Wire(BaseModel):
-    """A request body or part of one. Unknown fields and wrong types are refused by name."""
+    """A request body or part of one. Unknown fields and wrong types are refused by name.
+
+    A list that may be long stops at its first item that is wrong (`fail_fast`).
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"has {len(value)} fields, far more than there are")
+        return value
 
 
 def null_is(default: object, kind: type) -> BeforeValidator:
@@ -29,10 +43,7 @@ def null_is(default: object, kind: type) -> BeforeValidator:
 
 
 def _whole_characters(value: object) -> object:
-    """JSON can escape half of a surrogate pair, as where a client cuts an emoji in two.
-
-    No tokenizer takes such a text, and no answer can hold it. Looks into lists and objects too.
-    """
+    """As `_whole_text`, in an object and all lists and objects of it."""
     waiting = [value]
     while waiting:
         match one := waiting.pop():
@@ -45,6 +56,17 @@ def _whole_characters(value: object) -> object:
     return value
 
 
+def _whole_text(value: object) -> object:
+    """JSON can escape half of a surrogate pair, as where a client cuts an emoji in two.
+
+    No tokenizer takes such a text, and no answer can hold it. What is no text is refused as that,
+    and not looked into: it may be a list of millions.
+    """
+    if isinstance(value, str):
+        _check_encodable(value)
+    return value
+
+
 def _check_encodable(text: str) -> None:
     try:
         text.encode()
@@ -54,8 +76,8 @@ def _check_encodable(text: str) -> None:
 
 
 # What every text of a request is.
-Text = Annotated[str, BeforeValidator(_whole_characters)]
-NonEmptyText = Annotated[str, Field(min_length=1), BeforeValidator(_whole_characters)]
+Text = Annotated[str, BeforeValidator(_whole_text)]
+NonEmptyText = Annotated[str, Field(min_length=1), BeforeValidator(_whole_text)]
 # An object of any content.
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_whole_characters)]
 

@@ -30,7 +30,7 @@ class MergedAdapters(Wire):
     """
 
     ids: Annotated[list[NonEmptyText], Field(min_length=1, max_length=MAX_PARTS)]
-    weights: list[_Weight] | None = Field(
+    weights: Annotated[list[_Weight], Field(max_length=MAX_PARTS)] | None = Field(
         default=None, description="As many as `ids`; none: 1 for each."
     )
     merge_strategy: (

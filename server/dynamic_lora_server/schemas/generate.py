@@ -22,7 +22,7 @@ MAX_N = 32
 MAX_STOP_STRINGS = 32
 
 StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class GenerateParameters(Wire):

@@ -108,7 +108,7 @@ class Message(Wire):
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="`developer` is `system`."
     )
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Unset = None
     refusal: Unset = None
     tool_calls: UnsetOrEmptyList = None
@@ -121,6 +121,9 @@ class Message(Wire):
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class ChatRequest(SamplingRequest):
@@ -144,7 +147,7 @@ class ChatRequest(SamplingRequest):
         }
     )
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1, description="As `max_completion_tokens`.")
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="Default 1024, or what the context has left."

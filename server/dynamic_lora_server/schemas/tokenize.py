@@ -17,7 +17,7 @@ from dynamic_lora_server.schemas._base import (
     null_is,
 )
 from dynamic_lora_server.schemas.generate import TokenIds
-from dynamic_lora_server.schemas.openai import Message
+from dynamic_lora_server.schemas.openai import Messages
 
 _Yes = Annotated[bool, null_is(True, bool)]
 _MODEL = (
@@ -51,7 +51,7 @@ class TokenizeMessages(Wire):
     vLLM's form."""
 
     model: NonEmptyText | None = Field(default=None, description=_MODEL)
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     chat_template_kwargs: JsonObject | None = Field(
         default=None, description="Variables for the chat template, such as `enable_thinking`."
     )

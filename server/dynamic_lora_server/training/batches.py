@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from dynamic_lora_server.training.errors import TrainingError
+
 IGNORED = -100
 
 
@@ -65,9 +67,14 @@ def encode_row(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> Enc
     """Tokenise a prompt and its answers apart, each answer closed with EOS.
 
     Tokenising them together could merge tokens across the border, which never happens
-    when the server continues a prompt.
+    when the server continues a prompt. Raises TrainingError for a prompt without tokens.
     """
     prefix = tokenizer.encode(prompt)
+    if not prefix:
+        raise TrainingError(
+            "an example's prompt has no tokens: its input is empty, and neither the template nor "
+            "the tokenizer adds any"
+        )
     num_prompt = len(prefix)
     last = prefix.pop()
     input_ids, positions, branches = list(prefix), list(range(num_prompt - 1)), [0] * len(prefix)

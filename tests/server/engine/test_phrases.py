@@ -106,3 +106,12 @@ def test_the_least_recently_heard_speaker_is_forgotten() -> None:
     assert len(speakers.of("0").phrases) == 0
     assert len(speakers.of("19").phrases) == size
     assert len(speakers.of("always").phrases) == 20
+
+
+def test_speakers_of_few_words_are_bounded_too() -> None:
+    speakers = Speakers()
+    for number in range(2 * phrases.MAX_SPEAKERS):
+        speakers.of("always").phrases.note([number], 1)
+        speakers.of(str(number)).phrases.note([number], 1)
+        assert len(speakers) <= phrases.MAX_SPEAKERS
+    assert len(speakers.of("always").phrases) == 2 * phrases.MAX_SPEAKERS

@@ -5,18 +5,21 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
 
+from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_adapters.errors import UnsupportedAdapter
 from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
 from dynamic_lora_server.app import create_app
+from dynamic_lora_server.routes import adapters
+from dynamic_lora_server.sources import SourceUnavailable
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import load_runtime, publish, tiny_config
@@ -47,6 +50,27 @@ def adapter(tmp_path: Path) -> Path:
 async def upload(client: httpx.AsyncClient, name: str, folder: Path) -> httpx.Response:
     parts = [("files", (path.name, path.read_bytes())) for path in folder.iterdir()]
     return await client.post("/adapters", data={"name": name}, files=parts)
+
+
+class Crowd:
+    """How many were in it at a time, at most; all stay for a moment."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._num_in = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with self._lock:
+            self._num_in += 1
+            self.most = max(self.most, self._num_in)
+        time.sleep(0.1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_in -= 1
 
 
 def note_threads(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
@@ -82,26 +106,65 @@ async def test_two_uploads_are_checked_at_a_time(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes as much memory as its terms."""
-    inspect, running, most = Inspector.inspect, 0, 0
-    lock = threading.Lock()
+    inspect, crowd = Inspector.inspect, Crowd()
 
     def slowly(*args: Any, **kwargs: Any) -> AdapterVersion:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.1)
-        try:
+        with crowd.entered():
             return inspect(*args, **kwargs)
-        finally:
-            with lock:
-                running -= 1
 
     async with serving(tmp_path) as client:
         monkeypatch.setattr(Inspector, "inspect", slowly)
         answers = await asyncio.gather(*(upload(client, f"a-{i}", adapter) for i in range(5)))
     assert [answer.status_code for answer in answers] == [201] * 5
-    assert most <= 2
+    assert crowd.most <= 2
+
+
+async def test_two_uploads_are_unpacked_at_a_time(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, crowd = Intake.add, Crowd()
+
+    def slowly(*args: Any) -> None:
+        with crowd.entered():
+            add(*args)
+
+    async with serving(tmp_path) as client:
+        monkeypatch.setattr(Intake, "add", slowly)
+        answers = await asyncio.gather(*(upload(client, f"a-{i}", adapter) for i in range(5)))
+    assert [answer.status_code for answer in answers] == [201] * 5
+    assert crowd.most <= 2
+
+
+async def test_four_sources_are_fetched_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = Crowd()
+
+    def slowly(*_: object, **__: object) -> NoReturn:
+        with crowd.entered():
+            raise SourceUnavailable("The Hub is away.")
+
+    async with serving(tmp_path) as client:
+        monkeypatch.setattr(adapters, "fetch_source", slowly)
+        body = {"name": "ner", "source": "hf://org/ner"}
+        asked = (client.post("/adapters", json=body) for _ in range(9))
+        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {502}
+    assert crowd.most <= 4
+
+
+async def test_a_name_that_cannot_be_given_is_refused_before_anything_is_fetched(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as client:
+        assert (await upload(client, "ner", adapter)).status_code == 201
+        saved = await client.put("/compositions/half", json={"adapter": "ner*0.5"})
+        assert saved.status_code == 201
+        monkeypatch.setattr(adapters, "fetch_source", None)
+        monkeypatch.setattr(Intake, "add", None)
+        for name, status in (("Bad Name", 422), ("composition", 422), ("half", 409)):
+            source = {"name": name, "source": "hf://org/ner"}
+            assert (await client.post("/adapters", json=source)).status_code == status
+            assert (await upload(client, name, adapter)).status_code == status
 
 
 async def test_an_adapter_that_cannot_be_read_any_more_can_be_deleted(

@@ -15,6 +15,7 @@ from dynamic_lora_server.training.batches import (
     encode_row,
     plan_batches,
 )
+from dynamic_lora_server.training.errors import TrainingError
 from dynamic_lora_server.training.trainer import answer_loss
 from tests.support.models import EOS_ID, TINY_MODELS, tiny_tokenizer
 
@@ -38,6 +39,19 @@ def test_a_row_reads_as_prompt_and_answers() -> None:
     start = len(prompt) - 1
     assert encoded.position_ids == (*range(start), start, start + 1, start, start + 1)
     assert encoded.num_answers == 2
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    class WithoutBos:
+        eos_token_id = EOS_ID
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            del add_special_tokens
+            return list(tiny_tokenizer().encode(text, add_special_tokens=False))
+
+    with pytest.raises(TrainingError, match="prompt has no tokens: its input is empty"):
+        encode_row(WithoutBos(), "", [" a"])
+    assert encode_row(WithoutBos(), "in the:", [" a"]).num_answers == 1
 
 
 def test_padding_is_on_the_left_and_unseen() -> None:
