@@ -8,6 +8,7 @@ reads it.
 (The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.engine.sequence import Sequence as Continuation
 from dynamic_lora_server.engine.unread import UnreadTokens
 from dynamic_lora_server.generation import FinishReason
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +250,8 @@ class Engine:
         return list(events)
 
     def _fail(self, pieces: Sequence[Piece], error: Exception) -> list[EngineEvent]:
+        # Here alone: clients, and those who log their requests, get the error's text and no more.
+        logger.error("A step failed", exc_info=error)
         message = f"{type(error).__name__}: {error}"
         ended = [piece.sequence for piece in pieces if self.scheduler.end(piece.sequence)]
         self.scheduler.forget_prefixes()
