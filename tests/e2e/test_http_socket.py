@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -111,6 +112,12 @@ def test_openais_client(address: str) -> None:
         assert chat.choices[0].logprobs is not None
         assert chat.choices[0].logprobs.content is not None
         assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens
+        turns: list[Any] = [
+            {"role": "user", "content": "hi"},
+            chat.choices[0].message.model_dump(),
+            {"role": "user", "content": "and then?"},
+        ]
+        assert client.chat.completions.create(model="base", messages=turns, max_tokens=5, seed=-1)
         chunks = client.chat.completions.create(
             model="base",
             messages=[{"role": "user", "content": "hi"}],

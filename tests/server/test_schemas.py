@@ -3,6 +3,9 @@
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import BaseModel, ValidationError
 
 from dynamic_lora_server.schemas.adapters import AdapterSource
@@ -98,6 +101,9 @@ def test_generate_bodies(body: dict[str, Any], place: str) -> None:
         {"store": True},
         {"reasoning_effort": "high"},
         {"prediction": {}},
+        {"moderation": {"model": "omni-moderation-latest"}},
+        {"prompt_cache_options": {"mode": "explicit"}},
+        {"prompt_cache_retention": "24h"},
     ],
 )
 def test_what_chat_does_not_serve(field: dict[str, Any]) -> None:
@@ -117,6 +123,9 @@ def test_chat_with_neutral_values() -> None:
         "user": "someone",
         "prompt_cache_key": "a",
         "safety_identifier": "b",
+        "moderation": None,
+        "prompt_cache_options": {},
+        "prompt_cache_retention": None,
         "n": 1,
     }
     assert ChatRequest.model_validate(CHAT | neutral).n == 1
@@ -136,6 +145,31 @@ def test_a_message_is_text_or_text_parts() -> None:
     with pytest.raises(ValidationError):
         Message.model_validate({"role": "user", "content": [{"type": "image_url"}]})
     assert refused(Message, {"role": "tool", "content": "x"})[0] == "role"
+
+
+def test_an_answer_of_openais_client_is_a_turn_of_the_next_request() -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello")
+    assert Message.model_validate(answer.model_dump()).text == "hello"
+
+
+@pytest.mark.parametrize(
+    ("model", "params"), [(ChatRequest, ChatParams), (CompletionRequest, CompletionParams)]
+)
+def test_every_parameter_of_openais_client_has_its_field(
+    model: type[BaseModel], params: type
+) -> None:
+    """What is not served is known all the same: null passes, and a refusal says which it is."""
+    assert set(params.__annotations__) <= set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"), [(7, 7), (-1, 2**64 - 1), (-(2**63), 2**63), (2**64 - 1, 2**64 - 1)]
+)
+def test_a_seed_is_any_number_of_64_bits(sent: int, used: int) -> None:
+    for model, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION)):
+        assert model.model_validate(body | {"seed": sent}).seed == used
+        for beyond in (2**64, -(2**63) - 1):
+            assert refused(model, body | {"seed": beyond})[0] == "seed"
 
 
 @pytest.mark.parametrize("value", [{"a": ["\ud83d"]}, {"\ud83d": 1}, {"a": {"b": "x\ude00"}}])

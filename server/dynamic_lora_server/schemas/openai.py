@@ -2,7 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from dynamic_lora_server.schemas._base import (
     Answer,
@@ -19,6 +25,8 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
 
+# OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
@@ -52,7 +60,7 @@ class SamplingRequest(Wire):
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    seed: _Seed | None = None
     n: int | None = Field(default=None, ge=1, le=32)
     stop: NonEmptyText | StopStrings | None = None
     stop_token_ids: TokenIds | None = Field(
@@ -111,6 +119,7 @@ class Message(Wire):
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Unset = None
     refusal: Unset = None
+    annotations: UnsetOrEmptyList = None
     tool_calls: UnsetOrEmptyList = None
     function_call: Unset = None
     audio: Unset = None
@@ -167,7 +176,10 @@ class ChatRequest(SamplingRequest):
     modalities: Annotated[Any, Neutral(None, ["text"])] = None
     audio: Unset = None
     metadata: UnsetOrEmptyMap = None
+    moderation: Unset = None
     prediction: Unset = None
+    prompt_cache_options: UnsetOrEmptyMap = None
+    prompt_cache_retention: Unset = None
     reasoning_effort: Annotated[Any, Neutral(None, "none")] = None
     service_tier: _AnyTier = None
     store: UnsetOrFalse = None
