@@ -9,6 +9,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import BaseModel, ValidationError
 
 from dynamic_lora_server.schemas.adapters import AdapterSource
+from dynamic_lora_server.schemas.compositions import WeightedAdapter
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatDelta, ChatRequest, CompletionRequest, Message
 
@@ -188,6 +189,16 @@ def test_an_object_may_be_nested_deeply() -> None:
 
 def test_a_delta_leaves_out_what_it_does_not_change() -> None:
     assert ChatDelta(content="x").model_dump() == {"content": "x"}
+
+
+def test_null_is_what_a_field_is_without_it() -> None:
+    source = AdapterSource.model_validate({"name": "a", "source": "b", "force": None})
+    assert source == AdapterSource(name="a", source="b")
+    part = WeightedAdapter.model_validate({"name": "a", "weight": None})
+    assert part == WeightedAdapter(name="a")
+    weight = WeightedAdapter.model_json_schema()["properties"]["weight"]
+    number = {"type": "number", "minimum": -100, "maximum": 100}
+    assert weight["anyOf"] == [number, {"type": "null"}]
 
 
 def test_a_source_is_named() -> None:

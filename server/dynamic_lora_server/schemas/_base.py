@@ -19,7 +19,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-def null_is(default: object, kind: type) -> BeforeValidator:
+def null_is(default: object, kind: Any) -> BeforeValidator:
     """Annotates a field of a kind: null is the same as leaving it out, which is `default`."""
 
     def fill(value: object) -> object:

@@ -1,11 +1,11 @@
 """The bodies and answers of `/adapters`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Text, Wire
+from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Text, Wire, null_is
 
 
 class AdapterSource(Wire):
@@ -20,7 +20,7 @@ class AdapterSource(Wire):
         description="`hf://organisation/repository`, with `@revision` if need be, or a folder "
         "or archive below a folder that the server was started with (`--adapter-root`).",
     )
-    force: bool = Field(
+    force: Annotated[bool, null_is(False, bool)] = Field(
         default=False, description="Accept an adapter that names another base model."
     )
 
