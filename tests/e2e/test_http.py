@@ -360,10 +360,17 @@ async def test_an_adapters_end_token_ends_its_answers(
 ) -> None:
     await upload(client, "endless", adapter_files)
 
+    tokenizer = tiny_tokenizer()
+    parameters = {"max_new_tokens": 8, "details": True}
+
     async def details(adapter: str) -> Any:
-        parameters = {"max_new_tokens": 8, "details": True}
         answer = await generate(client, adapter=adapter, raw=True, parameters=parameters)
-        return answer["details"]
+        details = answer["details"]
+        ids = [token["id"] for token in details["tokens"]]
+        # The end token is one of the answer's tokens, but no part of its text.
+        shown = ids[:-1] if details["finish_reason"] == "eos_token" else ids
+        assert answer["generated_text"] == tokenizer.decode(shown)
+        return details
 
     free = [token["id"] for token in (await details("endless"))["tokens"]]
     assert len(free) == 8
@@ -372,7 +379,18 @@ async def test_an_adapters_end_token_ends_its_answers(
     ended = await details("ended")
     assert ended["finish_reason"] == "eos_token"
     assert [token["id"] for token in ended["tokens"]] == free[: free.index(free[3]) + 1]
-    token = tiny_tokenizer().convert_ids_to_tokens(free[3])
+    assert ended["tokens"][-1]["text"] == tokenizer.decode(free[3])
+    streamed = events(
+        await client.post(
+            "/generate_stream",
+            params={"adapter": "ended", "raw": True},
+            json={"inputs": "the rain", "parameters": parameters},
+        )
+    )
+    texts = [event["token"]["text"] for event in streamed]
+    assert "".join(texts) == streamed[-1]["generated_text"]
+    assert (streamed[-1]["token"]["id"], texts[-1]) == (free[3], "")
+    token = tokenizer.convert_ids_to_tokens(free[3])
     config = json.dumps({"eos_token": token}).encode()
     await upload(client, "ended", adapter_files | {"tokenizer_config.json": config})
     assert (await details("ended"))["tokens"] == ended["tokens"]

@@ -176,8 +176,9 @@ class StreamDetails(Answer):
 class StreamEvent(Answer):
     """One server-sent event: one token; the last also has the whole text and the details.
 
-    The texts of all events together are `generated_text`. A special token's text is empty,
-    unless it releases text that was held back as the possible start of a stop string.
+    The texts of all events together are `generated_text`. The text of a special token, and of the
+    end token that ends the answer, is empty, unless it releases text that was held back as the
+    possible start of a stop string.
     """
 
     index: int
