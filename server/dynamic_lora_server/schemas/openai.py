@@ -316,7 +316,7 @@ class ChatChunk(Answer):
 
 
 class Model(Answer):
-    """The base model, or an adapter: `parent` is its base, `root` its content hash."""
+    """The base; or, with it as `parent`, an adapter (`root`: its hash) or a sum (its text)."""
 
     id: str
     object: Literal["model"] = "model"
