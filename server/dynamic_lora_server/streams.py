@@ -23,8 +23,8 @@ class Generation:
 
 
 @dataclass(slots=True)
-class Continuation:
-    """One whole continuation of a prompt."""
+class WholeAnswer:
+    """One of the n answers to a request, from its first token to its end."""
 
     finish: Finish
     pieces: list[TokenPiece] = field(default_factory=list)
@@ -56,20 +56,20 @@ async def close_all(streams: Sequence[Events]) -> None:
         await stream.aclose()
 
 
-async def collect(generation: Generation) -> list[Continuation]:
-    """Run a generation to its end; its continuations by index."""
+async def collect(generation: Generation) -> list[WholeAnswer]:
+    """Run a generation to its end; its answers by index."""
     pieces: dict[int, list[TokenPiece]] = {}
-    done: dict[int, Continuation] = {}
+    done: dict[int, WholeAnswer] = {}
     async with aclosing(generation.events):
         async for event in generation.events:
             if isinstance(event, TokenPiece):
                 pieces.setdefault(event.index, []).append(event)
             elif isinstance(event, Finish):
-                done[event.index] = Continuation(event, pieces.get(event.index, []))
+                done[event.index] = WholeAnswer(event, pieces.get(event.index, []))
     return [done[index] for index in sorted(done)]
 
 
-async def collect_all(generations: Sequence[Generation]) -> list[list[Continuation]]:
+async def collect_all(generations: Sequence[Generation]) -> list[list[WholeAnswer]]:
     """Run several generations side by side to their ends; all are closed if one fails."""
     tasks = [asyncio.ensure_future(collect(generation)) for generation in generations]
     try:

@@ -10,7 +10,8 @@ reads it.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +33,7 @@ from dynamic_lora_server.engine.sampler import (
     takes_highest,
 )
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
-from dynamic_lora_server.engine.sequence import Phase
-from dynamic_lora_server.engine.sequence import Sequence as Continuation
+from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.engine.unread import UnreadTokens
 from dynamic_lora_server.generation import FinishReason
 
@@ -68,7 +68,7 @@ class _Started:
     was in the weights.
     """
 
-    pieces: Sequence[Piece]
+    pieces: Seq[Piece]
     choice: Choice | None
     places: dict[int, int]
     merged: ResidentAdapter | None
@@ -93,7 +93,7 @@ class _Started:
         }
 
 
-def _borne_out(tokens: Sequence[Sampled | None], draft: Draft) -> list[Sampled | None]:
+def _borne_out(tokens: Seq[Sampled | None], draft: Draft) -> list[Sampled | None]:
     """The first of a sequence's tokens, and those behind it for as long as it was foreseen."""
     for number, guess in enumerate(draft):
         token = tokens[number]
@@ -140,11 +140,11 @@ class Engine:
         """Whether `step` has anything to do."""
         return self.scheduler.has_work or self._started is not None
 
-    def add(self, sequence: Continuation) -> None:
+    def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.scheduler.add(sequence)
 
-    def cancel(self, sequence: Continuation) -> None:
+    def cancel(self, sequence: Sequence) -> None:
         """End a sequence at once, wherever it is; nothing if it has ended already."""
         self.scheduler.end(sequence)
 
@@ -232,7 +232,7 @@ class Engine:
     def _settle(
         self,
         piece: Piece,
-        tokens: Mapping[int, Sequence[Sampled | None]],
+        tokens: Mapping[int, Seq[Sampled | None]],
         merged: ResidentAdapter | None,
     ) -> list[EngineEvent]:
         sequence = piece.sequence
@@ -249,7 +249,7 @@ class Engine:
             events[-1] = replace(events[-1], reason=reason)
         return list(events)
 
-    def _fail(self, pieces: Sequence[Piece], error: Exception) -> list[EngineEvent]:
+    def _fail(self, pieces: Seq[Piece], error: Exception) -> list[EngineEvent]:
         # Here alone: clients, and those who log their requests, get the error's text and no more.
         logger.error("A step failed", exc_info=error)
         message = f"{type(error).__name__}: {error}"
