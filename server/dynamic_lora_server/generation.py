@@ -6,6 +6,7 @@ from enum import StrEnum
 from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.errors import InvalidParameter
 
+BASE = "base"  # names the base model wherever an adapter can be named
 # Below this a temperature is greedy: the division would leave the range of float32.
 MIN_TEMPERATURE = 1e-5
 # Beyond any vocabulary, and within what a tensor's indices hold.

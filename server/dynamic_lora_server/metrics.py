@@ -15,8 +15,7 @@ from prometheus_client.registry import Collector
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
-from dynamic_lora_server.prompts import BASE
+from dynamic_lora_server.generation import BASE, Finish, GenerationEvent, Started, TokenPiece
 
 # Sums of adapters count under one label: theirs would come and never go.
 _COMPOSITION = "composition"

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dynamic_lora_server.access_log import note_adapter
-from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
-from dynamic_lora_server.prompts import BASE
+from dynamic_lora_server.generation import BASE, Finish, GenerationEvent, Started, TokenPiece
 
 T = TypeVar("T")
 Events = AsyncGenerator[GenerationEvent, None]

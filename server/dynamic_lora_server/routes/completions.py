@@ -10,7 +10,7 @@ from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import adapter_name, completion_specs
+from dynamic_lora_server.prompts import completion_specs
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -20,6 +20,7 @@ from dynamic_lora_server.routes._deps import (
     openai_errors,
 )
 from dynamic_lora_server.schemas.openai import Completion, CompletionRequest
+from dynamic_lora_server.selection import adapter_name
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin_all, collect_all

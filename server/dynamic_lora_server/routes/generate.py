@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.generation import GenerationSpec, Started
-from dynamic_lora_server.prompts import BASE, card_of, generate_spec
+from dynamic_lora_server.generation import BASE, GenerationSpec, Started
+from dynamic_lora_server.prompts import generate_spec
 from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, problems
 from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateResponse
-from dynamic_lora_server.selection import select
+from dynamic_lora_server.selection import card_of, select
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin, collect
