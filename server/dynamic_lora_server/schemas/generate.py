@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from dynamic_lora_server.generation import ServedMode
+from dynamic_lora_adapters.card import MAX_STOP_STRINGS
+from dynamic_lora_server.generation import MAX_N, MAX_STOP_TOKENS, ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,
     NonEmptyText,
@@ -18,11 +19,9 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapters
 
-MAX_N = 32
-MAX_STOP_STRINGS = 32
-
 StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
+StopTokenIds = Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)]
 
 
 class GenerateParameters(Wire):
@@ -55,7 +54,7 @@ class GenerateParameters(Wire):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     stop: StopStrings | None = Field(default=None, description="Replaces the card's stop strings.")
-    stop_token_ids: TokenIds | None = Field(default=None, max_length=32)
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = Field(
         default=None, description="Go on after the end-of-sequence token."
     )

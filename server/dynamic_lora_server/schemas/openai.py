@@ -10,6 +10,7 @@ from pydantic import (
     model_serializer,
 )
 
+from dynamic_lora_server.generation import MAX_N
 from dynamic_lora_server.schemas._base import (
     Answer,
     JsonObject,
@@ -23,7 +24,7 @@ from dynamic_lora_server.schemas._base import (
     UnsetOrOne,
     Wire,
 )
-from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
+from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
 
 # OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
@@ -61,11 +62,9 @@ class SamplingRequest(Wire):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: _Seed | None = None
-    n: int | None = Field(default=None, ge=1, le=32)
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
     stop: NonEmptyText | StopStrings | None = None
-    stop_token_ids: TokenIds | None = Field(
-        default=None, max_length=32, description="Not in OpenAI's API."
-    )
+    stop_token_ids: StopTokenIds | None = Field(default=None, description="Not in OpenAI's API.")
     include_stop_str_in_output: bool | None = Field(
         default=None,
         description="Keep the stop string at the end of the text. Not in OpenAI's API.",
