@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _DESCRIPTIONS = {
     400: "Malformed body",
     404: "No such adapter",
+    409: "An adapter or a composition has the name",
     413: "Larger than the server accepts",
     415: "Wrong Content-Type",
     422: "Refused: a field is wrong, unknown or not served",
