@@ -1,14 +1,22 @@
 """Running generations for a route: beginning, collecting, merging."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from dynamic_lora_server.access_log import note_adapter
-from dynamic_lora_server.generation import BASE, Finish, GenerationEvent, Started, TokenPiece
+from dynamic_lora_server.generation import (
+    BASE,
+    Finish,
+    GenerationEvent,
+    GenerationSpec,
+    Started,
+    TokenPiece,
+)
 
+A = TypeVar("A")
 T = TypeVar("T")
 Events = AsyncGenerator[GenerationEvent, None]
 
@@ -19,6 +27,15 @@ class Generation:
 
     started: Started
     events: Events
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[A]):
+    """What a request asks for and what writes its answer, made for one `version` of its adapter."""
+
+    spec: GenerationSpec
+    answer: A
+    version: str | None  # None: the base model
 
 
 @dataclass(slots=True)
@@ -35,6 +52,18 @@ async def begin(events: Events) -> Generation:
     assert isinstance(started, Started)
     note_adapter(started.adapter or BASE)
     return Generation(started, events)
+
+
+async def begin_prepared(
+    prepare: Callable[[], Awaitable[Prepared[A]]], generate: Callable[[GenerationSpec], Events]
+) -> tuple[Generation, A]:
+    """A generation that was admitted, by the version that its prompt was rendered for."""
+    while True:
+        prepared = await prepare()
+        generation = await begin(generate(prepared.spec))
+        if generation.started.version == prepared.version:
+            return generation, prepared.answer
+        await generation.events.aclose()  # the adapter was replaced in between
 
 
 async def begin_all(streams: Sequence[Events]) -> list[Generation]:

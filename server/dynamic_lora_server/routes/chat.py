@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: OpenAI's chat completions."""
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
@@ -22,7 +23,7 @@ from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
 from dynamic_lora_server.selection import select_chat
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import Generation, begin, collect
+from dynamic_lora_server.streams import Prepared, begin_prepared, collect
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -44,37 +45,31 @@ async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready
     or through the base model's; task cards are not applied."""
     if not body.stream:
         return await until_disconnect(request.receive, _whole(body, state, runtime))
-    generation, answer = await until_disconnect(request.receive, _begun(body, state, runtime))
+    begun = begin_prepared(partial(_prepare, body, runtime), state.generate)
+    generation, answer = await until_disconnect(request.receive, begun)
     return EventStream(framed(answer.stream(generation)))
 
 
 async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> Response:
-    generation, answer = await _begun(body, state, runtime)
+    generation, answer = await begin_prepared(partial(_prepare, body, runtime), state.generate)
     whole = answer.whole(await collect(generation))
     return Response(whole.model_dump_json(), media_type="application/json")
 
 
-async def _begun(
-    body: ChatRequest, state: ServerState, runtime: "Runtime"
-) -> tuple[Generation, ChatAnswer]:
-    """A generation that was admitted, with the version by whose template it was rendered."""
+async def _prepare(body: ChatRequest, runtime: "Runtime") -> Prepared[ChatAnswer]:
     saved = runtime.residencies.saved
-    while True:
-        asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
-        # Rendering and tokenising a long conversation would hold up everybody's streams.
-        spec = await asyncio.to_thread(
-            chat_spec,
-            body,
-            adapter=asked.adapter,
-            tokenizer=runtime.tokenizer,
-            view=runtime.view,
-            chat=asked.chat,
-        )
-        generation = await begin(state.generate(spec))
-        if generation.started.version == asked.digest:
-            name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
-            return generation, _answer(body, spec, name)
-        await generation.events.aclose()  # it was replaced in between
+    asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
+    # Rendering and tokenising a long conversation would hold up everybody's streams.
+    spec = await asyncio.to_thread(
+        chat_spec,
+        body,
+        adapter=asked.adapter,
+        tokenizer=runtime.tokenizer,
+        view=runtime.view,
+        chat=asked.chat,
+    )
+    name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
+    return Prepared(spec, _answer(body, spec, name), asked.digest)
 
 
 def _answer(body: ChatRequest, spec: GenerationSpec, model: str) -> ChatAnswer:
