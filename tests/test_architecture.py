@@ -164,12 +164,19 @@ def test_every_header_is_part_of_a_library() -> None:
     assert {header.name for header in folder.glob("*.h")} == included
 
 
-def test_architecture_page_lists_every_module() -> None:
+def test_architecture_page_lists_every_module_with_what_it_is() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    listed = set(re.findall(r"^\| `([a-z0-9_/]+\.py)` \|", page, re.MULTILINE))
-    wanted = {path.split("/", 1)[1] for path in ALL if not path.endswith("__init__.py")}
-    assert wanted - listed == set(), "not in docs/architecture.md"
-    assert listed - wanted == set(), "listed, but there is no such module"
+    listed: dict[str, str] = {}
+    for package, table in re.findall(r"^### `\w+/(\w+)/`$(.*?)(?=^#|\Z)", page, re.M | re.S):
+        rows = re.findall(r"^\| `([a-z0-9_/]+\.py)` \| (.+) \|$", table, re.M)
+        assert rows == sorted(rows), "not in the order of the alphabet"
+        listed |= {f"{package}/{path}": what for path, what in rows}
+    wanted = {
+        path: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]
+        for path, file in ALL.items()
+        if not path.endswith("__init__.py")
+    }
+    assert listed == wanted
 
 
 def test_version_is_that_of_the_changelog() -> None:

@@ -14,6 +14,7 @@ from dynamic_lora_adapters.json_file import read_json_object
 
 CARD_FILE = "task.json"
 PLACEHOLDER = "{input}"
+MAX_STOP_STRINGS = 32
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -37,7 +38,9 @@ class CardParameters(_Strict):
     repetition_penalty: _Finite | None = Field(default=None, ge=0.01, le=100)
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, max_length=32)
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, max_length=MAX_STOP_STRINGS
+    )
     do_sample: bool | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     ignore_eos: bool | None = None

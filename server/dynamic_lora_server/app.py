@@ -51,6 +51,7 @@ _RESOURCES = (
     *(generate, adapters, compositions, completions, chat, models),
     *(lora_adapters, tokenize, service),
 )
+_ROUTES = tuple(route for resource in _RESOURCES for route in resource.router.routes)
 _REQUEST_ID_HEADER = {
     "description": "The request's id: its own header of this name, if that has up to 128 visible "
     "ASCII characters, or else a new one.",
@@ -59,11 +60,24 @@ _REQUEST_ID_HEADER = {
 
 
 class _Application(FastAPI):
-    """The framework's, with the access log around its own middleware too, which answers errors."""
+    """The framework's, with what is to see every answer around the framework's own middleware too.
+
+    That answers unforeseen errors, outside of all that `add_middleware` adds.
+    """
 
     def build_middleware_stack(self) -> ASGIApp:
         """All layers, from the outermost."""
-        return AccessLog(super().build_middleware_stack())
+        server: ServerState = self.state.server
+        stack = super().build_middleware_stack()
+        if server.config.allowed_origins:
+            stack = CORSMiddleware(
+                stack,
+                allow_origins=server.config.allowed_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["*"],
+            )
+        return AccessLog(RequestCounter(stack, server.metrics, _ROUTES))
 
 
 def create_app(
@@ -103,25 +117,12 @@ def create_app(
     for resource in _RESOURCES:
         app.include_router(resource.router)
     keys = Keys.of(config.api_keys, config.admin_keys)
-    _add_middleware(app, config, keys, state)
+    # The last that is added is the first to see a request.
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(Guard, keys=keys)
     problems.install(app)
     app.openapi = partial(_openapi, app, app.openapi, keys)  # type: ignore[method-assign]
     return app
-
-
-def _add_middleware(app: FastAPI, config: ServerConfig, keys: Keys, state: ServerState) -> None:
-    """The last that is added is the first to see a request."""
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(Guard, keys=keys)
-    if config.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.allowed_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
-    app.add_middleware(RequestCounter, metrics=state.metrics)
 
 
 def _load(config: ServerConfig) -> "Runtime":

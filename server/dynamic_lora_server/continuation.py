@@ -27,7 +27,8 @@ class Continuation:
     def piece(self, event: TokenEvent) -> TokenPiece:
         """The next token as the client gets it."""
         sampled, view = event.sampled, self.view
-        text = self.detokenizer.push(sampled.token_id)
+        ends = event.reason is FinishReason.EOS
+        text = self.detokenizer.push(sampled.token_id, ends=ends)
         return TokenPiece(
             index=self.index,
             token_id=sampled.token_id,

@@ -11,7 +11,7 @@
     └── UnsupportedModel       the base model cannot be served exactly
 
 Adapter errors are in `dynamic_lora_adapters.errors`; HTTP statuses for both
-are in `dynamic_lora_server.problems`.
+are in `dynamic_lora_server.fault_kinds`.
 """
 
 

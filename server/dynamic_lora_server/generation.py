@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from dynamic_lora_adapters.card import MAX_STOP_STRINGS
 from dynamic_lora_adapters.composition import Composition
 from dynamic_lora_server.errors import InvalidParameter
 
+BASE = "base"  # names the base model wherever an adapter can be named
 # Below this a temperature is greedy: the division would leave the range of float32.
 MIN_TEMPERATURE = 1e-5
+MAX_N = 32
+MAX_STOP_TOKENS = 32
 # Beyond any vocabulary, and within what a tensor's indices hold.
 MAX_TOP_K = 2**31 - 1
 
@@ -115,9 +119,10 @@ class GenerationSpec:
 
     def __post_init__(self) -> None:
         _check("keep_last", self.keep_last is None or self.keep_last > 0, "must be above 0")
-        _check("n", 1 <= self.n <= 32, "must lie between 1 and 32")
+        _check("n", 1 <= self.n <= MAX_N, f"must lie between 1 and {MAX_N}")
         _check("stop", all(self.stop), "must not hold an empty string")
-        _check("stop", len(self.stop) <= 32, "must hold at most 32 strings")
+        few = len(self.stop) <= MAX_STOP_STRINGS
+        _check("stop", few, f"must hold at most {MAX_STOP_STRINGS} strings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

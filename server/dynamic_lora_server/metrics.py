@@ -12,11 +12,11 @@ from itertools import groupby
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamic_lora_adapters.names import SUMS
-from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
-from dynamic_lora_server.prompts import BASE
+from dynamic_lora_server.generation import BASE, Finish, GenerationEvent, Started, TokenPiece
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -141,11 +141,15 @@ class _Observation:
 
 
 class RequestCounter:
-    """ASGI middleware that counts every request by its route's template and its status."""
+    """ASGI middleware that counts every request by its route's template and its status.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    Where a layer before the router has answered, the route is looked for among `routes`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -> None:
         self._app = app
         self._requests = metrics.requests
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application."""
@@ -155,13 +159,20 @@ class RequestCounter:
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Unknown paths share one label, or a scanner would fill the memory.
-                route = getattr(scope.get("route"), "path", "unmatched")
                 method = scope["method"] if scope["method"] in _METHODS else "other"
-                self._requests.labels(method, route, str(message["status"])).inc()
+                labels = (method, self._template(scope), str(message["status"]))
+                self._requests.labels(*labels).inc()
             await send(message)
 
         await self._app(scope, receive, counting)
+
+    def _template(self, scope: Scope) -> str:
+        """Unknown paths share one label, or a scanner would fill the memory."""
+        route = scope.get("route")
+        if route is None:
+            matching = (one for one in self._routes if one.matches(scope)[0] is not Match.NONE)
+            route = next(matching, None)
+        return getattr(route, "path", "unmatched")
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

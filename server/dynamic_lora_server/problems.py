@@ -76,6 +76,8 @@ _OPENAI_FIELDS: Mapping[str, str] = {
     "max_new_tokens": "max_tokens",
 }
 _TEXTS = ("str", "constrained-str")  # what pydantic calls the texts of a union
+_CHAT_PATH = "/v1/chat/completions"
+_TOKENIZE_PATHS = ("/tokenize", "/detokenize")
 _GENERATE_PATHS = ("/", "/generate", "/generate_stream")
 # What these have in `parameters`, of the names that errors have for it.
 _PARAMETERS = frozenset({*(one.name for one in dataclasses.fields(SamplingParams)), "n", "stop"})
@@ -153,6 +155,7 @@ def _fault_of(error: Exception, content_type: str) -> Fault:
 
 def answer(fault: Fault, *, path: str) -> Response:
     """The HTTP answer of a fault, in the form of the API that `path` belongs to."""
+    fault = dataclasses.replace(fault, field=_named(fault.field, path))
     if path.startswith("/v1/"):
         return Response(
             _dump(openai_error(fault)),
@@ -160,10 +163,6 @@ def answer(fault: Fault, *, path: str) -> Response:
             media_type="application/json",
             headers=fault.headers,
         )
-    if fault.field == "adapter" and path in ("/tokenize", "/detokenize"):
-        fault = dataclasses.replace(fault, field="model")
-    if fault.field in _PARAMETERS and path in _GENERATE_PATHS:
-        fault = dataclasses.replace(fault, field=f"parameters.{fault.field}")
     return Response(
         _dump(problem(fault)),
         status_code=fault.kind.status,
@@ -197,6 +196,17 @@ def openai_error(fault: Fault) -> dict[str, Any]:
             code=fault.kind.code or fault.kind.slug.replace("-", "_"),
         )
     ).model_dump()
+
+
+def _named(field: str | None, path: str) -> str | None:
+    """What the requests of a path call the field that an error names."""
+    if field == "inputs" and path == _CHAT_PATH:
+        return "messages"
+    if field == "adapter" and path in _TOKENIZE_PATHS:
+        return "model"
+    if field in _PARAMETERS and path in _GENERATE_PATHS:
+        return f"parameters.{field}"
+    return field
 
 
 def _capped(text: str | None) -> str | None:

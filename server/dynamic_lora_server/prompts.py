@@ -7,7 +7,7 @@ one adapter alone or the base model's, with OpenAI's defaults. A default of
 `max_new_tokens` gives way to the context; a number that the request names does not.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynamic_lora_adapters.card import CardParameters, TaskCard
@@ -24,13 +24,9 @@ from dynamic_lora_server.schemas.openai import (
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.chat import ChatFormat
-    from dynamic_lora_adapters.inspection import AdapterVersion
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
-BASE = "base"  # names the base model wherever an adapter can be named
-# What TGI's and the Hub's clients send as a chat's model where their caller named none.
-_UNNAMED = frozenset({"tgi", "dummy"})
 
 _SAMPLING_FIELDS = (
     "top_p",
@@ -41,38 +37,6 @@ _SAMPLING_FIELDS = (
     "seed",
     "ignore_eos",
 )
-
-
-def adapter_name(name: str | None, *, base_names: Collection[str]) -> str | None:
-    """The adapter a request names; None where it names the base model or nothing."""
-    return None if name is None or name == BASE or name in base_names else name
-
-
-def chat_adapter_name(
-    name: str | None, *, base_names: Collection[str], known: Callable[[str], bool]
-) -> str | None:
-    """As `adapter_name`, for a chat: a client's stand-in for a name is one if `known` has it."""
-    if name is None or (name in _UNNAMED and not known(name)):
-        return None
-    return adapter_name(name, base_names=base_names)
-
-
-def card_of(composition: Composition, versions: "Sequence[AdapterVersion]") -> TaskCard | None:
-    """The task card of a composition whose parts are `versions`.
-
-    That is the card of the parts with a positive weight if they all ask and
-    decode alike (the same template and parameters); otherwise there is none,
-    as no one template is the right one.
-    """
-    pairs = zip(composition.parts, versions, strict=True)
-    cards = [version.card for part, version in pairs if part.weight > 0]
-    if not cards or any(_ways(card) != _ways(cards[0]) for card in cards):
-        return None
-    return cards[0]
-
-
-def _ways(card: TaskCard | None) -> object:
-    return None if card is None else (card.prompt_template, card.parameters)
 
 
 def generate_spec(

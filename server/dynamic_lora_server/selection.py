@@ -1,9 +1,10 @@
 """Which adapters a request asks for, out of the several places where it can say so."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dynamic_lora_adapters.card import TaskCard
 from dynamic_lora_adapters.composition import (
     Composition,
     Merge,
@@ -13,7 +14,7 @@ from dynamic_lora_adapters.composition import (
 )
 from dynamic_lora_adapters.grammar import parse_label
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.prompts import adapter_name, chat_adapter_name
+from dynamic_lora_server.generation import BASE
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapter
 from dynamic_lora_server.schemas.generate import GenerateRequest
 
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
     from dynamic_lora_adapters.chat import ChatFormat
     from dynamic_lora_adapters.inspection import AdapterVersion
     from dynamic_lora_adapters.saved import SavedCompositions
+
+
+# What TGI's and the Hub's clients send as a chat's model where their caller named none.
+_UNNAMED = frozenset({"tgi", "dummy"})
+
+
+def adapter_name(name: str | None, *, base_names: Collection[str]) -> str | None:
+    """The adapter a request names; None where it names the base model or nothing."""
+    return None if name is None or name == BASE or name in base_names else name
+
+
+def chat_adapter_name(
+    name: str | None, *, base_names: Collection[str], known: Callable[[str], bool]
+) -> str | None:
+    """As `adapter_name`, for a chat: a client's stand-in for a name is one if `known` has it."""
+    if name is None or (name in _UNNAMED and not known(name)):
+        return None
+    return adapter_name(name, base_names=base_names)
 
 
 def select(
@@ -76,6 +95,24 @@ def select_chat(
     name = chat_adapter_name(model, base_names=base_names, known=saved.has)
     adapter = Composition() if name is None else saved.resolve(name)
     return ChatAdapter(adapter, [saved.version(part) for part in adapter.parts])
+
+
+def card_of(composition: Composition, versions: "Sequence[AdapterVersion]") -> TaskCard | None:
+    """The task card of a composition whose parts are `versions`.
+
+    That is the card of the parts with a positive weight if they all ask and
+    decode alike (the same template and parameters); otherwise there is none,
+    as no one template is the right one.
+    """
+    pairs = zip(composition.parts, versions, strict=True)
+    cards = [version.card for part, version in pairs if part.weight > 0]
+    if not cards or any(_ways(card) != _ways(cards[0]) for card in cards):
+        return None
+    return cards[0]
+
+
+def _ways(card: TaskCard | None) -> object:
+    return None if card is None else (card.prompt_template, card.parameters)
 
 
 def weighted_parts(adapters: Sequence[WeightedAdapter]) -> list[Part]:

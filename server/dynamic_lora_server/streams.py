@@ -1,15 +1,22 @@
 """Running generations for a route: beginning, collecting, merging."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from dynamic_lora_server.access_log import note_adapter
-from dynamic_lora_server.generation import Finish, GenerationEvent, Started, TokenPiece
-from dynamic_lora_server.prompts import BASE
+from dynamic_lora_server.generation import (
+    BASE,
+    Finish,
+    GenerationEvent,
+    GenerationSpec,
+    Started,
+    TokenPiece,
+)
 
+A = TypeVar("A")
 T = TypeVar("T")
 Events = AsyncGenerator[GenerationEvent, None]
 
@@ -22,9 +29,18 @@ class Generation:
     events: Events
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[A]):
+    """What a request asks for and what writes its answer, made for one `version` of its adapter."""
+
+    spec: GenerationSpec
+    answer: A
+    version: str | None  # None: the base model
+
+
 @dataclass(slots=True)
-class Continuation:
-    """One whole continuation of a prompt."""
+class WholeAnswer:
+    """One of the n answers to a request, from its first token to its end."""
 
     finish: Finish
     pieces: list[TokenPiece] = field(default_factory=list)
@@ -36,6 +52,18 @@ async def begin(events: Events) -> Generation:
     assert isinstance(started, Started)
     note_adapter(started.adapter or BASE)
     return Generation(started, events)
+
+
+async def begin_prepared(
+    prepare: Callable[[], Awaitable[Prepared[A]]], generate: Callable[[GenerationSpec], Events]
+) -> tuple[Generation, A]:
+    """A generation that was admitted, by the version that its prompt was rendered for."""
+    while True:
+        prepared = await prepare()
+        generation = await begin(generate(prepared.spec))
+        if generation.started.version == prepared.version:
+            return generation, prepared.answer
+        await generation.events.aclose()  # the adapter was replaced in between
 
 
 async def begin_all(streams: Sequence[Events]) -> list[Generation]:
@@ -56,20 +84,20 @@ async def close_all(streams: Sequence[Events]) -> None:
         await stream.aclose()
 
 
-async def collect(generation: Generation) -> list[Continuation]:
-    """Run a generation to its end; its continuations by index."""
+async def collect(generation: Generation) -> list[WholeAnswer]:
+    """Run a generation to its end; its answers by index."""
     pieces: dict[int, list[TokenPiece]] = {}
-    done: dict[int, Continuation] = {}
+    done: dict[int, WholeAnswer] = {}
     async with aclosing(generation.events):
         async for event in generation.events:
             if isinstance(event, TokenPiece):
                 pieces.setdefault(event.index, []).append(event)
             elif isinstance(event, Finish):
-                done[event.index] = Continuation(event, pieces.get(event.index, []))
+                done[event.index] = WholeAnswer(event, pieces.get(event.index, []))
     return [done[index] for index in sorted(done)]
 
 
-async def collect_all(generations: Sequence[Generation]) -> list[list[Continuation]]:
+async def collect_all(generations: Sequence[Generation]) -> list[list[WholeAnswer]]:
     """Run several generations side by side to their ends; all are closed if one fails."""
     tasks = [asyncio.ensure_future(collect(generation)) for generation in generations]
     try:

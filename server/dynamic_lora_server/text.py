@@ -123,8 +123,8 @@ class Detokenizer:
     """The visible text of one continuation, stop strings cut off.
 
     It is text that goes on: a space at its beginning belongs to it, as the prompt stands before.
-    Bytes that are no characters are U+FFFD. A special token is no part of it, but one whose name
-    is a stop string ends it.
+    Bytes that are no characters are U+FFFD. A special token is no part of it, nor is the end token
+    with which the answer ends, but one whose name is a stop string ends it.
 
     `push` returns the text that a token makes certain: a character that is
     still incomplete waits for its other bytes, and text that may turn out to
@@ -149,11 +149,14 @@ class Detokenizer:
         """All text decoded so far, held-back text included, up to the stop string."""
         return self._decoded
 
-    def push(self, token_id: int) -> str:
-        """Take one token; returns the new visible text, often empty. Sets `stopped`."""
+    def push(self, token_id: int, *, ends: bool = False) -> str:
+        """Take one token; returns the new visible text, often empty. Sets `stopped`.
+
+        `ends` says that it is an end token, and the answer over with it.
+        """
         assert not self.stopped, "no token may follow the stop string"
         self.num_tokens += 1
-        data = self._visible(token_id)
+        data = self._visible(token_id, ends=ends)
         if _begins_character(data):
             # What is incomplete before it remains so.
             self._decoded += self._decoder.decode(b"", final=True)
@@ -168,10 +171,10 @@ class Detokenizer:
             self._decoded += self._decoder.decode(b"", final=True)
         return self._show(len(self._decoded))
 
-    def _visible(self, token_id: int) -> bytes:
-        """What a token adds to the text; the name of a special one only to be found there."""
+    def _visible(self, token_id: int, *, ends: bool) -> bytes:
+        """What a token adds to the text; that of one that is not shown only to be found there."""
         data = self._view.bytes_of(token_id)
-        if not self._view.is_special(token_id):
+        if not ends and not self._view.is_special(token_id):
             return data
         name = data.decode(errors="replace")
         return data if any(one.stop == name for one in self._stops) else b""

@@ -360,10 +360,17 @@ async def test_an_adapters_end_token_ends_its_answers(
 ) -> None:
     await upload(client, "endless", adapter_files)
 
+    tokenizer = tiny_tokenizer()
+    parameters = {"max_new_tokens": 8, "details": True}
+
     async def details(adapter: str) -> Any:
-        parameters = {"max_new_tokens": 8, "details": True}
         answer = await generate(client, adapter=adapter, raw=True, parameters=parameters)
-        return answer["details"]
+        details = answer["details"]
+        ids = [token["id"] for token in details["tokens"]]
+        # The end token is one of the answer's tokens, but no part of its text.
+        shown = ids[:-1] if details["finish_reason"] == "eos_token" else ids
+        assert answer["generated_text"] == tokenizer.decode(shown)
+        return details
 
     free = [token["id"] for token in (await details("endless"))["tokens"]]
     assert len(free) == 8
@@ -372,7 +379,18 @@ async def test_an_adapters_end_token_ends_its_answers(
     ended = await details("ended")
     assert ended["finish_reason"] == "eos_token"
     assert [token["id"] for token in ended["tokens"]] == free[: free.index(free[3]) + 1]
-    token = tiny_tokenizer().convert_ids_to_tokens(free[3])
+    assert ended["tokens"][-1]["text"] == tokenizer.decode(free[3])
+    streamed = events(
+        await client.post(
+            "/generate_stream",
+            params={"adapter": "ended", "raw": True},
+            json={"inputs": "the rain", "parameters": parameters},
+        )
+    )
+    texts = [event["token"]["text"] for event in streamed]
+    assert "".join(texts) == streamed[-1]["generated_text"]
+    assert (streamed[-1]["token"]["id"], texts[-1]) == (free[3], "")
+    token = tokenizer.convert_ids_to_tokens(free[3])
     config = json.dumps({"eos_token": token}).encode()
     await upload(client, "ended", adapter_files | {"tokenizer_config.json": config})
     assert (await details("ended"))["tokens"] == ended["tokens"]
@@ -681,13 +699,23 @@ async def test_two_adapters_in_one_address_are_refused(client: httpx.AsyncClient
     assert "more than once" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/adapters"])
+@pytest.mark.parametrize(
+    ("method", "route", "status"),
+    [
+        ("POST", "/v1/completions", 400),
+        ("POST", "/v1/chat/completions", 400),
+        ("GET", "/v1/models", 400),
+        ("GET", "/v1/models/base", 400),
+        ("POST", "/adapters", 422),
+        ("POST", "/tokenize", 422),
+        ("POST", "/detokenize", 422),
+    ],
+)
 async def test_a_wish_in_an_address_that_takes_none_is_refused(
-    client: httpx.AsyncClient, route: str
+    client: httpx.AsyncClient, method: str, route: str, status: int
 ) -> None:
-    body = {"model": "base", "prompt": "x", "messages": [{"role": "user", "content": "Hi"}]}
-    response = await client.post(route, params={"adapter": "ner"}, json=body)
-    assert response.status_code in (400, 422)
+    response = await client.request(method, route, params={"adapter": "ner"}, json={})
+    assert response.status_code == status
     assert f"{route} takes no adapter in its address" in response.text
 
 

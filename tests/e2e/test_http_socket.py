@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -36,18 +37,22 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def num_running(address: str) -> float:
-    for line in httpx.get(f"{address}/metrics").text.splitlines():
-        if line.startswith("dynamic_lora_running_sequences "):
-            return float(line.split()[1])
-    raise AssertionError("no gauge of running sequences")
+def num_sequences(address: str) -> tuple[float, float]:
+    """How many run, and how many wait."""
+    gauges = dict(line.split(" ")[:2] for line in httpx.get(f"{address}/metrics").text.splitlines())
+    running, waiting = (gauges[f"dynamic_lora_{what}_sequences"] for what in ("running", "waiting"))
+    return float(running), float(waiting)
+
+
+def wait_for(address: str, running: int, waiting: int) -> None:
+    deadline = time.monotonic() + 20
+    while (found := num_sequences(address)) != (running, waiting):
+        assert time.monotonic() < deadline, f"{found} run and wait"
+        time.sleep(0.02)
 
 
 def wait_until_idle(address: str) -> None:
-    deadline = time.monotonic() + 20
-    while num_running(address) > 0:
-        assert time.monotonic() < deadline, "a sequence still runs"
-        time.sleep(0.02)
+    wait_for(address, 0, 0)
 
 
 def test_a_streaming_client_that_goes_frees_its_place(address: str) -> None:
@@ -55,11 +60,23 @@ def test_a_streaming_client_that_goes_frees_its_place(address: str) -> None:
     with httpx.stream("POST", f"{address}/generate", json=body, timeout=30) as response:
         lines = response.iter_lines()  # dropping it would close the connection
         assert next(lines).startswith("data:")
-        assert num_running(address) == 1
+        assert num_sequences(address) == (1, 0)
     wait_until_idle(address)
 
 
 def test_a_waiting_client_that_goes_frees_its_place(address: str) -> None:
+    body = LONG_COMPLETION | {"n": 2}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()  # dropping it would close the connection
+        assert next(lines).startswith("data:")
+        one = {"inputs": "x", "parameters": LONG}
+        with httpx.stream("POST", f"{address}/generate_stream", json=one, timeout=30):
+            wait_for(address, 2, 1)
+        wait_for(address, 2, 0)
+    wait_until_idle(address)
+
+
+def test_a_client_without_a_stream_that_goes_frees_its_places(address: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{address}/generate",
@@ -111,6 +128,12 @@ def test_openais_client(address: str) -> None:
         assert chat.choices[0].logprobs is not None
         assert chat.choices[0].logprobs.content is not None
         assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens
+        turns: list[Any] = [
+            {"role": "user", "content": "hi"},
+            chat.choices[0].message.model_dump(),
+            {"role": "user", "content": "and then?"},
+        ]
+        assert client.chat.completions.create(model="base", messages=turns, max_tokens=5, seed=-1)
         chunks = client.chat.completions.create(
             model="base",
             messages=[{"role": "user", "content": "hi"}],

@@ -53,7 +53,7 @@ def test_lists_have_the_names(client: httpx.Client) -> None:
         assert client.get(f"/v1/models/{name}").json() == found[NAMES[0]]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "base", None])
+@pytest.mark.parametrize("name", [*NAMES, "base", "ner*0", None])
 @pytest.mark.parametrize("chats", [False, True])
 def test_answers_have_the_first(client: httpx.Client, name: str | None, chats: bool) -> None:
     model = name or client.get("/info").json()["model_id"]

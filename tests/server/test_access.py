@@ -152,6 +152,19 @@ def test_a_page_of_an_allowed_origin_may_ask(home: Path) -> None:
     assert refused.headers["access-control-allow-origin"] == PAGE
 
 
+def test_a_page_may_read_an_error_that_nobody_foresaw(home: Path) -> None:
+    app = create_app(ServerConfig(home=home, allowed_origins=(PAGE,)), load=_never)
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    client = TestClient(app, raise_server_exceptions=False)
+    answer = client.get("/broken", headers={"origin": PAGE})
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/internal-error")
+    assert answer.headers["access-control-allow-origin"] == PAGE
+
+
 @pytest.mark.parametrize("origins", [(), (PAGE,)])
 def test_a_page_of_another_origin_may_not(home: Path, origins: tuple[str, ...]) -> None:
     server = Server(home, allowed_origins=origins)

@@ -18,7 +18,7 @@ from dynamic_lora_server.generation import (
     TokenLogprob,
     TokenPiece,
 )
-from dynamic_lora_server.streams import Continuation, Generation
+from dynamic_lora_server.streams import Generation, WholeAnswer
 
 STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
 TOP = (TokenLogprob(token_id=8, token_bytes=b" a", logprob=-0.5),)
@@ -81,15 +81,15 @@ def tgi(*, prefix: str = "", num_top: int = 0) -> TgiAnswer:
     return TgiAnswer(prefix=prefix, num_top=num_top, special_ids=[8])
 
 
-CONTINUATION = Continuation(
+WHOLE = WholeAnswer(
     finish(FinishReason.EOS, "hi"), [piece("hi"), piece("", token="</s>", special=True)]
 )
 
 
 def test_tgi_whole() -> None:
-    plain = tgi(prefix="say ").whole([CONTINUATION], details=False)
+    plain = tgi(prefix="say ").whole([WHOLE], details=False)
     assert plain.model_dump(exclude_none=True) == {"generated_text": "say hi"}
-    details = tgi(num_top=1).whole([CONTINUATION, CONTINUATION], details=True).details
+    details = tgi(num_top=1).whole([WHOLE, WHOLE], details=True).details
     assert details is not None
     assert details.finish_reason == "eos_token"
     assert (details.generated_tokens, details.prompt_tokens, details.seed) == (2, 3, 11)
@@ -130,10 +130,8 @@ def completion(**options: Any) -> CompletionAnswer:
 
 def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> None:
     pair = [
-        Continuation(
-            finish(FinishReason.LENGTH, "ab", index=0), [piece("a"), piece("b", offset=1)]
-        ),
-        Continuation(finish(FinishReason.STOP, "cd", index=1), [piece("c"), piece("d")]),
+        WholeAnswer(finish(FinishReason.LENGTH, "ab", index=0), [piece("a"), piece("b", offset=1)]),
+        WholeAnswer(finish(FinishReason.STOP, "cd", index=1), [piece("c"), piece("d")]),
     ]
     answer = completion(n=2, logprobs=True).whole([pair, pair])
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
@@ -157,7 +155,7 @@ def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> 
 
 def top_logprobs(*pieces: TokenPiece) -> list[dict[str, float]]:
     answer = completion(logprobs=True).whole(
-        [[Continuation(finish(FinishReason.LENGTH, "ab"), list(pieces))]]
+        [[WholeAnswer(finish(FinishReason.LENGTH, "ab"), list(pieces))]]
     )
     assert answer.choices[0].logprobs is not None
     return answer.choices[0].logprobs.top_logprobs
@@ -216,7 +214,7 @@ def chat(*, n: int = 1, logprobs: bool = False, usage: bool = False) -> ChatAnsw
 
 
 def test_chat_whole() -> None:
-    answer = chat(logprobs=True).whole([CONTINUATION])
+    answer = chat(logprobs=True).whole([WHOLE])
     (choice,) = answer.choices
     assert (choice.message.content, choice.finish_reason) == ("hi", "stop")
     assert choice.logprobs is not None
@@ -229,7 +227,7 @@ def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
     whole = "é".encode()
     likely = (TokenLogprob(token_id=7, token_bytes=whole[:1], logprob=-0.1),)
     pieces = [piece("", token=whole[:1], top=likely), piece("é", token=whole[1:], top=likely)]
-    answer = chat(logprobs=True).whole([Continuation(finish(FinishReason.LENGTH, "é"), pieces)])
+    answer = chat(logprobs=True).whole([WholeAnswer(finish(FinishReason.LENGTH, "é"), pieces)])
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert [token.token for token in logprobs.content] == ["\ufffd", "\ufffd"]

@@ -11,6 +11,7 @@ from typing import NoReturn
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.testclient import TestClient
 from starlette.types import Message
 
 from dynamic_lora_server.app import create_app
@@ -110,6 +111,35 @@ async def test_a_body_over_the_cap(tmp_path: Path, declared: bool) -> None:
         )
     assert response.status_code == 413
     assert response.json()["detail"] == "The body is larger than 100 bytes."
+
+
+def test_every_answer_is_counted_under_its_route(tmp_path: Path) -> None:
+    config = ServerConfig(
+        home=tmp_path, max_body_bytes=100, api_keys=("key",), admin_keys=("root",)
+    )
+    app = create_app(config, load=_never)
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    client = TestClient(app, raise_server_exceptions=False)
+    key = {"authorization": "Bearer key"}
+    asked: list[tuple[str, str, dict[str, str], str, int]] = [
+        ("GET", "/broken", key, "/broken", 500),
+        ("GET", "/info", {}, "/info", 401),
+        ("DELETE", "/adapters/ner", key, "/adapters/{name}", 403),
+        ("POST", "/generate", key | {"content-length": "200"}, "/generate", 413),
+        ("GET", "/v1/models/org/base", key, "/v1/models/{model:path}", 503),
+        ("GET", "/no-such-route", key, "unmatched", 404),
+    ]
+    for method, path, headers, route, status in asked:
+        content = b"x" * int(headers.get("content-length", 0))
+        answer = client.request(method, path, headers=headers, content=content)
+        assert answer.status_code == status
+        labels = f'method="{method}",route="{route}",status="{status}"'
+        counted = client.get("/metrics", headers=key).text
+        assert f"dynamic_lora_requests_total{{{labels}}} 1.0" in counted
 
 
 def _never() -> NoReturn:

@@ -78,6 +78,15 @@ def test_openai_errors_use_openais_names() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "param"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")]
+)
+def test_a_prompt_that_is_too_long_is_named_as_it_was_sent(path: str, param: str) -> None:
+    fault = problems.fault_of(errors.ContextOverflow("long", field="inputs"))
+    answer = problems.answer(fault, path=path)
+    assert json.loads(bytes(answer.body))["error"]["param"] == param
+
+
 def test_an_unforeseen_error_tells_nothing_of_itself() -> None:
     fault = problems.fault_of(KeyError("secret"))
     assert fault.kind.status == 500

@@ -5,16 +5,10 @@ from typing import Any
 import pytest
 
 from dynamic_lora_adapters.card import TaskCard
-from dynamic_lora_adapters.grammar import parse
-from dynamic_lora_adapters.inspection import AdapterVersion
-from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import (
     CHAT_TOKENS,
-    adapter_name,
-    card_of,
-    chat_adapter_name,
     chat_spec,
     completion_specs,
     generate_spec,
@@ -147,42 +141,6 @@ def test_truncate_is_for_the_service() -> None:
     assert generate().keep_last is None
 
 
-def test_the_base_model_has_several_names() -> None:
-    assert adapter_name("base", base_names=["org/m", "house"]) is None
-    for name in ("org/m", "house"):
-        assert adapter_name(name, base_names=["org/m", "house"]) is None
-    assert adapter_name(None, base_names=["org/m", "house"]) is None
-    assert adapter_name("ner", base_names=["org/m", "house"]) == "ner"
-
-
-def version(name: str, card: TaskCard | None) -> AdapterVersion:
-    return AdapterVersion(name=name, digest="", passport=Passport.model_construct(), card=card)
-
-
-OTHER = CARD.model_copy(update={"prompt_template": "Other: {input}"})
-TWIN = CARD.model_copy(update={"description": "asks as CARD does"})
-
-
-@pytest.mark.parametrize(
-    ("text", "cards", "expected"),
-    [
-        ("a", [CARD], CARD),
-        ("a*0.5", [CARD], CARD),
-        ("a+b", [CARD, TWIN], CARD),
-        ("a+b", [CARD, OTHER], None),
-        ("a+b", [CARD, None], None),
-        ("a - b", [CARD, OTHER], CARD),
-        ("-a", [CARD], None),
-        ("a - a", [], None),
-    ],
-)
-def test_the_card_of_a_composition(
-    text: str, cards: list[TaskCard | None], expected: TaskCard | None
-) -> None:
-    versions = [version(str(i), card) for i, card in enumerate(cards)]
-    assert card_of(parse(text), versions) == expected
-
-
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [
@@ -254,23 +212,6 @@ def test_a_setting_is_no_variable_of_the_template(name: str) -> None:
     with pytest.raises(InvalidParameter, match=name) as caught:
         chat(chat_template_kwargs={name: None})
     assert caught.value.field == "chat_template_kwargs"
-
-
-@pytest.mark.parametrize("name", ["tgi", "dummy"])
-def test_what_clients_send_where_no_model_is_named(name: str) -> None:
-    def called(known: set[str]) -> str | None:
-        return chat_adapter_name(name, base_names=["org/m"], known=known.__contains__)
-
-    assert called({"ner"}) is None
-    assert called({name}) == name
-
-
-def test_a_chats_model_is_otherwise_a_name_like_any() -> None:
-    names = {
-        name: chat_adapter_name(name, base_names=["org/m"], known=lambda _: False)
-        for name in ("base", "org/m", "ner")
-    }
-    assert names == {"base": None, "org/m": None, "ner": "ner"}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,13 @@
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import BaseModel, ValidationError
 
 from dynamic_lora_server.schemas.adapters import AdapterSource
+from dynamic_lora_server.schemas.compositions import WeightedAdapter
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatDelta, ChatRequest, CompletionRequest, Message
 from dynamic_lora_server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
@@ -105,6 +109,9 @@ def test_generate_bodies(body: dict[str, Any], place: str) -> None:
         {"store": True},
         {"reasoning_effort": "high"},
         {"prediction": {}},
+        {"moderation": {"model": "omni-moderation-latest"}},
+        {"prompt_cache_options": {"mode": "explicit"}},
+        {"prompt_cache_retention": "24h"},
     ],
 )
 def test_what_chat_does_not_serve(field: dict[str, Any]) -> None:
@@ -124,6 +131,9 @@ def test_chat_with_neutral_values() -> None:
         "user": "someone",
         "prompt_cache_key": "a",
         "safety_identifier": "b",
+        "moderation": None,
+        "prompt_cache_options": {},
+        "prompt_cache_retention": None,
         "n": 1,
     }
     assert ChatRequest.model_validate(CHAT | neutral).n == 1
@@ -187,6 +197,31 @@ def test_a_message_is_text_or_text_parts() -> None:
     assert refused(Message, {"role": "tool", "content": "x"})[0] == "role"
 
 
+def test_an_answer_of_openais_client_is_a_turn_of_the_next_request() -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello")
+    assert Message.model_validate(answer.model_dump()).text == "hello"
+
+
+@pytest.mark.parametrize(
+    ("model", "params"), [(ChatRequest, ChatParams), (CompletionRequest, CompletionParams)]
+)
+def test_every_parameter_of_openais_client_has_its_field(
+    model: type[BaseModel], params: type
+) -> None:
+    """What is not served is known all the same: null passes, and a refusal says which it is."""
+    assert set(params.__annotations__) <= set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"), [(7, 7), (-1, 2**64 - 1), (-(2**63), 2**63), (2**64 - 1, 2**64 - 1)]
+)
+def test_a_seed_is_any_number_of_64_bits(sent: int, used: int) -> None:
+    for model, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION)):
+        assert model.model_validate(body | {"seed": sent}).seed == used
+        for beyond in (2**64, -(2**63) - 1):
+            assert refused(model, body | {"seed": beyond})[0] == "seed"
+
+
 @pytest.mark.parametrize("value", [{"a": ["\ud83d"]}, {"\ud83d": 1}, {"a": {"b": "x\ude00"}}])
 def test_half_a_character_anywhere_in_an_object(value: dict[str, Any]) -> None:
     place, text = refused(ChatRequest, CHAT | {"chat_template_kwargs": value})
@@ -203,6 +238,16 @@ def test_an_object_may_be_nested_deeply() -> None:
 
 def test_a_delta_leaves_out_what_it_does_not_change() -> None:
     assert ChatDelta(content="x").model_dump() == {"content": "x"}
+
+
+def test_null_is_what_a_field_is_without_it() -> None:
+    source = AdapterSource.model_validate({"name": "a", "source": "b", "force": None})
+    assert source == AdapterSource(name="a", source="b")
+    part = WeightedAdapter.model_validate({"name": "a", "weight": None})
+    assert part == WeightedAdapter(name="a")
+    weight = WeightedAdapter.model_json_schema()["properties"]["weight"]
+    number = {"type": "number", "minimum": -100, "maximum": 100}
+    assert weight["anyOf"] == [number, {"type": "null"}]
 
 
 def test_a_source_is_named() -> None:

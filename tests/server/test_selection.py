@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dynamic_lora_adapters.card import TaskCard
 from dynamic_lora_adapters.composition import Composition, InvalidComposition
 from dynamic_lora_adapters.errors import AdapterNotFound
+from dynamic_lora_adapters.grammar import parse
+from dynamic_lora_adapters.inspection import AdapterVersion
+from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.schemas.generate import GenerateRequest
-from dynamic_lora_server.selection import select
+from dynamic_lora_server.selection import adapter_name, card_of, chat_adapter_name, select
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import load_runtime, publish
@@ -190,3 +194,57 @@ def test_a_list_holds_names_not_sums(saved: SavedCompositions) -> None:
         selected(saved, adapters=[{"name": "ner*2"}])
     with pytest.raises(InvalidComposition, match="'base' is what every composition adds to"):
         selected(saved, adapters=[{"name": "base"}])
+
+
+def test_the_base_model_has_several_names() -> None:
+    assert adapter_name("base", base_names=["org/m", "house"]) is None
+    for name in ("org/m", "house"):
+        assert adapter_name(name, base_names=["org/m", "house"]) is None
+    assert adapter_name(None, base_names=["org/m", "house"]) is None
+    assert adapter_name("ner", base_names=["org/m", "house"]) == "ner"
+
+
+def version(name: str, card: TaskCard | None) -> AdapterVersion:
+    return AdapterVersion(name=name, digest="", passport=Passport.model_construct(), card=card)
+
+
+CARD = TaskCard.model_validate({"prompt_template": "Text: {input}"})
+OTHER = CARD.model_copy(update={"prompt_template": "Other: {input}"})
+TWIN = CARD.model_copy(update={"description": "asks as CARD does"})
+
+
+@pytest.mark.parametrize(
+    ("text", "cards", "expected"),
+    [
+        ("a", [CARD], CARD),
+        ("a*0.5", [CARD], CARD),
+        ("a+b", [CARD, TWIN], CARD),
+        ("a+b", [CARD, OTHER], None),
+        ("a+b", [CARD, None], None),
+        ("a - b", [CARD, OTHER], CARD),
+        ("-a", [CARD], None),
+        ("a - a", [], None),
+    ],
+)
+def test_the_card_of_a_composition(
+    text: str, cards: list[TaskCard | None], expected: TaskCard | None
+) -> None:
+    versions = [version(str(i), card) for i, card in enumerate(cards)]
+    assert card_of(parse(text), versions) == expected
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy"])
+def test_what_clients_send_where_no_model_is_named(name: str) -> None:
+    def called(known: set[str]) -> str | None:
+        return chat_adapter_name(name, base_names=["org/m"], known=known.__contains__)
+
+    assert called({"ner"}) is None
+    assert called({name}) == name
+
+
+def test_a_chats_model_is_otherwise_a_name_like_any() -> None:
+    names = {
+        name: chat_adapter_name(name, base_names=["org/m"], known=lambda _: False)
+        for name in ("base", "org/m", "ner")
+    }
+    assert names == {"base": None, "org/m": None, "ner": "ner"}

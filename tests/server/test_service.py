@@ -286,7 +286,7 @@ async def test_an_unknown_adapter_is_refused_with_near_names(runtime: Runtime) -
 
 
 async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the device is on fire")
@@ -295,6 +295,8 @@ async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
         patch.setattr(ModelRunner, "run", broken)
         with pytest.raises(EngineFailed, match="the device is on fire"):
             await collect(runtime, spec(adapter="ner"))
+    assert caplog.text.count("Traceback (most recent call last)") == 1
+    assert "in broken" in caplog.text  # the line that broke
     assert finishes(await collect(runtime, spec(adapter="ner")))
 
 

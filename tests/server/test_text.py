@@ -195,6 +195,21 @@ def test_special_tokens_are_not_shown() -> None:
     assert VIEW.bytes_of(EOS_ID) == b"</s>"
 
 
+def test_the_end_token_is_not_shown_though_it_is_an_ordinary_one() -> None:
+    first, end = encode("a\n")
+    detokenizer = Detokenizer(VIEW, stop=["\nb"])
+    assert [detokenizer.push(end), detokenizer.push(first)] == ["", "\na"]
+    assert detokenizer.push(end, ends=True) == ""
+    assert (detokenizer.finish(), detokenizer.text, detokenizer.num_tokens) == ("", "\na", 3)
+
+
+def test_an_end_token_that_is_a_stop_string_too_is_found() -> None:
+    detokenizer = Detokenizer(VIEW, stop=["\n"], include_stop=True)
+    (end,) = encode("\n")
+    assert detokenizer.push(end, ends=True) == "\n"
+    assert detokenizer.stopped
+
+
 def test_a_special_token_of_the_file_alone_is_not_shown() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.add_special_tokens(["<|reserved|>"])

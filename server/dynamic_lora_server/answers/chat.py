@@ -7,7 +7,7 @@ from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai as wire
 from dynamic_lora_server.sse import event
-from dynamic_lora_server.streams import Continuation, Generation
+from dynamic_lora_server.streams import Generation, WholeAnswer
 
 
 class ChatAnswer:
@@ -19,7 +19,7 @@ class ChatAnswer:
         self._with_logprobs = logprobs
         self._usage = usage
 
-    def whole(self, continuations: Sequence[Continuation]) -> wire.ChatCompletion:
+    def whole(self, continuations: Sequence[WholeAnswer]) -> wire.ChatCompletion:
         """The answer that is sent at once."""
         stamp = self._stamp
         return wire.ChatCompletion(
@@ -45,7 +45,7 @@ class ChatAnswer:
         if self._usage:
             yield event(self._document([], usage.answer()))
 
-    def _choice(self, continuation: Continuation) -> wire.ChatChoice:
+    def _choice(self, continuation: WholeAnswer) -> wire.ChatChoice:
         finish = continuation.finish
         return wire.ChatChoice(
             index=finish.index,

@@ -7,7 +7,7 @@ from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai as wire
 from dynamic_lora_server.sse import event
-from dynamic_lora_server.streams import Continuation, Generation, merge
+from dynamic_lora_server.streams import Generation, WholeAnswer, merge
 
 
 class CompletionAnswer:
@@ -19,7 +19,7 @@ class CompletionAnswer:
         self._with_logprobs = logprobs
         self._usage = usage
 
-    def whole(self, prompts: Sequence[Sequence[Continuation]]) -> wire.Completion:
+    def whole(self, prompts: Sequence[Sequence[WholeAnswer]]) -> wire.Completion:
         """The answer that is sent at once."""
         choices = [
             self._choice(position, continuation)
@@ -50,7 +50,7 @@ class CompletionAnswer:
             id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
         )
 
-    def _choice(self, position: int, continuation: Continuation) -> wire.CompletionChoice:
+    def _choice(self, position: int, continuation: WholeAnswer) -> wire.CompletionChoice:
         finish = continuation.finish
         return wire.CompletionChoice(
             index=position * self._n + finish.index,

@@ -7,7 +7,7 @@ from dynamic_lora_server.generation import Finish, FinishReason, TokenPiece
 from dynamic_lora_server.problems import stream_fault
 from dynamic_lora_server.schemas import generate as wire
 from dynamic_lora_server.sse import event, json_event
-from dynamic_lora_server.streams import Continuation, Generation
+from dynamic_lora_server.streams import Generation, WholeAnswer
 
 _FINISH: dict[FinishReason, wire.FinishName] = {
     FinishReason.EOS: "eos_token",
@@ -29,7 +29,7 @@ class TgiAnswer:
         self._special_ids = frozenset(special_ids)
 
     def whole(
-        self, continuations: Sequence[Continuation], *, details: bool
+        self, continuations: Sequence[WholeAnswer], *, details: bool
     ) -> wire.GenerateResponse:
         """The answer of `/generate`; continuations after the first go into `details`."""
         first, *others = continuations
@@ -53,7 +53,7 @@ class TgiAnswer:
                 fault = stream_fault(error)
                 yield json_event({"error": fault.detail, "error_type": fault.kind.slug})
 
-    def _details(self, first: Continuation, others: Sequence[Continuation]) -> wire.Details:
+    def _details(self, first: WholeAnswer, others: Sequence[WholeAnswer]) -> wire.Details:
         return wire.Details(
             finish_reason=_FINISH[first.finish.reason],
             generated_tokens=first.finish.num_output_tokens,
@@ -67,7 +67,7 @@ class TgiAnswer:
             best_of_sequences=[self._sequence(other) for other in others] or None,
         )
 
-    def _sequence(self, continuation: Continuation) -> wire.Sequence:
+    def _sequence(self, continuation: WholeAnswer) -> wire.Sequence:
         finish = continuation.finish
         return wire.Sequence(
             generated_text=self._prefix + finish.text,

@@ -8,8 +8,10 @@ reads it.
 (The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,10 +33,11 @@ from dynamic_lora_server.engine.sampler import (
     takes_highest,
 )
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
-from dynamic_lora_server.engine.sequence import Phase
-from dynamic_lora_server.engine.sequence import Sequence as Continuation
+from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.engine.unread import UnreadTokens
 from dynamic_lora_server.generation import FinishReason
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class _Started:
     was in the weights.
     """
 
-    pieces: Sequence[Piece]
+    pieces: Seq[Piece]
     choice: Choice | None
     places: dict[int, int]
     merged: ResidentAdapter | None
@@ -90,7 +93,7 @@ class _Started:
         }
 
 
-def _borne_out(tokens: Sequence[Sampled | None], draft: Draft) -> list[Sampled | None]:
+def _borne_out(tokens: Seq[Sampled | None], draft: Draft) -> list[Sampled | None]:
     """The first of a sequence's tokens, and those behind it for as long as it was foreseen."""
     for number, guess in enumerate(draft):
         token = tokens[number]
@@ -137,11 +140,11 @@ class Engine:
         """Whether `step` has anything to do."""
         return self.scheduler.has_work or self._started is not None
 
-    def add(self, sequence: Continuation) -> None:
+    def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.scheduler.add(sequence)
 
-    def cancel(self, sequence: Continuation) -> None:
+    def cancel(self, sequence: Sequence) -> None:
         """End a sequence at once, wherever it is; nothing if it has ended already."""
         self.scheduler.end(sequence)
 
@@ -229,7 +232,7 @@ class Engine:
     def _settle(
         self,
         piece: Piece,
-        tokens: Mapping[int, Sequence[Sampled | None]],
+        tokens: Mapping[int, Seq[Sampled | None]],
         merged: ResidentAdapter | None,
     ) -> list[EngineEvent]:
         sequence = piece.sequence
@@ -246,7 +249,9 @@ class Engine:
             events[-1] = replace(events[-1], reason=reason)
         return list(events)
 
-    def _fail(self, pieces: Sequence[Piece], error: Exception) -> list[EngineEvent]:
+    def _fail(self, pieces: Seq[Piece], error: Exception) -> list[EngineEvent]:
+        # Here alone: clients, and those who log their requests, get the error's text and no more.
+        logger.error("A step failed", exc_info=error)
         message = f"{type(error).__name__}: {error}"
         ended = [piece.sequence for piece in pieces if self.scheduler.end(piece.sequence)]
         self.scheduler.forget_prefixes()

@@ -8,8 +8,8 @@ from dynamic_lora_server.engine.prefix_cache import (
 )
 from dynamic_lora_server.engine.sequence import Sequence
 
-# A prompt waits one step for tokens that another computes in this one if they are
-# at least so many, and at least half of its own: fewer are computed in less than a step.
+# A prompt waits for tokens that another is computing if they are at least so many, and at
+# least half of its own: fewer are computed in less than a step.
 _MIN_SHARED = 64
 
 
@@ -17,9 +17,9 @@ class PrefixReuse:
     """Looks prompts up when their first piece is due, keeps blocks as pieces are done.
 
     So of a burst of prompts with one beginning, the first computes it and the
-    others find it: those whose beginning is being computed in the step at hand
-    wait for the next. At least the last token of a prompt is always computed,
-    for the model's answer to it is the first token of the output.
+    others find it: they wait for as long as its pieces, one in each step, are of that
+    beginning. At least the last token of a prompt is always computed, for the model's
+    answer to it is the first token of the output.
     """
 
     def __init__(self, cache: PrefixCache) -> None:
@@ -47,23 +47,25 @@ class PrefixReuse:
         self._under_way.clear()
 
     def begin(self, sequence: Sequence) -> bool:
-        """Look a sequence up before its first piece; False if it should wait one step."""
-        if sequence.num_computed > sequence.num_given:
-            return True
-        num_blocks = (len(sequence.prompt_ids) - 1) // self.cache.block_size
-        keys = sequence.block_keys[:num_blocks]
-        found = self.cache.find(keys)
-        num_known = sum(one.num_blocks for one in found)
-        if self._soon_known(keys[num_known:], sequence, num_known):
-            return False
-        self._reuse(sequence, found, num_known * self.cache.block_size)
+        """Look a sequence up before it gets a piece; False if it should wait one step."""
+        if not _has_begun(sequence):
+            keys = self._useful_keys(sequence)
+            found = self.cache.find(keys)
+            num_known = sum(one.num_blocks for one in found)
+            if self._soon_known(keys[num_known:], sequence, num_known):
+                return False
+            self._reuse(sequence, found, num_known * self.cache.block_size)
+        first = sequence.num_computed // self.cache.block_size
+        self._under_way.update(sequence.block_keys[first:])
         return True
 
-    def expect(self, sequence: Sequence, num_tokens: int) -> None:
-        """The next so many tokens of the sequence are computed in this step."""
-        first = sequence.num_computed // self.cache.block_size
-        stop = (sequence.num_computed + num_tokens) // self.cache.block_size
-        self._under_way.update(sequence.block_keys[first:stop])
+    def num_left(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that are not computed, nor found when it begins."""
+        if _has_begun(sequence):
+            return sequence.num_pending
+        found = self.cache.find(self._useful_keys(sequence))
+        num_known = sum(one.num_blocks for one in found) * self.cache.block_size
+        return sequence.num_pending - max(num_known - sequence.num_given, 0)
 
     def keep(self, sequence: Sequence) -> None:
         """Keep the blocks of the prompt that are complete by now."""
@@ -84,8 +86,13 @@ class PrefixReuse:
         self.cache.clear()
         self._copies.clear()
 
+    def _useful_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
+        """Of the blocks that need not be computed if they are known."""
+        num_blocks = (len(sequence.prompt_ids) - 1) // self.cache.block_size
+        return sequence.block_keys[:num_blocks]
+
     def _soon_known(self, keys: tuple[bytes, ...], sequence: Sequence, num_known: int) -> bool:
-        """Whether enough of the unknown blocks are being computed in this step."""
+        """Whether enough of the unknown blocks are being computed, in this step or the next."""
         num_blocks = next((i for i, k in enumerate(keys) if k not in self._under_way), len(keys))
         num_shared = num_blocks * self.cache.block_size
         num_left = sequence.num_pending - num_known * self.cache.block_size
@@ -102,3 +109,7 @@ class PrefixReuse:
             self.cache.count(
                 num_looked_up=sequence.num_prompt, num_reused=sequence.num_cached_prompt
             )
+
+
+def _has_begun(sequence: Sequence) -> bool:
+    return sequence.num_computed > sequence.num_given

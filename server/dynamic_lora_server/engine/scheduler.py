@@ -44,9 +44,12 @@ class Scheduler:
     """Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, 2023).
 
     Every step runs one token of each decoding sequence, then fills up to
-    `max_step_tokens` with pieces of prompts, first come, first served. A
-    sequence is admitted when its whole KV need is free; it then runs to its
-    end, so nobody is preempted and the head of the queue is never overtaken.
+    `max_step_tokens` with pieces of prompts. Half of what is left for these is
+    for the prompt that came first, the rest for those that have the fewest tokens
+    to go, in order of arrival among equals. So a long prompt holds up no short
+    one, nobody waits for ever, and of a burst of like prompts one is done after
+    the other. A sequence is admitted when its whole KV need is free; it then runs
+    to its end, so nobody is preempted and the head of the queue is never overtaken.
     With `prefixes`, the beginning of a prompt that is in the KV cache already
     is not computed again. A `drafter` adds guessed tokens to decoding sequences; it
     needs each step's tokens to be settled before the next is scheduled.
@@ -110,16 +113,7 @@ class Scheduler:
         budget = self._max_step_tokens
         decoding = [s for s in self._running.values() if _may_go_on(s)]
         budget -= len(decoding)
-        pieces: list[Piece] = []
-        self._prefixes.begin_step()
-        for sequence in self._running.values():
-            if sequence.phase is Phase.PREFILL and budget:
-                if not self._prefixes.begin(sequence):
-                    continue
-                num_tokens = min(budget, sequence.num_pending)
-                pieces.append(Piece(sequence, num_tokens))
-                budget -= num_tokens
-                self._prefixes.expect(sequence, num_tokens)
+        pieces = self._prompt_pieces(budget)
         self._num_prompts = len(pieces)
         drafts: Mapping[int, Draft] = {}
         # Beside a prompt, for which the weights are read in any case, every row is its work, and
@@ -127,6 +121,29 @@ class Scheduler:
         if self.drafter is not None and decoding and not pieces:
             drafts = self.drafter.draft(decoding, budget)
         return [*(Piece(s, 1, drafts.get(s.id, ())) for s in decoding), *pieces]
+
+    def _prompt_pieces(self, budget: int) -> list[Piece]:
+        """Pieces of prompts with up to `budget` tokens together, in order of arrival."""
+        prompts = [s for s in self._running.values() if s.phase is Phase.PREFILL]
+        self._prefixes.begin_step()
+        taken: dict[int, int] = {}
+        for sequence, most in self._turns(prompts, budget):
+            if not budget:
+                break
+            if sequence.id not in taken and not self._prefixes.begin(sequence):
+                continue
+            before = taken.get(sequence.id, 0)
+            num_tokens = min(budget, most, sequence.num_pending - before)
+            taken[sequence.id] = before + num_tokens
+            budget -= num_tokens
+        return [Piece(s, taken[s.id]) for s in prompts if s.id in taken]
+
+    def _turns(self, prompts: Seq[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+        """Who takes tokens of the budget, one after the other, and how many at most."""
+        if len(prompts) < 2:
+            return [(sequence, budget) for sequence in prompts]
+        shortest_first = sorted(prompts, key=self._prefixes.num_left)
+        return [(prompts[0], -(-budget // 2)), *((s, budget) for s in shortest_first)]
 
     def take_copies(self) -> list[CellCopy]:
         """What is to be copied in the KV cache before anything else is written; once each."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _DESCRIPTIONS = {
     400: "Malformed body",
     404: "No such adapter",
+    409: "An adapter or a composition has the name",
     413: "Larger than the server accepts",
     415: "Wrong Content-Type",
     422: "Refused: a field is wrong, unknown or not served",
@@ -48,12 +49,14 @@ Ready = Annotated["Runtime", Depends(_runtime)]
 def no_query(request: Request) -> None:
     """For routes without query parameters. Raises InvalidParameter: a wish would be ignored."""
     for name in request.query_params:
-        fixes = {"adapter": "Below /v1, the field model of the body names the adapter."}
-        raise InvalidParameter(
-            f"{request.url.path} takes no {name} in its address.",
-            field=name,
-            fix=fixes.get(name, "Send it in the body, if it is a field of that."),
-        )
+        if request.method == "GET":
+            fix = "Leave it out."
+        elif name == "adapter":
+            fix = "Below /v1, the field model of the body names the adapter."
+        else:
+            fix = "Send it in the body, if it is a field of that."
+        message = f"{request.url.path} takes no {name} in its address."
+        raise InvalidParameter(message, field=name, fix=fix)
 
 
 NoQuery = Depends(no_query)

@@ -15,7 +15,6 @@ from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import Publication
 from dynamic_lora_server.problems import parse_body
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, problems
-from dynamic_lora_server.routes.compositions import CONFLICT
 from dynamic_lora_server.schemas.adapters import (
     UPLOAD_BODY,
     Adapter,
@@ -46,8 +45,7 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
     response_model=Adapter,
     responses={
         200: {"description": "The name had this content already", "model": Adapter},
-        **problems(400, 413, 415, 422, 502, 503),
-        **CONFLICT,
+        **problems(400, 409, 413, 415, 422, 502, 503),
     },
     dependencies=[NoQuery],
     openapi_extra=UPLOAD_BODY,

@@ -22,7 +22,7 @@ from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
 from dynamic_lora_server.selection import select_chat
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import Generation, begin, collect
+from dynamic_lora_server.streams import Prepared, begin_prepared, collect
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -44,33 +44,31 @@ async def chat(body: ChatRequest, request: Request, state: State, runtime: Ready
     or through the base model's; task cards are not applied."""
     if not body.stream:
         return await until_disconnect(request.receive, _whole(body, state, runtime))
-    generation, answer = await until_disconnect(request.receive, _begun(body, state, runtime))
+    begun = begin_prepared(partial(_prepare, body, state, runtime), state.generate)
+    generation, answer = await until_disconnect(request.receive, begun)
     return EventStream(framed(answer.stream(generation)))
 
 
 async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> Response:
-    generation, answer = await _begun(body, state, runtime)
+    generation, answer = await begin_prepared(
+        partial(_prepare, body, state, runtime), state.generate
+    )
     whole = answer.whole(await collect(generation))
     return Response(whole.model_dump_json(), media_type="application/json")
 
 
-async def _begun(
+async def _prepare(
     body: ChatRequest, state: ServerState, runtime: "Runtime"
-) -> tuple[Generation, ChatAnswer]:
-    """A generation that was admitted, with the version by whose template it was rendered."""
+) -> Prepared[ChatAnswer]:
     saved = runtime.residencies.saved
     runtime.service.check_room(body.n or 1)
-    while True:
-        asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
-        make = partial(
-            chat_spec, body, adapter=asked.adapter, tokenizer=runtime.tokenizer, chat=asked.chat
-        )
-        spec = await state.render(make)
-        generation = await begin(state.generate(spec))
-        if generation.started.version == asked.digest:
-            name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
-            return generation, _answer(body, spec, name)
-        await generation.events.aclose()  # it was replaced in between
+    asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
+    make = partial(
+        chat_spec, body, adapter=asked.adapter, tokenizer=runtime.tokenizer, chat=asked.chat
+    )
+    spec = await state.render(make)
+    name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
+    return Prepared(spec, _answer(body, spec, name), asked.digest)
 
 
 def _answer(body: ChatRequest, spec: GenerationSpec, model: str) -> ChatAnswer:

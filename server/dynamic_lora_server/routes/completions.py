@@ -1,5 +1,8 @@
 """`POST /v1/completions`: OpenAI's completions."""
 
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
 from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.completions import CompletionAnswer
@@ -7,7 +10,7 @@ from dynamic_lora_server.answers.openai import framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import adapter_name, completion_specs
+from dynamic_lora_server.prompts import completion_specs
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -17,9 +20,13 @@ from dynamic_lora_server.routes._deps import (
     openai_errors,
 )
 from dynamic_lora_server.schemas.openai import Completion, CompletionRequest
+from dynamic_lora_server.selection import adapter_name
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin_all, collect_all
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.runtime import Runtime
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[NoQuery])
 
@@ -40,15 +47,10 @@ async def complete(
     adapter = adapter_name(body.model, base_names=runtime.base_names)
     specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.capacity)
-    answer = CompletionAnswer(
-        model=runtime.name_of_base(body.model) if adapter is None else body.model,
-        n=body.n or 1,
-        logprobs=body.logprobs is not None,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
-    )
+    begun = _begun(body, specs, state, runtime)
     if not body.stream:
-        return await until_disconnect(request.receive, _whole(state, specs, answer))
-    generations = await until_disconnect(request.receive, _begin(state, specs))
+        return await until_disconnect(request.receive, _whole(begun))
+    generations, answer = await until_disconnect(request.receive, begun)
     return EventStream(framed(answer.stream(generations)))
 
 
@@ -64,12 +66,22 @@ def _check_room(specs: list[GenerationSpec], capacity: int) -> None:
         )
 
 
-async def _whole(
-    state: ServerState, specs: list[GenerationSpec], answer: CompletionAnswer
-) -> Response:
-    continuations = await collect_all(await _begin(state, specs))
+async def _whole(begun: Awaitable[tuple[list[Generation], CompletionAnswer]]) -> Response:
+    generations, answer = await begun
+    continuations = await collect_all(generations)
     return Response(answer.whole(continuations).model_dump_json(), media_type="application/json")
 
 
-async def _begin(state: ServerState, specs: list[GenerationSpec]) -> list[Generation]:
-    return await begin_all([state.generate(spec) for spec in specs])
+async def _begun(
+    body: CompletionRequest, specs: list[GenerationSpec], state: ServerState, runtime: "Runtime"
+) -> tuple[list[Generation], CompletionAnswer]:
+    """Generations that were admitted, one for each prompt."""
+    generations = await begin_all([state.generate(spec) for spec in specs])
+    is_base = generations[0].started.adapter is None  # also where a sum cancels out
+    answer = CompletionAnswer(
+        model=runtime.name_of_base(body.model) if is_base else body.model,
+        n=body.n or 1,
+        logprobs=body.logprobs is not None,
+        usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
+    return generations, answer

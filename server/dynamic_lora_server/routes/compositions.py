@@ -1,6 +1,6 @@
 """`/compositions`: weighted sums of adapters, saved under names of their own."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
@@ -24,18 +24,13 @@ if TYPE_CHECKING:
 
 router = APIRouter(prefix="/compositions", tags=["compositions"], route_class=StrictRoute)
 
-CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {**problems(404)[404], "description": "An adapter or a composition has the name"}
-}
-
 
 @router.put(
     "/{name}",
     response_model=SavedComposition,
     responses={
         201: {"description": "The name is new", "model": SavedComposition},
-        **problems(400, 404, 413, 415, 422, 503),
-        **CONFLICT,
+        **problems(400, 404, 409, 413, 415, 422, 503),
     },
     summary="Save a composition under a name",
 )

@@ -1,7 +1,6 @@
 """`POST /generate` and `POST /generate_stream`: TGI's and LoRAX's API."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.generation import GenerationSpec, Started
-from dynamic_lora_server.prompts import BASE, card_of, generate_spec
+from dynamic_lora_server.generation import BASE, Started
+from dynamic_lora_server.prompts import generate_spec
 from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, problems
 from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateResponse
-from dynamic_lora_server.selection import select
+from dynamic_lora_server.selection import card_of, select
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import Generation, begin, collect
+from dynamic_lora_server.streams import Prepared, begin_prepared, collect
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.card import TaskCard
@@ -113,16 +112,12 @@ def _refuse_repeated(request: Request) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What is asked for, how it is answered, and of which version the prompt was rendered."""
-
-    spec: GenerationSpec
-    answer: TgiAnswer
-    version: str | None
+_Prepare = Callable[[], Awaitable[Prepared[TgiAnswer]]]
 
 
-def _prepare(body: GenerateRequest, query: GenerateQuery, runtime: "Runtime") -> _Prepared:
+async def _prepare(
+    body: GenerateRequest, query: GenerateQuery, runtime: "Runtime"
+) -> Prepared[TgiAnswer]:
     saved = runtime.residencies.saved
     adapter = select(query.adapter, body, saved=saved, base_names=runtime.base_names)
     versions = [saved.version(part) for part in adapter.parts]
@@ -134,29 +129,15 @@ def _prepare(body: GenerateRequest, query: GenerateQuery, runtime: "Runtime") ->
         special_ids=runtime.view.special_ids,
     )
     version = None if adapter.is_base else adapter.digest([found.digest for found in versions])
-    return _Prepared(spec, answer, version)
+    return Prepared(spec, answer, version)
 
 
 def _rendered(body: GenerateRequest, card: "TaskCard | None") -> str:
     return body.inputs if card is None else card.render(body.inputs)
 
 
-async def _begun(
-    state: ServerState, prepare: Callable[[], _Prepared]
-) -> tuple[Generation, TgiAnswer]:
-    """A generation that was admitted, with the version that its prompt was rendered for."""
-    while True:
-        prepared = prepare()
-        generation = await begin(state.generate(prepared.spec))
-        if generation.started.version == prepared.version:
-            return generation, prepared.answer
-        await generation.events.aclose()  # it was replaced in between
-
-
-async def _whole(
-    state: ServerState, prepare: Callable[[], _Prepared], *, details: bool
-) -> Response:
-    generation, answer = await _begun(state, prepare)
+async def _whole(state: ServerState, prepare: _Prepare, *, details: bool) -> Response:
+    generation, answer = await begin_prepared(prepare, state.generate)
     whole = answer.whole(await collect(generation), details=details)
     return Response(
         whole.model_dump_json(exclude_none=not details),
@@ -165,10 +146,9 @@ async def _whole(
     )
 
 
-async def _stream(
-    request: Request, state: ServerState, prepare: Callable[[], _Prepared]
-) -> Response:
-    generation, answer = await until_disconnect(request.receive, _begun(state, prepare))
+async def _stream(request: Request, state: ServerState, prepare: _Prepare) -> Response:
+    begun = begin_prepared(prepare, state.generate)
+    generation, answer = await until_disconnect(request.receive, begun)
     return EventStream(answer.stream(generation), _headers(generation.started))
 
 

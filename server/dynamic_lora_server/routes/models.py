@@ -7,18 +7,18 @@ from fastapi import APIRouter
 from dynamic_lora_adapters.index import StoredComposition
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.saved import CompositionNotFound
-from dynamic_lora_server.prompts import adapter_name
-from dynamic_lora_server.routes._deps import Ready, State, openai_errors
+from dynamic_lora_server.routes._deps import NoQuery, Ready, State, openai_errors
 from dynamic_lora_server.schemas.openai import Model, ModelList
+from dynamic_lora_server.selection import adapter_name
 from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[NoQuery])
 
 
-@router.get("/models", responses=openai_errors(503), summary="List what can be named as model")
+@router.get("/models", responses=openai_errors(400, 503), summary="List what can be named as model")
 async def list_models(runtime: Ready, state: State) -> ModelList:
     """The base model first, under each of its names, then the adapters by name, then the saved
     compositions."""
@@ -29,7 +29,7 @@ async def list_models(runtime: Ready, state: State) -> ModelList:
 
 
 @router.get(
-    "/models/{model:path}", responses=openai_errors(404, 503), summary="One model or adapter"
+    "/models/{model:path}", responses=openai_errors(400, 404, 503), summary="One model or adapter"
 )
 async def get_model(model: str, runtime: Ready, state: State) -> Model:
     """A model id may hold a slash."""

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request, Response
 from dynamic_lora_server.chat_template import render
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.prompts import adapter_name
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, problems
 from dynamic_lora_server.schemas.tokenize import (
     Detokenized,
@@ -21,7 +20,7 @@ from dynamic_lora_server.schemas.tokenize import (
     TokenizePrompt,
     TokenizeRequest,
 )
-from dynamic_lora_server.selection import select_chat
+from dynamic_lora_server.selection import adapter_name, select_chat
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime

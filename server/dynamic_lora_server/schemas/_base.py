@@ -33,7 +33,7 @@ class Wire(BaseModel):
         return value
 
 
-def null_is(default: object, kind: type) -> BeforeValidator:
+def null_is(default: object, kind: Any) -> BeforeValidator:
     """Annotates a field of a kind: null is the same as leaving it out, which is `default`."""
 
     def fill(value: object) -> object:

@@ -28,7 +28,7 @@ class AdapterSource(Wire):
         description="`hf://organisation/repository`, with `@revision` if need be, or a folder "
         "or archive below a folder that the server was started with (`--adapter-root`).",
     )
-    force: bool = Field(
+    force: Annotated[bool, null_is(False, bool)] = Field(
         default=False, description="Accept an adapter that names another base model."
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from dynamic_lora_adapters.composition import MAX_PARTS, MAX_WEIGHT
-from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Wire
+from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Wire, null_is
 
 _Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 
@@ -15,7 +15,7 @@ class WeightedAdapter(Wire):
     """One adapter of a composition."""
 
     name: NonEmptyText = Field(description="`ner`, or `ner@` and the start of its version.")
-    weight: _Weight = 1.0
+    weight: Annotated[_Weight, null_is(1.0, _Weight)] = 1.0
 
 
 WeightedAdapters = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_PARTS)]

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from dynamic_lora_server.generation import ServedMode
+from dynamic_lora_adapters.card import MAX_STOP_STRINGS
+from dynamic_lora_server.generation import MAX_N, MAX_STOP_TOKENS, ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,
     NonEmptyText,
@@ -18,11 +19,9 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapters
 
-MAX_N = 32
-MAX_STOP_STRINGS = 32
-
 StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+StopTokenIds = Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)]
 
 
 class GenerateParameters(Wire):
@@ -55,7 +54,7 @@ class GenerateParameters(Wire):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     stop: StopStrings | None = Field(default=None, description="Replaces the card's stop strings.")
-    stop_token_ids: TokenIds | None = Field(default=None, max_length=32)
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = Field(
         default=None, description="Go on after the end-of-sequence token."
     )
@@ -176,8 +175,9 @@ class StreamDetails(Answer):
 class StreamEvent(Answer):
     """One server-sent event: one token; the last also has the whole text and the details.
 
-    The texts of all events together are `generated_text`. A special token's text is empty,
-    unless it releases text that was held back as the possible start of a stop string.
+    The texts of all events together are `generated_text`. The text of a special token, and of the
+    end token that ends the answer, is empty, unless it releases text that was held back as the
+    possible start of a stop string.
     """
 
     index: int

@@ -2,8 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
+from dynamic_lora_server.generation import MAX_N
 from dynamic_lora_server.schemas._base import (
     Answer,
     JsonObject,
@@ -17,8 +24,10 @@ from dynamic_lora_server.schemas._base import (
     UnsetOrOne,
     Wire,
 )
-from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
+from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
 
+# OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
@@ -52,12 +61,10 @@ class SamplingRequest(Wire):
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
-    n: int | None = Field(default=None, ge=1, le=32)
+    seed: _Seed | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
     stop: NonEmptyText | StopStrings | None = None
-    stop_token_ids: TokenIds | None = Field(
-        default=None, max_length=32, description="Not in OpenAI's API."
-    )
+    stop_token_ids: StopTokenIds | None = Field(default=None, description="Not in OpenAI's API.")
     include_stop_str_in_output: bool | None = Field(
         default=None,
         description="Keep the stop string at the end of the text. Not in OpenAI's API.",
@@ -111,6 +118,7 @@ class Message(Wire):
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Unset = None
     refusal: Unset = None
+    annotations: UnsetOrEmptyList = None
     tool_calls: UnsetOrEmptyList = None
     function_call: Unset = None
     audio: Unset = None
@@ -170,7 +178,10 @@ class ChatRequest(SamplingRequest):
     modalities: Annotated[Any, Neutral(None, ["text"])] = None
     audio: Unset = None
     metadata: UnsetOrEmptyMap = None
+    moderation: Unset = None
     prediction: Unset = None
+    prompt_cache_options: UnsetOrEmptyMap = None
+    prompt_cache_retention: Unset = None
     reasoning_effort: Annotated[Any, Neutral(None, "none")] = None
     service_tier: _AnyTier = None
     store: UnsetOrFalse = None
@@ -307,7 +318,7 @@ class ChatChunk(Answer):
 
 
 class Model(Answer):
-    """The base model, or an adapter: `parent` is its base, `root` its content hash."""
+    """The base; or, with it as `parent`, an adapter (`root`: its hash) or a sum (its text)."""
 
     id: str
     object: Literal["model"] = "model"

@@ -134,6 +134,22 @@ def test_a_burst_of_one_template_computes_it_once(
     assert tokens == [expected_tokens(oracle, "all", prompt) for prompt in prompts]
 
 
+def test_what_is_known_of_a_prompt_does_not_count_among_its_tokens_to_go(
+    built: BuiltEngine,
+) -> None:
+    known = random_prompt(100, seed=9)
+    run_all(built, [make_sequence(known)])
+    long, shorter = (make_sequence(random_prompt(n, seed=n)) for n in (200, 60))
+    again = make_sequence(known + random_prompt(5, seed=11))
+    for one in (long, shorter, again):
+        built.engine.add(one)
+    built.engine.step()
+    assert (long.num_computed, shorter.num_computed) == (16, 7)
+    assert (again.num_reused, len(again.output_ids)) == (96, 1)
+    for one in (long, shorter, again):
+        built.engine.cancel(one)
+
+
 def test_what_a_cancelled_prompt_has_computed_is_kept(
     built: BuiltEngine, oracle: PeftModel
 ) -> None:

@@ -38,6 +38,39 @@ def test_prompts_are_run_in_pieces_beside_decoding() -> None:
     assert (len(short.output_ids), len(long.output_ids)) == (4, 1)
 
 
+def test_a_long_prompt_holds_up_no_short_one() -> None:
+    scheduler = make_scheduler()
+    long, short, other = (make_sequence([1] * n) for n in (100, 3, 4))
+    for sequence in (long, short, other):
+        scheduler.add(sequence)
+    assert step(scheduler) == [(long.id, 4), (short.id, 3), (other.id, 1)]
+    assert step(scheduler) == [(short.id, 1), (long.id, 4), (other.id, 3)]
+    assert step(scheduler) == [(short.id, 1), (other.id, 1), (long.id, 6)]
+
+
+def test_the_prompt_that_came_first_is_not_starved() -> None:
+    scheduler = make_scheduler(running=2)
+    long = make_sequence([1] * 100)
+    scheduler.add(long)
+    num_steps = 0
+    while not long.output_ids:
+        if scheduler.num_running + scheduler.num_waiting < 2:
+            scheduler.add(make_sequence([1] * 8, max_new_tokens=1))
+        assert sum(num_tokens for _, num_tokens in step(scheduler)) == 8
+        num_steps += 1
+    assert num_steps == 25
+
+
+def test_of_a_burst_of_like_prompts_one_is_done_after_the_other() -> None:
+    scheduler = make_scheduler()
+    first, second, third = (make_sequence([1] * 8) for _ in range(3))
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+    assert step(scheduler) == [(first.id, 8)]
+    assert step(scheduler) == [(first.id, 1), (second.id, 7)]
+    assert step(scheduler) == [(first.id, 1), (second.id, 1), (third.id, 6)]
+
+
 def test_no_more_than_max_running_are_admitted() -> None:
     scheduler = make_scheduler(running=2)
     for _ in range(3):

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.sequence import Sequence as Continuation
+from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.modes import Mode
 from tests.support.conformance.architectures import build_base
 from tests.support.engines import make_engine, make_sequence
@@ -87,7 +88,7 @@ class Bench:
         finally:
             self.registry.delete(name)
 
-    def generate(self, rows: Sequence[Row]) -> list[Generated]:
+    def generate(self, rows: Seq[Row]) -> list[Generated]:
         """Run the rows as one batch, greedily. Raises EngineFailed."""
         sequences = [
             make_sequence(row.prompt_ids, adapter=row.adapter, max_new_tokens=NUM_NEW_TOKENS)
@@ -100,7 +101,7 @@ class Bench:
             for one in sequences
         ]
 
-    def _run(self, sequences: Sequence[Continuation]) -> None:
+    def _run(self, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:
             self.built.engine.add(sequence)
         failures = []
