@@ -83,7 +83,7 @@ def takes_highest(sequence: Sequence) -> bool:
     """Whether all that is wanted of a sequence's logits is where they are highest."""
     sampling = sequence.sampling
     reports = sampling.logprobs or sampling.top_logprobs
-    return sampling.greedy and not (sampling.penalised or reports)
+    return sampling.greedy and not (sequence.follows_output or reports)
 
 
 def taken(highest: Highest) -> Choice:
@@ -100,11 +100,12 @@ def choose(
     """Choose the next token from each row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
-    else in the batch. Log-probabilities are those of the untouched logits. `native`
-    is used where it can be; `unread` has the tokens of sequences whose last one is not
-    read yet. Nothing here waits for a GPU.
+    else in the batch. Of a sequence with a guide, a token that it allows is chosen.
+    Log-probabilities are those of the untouched logits. `native` is used where it can be;
+    `unread` has the tokens of sequences whose last one is not read yet. Nothing here waits
+    for a GPU.
     """
-    scores = _penalise(logits, owners, unread)
+    scores = _guide(_penalise(logits, owners, unread), owners)
     if native is not None and not native.serves(scores):
         native = None
     found = None if native is None else native.peaks(scores)
@@ -171,6 +172,26 @@ def _seen(sequence: Sequence, unread: UnreadTokens | None, device: torch.device)
         assert unread is not None, "a token that nobody has"
         parts.append(unread.of(sequence.id))
     return torch.cat(parts)
+
+
+def _guide(scores: torch.Tensor, owners: Seq[ScoredRow]) -> torch.Tensor:
+    """Scores [num_rows, vocab] in which tokens that a row's grammar forbids are -inf.
+
+    They are added, so that a row which is no finite numbers remains one.
+    """
+    guides = [(row, s.guide) for row, (s, _) in enumerate(owners) if s.guide is not None]
+    if not guides:
+        return scores
+    known = not any(owners[row].ahead or owners[row].sequence.num_unread for row, _ in guides)
+    assert known, "a grammar on what is not known yet"
+    device, vocab = scores.device, scores.shape[-1]
+    masks = b"".join(guide.allowed(vocab) for _, guide in guides)
+    packed = torch.frombuffer(bytearray(masks), dtype=torch.uint8).view(len(guides), -1, 1)
+    bits = to_device([1 << bit for bit in range(8)], device, torch.uint8)
+    forbidden = ((to_device(packed, device) & bits) == 0).flatten(1)[:, :vocab]
+    penalties = torch.zeros_like(forbidden, dtype=scores.dtype).masked_fill_(forbidden, -math.inf)
+    rows = to_device([row for row, _ in guides], device, torch.long)
+    return scores.index_add(0, rows, penalties)
 
 
 def _draw_of(row: int, owner: ScoredRow) -> Draw:

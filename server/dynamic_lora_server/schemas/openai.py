@@ -18,6 +18,7 @@ from dynamic_lora_server.schemas._base import (
     Wire,
 )
 from dynamic_lora_server.schemas.generate import StopStrings, TokenIds
+from dynamic_lora_server.schemas.structured import StructuredRequest
 
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
@@ -32,7 +33,7 @@ class StreamOptions(Wire):
     include_obfuscation: UnsetOrFalse = None
 
 
-class SamplingRequest(Wire):
+class SamplingRequest(StructuredRequest):
     """What completions and chat completions share. Null is the same as leaving a field out."""
 
     model: NonEmptyText = Field(
@@ -158,7 +159,6 @@ class ChatRequest(SamplingRequest):
     )
     prompt_cache_key: Text | None = Field(default=None, description="As `user`.")
     safety_identifier: Text | None = Field(default=None, description="As `user`.")
-    response_format: Annotated[Any, Neutral(None, {"type": "text"})] = None
     tools: UnsetOrEmptyList = None
     tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None
     parallel_tool_calls: Annotated[Any, Neutral(None, True, False)] = None
