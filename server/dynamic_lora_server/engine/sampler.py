@@ -16,6 +16,11 @@ from dynamic_lora_server.engine.noise import draw_key, gumbel
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.unread import UnreadTokens
 
+# What each value of a mask's byte adds to the scores of its eight tokens, [256, 8].
+_ADDED = torch.tensor(
+    [[0.0 if byte >> bit & 1 else -math.inf for bit in range(8)] for byte in range(256)]
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -185,13 +190,11 @@ def _guide(scores: torch.Tensor, owners: Seq[ScoredRow]) -> torch.Tensor:
     known = not any(owners[row].ahead or owners[row].sequence.num_unread for row, _ in guides)
     assert known, "a grammar on what is not known yet"
     device, vocab = scores.device, scores.shape[-1]
-    masks = b"".join(guide.allowed(vocab) for _, guide in guides)
-    packed = torch.frombuffer(bytearray(masks), dtype=torch.uint8).view(len(guides), -1, 1)
-    bits = to_device([1 << bit for bit in range(8)], device, torch.uint8)
-    forbidden = ((to_device(packed, device) & bits) == 0).flatten(1)[:, :vocab]
-    penalties = torch.zeros_like(forbidden, dtype=scores.dtype).masked_fill_(forbidden, -math.inf)
+    masks = bytearray().join(guide.allowed(vocab) for _, guide in guides)
+    packed = to_device(torch.frombuffer(masks, dtype=torch.uint8).int(), device)
+    added = to_device(_ADDED, device).index_select(0, packed).view(len(guides), -1)
     rows = to_device([row for row, _ in guides], device, torch.long)
-    return scores.index_add(0, rows, penalties)
+    return scores.index_add(0, rows, added[:, :vocab])
 
 
 def _draw_of(row: int, owner: ScoredRow) -> Draw:
