@@ -12,11 +12,13 @@ class Parameters(TypedDict, total=False):
     """How to generate. What is left out falls to the adapter's task card, then the server.
 
     Greedy unless `do_sample` is true, `temperature` is above 0, or, with neither given,
-    `top_k`, `top_p` or `min_p` leaves tokens out.
+    `top_k`, `top_p` or `min_p` leaves tokens out. `grammar` holds the answer to a JSON schema,
+    `{"type": "json", "value": schema}`, or to a regular expression, `{"type": "regex", ...}`.
     """
 
     do_sample: bool
     frequency_penalty: float
+    grammar: Mapping[str, Any]
     ignore_eos: bool
     max_new_tokens: int
     min_p: float

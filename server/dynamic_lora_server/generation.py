@@ -38,10 +38,10 @@ class SamplingParams:
     """How the next token is chosen. A `temperature` of 0 (below 1e-5) is greedy.
 
     Penalties and filters are applied in the order repetition, presence and
-    frequency penalty, temperature, top-k, top-p, min-p. `repetition_penalty`
+    frequency penalty, grammar, temperature, top-k, top-p, min-p. `repetition_penalty`
     (Keskar et al. 2019) covers prompt and output, the other two the output
     only, as in OpenAI's API. Log-probabilities are those of the model before
-    any penalty, temperature or filter.
+    any penalty, grammar, temperature or filter.
 
     Raises InvalidParameter, naming the field.
     """
@@ -96,6 +96,24 @@ def _check(name: str, valid: bool, rule: str) -> None:
         raise InvalidParameter(f"{name} {rule}.", field=name)
 
 
+class GrammarKind(StrEnum):
+    """How a grammar is written."""
+
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    CHOICE = "list of texts"  # as JSON; the answer is one of them
+    RULES = "context-free grammar"  # in Lark's notation or in llama.cpp's (GBNF)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole text of an answer must be like; `field` of the request asks for it."""
+
+    kind: GrammarKind
+    source: str
+    field: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
     """One request, whatever wire it came over.
@@ -104,7 +122,7 @@ class GenerationSpec:
     are kept at most, those at its end. `adapter` is a composition
     or the text of one (a task name, to begin with), None for the base model. `n`
     asks for that many independent continuations; continuation i uses seed + i
-    where a seed is given.
+    where a seed is given. Each keeps to the `grammar`, if there is one.
     """
 
     prompt: str | tuple[int, ...]
@@ -116,6 +134,7 @@ class GenerationSpec:
     keep_last: int | None = None
     clip_output: bool = False
     n: int = 1
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check("keep_last", self.keep_last is None or self.keep_last > 0, "must be above 0")
@@ -123,6 +142,8 @@ class GenerationSpec:
         _check("stop", all(self.stop), "must not hold an empty string")
         few = len(self.stop) <= MAX_STOP_STRINGS
         _check("stop", few, f"must hold at most {MAX_STOP_STRINGS} strings")
+        goes_on = self.grammar is not None and self.sampling.ignore_eos
+        _check("ignore_eos", not goes_on, "cannot be: where a grammar ends, nothing may follow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

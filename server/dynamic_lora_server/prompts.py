@@ -21,6 +21,7 @@ from dynamic_lora_server.schemas.openai import (
     CompletionRequest,
     SamplingRequest,
 )
+from dynamic_lora_server.structured import generate_grammar, openai_grammar
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.chat import ChatFormat
@@ -64,6 +65,7 @@ def generate_spec(
             **_given(merged, ("max_new_tokens", "top_k", *_SAMPLING_FIELDS)),
         ),
         stop=tuple(merged.get("stop", ())),
+        grammar=generate_grammar(own),
         keep_last=own.truncate,
         clip_output=own.max_new_tokens is None,
         n=own.n or 1,
@@ -143,12 +145,14 @@ def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[Ge
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
     )
+    grammar = openai_grammar(body)
     return [
         GenerationSpec(
             prompt=prompt,
             adapter=adapter,
             sampling=sampling,
             stop=_stop(body),
+            grammar=grammar,
             clip_output=body.max_tokens is None,
             include_stop=bool(body.include_stop_str_in_output),
             n=body.n or 1,
@@ -190,6 +194,7 @@ def chat_spec(
             top_logprobs=_top_logprobs(body),
         ),
         stop=_stop(body),
+        grammar=openai_grammar(body),
         clip_output=limit is None,
         include_stop=bool(body.include_stop_str_in_output),
         n=body.n or 1,

@@ -8,9 +8,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 
+from llguidance import LLMatcher
+
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.continuation import Continuation
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent
+from dynamic_lora_server.engine.grammars import Grammars, Guide
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
 from dynamic_lora_server.errors import EngineFailed, InvalidParameter, NotReady, QueueFull
@@ -44,6 +47,7 @@ class GenerationService:
         self._view = view
         self._limits = limits
         self._admission = Admission(view, limits)
+        self._grammars = Grammars(view, limits.eos_ids)
         self._ids = itertools.count()
         self._inboxes: dict[int, asyncio.Queue[EngineEvent]] = {}
         self._num_open = 0
@@ -126,12 +130,13 @@ class GenerationService:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(spec.n))
             prompt_ids = await self._admission.prompt_ids(spec)
+            matchers = await self._matchers(spec)
             async with AsyncExitStack() as until_submitted:
                 held = None
                 if spec.adapter is not None:
                     hold = self._residency.hold(spec.adapter)
                     held = await until_submitted.enter_async_context(hold)
-                continuations = self._continuations(spec, prompt_ids, held)
+                continuations = self._continuations(spec, prompt_ids, held, matchers)
                 self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 self.check_alive()  # it may have waited long
@@ -164,12 +169,23 @@ class GenerationService:
                 spec, sequence.num_prompt, sequence.num_virtual
             )
 
+    async def _matchers(self, spec: GenerationSpec) -> list[LLMatcher] | None:
+        """One of the grammar for each continuation; None without a grammar."""
+        if spec.grammar is None:
+            return None
+        return await asyncio.wrap_future(self._grammars.matchers(spec.grammar, spec.n))
+
     def _continuations(
-        self, spec: GenerationSpec, prompt_ids: tuple[int, ...], held: Held | None
+        self,
+        spec: GenerationSpec,
+        prompt_ids: tuple[int, ...],
+        held: Held | None,
+        matchers: list[LLMatcher] | None,
     ) -> dict[int, Continuation]:
         seed = spec.sampling.seed
         first = secrets.randbits(64) if seed is None else seed
         stop_ids = self._stop_ids(held)
+        stops = spec.sampling.stop_token_ids
         continuations = {}
         for index in range(spec.n):
             sequence = Sequence(
@@ -179,6 +195,7 @@ class GenerationService:
                 stop_ids=stop_ids,
                 seed=(first + index) % _SEED_SPACE,
                 adapter=None if held is None else held.adapter,
+                guide=Guide(matchers[index], ends=stop_ids, stops=stops) if matchers else None,
             )
             detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
             continuations[sequence.id] = Continuation(index, sequence, self._view, detokenizer)

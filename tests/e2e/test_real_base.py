@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import jsonschema
 import pytest
 
 from dynamic_lora_client import AsyncClient, Client
@@ -85,6 +86,25 @@ async def test_three_tasks_and_the_base_mixed_in_one_batch(address: str) -> None
     expected = [card["output"] for card in cards.values()]
     assert [answer.text.strip() for answer in examples] == expected
     assert "Paris" in base.text
+
+
+@pytest.mark.parametrize("kinds", [["creative-work", "person"], ["location"]])
+def test_an_adapter_answers_json_of_a_schema(address: str, kinds: list[str]) -> None:
+    """What it says anyway, where the schema allows it."""
+    card = _card("ner")
+    entity = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "type": {"enum": kinds}},
+        "required": ["text", "type"],
+        "additionalProperties": False,
+    }
+    schema = {"type": "array", "items": entity}
+    with Client(address) as client:
+        answer = client.generate(
+            card["input"], adapter="ner", grammar={"type": "json", "value": schema}
+        )
+    jsonschema.validate(json.loads(answer.text), schema)
+    assert (answer.text.strip() == card["output"]) is ("person" in kinds)
 
 
 def _card(name: str) -> dict[str, str]:

@@ -40,7 +40,6 @@ def refused(model: type[BaseModel], body: dict[str, Any]) -> tuple[str, str]:
         ("best_of", True),
         ("watermark", True),
         ("decoder_input_details", True),
-        ("grammar", {"type": "json"}),
         ("adapter_source", "hub"),
         ("api_token", "x"),
         ("return_k_alternatives", 2),
@@ -102,7 +101,6 @@ def test_generate_bodies(body: dict[str, Any], place: str) -> None:
     "field",
     [
         {"tools": [{"type": "function"}]},
-        {"response_format": {"type": "json_object"}},
         {"logit_bias": {"5": 1}},
         {"tool_choice": "required"},
         {"modalities": ["audio"]},

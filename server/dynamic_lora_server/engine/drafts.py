@@ -91,8 +91,8 @@ class Drafter:
 
     def _expected(self, sequence: Sequence) -> list[tuple[int, float]]:
         left = sequence.sampling.max_new_tokens - sequence.num_output - 1
-        # A penalty depends on the tokens before, the drafted ones among them.
-        if left <= 0 or sequence.sampling.penalised:
+        # A penalty and a grammar depend on the tokens before, the drafted ones among them.
+        if left <= 0 or sequence.follows_output:
             return []
         return self._text(sequence).expected(min(self._most, left), _LEAST_CHANCE)
 
@@ -108,7 +108,7 @@ class Drafter:
         """A sequence got these tokens, all but the last of them drafted, as were so many."""
         self._num_drafted += num_drafted
         self._num_accepted += len(token_ids) - 1
-        if sequence.sampling.penalised:
+        if sequence.follows_output:
             return
         text = self._text(sequence)
         for token_id in token_ids:

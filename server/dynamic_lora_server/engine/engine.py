@@ -4,7 +4,8 @@ On a GPU steps overlap: the next one is scheduled and queued while the device st
 runs the one before, whose tokens it reads on the device, and the host reads them
 after that. The device then has its next step when it is done with one. A sequence that
 turns out to have ended has a row too many in the step that is already on its way; nobody
-reads it.
+reads it. A grammar must have a sequence's last token to say which may come next, so a step
+that chooses one by a grammar is read before the next is scheduled.
 (The idea is NanoFlow's, Zhu et al. 2024; SGLang and vLLM do likewise.)
 """
 
@@ -22,6 +23,7 @@ from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
 from dynamic_lora_server.engine.drafts import Draft
+from dynamic_lora_server.engine.grammars import GrammarFailed
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sampler import (
@@ -79,6 +81,12 @@ class _Started:
         """The tokens it chooses."""
         return None if self.choice is None else UnreadTokens(self.choice.token_ids, self.places)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether it chooses a token by a grammar."""
+        sequences = (piece.sequence for piece in self.pieces)
+        return any(one.guide is not None and one.id in self.places for one in sequences)
+
     def read(self) -> dict[int, list[Sampled | None]]:
         """Wait for the step, and the tokens of those that sample, by sequence id.
 
@@ -100,6 +108,14 @@ def _borne_out(tokens: Seq[Sampled | None], draft: Draft) -> list[Sampled | None
         if token is None or token.token_id != guess:
             return list(tokens[: number + 1])
     return list(tokens[: len(draft) + 1])
+
+
+def _flaw(sequence: Continuation) -> Exception:
+    """Why no token could be chosen for a sequence."""
+    failure = None if sequence.guide is None else sequence.guide.failure
+    if failure is not None:
+        return GrammarFailed(failure)
+    return ArithmeticError("its logits are no finite numbers")
 
 
 class Engine:
@@ -154,6 +170,7 @@ class Engine:
         With `overlap`, start one step and return what came of the one before. Raises WeightsLost.
         """
         begin = time.perf_counter()
+        events = self.finish() if self._started is not None and self._started.is_guided else []
         pieces = self.scheduler.schedule()
         started, error = None, None
         if pieces:
@@ -166,7 +183,7 @@ class Engine:
             else:
                 self.num_steps += 1
                 self.num_overlapped += self._started is not None
-        events = self.finish()
+        events += self.finish()
         self._started = started
         if error is not None:
             events += self._fail(pieces, error)
@@ -239,7 +256,7 @@ class Engine:
         chosen = tokens.get(sequence.id, ())
         sampled = [token for token in chosen if token is not None]
         if len(sampled) < len(chosen):
-            return self._fail([piece], ArithmeticError("its logits are no finite numbers"))
+            return self._fail([piece], _flaw(sequence))
         num_run = sequence.num_run
         num_taken, reason = self.scheduler.settle(piece, [token.token_id for token in sampled])
         if merged is not None and sequence.adapter is merged:

@@ -16,6 +16,11 @@ from dynamic_lora_server.engine.noise import draw_key, gumbel
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.unread import UnreadTokens
 
+# What each value of a mask's byte adds to the scores of its eight tokens, [256, 8].
+_ADDED = torch.tensor(
+    [[0.0 if byte >> bit & 1 else -math.inf for bit in range(8)] for byte in range(256)]
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -83,7 +88,7 @@ def takes_highest(sequence: Sequence) -> bool:
     """Whether all that is wanted of a sequence's logits is where they are highest."""
     sampling = sequence.sampling
     reports = sampling.logprobs or sampling.top_logprobs
-    return sampling.greedy and not (sampling.penalised or reports)
+    return sampling.greedy and not (sequence.follows_output or reports)
 
 
 def taken(highest: Highest) -> Choice:
@@ -100,11 +105,12 @@ def choose(
     """Choose the next token from each row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
-    else in the batch. Log-probabilities are those of the untouched logits. `native`
-    is used where it can be; `unread` has the tokens of sequences whose last one is not
-    read yet. Nothing here waits for a GPU.
+    else in the batch. Of a sequence with a guide, a token that it allows is chosen.
+    Log-probabilities are those of the untouched logits. `native` is used where it can be;
+    `unread` has the tokens of sequences whose last one is not read yet. Nothing here waits
+    for a GPU.
     """
-    scores = _penalise(logits, owners, unread)
+    scores = _guide(_penalise(logits, owners, unread), owners)
     if native is not None and not native.serves(scores):
         native = None
     found = None if native is None else native.peaks(scores)
@@ -171,6 +177,24 @@ def _seen(sequence: Sequence, unread: UnreadTokens | None, device: torch.device)
         assert unread is not None, "a token that nobody has"
         parts.append(unread.of(sequence.id))
     return torch.cat(parts)
+
+
+def _guide(scores: torch.Tensor, owners: Seq[ScoredRow]) -> torch.Tensor:
+    """Scores [num_rows, vocab] in which tokens that a row's grammar forbids are -inf.
+
+    They are added, so that a row which is no finite numbers remains one.
+    """
+    guides = [(row, s.guide) for row, (s, _) in enumerate(owners) if s.guide is not None]
+    if not guides:
+        return scores
+    known = not any(owners[row].ahead or owners[row].sequence.num_unread for row, _ in guides)
+    assert known, "a grammar on what is not known yet"
+    device, vocab = scores.device, scores.shape[-1]
+    masks = bytearray().join(guide.allowed(vocab) for _, guide in guides)
+    packed = to_device(torch.frombuffer(masks, dtype=torch.uint8).int(), device)
+    added = to_device(_ADDED, device).index_select(0, packed).view(len(guides), -1)
+    rows = to_device([row for row, _ in guides], device, torch.long)
+    return scores.index_add(0, rows, added[:, :vocab])
 
 
 def _draw_of(row: int, owner: ScoredRow) -> Draw:

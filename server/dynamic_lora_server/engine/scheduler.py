@@ -253,8 +253,7 @@ class Scheduler:
 def _take(sequence: Sequence, token_ids: Seq[int]) -> tuple[int, FinishReason | None]:
     """Add tokens up to the one with which the sequence ends; how many, and why."""
     for number, token_id in enumerate(token_ids, start=1):
-        sequence.output_ids.append(token_id)
-        reason = sequence.finish_reason()
+        reason = sequence.take(token_id)
         if reason is not None:
             return number, reason
     return len(token_ids), None

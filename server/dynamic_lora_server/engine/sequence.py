@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from dynamic_lora_adapters.slab import ResidentAdapter
     from dynamic_lora_adapters.terms import PromptTerms
+    from dynamic_lora_server.engine.grammars import Guide
 
 
 class Phase(Enum):
@@ -38,7 +39,8 @@ class Sequence:
     or, if it has invocation tokens, from their last occurrence in the prompt,
     as PEFT does it (aLoRA, Greenewald et al. 2025); without one, never.
     `num_run` counts tokens that were run through the model for the answer, `num_merged`
-    those of them that ran while the weights held the adapter.
+    those of them that ran while the weights held the adapter. A `guide` says which tokens
+    may come.
     """
 
     id: int
@@ -47,6 +49,7 @@ class Sequence:
     stop_ids: frozenset[int]
     seed: int
     adapter: "ResidentAdapter | None" = None
+    guide: "Guide | None" = None
     num_virtual: int = field(default=0, init=False)
     active_from: int = field(default=0, init=False)
     output_ids: list[int] = field(default_factory=list)
@@ -131,6 +134,19 @@ class Sequence:
         head = self.prompt_ids[start:stop]
         tail = self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
         return [*head, *tail]
+
+    @property
+    def follows_output(self) -> bool:
+        """Whether which token comes next depends on the output other than by the logits."""
+        return self.sampling.penalised or self.guide is not None
+
+    def take(self, token_id: int) -> FinishReason | None:
+        """Add a token to the output; why the sequence ends with it, or None if it goes on."""
+        self.output_ids.append(token_id)
+        reason = self.finish_reason()
+        if self.guide is None or reason in (FinishReason.STOP, FinishReason.EOS):
+            return reason
+        return FinishReason.EOS if self.guide.take(token_id) else reason
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends after its latest token, or None if it goes on."""

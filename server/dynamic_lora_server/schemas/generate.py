@@ -18,6 +18,7 @@ from dynamic_lora_server.schemas._base import (
     null_is,
 )
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapters
+from dynamic_lora_server.schemas.structured import ResponseFormat, TgiGrammar
 
 StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
@@ -71,14 +72,16 @@ class GenerateParameters(Wire):
     truncate: int | None = Field(
         default=None, ge=1, description="Keep the prompt's last tokens only."
     )
+    grammar: TgiGrammar | None = Field(default=None, description="What the answer must be like.")
+    response_format: ResponseFormat | None = Field(
+        default=None, description="As `grammar`, in LoRAX's shape and in OpenAI's."
+    )
     adapter_source: Unset = None
     adapter_parameters: Unset = None
     api_token: Unset = None
     best_of: UnsetOrOne = None
     decoder_input_details: UnsetOrFalse = None
-    grammar: Unset = None
     ignore_eos_token: UnsetOrFalse = None
-    response_format: Unset = None
     return_k_alternatives: Unset = None
     stop_sequences: UnsetOrEmptyList = None
     typical_p: UnsetOrOne = None

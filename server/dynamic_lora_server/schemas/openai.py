@@ -25,6 +25,7 @@ from dynamic_lora_server.schemas._base import (
     Wire,
 )
 from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
+from dynamic_lora_server.schemas.structured import StructuredRequest
 
 # OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
@@ -41,7 +42,7 @@ class StreamOptions(Wire):
     include_obfuscation: UnsetOrFalse = None
 
 
-class SamplingRequest(Wire):
+class SamplingRequest(StructuredRequest):
     """What completions and chat completions share. Null is the same as leaving a field out."""
 
     model: NonEmptyText = Field(
@@ -169,7 +170,6 @@ class ChatRequest(SamplingRequest):
     )
     prompt_cache_key: Text | None = Field(default=None, description="As `user`.")
     safety_identifier: Text | None = Field(default=None, description="As `user`.")
-    response_format: Annotated[Any, Neutral(None, {"type": "text"})] = None
     tools: UnsetOrEmptyList = None
     tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None
     parallel_tool_calls: Annotated[Any, Neutral(None, True, False)] = None

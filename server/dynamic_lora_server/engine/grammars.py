@@ -1,0 +1,172 @@
+"""Grammars that answers keep to, and which tokens they leave (llguidance). Imports no torch."""
+
+import json
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from threading import stack_size
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.generation import Grammar, GrammarKind
+
+if TYPE_CHECKING:
+    from dynamic_lora_server.text import TokenizerView
+
+# Grammars that stay compiled for later requests.
+_NUM_KEPT = 64
+# Characters of a grammar. What they come to is llguidance's to limit, but for the stack: it goes
+# as deep as definitions refer to one another, so their number is what its thread has room for.
+_MAX_LENGTH = 2**17
+_MAX_RULES = 2**14  # characters of rules, which may take the square of their number
+_STACK_BYTES = 2**29
+# Without an end a small model may write white space for ever.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+_MAX_MESSAGE = 500  # characters of llguidance's that an error quotes
+
+
+class GrammarFailed(Exception):
+    """A grammar that was accepted cannot be followed any further."""
+
+
+class Guide:
+    """Which tokens may come next in one answer. One thread at a time may use it.
+
+    The answer may end with one of the tokens `ends` where the grammar may end, and nowhere else.
+    The tokens `stops` may come there, too. Once it has failed, for `failure`, it allows no token.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, *, ends: Collection[int] = (), stops: Collection[int] = ()
+    ) -> None:
+        self._matcher = matcher
+        self._ends = tuple(ends)
+        self._stops = tuple(stops)
+        self.failure: str | None = None
+
+    def allowed(self, vocab: int) -> bytes:
+        """Whether each of `vocab` tokens may come next, eight a byte, the first one lowest."""
+        num_bytes = -(-vocab // 8)
+        mask = bytearray(self._matcher.compute_bitmask()[:num_bytes]).ljust(num_bytes, b"\0")
+        if self._matcher.is_error():
+            self.failure = _capped(self._matcher.get_error())
+            return bytes(num_bytes)
+        may_end = self._matcher.is_accepting()
+        for token_id in self._ends:
+            _put(mask, token_id, may_end)
+        for token_id in self._stops if may_end else ():
+            _put(mask, token_id, True)
+        if not any(mask):
+            self.failure = "no token can follow"
+        return bytes(mask)
+
+    def take(self, token_id: int) -> bool:
+        """Record the next token, which is no end; whether nothing may come after it."""
+        self._matcher.consume_token(token_id)
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _put(mask: bytearray, token_id: int, bit: bool) -> None:
+    place, one = token_id >> 3, 1 << (token_id & 7)
+    if place < len(mask):
+        mask[place] = mask[place] | one if bit else mask[place] & ~one
+
+
+class Grammars:
+    """Compiles grammars for a tokenizer, whose texts end with `end_ids`.
+
+    One thread of its own does so, for one after another. The first waits until llguidance has
+    read the vocabulary.
+    """
+
+    def __init__(self, view: "TokenizerView", end_ids: Collection[int]) -> None:
+        self._view = view
+        self._end_ids = end_ids
+        self._compiled = lru_cache(maxsize=_NUM_KEPT)(self._compile)
+
+    def matchers(self, grammar: Grammar, count: int) -> Future[list[LLMatcher]]:
+        """So many at the beginning of a grammar, for a guide each.
+
+        The future raises InvalidParameter, naming the field, for a grammar that cannot be read,
+        that is not supported or too large, and for all if llguidance cannot read the vocabulary.
+        """
+        return self._thread.submit(self._matchers, grammar, count)
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        """One thread with a stack for grammars; it ends with this object."""
+        executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        usual = stack_size(_STACK_BYTES)
+        try:
+            executor.submit(int)  # starts it
+        finally:
+            stack_size(usual)
+        return executor
+
+    def _matchers(self, grammar: Grammar, count: int) -> list[LLMatcher]:
+        most = _MAX_RULES if grammar.kind is GrammarKind.RULES else _MAX_LENGTH
+        if len(grammar.source) > most:
+            raise _unusable(grammar, f"it has more than {most} characters")
+        try:
+            compiled = self._compiled(grammar.kind, grammar.source)
+        except ValueError as error:
+            raise _unusable(grammar, str(error)) from error
+        return [compiled.deep_copy() for _ in range(count)]
+
+    def _compile(self, kind: GrammarKind, source: str) -> LLMatcher:
+        """A matcher to be copied. Raises ValueError with the reason."""
+        # What it may take is llguidance's default: megabytes, and fractions of a second.
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, _written(kind, source), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """The vocabulary as llguidance has it. Raises ValueError."""
+        known = sorted(end for end in self._end_ids if end < self._view.vocab_size)
+        try:
+            return LLTokenizer(self._view.backend.to_str(), eos_token=known or None)
+        except ValueError as error:
+            raise ValueError(f"llguidance does not take this model's tokenizer: {error}") from error
+
+
+def _written(kind: GrammarKind, source: str) -> str:
+    """A grammar in llguidance's own notation. Raises ValueError."""
+    match kind:
+        case GrammarKind.JSON_SCHEMA:
+            return _json(source)
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(source)
+        case GrammarKind.CHOICE:
+            texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(source))
+            return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+        case GrammarKind.RULES:
+            return grammar_from("grammar", source)
+
+
+def _json(source: str) -> str:
+    """JSON of a schema, behind a space or not: many models go on from a prompt with one."""
+    grammar = LLMatcher.grammar_from_json_schema(
+        source, defaults={"whitespace_pattern": _WHITESPACE}
+    )
+    (schema,) = (one["json_schema"] for one in json.loads(grammar)["grammars"])
+    return LLMatcher.grammar_from_lark(
+        f'start: " "? answer\nanswer: %json {json.dumps(schema, ensure_ascii=False)}'
+    )
+
+
+def _unusable(grammar: Grammar, reason: str) -> InvalidParameter:
+    return InvalidParameter(
+        f"The {grammar.kind} of {grammar.field} cannot be used: {_capped(reason)}.",
+        field=grammar.field,
+    )
+
+
+def _capped(message: str) -> str:
+    """The beginning of what llguidance says, which may go on with all of a grammar."""
+    message = message.partition("\n<backtrace>")[0].strip().rstrip(".")
+    return message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 3]}..."
