@@ -30,7 +30,7 @@ from dynamic_lora_server.routes import (
     tokenize,
 )
 from dynamic_lora_server.schemas.generate import StreamEvent
-from dynamic_lora_server.schemas.openai import ChatChunk
+from dynamic_lora_server.schemas.openai_answers import ChatChunk
 from dynamic_lora_server.schemas.problem import Problem
 from dynamic_lora_server.state import Load, ServerState
 

@@ -34,7 +34,7 @@ from dynamic_lora_server.fault_kinds import (
     Kind,
 )
 from dynamic_lora_server.generation import SamplingParams
-from dynamic_lora_server.schemas.openai import ErrorAnswer, ErrorBody
+from dynamic_lora_server.schemas.openai_answers import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
 from dynamic_lora_server.schemas.tokenize import FORMS
 from dynamic_lora_server.uploads import JSON, media_type

@@ -16,11 +16,7 @@ from dynamic_lora_server.chat_template import Tokenizer, render
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
-from dynamic_lora_server.schemas.openai import (
-    ChatRequest,
-    CompletionRequest,
-    SamplingRequest,
-)
+from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
 from dynamic_lora_server.structured import generate_grammar, openai_grammar
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from dynamic_lora_server.schemas.adapters import AdapterSource
 from dynamic_lora_server.schemas.compositions import WeightedAdapter
 from dynamic_lora_server.schemas.generate import GenerateRequest
-from dynamic_lora_server.schemas.openai import ChatDelta, ChatRequest, CompletionRequest, Message
+from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, Message
+from dynamic_lora_server.schemas.openai_answers import ChatDelta
 from dynamic_lora_server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

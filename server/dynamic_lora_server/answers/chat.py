@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_of
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
-from dynamic_lora_server.schemas import openai as wire
+from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
 from dynamic_lora_server.streams import Generation, WholeAnswer
 

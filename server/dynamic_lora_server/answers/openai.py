@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dynamic_lora_server.generation import Finish, FinishReason
 from dynamic_lora_server.problems import openai_error, stream_fault
-from dynamic_lora_server.schemas import openai as wire
+from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import DONE, json_event
 
 FINISH: dict[FinishReason, wire.FinishName] = {

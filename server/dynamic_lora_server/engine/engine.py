@@ -110,7 +110,7 @@ def _borne_out(tokens: Seq[Sampled | None], draft: Draft) -> list[Sampled | None
     return list(tokens[: len(draft) + 1])
 
 
-def _flaw(sequence: Continuation) -> Exception:
+def _flaw(sequence: Sequence) -> Exception:
     """Why no token could be chosen for a sequence."""
     failure = None if sequence.guide is None else sequence.guide.failure
     if failure is not None:

@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from dynamic_lora_adapters.json_file import unique_keys
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.problems import PROBLEM_MEDIA_TYPE
-from dynamic_lora_server.schemas.openai import ErrorAnswer
+from dynamic_lora_server.schemas.openai_answers import ErrorAnswer
 from dynamic_lora_server.sse import EVENT_STREAM
 from dynamic_lora_server.state import ServerState
 

@@ -18,7 +18,8 @@ from dynamic_lora_server.routes._deps import (
     event_stream,
     openai_errors,
 )
-from dynamic_lora_server.schemas.openai import ChatCompletion, ChatRequest
+from dynamic_lora_server.schemas.openai import ChatRequest
+from dynamic_lora_server.schemas.openai_answers import ChatCompletion
 from dynamic_lora_server.selection import select_chat
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState

@@ -19,7 +19,8 @@ from dynamic_lora_server.routes._deps import (
     event_stream,
     openai_errors,
 )
-from dynamic_lora_server.schemas.openai import Completion, CompletionRequest
+from dynamic_lora_server.schemas.openai import CompletionRequest
+from dynamic_lora_server.schemas.openai_answers import Completion
 from dynamic_lora_server.selection import adapter_name
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState

@@ -8,7 +8,7 @@ from dynamic_lora_adapters.index import StoredComposition
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.saved import CompositionNotFound
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, openai_errors
-from dynamic_lora_server.schemas.openai import Model, ModelList
+from dynamic_lora_server.schemas.openai_answers import Model, ModelList
 from dynamic_lora_server.selection import adapter_name
 from dynamic_lora_server.state import ServerState
 

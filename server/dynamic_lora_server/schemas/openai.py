@@ -1,4 +1,4 @@
-"""The bodies and answers of `/v1`, in the shapes of OpenAI's API."""
+"""The bodies of `/v1`, in the shapes of OpenAI's API."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,13 +6,10 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 from dynamic_lora_server.generation import MAX_N
 from dynamic_lora_server.schemas._base import (
-    Answer,
     JsonObject,
     Neutral,
     NonEmptyText,
@@ -187,165 +184,3 @@ class ChatRequest(SamplingRequest):
     store: UnsetOrFalse = None
     verbosity: Unset = None
     web_search_options: Unset = None
-
-
-class PromptTokensDetails(Answer):
-    """Of the prompt's tokens, those that were found in the prefix cache and not computed."""
-
-    cached_tokens: int
-
-
-class Usage(Answer):
-    """Token counts of one request. A prompt is counted once, whatever `n` is."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-FinishName = Literal["stop", "length"]
-
-
-class CompletionLogprobs(Answer):
-    """Log-probabilities in the shape of completions: parallel lists, one entry per token."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class CompletionChoice(Answer):
-    """One continuation, or in a stream a piece of one."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishName | None = None
-
-
-class Completion(Answer):
-    """The answer of `POST /v1/completions`; in a stream, one chunk."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class TopLogprob(Answer):
-    """One of the most likely tokens at a position."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(TopLogprob):
-    """The chosen token at a position."""
-
-    logprob: float
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Answer):
-    """Log-probabilities in the shape of chat completions."""
-
-    content: list[ChatLogprob]
-    refusal: None = None
-
-
-class ChatMessage(Answer):
-    """The model's turn."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Answer):
-    """One continuation."""
-
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishName
-
-
-class ChatCompletion(Answer):
-    """The answer of `POST /v1/chat/completions`."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatDelta(Answer):
-    """What a chunk adds to the message."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value is not None}
-
-
-class ChunkChoice(Answer):
-    """A piece of one continuation."""
-
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishName | None = None
-
-
-class ChatChunk(Answer):
-    """One server-sent event of a chat completion."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class Model(Answer):
-    """The base; or, with it as `parent`, an adapter (`root`: its hash) or a sum (its text)."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "dynamic-lora"
-    root: str
-    parent: str | None
-    max_model_len: int
-
-
-class ModelList(Answer):
-    """The answer of `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorBody(Answer):
-    """OpenAI's error object."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(Answer):
-    """Every error below `/v1`."""
-
-    error: ErrorBody

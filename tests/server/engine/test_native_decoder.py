@@ -434,7 +434,6 @@ def odd_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rank=9,
         targets="all-linear",
         rank_pattern=ranks,
-        magnitude=1.0,
     )
 
 
