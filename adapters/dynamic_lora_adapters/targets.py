@@ -127,7 +127,7 @@ def ties_targets(spec: LoraSpec, geometry: BaseGeometry) -> bool:
         return False
     if not isinstance(spec.target_modules, str):
         return _names_embedding(spec.target_modules)
-    _prove_patterns_fast(spec, EMBEDDING_LAYER_NAMES)
+    check_patterns(spec, EMBEDDING_LAYER_NAMES)
     return any(re.fullmatch(spec.target_modules, name) for name in EMBEDDING_LAYER_NAMES)
 
 
@@ -152,6 +152,11 @@ def unmatched_names(
 
 def _is_end(name: str, paths: Iterable[str]) -> bool:
     return any(_ends_with(path, [name]) for path in paths)
+
+
+def check_patterns(spec: LoraSpec, names: Iterable[str]) -> None:
+    """Raise `InvalidAdapter` if a pattern takes unreasonably long to match one of `names`."""
+    _prove_patterns_fast(spec, names)
 
 
 def import_peft() -> None:
