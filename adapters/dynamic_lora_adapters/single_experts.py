@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dynamic_lora_adapters.checkpoint import Checkpoint, Part
 from dynamic_lora_adapters.errors import UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry
-from dynamic_lora_adapters.spec import LoraSpec
+from dynamic_lora_adapters.patterns import prove_fast
+from dynamic_lora_adapters.spec import ALL_LINEAR, LoraSpec
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,19 @@ _LAYERS = {
 def stacked_spec(spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry) -> LoraSpec:
     """`spec` with stacked parameters as targets where the file has single experts.
 
-    By PEFT's own function. Raises `UnsupportedAdapter` where PEFT does not stack them.
+    By PEFT's own function. Raises `UnsupportedAdapter` where PEFT does not stack them,
+    `InvalidAdapter` for a pattern that takes unreasonably long to match.
     """
     singles = [path for path in checkpoint.left(Part.A) if _SINGLE.fullmatch(path)]
     singles = [path for path in singles if path not in geometry.modules]
     if not singles:
         return spec
+    if isinstance(spec.target_modules, str) and spec.target_modules.lower() == ALL_LINEAR:
+        raise _refusal(checkpoint, singles[0], f"{ALL_LINEAR!r} does not tell which they were.")
+    prove_fast(spec.patterns(), _matched_names(geometry))
     try:
         stacked = _converted(spec, geometry)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise _refusal(checkpoint, singles[0], str(error)) from None
     parameters = stacked.target_parameters
     if "down_proj" not in parameters:
@@ -85,6 +90,15 @@ def _saved_as(checkpoint: Checkpoint, module: str, leaf: str) -> tuple[str, tupl
             if checkpoint.has(f"{path}.0.{layers[0]}", Part.A):
                 return path, layers
     return module, ()
+
+
+def _matched_names(geometry: BaseGeometry) -> list[str]:
+    """All that PEFT matches a pattern with: layers of experts go by names that they had."""
+    names = {*geometry.modules, *geometry.parameters}
+    for name in geometry.parameters:
+        module, _, leaf = name.rpartition(".")
+        names |= {f"{module}.{layer}" for layers in _LAYERS.get(leaf, ()) for layer in layers}
+    return sorted(names)
 
 
 def _converted(spec: LoraSpec, geometry: BaseGeometry) -> LoraSpec:

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
+import dynamic_lora_adapters.patterns as patterns
 from dynamic_lora_adapters import (
     AdapterTerms,
     InvalidAdapter,
@@ -179,14 +180,26 @@ def test_single_experts_by_a_pattern(tmp_path: Path) -> None:
     [
         (["q_proj", "w1", "w2"], "Cannot convert PEFT target.* w1 without also targeting w3"),
         (["q_proj", "w1", "w3"], "only where all layers of an expert are adapted"),
+        ("all-linear", "'all-linear' does not tell which they were"),
     ],
 )
 def test_single_experts_that_peft_does_not_stack_are_refused(
-    targets: list[str], reason: str, tmp_path: Path
+    targets: list[str] | str, reason: str, tmp_path: Path
 ) -> None:
     model = TINY_MOE_MODELS["mixtral"]()
     save_single(tmp_path, model, "mixtral", target_modules=targets)
     refused(tmp_path, model, UnsupportedAdapter, f"as transformers 4 had them; .* {reason}")
+
+
+def test_patterns_for_single_experts_are_proven_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one is slow with nothing but a name that only PEFT makes up."""
+    monkeypatch.setattr(patterns, "_PROBE_SECONDS", 1.0)
+    model = TINY_MOE_MODELS["mixtral"]()
+    slow = r".*q_proj|model\.layers\.0\.mlp\.experts\.w1" + "(|)" * 40 + "!"
+    save_single(tmp_path, model, "mixtral", target_modules=slow)
+    refused(tmp_path, model, InvalidAdapter, "takes over 1 seconds to match")
 
 
 def test_a_single_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
