@@ -20,6 +20,8 @@ from dynamic_lora_adapters.transfer import to_device
 MAX_RANK = 64
 # Programs that walk over the tiles of a captured step, however many those are.
 _PROGRAMS = 32
+# Slabs whose refusals are remembered: more than there are at a time.
+_MAX_KNOWN = 1024
 
 
 class AddressTables:
@@ -42,12 +44,22 @@ class AddressTables:
         # By slot, not by adapter: whoever sits in a slot, its addresses are the same.
         # Numbers of slabs are never used again.
         self._entries: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._refusals: dict[int, str | None] = {}
 
     def refusal(self, adapter: ResidentAdapter) -> str | None:
         """Why an adapter's deltas cannot be read from tables, or None if they can."""
         if adapter.rows is not None:
             return "terms on other modules"
-        for shape, limit in zip(adapter.slab.signature, self.max_ranks, strict=True):
+        slab = adapter.slab
+        # Asked of every adapter before every step, and a slab's shapes never change.
+        if slab.number not in self._refusals:
+            if len(self._refusals) >= _MAX_KNOWN:
+                self._refusals.pop(next(iter(self._refusals)))
+            self._refusals[slab.number] = self._slab_refusal(slab)
+        return self._refusals[slab.number]
+
+    def _slab_refusal(self, slab: Slab) -> str | None:
+        for shape, limit in zip(slab.signature, self.max_ranks, strict=True):
             if shape.rank > limit:
                 return "large rank"
             if shape != GroupShape(shape.rank):

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -59,6 +61,27 @@ def test_slots_of_a_new_slab_have_entries_of_their_own() -> None:
 )
 def test_what_tables_cannot_hold_is_refused(shape: GroupShape, reason: str | None) -> None:
     assert make_tables(1).refusal(shaped(shape)) == reason
+
+
+def test_the_shapes_of_a_slab_are_looked_through_once() -> None:
+    tables = make_tables(1)
+    slab = make_slab(2, 8, 8, 4, number=7)
+    slab.signature = Counted((GroupShape(MAX_RANK + 8),))
+    adapters = [resident(slab, 0), resident(slab, 1)]
+    assert [tables.refusal(adapters[step % 2]) for step in range(6)] == ["large rank"] * 6
+    assert slab.signature.num_walks == 1
+    wider = make_slab(1, 8, 8, 4, number=8)
+    assert tables.refusal(resident(wider, 0)) is None
+
+
+class Counted(tuple[GroupShape, ...]):
+    """Shapes that count how often they are gone through."""
+
+    num_walks = 0
+
+    def __iter__(self) -> Iterator[GroupShape]:
+        self.num_walks += 1
+        return super().__iter__()
 
 
 def test_a_merged_head_needs_its_own_weight() -> None:
