@@ -119,24 +119,25 @@ def expand_kernel(
             rank = max_rank
         rows_in = (row < count)[:, None]
         if rank > 0:
+            # What hangs on nothing that was computed is asked for first.
+            place = out + (first + row)[:, None] * out_stride + column[None, :]
+            before = tl.load(place, mask=rows_in & columns_in, other=0.0)
             delta = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
             for start in range(0, rank, RANKS):
                 rank_at = start + tl.arange(0, RANKS)
                 ranks_in = rank_at < rank
-                h_at = shrunk + (first + row)[:, None] * max_rank + rank_at[None, :]
-                h = tl.full((ROWS, RANKS), 0.0, tl.float32)
-                for split in range(SPLITS):
-                    part_at = h_at + split * num_rows * max_rank
-                    h += tl.load(part_at, mask=rows_in & ranks_in[None, :], other=0.0)
                 b_at = factors + rank_at[:, None] * out_features + column[None, :]
                 weights = tl.load(b_at, mask=ranks_in[:, None] & columns_in, other=0.0)
+                h_at = shrunk + (first + row)[:, None] * max_rank + rank_at[None, :]
+                h = tl.full((ROWS, RANKS), 0.0, tl.float32)
+                for split in tl.static_range(SPLITS):
+                    part_at = h_at + split * num_rows * max_rank
+                    h += tl.load(part_at, mask=rows_in & ranks_in[None, :], other=0.0)
                 h = h.to(weights.dtype)
                 if UPCAST:
                     h, weights = h.to(tl.float32), weights.to(tl.float32)
                 delta = tl.dot(h, weights, delta, input_precision="ieee")
-            place = out + (first + row)[:, None] * out_stride + column[None, :]
-            before = tl.load(place, mask=rows_in & columns_in, other=0.0).to(tl.float32)
-            after = (before + sign * delta).to(out.dtype.element_ty)
+            after = (before.to(tl.float32) + sign * delta).to(out.dtype.element_ty)
             tl.store(place, after, mask=rows_in & columns_in)
 
 
