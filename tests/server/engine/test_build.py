@@ -11,10 +11,14 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine import build as building
 from dynamic_lora_server.engine.build import EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
+from dynamic_lora_server.engine.mode_costs import settled_mode
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
+from dynamic_lora_server.modes import Mode
 from tests.support.engines import make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import tiny_llama
+
+CUDA = torch.device("cuda")
 
 
 def build(said: list[str], **options: Any) -> None:
@@ -86,6 +90,24 @@ def test_without_native_code_nothing_of_it_is_used() -> None:
     assert not runner.decoder.num_layers
     layer: Any = runner.model.get_submodule("model.layers.0.mlp.up_proj")
     assert not isinstance(layer._projection.base, NativeProduct)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_adapters_are_merged_only_if_that_is_asked_for(device: str) -> None:
+    settled = {mode: settled_mode(mode, torch.device(device)) for mode in Mode}
+    auto = Mode.BYPASS if device == "cuda" else Mode.AUTO
+    assert settled == {Mode.AUTO: auto, Mode.BYPASS: Mode.BYPASS, Mode.MERGED: Mode.MERGED}
+
+
+def test_the_mode_that_is_settled_for_the_device_is_the_engine_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(building, "settled_mode", lambda mode, _: settled_mode(mode, CUDA))
+    said: list[str] = []
+    build(said, mode=Mode.AUTO)
+    assert "Measuring the delta kernels" in said
+    assert "Measuring steps and switches" not in said
+    assert make_engine(tiny_llama(), mode=Mode.AUTO).modes.stats().mode is Mode.BYPASS
 
 
 def test_a_quantised_base_is_refused_by_name() -> None:
