@@ -36,6 +36,10 @@ from dynamic_lora_server.engine.sequence import Sequence as Continuation
 from dynamic_lora_server.engine.unread import UnreadTokens
 from dynamic_lora_server.generation import FinishReason
 
+# No step that follows would be right: the weights are gone, or CUDA refuses every later call, as
+# it does after an illegal access.
+_FATAL: tuple[type[Exception], ...] = (WeightsLost, torch.AcceleratorError)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
@@ -148,7 +152,8 @@ class Engine:
     def step(self) -> list[EngineEvent]:
         """Run one step and return what happened to whom.
 
-        With `overlap`, start one step and return what came of the one before. Raises WeightsLost.
+        With `overlap`, start one step and return what came of the one before. Raises
+        WeightsLost, and torch.AcceleratorError, after which CUDA does nothing more.
         """
         begin = time.perf_counter()
         pieces = self.scheduler.schedule()
@@ -156,8 +161,8 @@ class Engine:
         if pieces:
             try:
                 started = self._start(pieces)
-            except WeightsLost:
-                raise  # no later step would be right
+            except _FATAL:
+                raise
             except Exception as caught:  # whatever broke, the sequences of this step must end
                 error = caught
             else:
@@ -212,12 +217,17 @@ class Engine:
         return places, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:
-        """Wait for the step under way, if there is one, and return what came of it."""
+        """Wait for the step under way, if there is one, and return what came of it.
+
+        Raises torch.AcceleratorError, as `step` does.
+        """
         started, self._started = self._started, None
         if started is None:
             return []
         try:
             tokens = started.read()
+        except _FATAL:
+            raise
         except Exception as error:
             return self._fail(started.pieces, error)
         events: list[EngineEvent] = []
