@@ -5,7 +5,7 @@ import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_adapters.tables import MAX_RANK, AddressTables
+from dynamic_lora_adapters.tables import MAX_RANK, AddressTables, TableDeltas
 from tests.support.slabs import make_slab, resident
 
 GROUPS = [ProjectionGroup(("q",), 8, (4,))]
@@ -82,6 +82,17 @@ class Counted(tuple[GroupShape, ...]):
     def __iter__(self) -> Iterator[GroupShape]:
         self.num_walks += 1
         return super().__iter__()
+
+
+def test_terms_on_the_output_head_are_refused_and_its_deltas_left_out() -> None:
+    head = ProjectionGroup(("lm_head",), 8, (4,), is_head=True)
+    tables = AddressTables([head], 1, torch.device("cpu"))
+    assert tables.refusal(shaped(GroupShape(8))) == "terms on the output head"
+    tiles = torch.tensor([1, 0, 1, 0], dtype=torch.int32)
+    # Where there is no Triton either.
+    out = torch.ones(1, 4)
+    TableDeltas(tables, tiles, 1).add(0, out, torch.ones(1, 8))
+    assert torch.equal(out, torch.ones(1, 4))
 
 
 def test_a_merged_head_needs_its_own_weight() -> None:
