@@ -81,11 +81,10 @@ class _Started:
         return None if self.choice is None else UnreadTokens(self.choice.token_ids, self.places)
 
     def read(self) -> dict[int, list[Sampled | None]]:
-        """Wait for the step, and the tokens of those that sample, by sequence id.
+        """The tokens of those that sample, by sequence id, once the step was waited for.
 
         Of those that were chosen after a draft's tokens, the ones whose draft is right.
         """
-        self.wait()
         tokens = [] if self.choice is None else self.choice.read()
         drafts = {piece.sequence.id: piece.draft for piece in self.pieces}
         return {
@@ -107,7 +106,8 @@ class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
     `sampling` is what chooses tokens, where not torch. With `overlap` a step is
-    started before the one before is read. Raises ValueError with that and a scheduler that
+    started before the one before is read; `waited_s` are the seconds that the host had nothing
+    to do but wait for the device. Raises ValueError with that and a scheduler that
     drafts, which must know a step's tokens before the next one.
     """
 
@@ -128,6 +128,7 @@ class Engine:
         self.overlap = overlap
         self.num_steps = 0
         self.num_overlapped = 0
+        self.waited_s = 0.0
         self._sampling = sampling
         self._started: _Started | None = None
 
@@ -224,7 +225,10 @@ class Engine:
         started, self._started = self._started, None
         if started is None:
             return []
+        begin = time.perf_counter()
         try:
+            started.wait()
+            self.waited_s += time.perf_counter() - begin
             tokens = started.read()
         except _FATAL:
             raise
