@@ -3,8 +3,8 @@
 Models have the shapes of a Llama of 1B and of 8B parameters and random weights
 in bfloat16; adapters have rank 16 on every linear layer. Cells take turns,
 round by round; figures are medians over rounds, ratios are taken within a
-round. Ends within `--minutes`: what finds no time is left out by name. What is
-measured is written at once, and a shape that fails is named in the file.
+round. Ends within `--minutes`, once engines are built: what finds no time is left out by
+name. What is measured is written after every round, and a shape that fails is named in the file.
 
     python -m benchmarks.gpu --output benchmarks/results/gpu.json
     python -m benchmarks.gpu --shape llama-8b --no-peers --minutes 6
@@ -81,7 +81,7 @@ class Setting:
 
 
 def measure_shape(shape: ModelShape, setting: Setting, seconds: float) -> Iterator[dict[str, Any]]:
-    """Figures of one shape as they are found, within `seconds` or a round more.
+    """Figures of one shape as they are found, within `seconds` or a cell more.
 
     Where steps should have been CUDA graphs and were not, `without_graphs` says so.
     """
@@ -119,7 +119,7 @@ def _measure_engine(
     )
     yield {"weight_bytes": bench.weight_bytes, "kernels_us": bench.kernel_table()}
     rounds = []
-    for found in bench.rounds():
+    for found in bench.rounds(out_of_time):
         rounds.append(found)
         cells = table(rounds)
         step_s = next(c["step_ms"] / 1e3 for c in cells if (c["cell"], c["rows"]) == ("base", 1))
@@ -130,8 +130,8 @@ def _measure_engine(
             "cells": cells,
             "graphs": bench.graphs(),
         }
-        if out_of_time():
-            break
+    if left_out := bench.left_out(rounds):
+        yield {"left_out": left_out}
     wanted = setting.graphs and setting.device.type == "cuda"
     if wanted and (reason := without_graphs(bench.graphs())):
         yield {"without_graphs": reason}
@@ -211,12 +211,12 @@ def print_tables(document: dict[str, Any]) -> None:
             continue
         limit = found["one_row_of_bandwidth_limit"]
         title = f"{found['shape']['name']} on {document['chip']}; 1 row at {limit} of its limit"
-        cells = Table("", "rows", "ms a step", "tok/s", "of base", title=title)
+        cells = Table("", "rows", "ms a step", "ms of the host", "tok/s", "of base", title=title)
         for cell in found["cells"]:
             cells.add_row(*(str(value) for value in cell.values()))
         for peer in found.get("peers", ()):
             speed = str(peer.get("tokens_per_s", peer.get("left_out")))
-            cells.add_row(peer["peer"], str(peer["rows"]), "", speed, "")
+            cells.add_row(peer["peer"], str(peer["rows"]), "", "", speed, "")
         console.print(cells)
 
 

@@ -3,10 +3,10 @@
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,6 +68,17 @@ class Plan:
     adapter_memory: int | None
 
 
+class StepTime(NamedTuple):
+    """Seconds of a step, and those of them that the host did not spend waiting for the device."""
+
+    seconds: float
+    host_s: float
+
+
+Round = dict[tuple[str, int], StepTime]
+"""What one round measured, by cell and rows."""
+
+
 class StepBench:
     """An engine around a model of random weights, with `compiled` layers if asked for.
 
@@ -113,22 +124,38 @@ class StepBench:
         groups = self.built.groups
         return sum(g.in_features * g.out_features for g in groups) * self.model.dtype.itemsize
 
-    def rounds(self) -> Iterator[dict[tuple[str, int], float]]:
-        """Seconds of a step by cell and rows, round by round; cells take turns.
+    def rounds(self, out_of_time: Callable[[], bool]) -> Iterator[Round]:
+        """Steps by cell and rows, round by round; cells take turns.
 
         The adapters come and go in every round, so that the base model is
-        measured without any beside every other cell.
+        measured without any beside every other cell. Asked between two cells whether it is
+        `out_of_time`, but not before the first, it leaves out the rest.
         """
         for _ in range(self._plan.num_rounds):
             self._drop_all()
-            found: dict[tuple[str, int], float] = {}
-            for cell in CELLS:
+            found: Round = {}
+            for cell, rows in self._turns():
+                if found and out_of_time():
+                    break
                 if cell.resident:
                     self._admit_all()
-                for rows in self._plan.rows:
-                    if self._fits(rows):
-                        found[cell.name, rows] = self._step_s(cell, rows)
+                found[cell.name, rows] = self._step_time(cell, rows)
             yield found
+            if out_of_time():
+                break
+
+    def left_out(self, rounds: Sequence[Round]) -> list[str]:
+        """The cells that no round had time for."""
+        measured = {key for found in rounds for key in found}
+        return [
+            f"{cell.name}, {rows} rows"
+            for cell, rows in self._turns()
+            if (cell.name, rows) not in measured
+        ]
+
+    def _turns(self) -> Iterator[tuple[Cell, int]]:
+        fitting = [rows for rows in self._plan.rows if self._fits(rows)]
+        return ((cell, rows) for cell in CELLS for rows in fitting)
 
     def kernel_table(self) -> list[dict[str, Any]]:
         """Microseconds a step of every delta kernel, as the engine measured them at start."""
@@ -167,7 +194,7 @@ class StepBench:
             self.built.pool.release(adapter)
         self._adapters.clear()
 
-    def _step_s(self, cell: Cell, num_rows: int) -> float:
+    def _step_time(self, cell: Cell, num_rows: int) -> StepTime:
         """The median of several decoding steps, sampling and reading back included."""
         built = self.built
         runner, pool = built.engine.runner, built.pool
@@ -178,14 +205,15 @@ class StepBench:
             engine.add(row)
         while any(row.phase is not Phase.DECODE for row in rows):
             _step(engine)
-        seconds = [_step(engine) for _ in range(WARM_UP_STEPS + self._plan.num_steps)]
+        steps = [_step(engine) for _ in range(WARM_UP_STEPS + self._plan.num_steps)]
         for row in rows:
             engine.cancel(row)
         while engine.has_work:
             _step(engine)
         if (runner.merger.merged is None) != (cell.mode is not Mode.MERGED):
             raise BenchmarkError(f"{cell.name} was not served as it should be")
-        return statistics.median(seconds[WARM_UP_STEPS:])
+        seconds, host_s = zip(*steps[WARM_UP_STEPS:], strict=True)
+        return StepTime(statistics.median(seconds), statistics.median(host_s))
 
     def _row(self, cell: Cell, number: int) -> Row:
         rng = random.Random(number)
@@ -201,27 +229,33 @@ class StepBench:
         )
 
 
-def _step(engine: Engine) -> float:
-    begin = time.perf_counter()
+def _step(engine: Engine) -> StepTime:
+    begin, waited_s = time.perf_counter(), engine.waited_s
     events = engine.step()
     seconds = time.perf_counter() - begin
     for event in events:
         if isinstance(event, FailedEvent):
             raise BenchmarkError(event.message)
-    return seconds
+    return StepTime(seconds, seconds - (engine.waited_s - waited_s))
 
 
-def table(rounds: Sequence[dict[tuple[str, int], float]]) -> list[dict[str, Any]]:
-    """Per cell and rows: the median step, and the median over rounds of its ratio to base."""
+def table(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """Per cell and rows: the median step, and the median over rounds of its ratio to base.
+
+    Over the rounds that had time for it.
+    """
     cells = []
     for cell, rows in rounds[0]:
-        steps = [found[cell, rows] for found in rounds]
-        ratios = [found["base", rows] / found[cell, rows] for found in rounds]
+        having = [found for found in rounds if (cell, rows) in found]
+        steps = [found[cell, rows].seconds for found in having]
+        hosts = [found[cell, rows].host_s for found in having]
+        ratios = [found["base", rows].seconds / found[cell, rows].seconds for found in having]
         cells.append(
             {
                 "cell": cell,
                 "rows": rows,
                 "step_ms": round(statistics.median(steps) * 1e3, 4),
+                "host_ms": round(statistics.median(hosts) * 1e3, 4),
                 "tokens_per_s": round(rows / statistics.median(steps), 1),
                 "of_base": round(statistics.median(ratios), 4),
             }

@@ -20,6 +20,8 @@ from dynamic_lora_adapters.transfer import to_device
 MAX_RANK = 64
 # Programs that walk over the tiles of a captured step, however many those are.
 _PROGRAMS = 32
+# Slabs whose refusals are remembered: more than there are at a time.
+_MAX_KNOWN = 1024
 
 
 class AddressTables:
@@ -37,17 +39,29 @@ class AddressTables:
         self.b = torch.zeros(shape, dtype=torch.int64, device=device)
         self.ranks = torch.zeros(shape, dtype=torch.int32, device=device)
         self.max_ranks = tuple(MAX_RANK * len(group.paths) for group in groups)
-        self._heads = [index for index, group in enumerate(groups) if group.is_head]
+        self.heads = frozenset(index for index, group in enumerate(groups) if group.is_head)
         self._free = list(reversed(range(num_entries)))
         # By slot, not by adapter: whoever sits in a slot, its addresses are the same.
         # Numbers of slabs are never used again.
         self._entries: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._refusals: dict[int, str | None] = {}
 
     def refusal(self, adapter: ResidentAdapter) -> str | None:
         """Why an adapter's deltas cannot be read from tables, or None if they can."""
         if adapter.rows is not None:
             return "terms on other modules"
-        for shape, limit in zip(adapter.slab.signature, self.max_ranks, strict=True):
+        slab = adapter.slab
+        # Asked of every adapter before every step, and a slab's shapes never change.
+        if slab.number not in self._refusals:
+            if len(self._refusals) >= _MAX_KNOWN:
+                self._refusals.pop(next(iter(self._refusals)))
+            self._refusals[slab.number] = self._slab_refusal(slab)
+        return self._refusals[slab.number]
+
+    def _slab_refusal(self, slab: Slab) -> str | None:
+        if any(slab.signature[head] != GroupShape() for head in self.heads):
+            return "terms on the output head"
+        for shape, limit in zip(slab.signature, self.max_ranks, strict=True):
             if shape.rank > limit:
                 return "large rank"
             if shape != GroupShape(shape.rank):
@@ -64,7 +78,7 @@ class AddressTables:
         signature = adapter.slab.signature
         if any(shape.bias for shape in signature):
             return "terms that no weight holds"
-        if any(signature[head] != GroupShape() for head in self._heads):
+        if any(signature[head] != GroupShape() for head in self.heads):
             return "a merged output head"
         return None
 
@@ -105,7 +119,13 @@ class TableDeltas:
     num_rows: int
 
     def add(self, index: int, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Add what group `index` gets for x [num_rows, in] to out [num_rows, out], in place."""
+        """Add what group `index` gets for x [num_rows, in] to out [num_rows, out], in place.
+
+        Nothing to the output head: adapters that change it are refused, for in nearly every
+        step two launches as wide as the vocabulary would be for nothing.
+        """
+        if index in self.tables.heads:
+            return
         from dynamic_lora_adapters.kernels.triton_segments import Factors, add_deltas
 
         tables = self.tables

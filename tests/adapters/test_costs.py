@@ -94,8 +94,35 @@ def test_short_and_long_tiles_are_compiled_before_the_time_runs(
     groups = [ProjectionGroup(("q",), 16, (16,))]
     kernels = {"recording": Recording()}
     found = measure_costs(groups, kernels, device=torch.device("cpu"), dtype=torch.float32)
-    assert lengths[:2] == [1, LENGTH_GRID[-1]]
+    assert lengths[:4] == [1, 1, LENGTH_GRID[-1], LENGTH_GRID[-1]]
     assert list(found.seconds["recording"]) == [(1, 1)]
+
+
+def test_what_a_step_makes_once_is_not_timed_with_every_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each sample has cold factors, and index tensors that were made before."""
+    slots: list[int] = []
+    made: list[bool] = []
+
+    class Recording(SegmentLoop):
+        def __call__(
+            self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run
+        ) -> None:
+            slots.append(run.slot_start)
+            made.append(run._owner is None)
+            run.owner(x.device)
+            super().__call__(out, x, factors, run)
+
+    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
+    groups = [ProjectionGroup(("q",), 16, (16,)), ProjectionGroup(("v",), 16, (8,))]
+    kernels = {"recording": Recording()}
+    measure_costs(groups, kernels, device=torch.device("cpu"), dtype=torch.float32)
+    # Of the point (1, 1): the run that is prepared, then five samples of both groups.
+    timed = slots[-10:]
+    assert made[-11:] == [True] + [False] * 10
+    assert timed[0::2] == timed[1::2]
+    assert len({slots[-11], *timed}) == 6
 
 
 def test_a_cache_for_other_kernels_is_refused() -> None:

@@ -1,10 +1,14 @@
 """The kernels and uploads that need CUDA."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from dynamic_lora_adapters.groups import GroupTerms
 from dynamic_lora_adapters.kernels import REFERENCE, SlotFactors, kernels_for
+from dynamic_lora_adapters.pristine import CopiedWeights
 from dynamic_lora_adapters.segments import Run
 from dynamic_lora_adapters.upload import upload_for
 from tests.support.slabs import make_slab
@@ -48,3 +52,14 @@ def test_an_upload_arrives_before_its_event() -> None:
     event.wait()
     assert place.a is not None
     assert bool((place.a == 3).all())
+
+
+def test_the_base_comes_back_from_pinned_memory() -> None:
+    weight = torch.randn(64, 96, device=CUDA)
+    before = weight.clone()
+    projection: Any = SimpleNamespace(base=SimpleNamespace(separate=False), weight=weight)
+    pristine = CopiedWeights()
+    assert torch.equal(pristine.weight(0, projection, None), before)
+    weight.add_(1)
+    assert pristine.value(0, projection).is_pinned()
+    assert torch.equal(pristine.weight(0, projection, None), before)

@@ -1,9 +1,11 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
 from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_adapters.tables import MAX_RANK, AddressTables
+from dynamic_lora_adapters.tables import MAX_RANK, AddressTables, TableDeltas
 from tests.support.slabs import make_slab, resident
 
 GROUPS = [ProjectionGroup(("q",), 8, (4,))]
@@ -59,6 +61,38 @@ def test_slots_of_a_new_slab_have_entries_of_their_own() -> None:
 )
 def test_what_tables_cannot_hold_is_refused(shape: GroupShape, reason: str | None) -> None:
     assert make_tables(1).refusal(shaped(shape)) == reason
+
+
+def test_the_shapes_of_a_slab_are_looked_through_once() -> None:
+    tables = make_tables(1)
+    slab = make_slab(2, 8, 8, 4, number=7)
+    slab.signature = Counted((GroupShape(MAX_RANK + 8),))
+    adapters = [resident(slab, 0), resident(slab, 1)]
+    assert [tables.refusal(adapters[step % 2]) for step in range(6)] == ["large rank"] * 6
+    assert slab.signature.num_walks == 1
+    wider = make_slab(1, 8, 8, 4, number=8)
+    assert tables.refusal(resident(wider, 0)) is None
+
+
+class Counted(tuple[GroupShape, ...]):
+    """Shapes that count how often they are gone through."""
+
+    num_walks = 0
+
+    def __iter__(self) -> Iterator[GroupShape]:
+        self.num_walks += 1
+        return super().__iter__()
+
+
+def test_terms_on_the_output_head_are_refused_and_its_deltas_left_out() -> None:
+    head = ProjectionGroup(("lm_head",), 8, (4,), is_head=True)
+    tables = AddressTables([head], 1, torch.device("cpu"))
+    assert tables.refusal(shaped(GroupShape(8))) == "terms on the output head"
+    tiles = torch.tensor([1, 0, 1, 0], dtype=torch.int32)
+    # Where there is no Triton either.
+    out = torch.ones(1, 4)
+    TableDeltas(tables, tiles, 1).add(0, out, torch.ones(1, 8))
+    assert torch.equal(out, torch.ones(1, 4))
 
 
 def test_a_merged_head_needs_its_own_weight() -> None:

@@ -1,14 +1,23 @@
 """The Triton kernels against the slow loop, in Triton's interpreter, and compiled for GPUs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
-from dynamic_lora_adapters.kernels import KERNELS, REFERENCE, SlotFactors, has_triton, kernels_for
+from dynamic_lora_adapters.kernels import (
+    KERNELS,
+    REFERENCE,
+    SlotFactors,
+    compile_ahead,
+    has_triton,
+    kernels_for,
+)
 from dynamic_lora_adapters.segments import Effect, Run
 from dynamic_lora_adapters.slab import Slab
 from dynamic_lora_adapters.tables import AddressTables, TableDeltas
@@ -107,13 +116,56 @@ def test_tables_of_joined_layers_serve_few_ranks_many_and_none(kernels: ModuleTy
     assert out[2].signbit().all(), "rows without a delta are not written"
 
 
-def test_one_program_is_compiled_for_every_number_of_rows() -> None:
+def test_one_program_is_compiled_for_every_number_of_rows_and_ranks() -> None:
     with to_be_compiled():
         from dynamic_lora_adapters.kernels import triton_segments
 
         for kernel in (triton_segments._shrink, triton_segments._expand):
             general = {param.name for param in kernel.params if param.do_not_specialize}
-            assert general == {"num_rows"}
+            assert general == {"num_rows", "max_rank"}
+
+
+class Recording:
+    """A kernel that notes which variants of it are launched, and runs none."""
+
+    def __init__(self) -> None:
+        self.variants: set[tuple[int, int, int]] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*_: Any, **constants: Any) -> None:
+            self.variants.add((constants["ROWS"], constants["RANKS"], constants.get("SPLITS", 0)))
+
+        return launch
+
+
+def test_every_variant_is_compiled_ahead(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ranks and lengths a run has, its variant of both kernels has been launched."""
+
+    def launched(run: Callable[[], None]) -> list[set[tuple[int, int, int]]]:
+        both = Recording(), Recording()
+        monkeypatch.setattr(kernels, "_shrink", both[0])
+        monkeypatch.setattr(kernels, "_expand", both[1])
+        run()
+        return [kernel.variants for kernel in both]
+
+    def serve() -> None:
+        for width, rank, length in product((1100, 40), (8, 24, 40, 72), (1, 70)):
+            slab = make_slab(1, rank, width, 24)
+            a, b = slab.a[0], slab.b[0]
+            assert a is not None and b is not None
+            x, out = torch.zeros(length, width), torch.zeros(length, 24)
+            kernels.TritonSegments()(out, x, SlotFactors(a, b), Run(slab, 0, 0, [length]))
+
+    shapes = [(1100, 24), (40, 24)]
+    ahead = launched(lambda: compile_ahead(["triton_segments"], shapes, CPU, torch.float32))
+    assert all(ahead)
+    assert launched(serve) == ahead
+
+
+def test_what_needs_no_compiler_is_left_alone() -> None:
+    compile_ahead(KERNELS, [(40, 24)], CPU, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu import TINY_PLAN, failures, main, without_graphs
-from benchmarks.gpu_engine import CELLS, table
+from benchmarks.gpu_engine import CELLS, StepTime, table
 from benchmarks.gpu_shapes import ModelShape
 
 
@@ -34,6 +34,8 @@ def test_every_figure_is_there(
     cells = {(cell["cell"], cell["rows"]) for cell in found["cells"]}
     assert cells == {(cell.name, rows) for cell in CELLS for rows in TINY_PLAN.rows}
     assert all(cell["step_ms"] > 0 and cell["of_base"] > 0 for cell in found["cells"])
+    assert all(0 < cell["host_ms"] <= cell["step_ms"] for cell in found["cells"])
+    assert "left_out" not in found
     assert found["one_row_of_bandwidth_limit"] > 0
     assert {"adapters", "rows_each", "best", "segment_loop"} <= set(found["kernels_us"][0])
     peers = {peer["peer"]: peer.get("tokens_per_s") for peer in found["peers"]}
@@ -42,11 +44,14 @@ def test_every_figure_is_there(
     assert set_up.call_count == 1, "what is timed holds no set-up"
 
 
-def test_peers_that_find_no_time_are_left_out_by_name(tmp_path: Path) -> None:
+def test_what_finds_no_time_is_left_out_by_name(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     main(["--device", "cpu", "--tiny", "--minutes", "0", "--output", str(output)])
     (found,) = json.loads(output.read_text())["shapes"]
     assert found["num_rounds"] == 1
+    assert [(cell["cell"], cell["rows"]) for cell in found["cells"]] == [("base", 1)]
+    assert found["left_out"][0] == "base, 2 rows"
+    assert len(found["left_out"]) == len(CELLS) * len(TINY_PLAN.rows) - 1
     assert {peer["left_out"] for peer in found["peers"]} == {"out of time"}
 
 
@@ -115,10 +120,12 @@ def test_figures_without_graphs_are_called_so() -> None:
 
 def test_ratios_are_taken_within_a_round() -> None:
     rounds = [
-        {("base", 1): 1.0, ("merged", 1): 2.0},
-        {("base", 1): 10.0, ("merged", 1): 10.0},
-        {("base", 1): 3.0, ("merged", 1): 4.0},
+        {("base", 1): StepTime(1.0, 0.5), ("merged", 1): StepTime(2.0, 0.5)},
+        {("base", 1): StepTime(10.0, 0.5), ("merged", 1): StepTime(10.0, 0.7)},
+        {("base", 1): StepTime(3.0, 0.5), ("merged", 1): StepTime(4.0, 0.6)},
+        {("base", 1): StepTime(9.0, 9.0)},  # out of time
     ]
     base, merged = table(rounds)
     assert base["of_base"] == 1.0
     assert (merged["step_ms"], merged["of_base"]) == (4000.0, 0.75)
+    assert (base["host_ms"], merged["host_ms"]) == (500.0, 600.0)

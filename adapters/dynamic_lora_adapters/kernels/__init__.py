@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from importlib.util import find_spec
 
@@ -62,6 +62,22 @@ def kernels_for(
     return found
 
 
+def compile_ahead(
+    kernels: Collection[str],
+    shapes: Iterable[tuple[int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Have those of `kernels` that are compiled at run time ready for layers of (in, out) widths.
+
+    A step that came to need another variant would hold everybody up.
+    """
+    if "triton_segments" in kernels:
+        from dynamic_lora_adapters.kernels import triton_segments
+
+        triton_segments.compile_ahead(shapes, device, dtype)
+
+
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device: on CUDA, and elsewhere in its interpreter.
 
@@ -92,4 +108,12 @@ def _has_grouped_gemm(device: torch.device) -> bool:
     return documented and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-__all__ = ["KERNELS", "REFERENCE", "DeltaKernel", "SlotFactors", "has_triton", "kernels_for"]
+__all__ = [
+    "KERNELS",
+    "REFERENCE",
+    "DeltaKernel",
+    "SlotFactors",
+    "compile_ahead",
+    "has_triton",
+    "kernels_for",
+]

@@ -12,7 +12,9 @@ which adapter, how many tiles. A captured launch therefore serves any batch of
 its size. Imports triton, so it is imported only where there is one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,14 +23,14 @@ import triton.language as tl
 
 from dynamic_lora_adapters.kernels.base import SlotFactors
 from dynamic_lora_adapters.segments import Run
-from dynamic_lora_adapters.tiles import SHORT, tile_rows
+from dynamic_lora_adapters.tiles import LONG, SHORT, tile_rows
 
 # Programs that share one row's columns, and the columns each takes at a time.
 _MAX_SPLITS = 8
 _STEP = 128
 _STEP_FLOAT32 = 32  # its products are unrolled: longer steps take a minute to compile
 _COLUMNS = 128
-_MAX_RANKS = 64
+_RANKS = (16, 32, 64)  # at a time: of small adapters no more than they have
 
 
 def shrink_kernel(
@@ -119,30 +121,32 @@ def expand_kernel(
             rank = max_rank
         rows_in = (row < count)[:, None]
         if rank > 0:
+            # What hangs on nothing that was computed is asked for first.
+            place = out + (first + row)[:, None] * out_stride + column[None, :]
+            before = tl.load(place, mask=rows_in & columns_in, other=0.0)
             delta = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
             for start in range(0, rank, RANKS):
                 rank_at = start + tl.arange(0, RANKS)
                 ranks_in = rank_at < rank
-                h_at = shrunk + (first + row)[:, None] * max_rank + rank_at[None, :]
-                h = tl.full((ROWS, RANKS), 0.0, tl.float32)
-                for split in range(SPLITS):
-                    part_at = h_at + split * num_rows * max_rank
-                    h += tl.load(part_at, mask=rows_in & ranks_in[None, :], other=0.0)
                 b_at = factors + rank_at[:, None] * out_features + column[None, :]
                 weights = tl.load(b_at, mask=ranks_in[:, None] & columns_in, other=0.0)
+                h_at = shrunk + (first + row)[:, None] * max_rank + rank_at[None, :]
+                h = tl.full((ROWS, RANKS), 0.0, tl.float32)
+                for split in tl.static_range(SPLITS):
+                    part_at = h_at + split * num_rows * max_rank
+                    h += tl.load(part_at, mask=rows_in & ranks_in[None, :], other=0.0)
                 h = h.to(weights.dtype)
                 if UPCAST:
                     h, weights = h.to(tl.float32), weights.to(tl.float32)
                 delta = tl.dot(h, weights, delta, input_precision="ieee")
-            place = out + (first + row)[:, None] * out_stride + column[None, :]
-            before = tl.load(place, mask=rows_in & columns_in, other=0.0).to(tl.float32)
-            after = (before + sign * delta).to(out.dtype.element_ty)
+            after = (before.to(tl.float32) + sign * delta).to(out.dtype.element_ty)
             tl.store(place, after, mask=rows_in & columns_in)
 
 
-# The number of rows changes from step to step: one program is compiled for all of them.
-_shrink: Any = triton.jit(shrink_kernel, do_not_specialize=["num_rows"])
-_expand: Any = triton.jit(expand_kernel, do_not_specialize=["num_rows"])
+# These change from step to step: one program is compiled for all of them.
+_CHANGING = ["num_rows", "max_rank"]
+_shrink: Any = triton.jit(shrink_kernel, do_not_specialize=_CHANGING)
+_expand: Any = triton.jit(expand_kernel, do_not_specialize=_CHANGING)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 _INTERPRETED = not isinstance(_shrink, triton.JITFunction)
 
@@ -184,7 +188,7 @@ def add_deltas(
     split_size = -(-in_features // (_MAX_SPLITS * _STEP)) * _STEP
     splits = -(-in_features // split_size)
     step = _STEP_FLOAT32 if x.dtype == torch.float32 else _STEP
-    block = min(_MAX_RANKS, max(16, 1 << (max_rank - 1).bit_length()))
+    block = min(_RANKS[-1], max(_RANKS[0], 1 << (max_rank - 1).bit_length()))
     shrunk = x.new_empty(splits, num_rows, max_rank, dtype=torch.float32)
     addresses = factors.ranks is not None
     ranks = tiles if factors.ranks is None else factors.ranks
@@ -219,6 +223,21 @@ class TritonSegments:
             rows=rows,
             sign=run.sign,
         )
+
+
+def compile_ahead(
+    shapes: Iterable[tuple[int, int]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Compile what tables of layers of these (in, out) widths may need while sequences run."""
+    tiles = torch.tensor([1, 0, 1, 0], dtype=torch.int32, device=device)
+    for (width_in, width_out), rank in product(sorted(set(shapes)), _RANKS):
+        x, out, a, b = (
+            torch.zeros(size, device=device, dtype=dtype)
+            for size in ((1, width_in), (1, width_out), (1, rank, width_in), (1, rank, width_out))
+        )
+        factors = Factors(a=a, b=b, ranks=None, max_rank=rank)
+        for rows in (SHORT, LONG):
+            add_deltas(out, x, factors, tiles, num_programs=1, rows=rows)
 
 
 def try_out(device: torch.device) -> None:

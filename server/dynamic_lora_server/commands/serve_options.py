@@ -145,7 +145,13 @@ Speculate = Annotated[
         show_default=f"{MAX_DRAFT}; 0 on a GPU",
     ),
 ]
-Mode = Annotated[str, typer.Option(help=f"Whether adapters are merged: {', '.join(MODES)}.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help=f"Whether adapters are merged: {', '.join(MODES)}. auto merges what pays, and "
+        "nothing on a GPU."
+    ),
+]
 Restore = Annotated[
     str,
     typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),

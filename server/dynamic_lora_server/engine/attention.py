@@ -23,6 +23,7 @@ from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_adapters.uncompiled import uncompiled
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.decode_groups import DecodeGroup, group_decodes
+from dynamic_lora_server.engine.fused_attention import attend_decode, attend_prompt
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.paged_attention import PagedKernel
 from dynamic_lora_server.errors import UnsupportedModel
@@ -219,8 +220,12 @@ class AttentionStep:
         if not rule.plain:
             return _attend_by_hand(q, k, v, rule, self._mask(q, k, rule.window))
         if q.shape[1] == 1:
-            return _attend_decode(q, k, v, rule.scaling)
-        whole = q.shape[1] == k.shape[1] and (rule.window is None or k.shape[1] <= rule.window)
+            return attend_decode(q, k, v, rule.scaling)
+        windowed = rule.window is not None and k.shape[1] > rule.window
+        if q.is_cuda:
+            mask = self._mask(q, k, rule.window) if windowed else None
+            return attend_prompt(q, k, v, rule.scaling, mask)
+        whole = q.shape[1] == k.shape[1] and not windowed
         return F.scaled_dot_product_attention(
             q[None],
             k[None],
@@ -271,15 +276,6 @@ def _rows(x: torch.Tensor, span: Span) -> torch.Tensor:
 def _place(out: torch.Tensor, span: Span, attended: torch.Tensor) -> None:
     """Put [heads, num_new, dim] of a span into its rows of [num_tokens, heads, dim]."""
     out[span.row : span.row + span.num_new] = attended.transpose(0, 1)
-
-
-def _attend_decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """One new token: the query heads of a KV head become the rows of one small product."""
-    grouped = q.view(1, k.shape[0], -1, q.shape[2])
-    out = F.scaled_dot_product_attention(grouped, k[None], v[None], scale=scaling)
-    return out.view(q.shape[0], 1, v.shape[2])
 
 
 def _attend_by_hand(

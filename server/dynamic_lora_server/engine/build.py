@@ -30,6 +30,7 @@ from dynamic_lora_server.engine.kv_space import KVSpace, PagedSpace
 from dynamic_lora_server.engine.llama_layers import has_llama_layers
 from dynamic_lora_server.engine.memory import free_memory, share_of_free
 from dynamic_lora_server.engine.mode_controller import ModeController
+from dynamic_lora_server.engine.mode_costs import settled_mode
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers, decode_trial
 from dynamic_lora_server.engine.probe import (
@@ -65,8 +66,8 @@ class EngineOptions:
     `base_product` None takes the fastest that there is memory for; without `native`
     nothing runs in the project's own C++.
     `costs_file` keeps what is measured at start for the next one. `mode` says
-    whether adapters are merged, `restore` how the base comes back; to subtract
-    needs `checkpoint`, the folder the model was loaded from.
+    whether adapters are merged, and AUTO never does on CUDA; `restore` how the base comes
+    back; to subtract needs `checkpoint`, the folder the model was loaded from.
     """
 
     max_running: int = 64
@@ -120,6 +121,7 @@ def build_engine(
     `on_step` is told what is being done. Raises UnsupportedModel if the model
     cannot be served exactly.
     """
+    options = replace(options, mode=settled_mode(options.mode, model.device))
     on_step("Checking the model")
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = _checked_layers(model, options)

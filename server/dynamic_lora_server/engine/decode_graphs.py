@@ -82,10 +82,12 @@ class DecodeGraphs:
         kinds = [(n, d) for n in reversed(self._sizes) for d in (False, True)[: 1 + self._deltas]]
         self._step.buffers.fill((), ())
         pool = torch.cuda.graph_pool_handle()
+        # One for all: cuBLAS keeps a workspace for every stream that it has seen.
+        side = torch.cuda.Stream(self._step.device)
         graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         for done, kind in enumerate(kinds):
             on_graph(done, len(kinds))
-            graphs[kind] = self._captured(*kind, pool)
+            graphs[kind] = self._captured(*kind, pool, side)
         self._graphs = graphs
 
     def run(
@@ -163,11 +165,11 @@ class DecodeGraphs:
         else:
             graph.replay()
 
-    def _captured(self, size: int, deltas: bool, pool: Any) -> torch.cuda.CUDAGraph:
-        device = self._step.device
-        before = torch.cuda.current_stream(device)
+    def _captured(
+        self, size: int, deltas: bool, pool: Any, side: torch.cuda.Stream
+    ) -> torch.cuda.CUDAGraph:
+        before = torch.cuda.current_stream(self._step.device)
         # What is compiled or allocated for good at a first run must not be captured.
-        side = torch.cuda.Stream(device)
         side.wait_stream(before)
         with torch.cuda.stream(side):
             self._step.run(size, deltas=deltas)
@@ -177,7 +179,7 @@ class DecodeGraphs:
         before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 self._step.run(size, deltas=deltas)
         except BaseException:
             # Where to end the capture fails too, torch stays on the capture's stream.

@@ -41,6 +41,10 @@ from dynamic_lora_server.generation import FinishReason
 
 logger = logging.getLogger(__name__)
 
+# No step that follows would be right: the weights are gone, or CUDA refuses every later call, as
+# it does after an illegal access.
+_FATAL: tuple[type[Exception], ...] = (WeightsLost, torch.AcceleratorError)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
@@ -88,11 +92,10 @@ class _Started:
         return any(one.guide is not None and one.id in self.places for one in sequences)
 
     def read(self) -> dict[int, list[Sampled | None]]:
-        """Wait for the step, and the tokens of those that sample, by sequence id.
+        """The tokens of those that sample, by sequence id, once the step was waited for.
 
         Of those that were chosen after a draft's tokens, the ones whose draft is right.
         """
-        self.wait()
         tokens = [] if self.choice is None else self.choice.read()
         drafts = {piece.sequence.id: piece.draft for piece in self.pieces}
         return {
@@ -122,7 +125,8 @@ class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
     `sampling` is what chooses tokens, where not torch. With `overlap` a step is
-    started before the one before is read. Raises ValueError with that and a scheduler that
+    started before the one before is read; `waited_s` are the seconds that the host had nothing
+    to do but wait for the device. Raises ValueError with that and a scheduler that
     drafts, which must know a step's tokens before the next one.
     """
 
@@ -143,6 +147,7 @@ class Engine:
         self.overlap = overlap
         self.num_steps = 0
         self.num_overlapped = 0
+        self.waited_s = 0.0
         self._sampling = sampling
         self._started: _Started | None = None
 
@@ -167,7 +172,8 @@ class Engine:
     def step(self) -> list[EngineEvent]:
         """Run one step and return what happened to whom.
 
-        With `overlap`, start one step and return what came of the one before. Raises WeightsLost.
+        With `overlap`, start one step and return what came of the one before. Raises
+        WeightsLost, and torch.AcceleratorError, after which CUDA does nothing more.
         """
         begin = time.perf_counter()
         events = self.finish() if self._started is not None and self._started.is_guided else []
@@ -176,8 +182,8 @@ class Engine:
         if pieces:
             try:
                 started = self._start(pieces)
-            except WeightsLost:
-                raise  # no later step would be right
+            except _FATAL:
+                raise
             except Exception as caught:  # whatever broke, the sequences of this step must end
                 error = caught
             else:
@@ -232,12 +238,20 @@ class Engine:
         return places, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:
-        """Wait for the step under way, if there is one, and return what came of it."""
+        """Wait for the step under way, if there is one, and return what came of it.
+
+        Raises torch.AcceleratorError, as `step` does.
+        """
         started, self._started = self._started, None
         if started is None:
             return []
+        begin = time.perf_counter()
         try:
+            started.wait()
+            self.waited_s += time.perf_counter() - begin
             tokens = started.read()
+        except _FATAL:
+            raise
         except Exception as error:
             return self._fail(started.pieces, error)
         events: list[EngineEvent] = []

@@ -20,6 +20,8 @@ _LIMITS = (
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had without swapping, within the limits of a container if there are any."""
     if device.type == "cuda":
+        # What torch keeps for its next tensors counts as taken to CUDA.
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return min([psutil.virtual_memory().available, *_left_of_limits(_ROOT)])

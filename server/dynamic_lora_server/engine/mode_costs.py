@@ -11,6 +11,7 @@ from dynamic_lora_adapters.groups import PROBE_RANK, ProjectionGroup
 from dynamic_lora_adapters.merge import Merger
 from dynamic_lora_adapters.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.costs import Points, StepCosts, rising
 
 _ROWS = (1, 4, 8, 16, 32, 64, 128)
@@ -18,6 +19,15 @@ _ROWS = (1, 4, 8, 16, 32, 64, 128)
 # with all that it costs to read the adapter's tables.
 _LENGTHS = (1, 4, 32)
 _SAMPLES = 2
+
+
+def settled_mode(wanted: Mode, device: torch.device) -> Mode:
+    """What is wanted, but that AUTO never merges on a GPU.
+
+    Costs are measured of steps that run operator by operator. On a GPU decoding steps are captured
+    ones, where deltas cost something else, and a merge that takes other rows out of them far more.
+    """
+    return Mode.BYPASS if wanted is Mode.AUTO and device.type == "cuda" else wanted
 
 
 def measure_mode_costs(

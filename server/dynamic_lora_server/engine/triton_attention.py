@@ -3,8 +3,9 @@
 What torch's paged attention does for decoding, for releases of torch that have none and
 for float32. The cached tokens of a row are shared out between programs, whose parts a
 second kernel adds up (Flash-Decoding, Dao et al. 2023); query heads of one KV head are
-the rows of one product. Which cells, and how many, is read from tensors: a captured
-launch serves any batch of its size. Imports triton, so it is imported only where there
+the rows of one product. Many rows keep the device busy with a program each, and there are
+no parts. Which cells, and how many, is read from tensors: a captured launch serves any
+batch of its size. Imports triton, so it is imported only where there
 is one.
 """
 
@@ -17,7 +18,10 @@ import triton.language as tl
 
 from dynamic_lora_server.engine.paged_attention import PagedTables
 
-_SPLITS = 8  # programs that share a row's tokens
+# Programs that a launch should have, so that every processor of a large GPU has some, and how
+# many may share a row's tokens for it.
+_PROGRAMS = 512
+_MAX_SPLITS = 32
 _MOST_TOKENS = 64  # that each takes at a time
 _LEAST = 16  # rows and columns of a product
 # Keys and values of so many rounds lie in shared memory at once (Triton's num_stages), of which
@@ -35,6 +39,12 @@ def tokens_at_once(dim: int, value_dim: int, num_bytes: int) -> int:
     return tokens
 
 
+def splits_of(num_rows: int, kv_heads: int) -> int:
+    """How many programs share the tokens of each row and KV head, a power of two."""
+    wanted = -(-_PROGRAMS // (num_rows * kv_heads))
+    return min(1 << (wanted - 1).bit_length(), _MAX_SPLITS)
+
+
 # Triton's own reductions are interpreted only if it was imported for that.
 def _larger_of(a: "Any", b: "Any") -> "Any":
     return tl.maximum(a, b)
@@ -48,6 +58,50 @@ _larger: Any = triton.jit(_larger_of)
 _sum: Any = triton.jit(_sum_of)
 
 
+def _bounds_of(
+    stop: "Any", window: "Any", split: "Any", SPLITS: tl.constexpr, TOKENS: tl.constexpr
+) -> "Any":
+    """The first token that a row sees; where its part begins, and where that ends.
+
+    Parts begin at multiples of TOKENS, so that what is taken at a time lies in one page.
+    """
+    first = tl.maximum(stop - window, 0)
+    aligned = first // TOKENS * TOKENS
+    share = (stop - aligned + SPLITS * TOKENS - 1) // (SPLITS * TOKENS) * TOKENS
+    begin = aligned + split * share
+    return first, begin, tl.minimum(begin + share, stop)
+
+
+def _leave_part(
+    highest: "Any",
+    weight: "Any",
+    parts: "Any",
+    out: "Any",
+    part: "Any",
+    at: "Any",
+    top: "Any",
+    total: "Any",
+    sums: "Any",
+    heads_in: "Any",
+    v_out: "Any",
+    SPLITS: tl.constexpr,
+) -> None:
+    """Write what `combine_kernel` adds up, or, if it is all, what comes of it.
+
+    A part without tokens has a weight of nothing.
+    """
+    if SPLITS == 1:
+        tl.store(out + at, (sums / total[:, None]).to(out.dtype.element_ty), mask=v_out)
+    else:
+        tl.store(highest + part, top, mask=heads_in)
+        tl.store(weight + part, total, mask=heads_in)
+        tl.store(parts + at, sums, mask=v_out)
+
+
+_bounds: Any = triton.jit(_bounds_of)
+_leave: Any = triton.jit(_leave_part)
+
+
 def attend_kernel(
     q: "Any",  # [num_rows, kv_heads * group, dim], contiguous
     keys: "Any",  # [num_cells, kv_heads, dim], contiguous
@@ -57,14 +111,15 @@ def attend_kernel(
     highest: "Any",  # [num_rows * heads, SPLITS], float32: the largest score of a part
     weight: "Any",  # the same shape: the sum of e^(score - highest)
     parts: "Any",  # [num_rows * heads, SPLITS, value_dim], float32: values by these weights
+    out: "Any",  # [num_rows * heads, value_dim], contiguous: written if there is one part
     scaling: "Any",
     window: "Any",  # tokens that a row sees at most
     pages_stride: "Any",
     group: "Any",  # query heads of a KV head
     dim: "Any",
     value_dim: "Any",
-    page_size: "Any",
     SPLITS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -73,11 +128,7 @@ def attend_kernel(
 ) -> None:
     """Program (r, h, s): row r, KV head h, part s of the row's tokens."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    stop = tl.load(used + row)
-    first = tl.maximum(stop - window, 0)
-    share = (stop - first + SPLITS * TOKENS - 1) // (SPLITS * TOKENS) * TOKENS
-    begin = first + split * share
-    end = tl.minimum(begin + share, stop)
+    first, begin, end = _bounds(tl.load(used + row), window, split, SPLITS, TOKENS)
     member, column, place = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, VALUE_DIM)
     heads_in, columns_in, places_in = member < group, column < dim, place < value_dim
     head = (row * tl.num_programs(1) + kv_head) * group + member
@@ -86,14 +137,16 @@ def attend_kernel(
     query = query.to(tl.float32) if UPCAST else query
     top, total = tl.full((GROUP,), float("-inf"), tl.float32), tl.full((GROUP,), 0.0, tl.float32)
     sums = tl.full((GROUP, VALUE_DIM), 0.0, tl.float32)
+    token = tl.arange(0, TOKENS)
+    k_from = token[None, :] * (tl.num_programs(1) * dim) + column[:, None]
+    v_from = token[:, None] * (tl.num_programs(1) * value_dim) + place[None, :]
     for start in range(begin, end, TOKENS):
-        position = start + tl.arange(0, TOKENS)
-        inside = position < end
-        page = tl.load(pages + row * pages_stride + position // page_size, mask=inside, other=0)
-        at = (page.to(tl.int64) * page_size + position % page_size) * tl.num_programs(1) + kv_head
+        inside = (start + token >= first) & (start + token < end)
+        page = tl.load(pages + row * pages_stride + start // PAGE_SIZE).to(tl.int64)
+        at = (page * PAGE_SIZE + start % PAGE_SIZE) * tl.num_programs(1) + kv_head
         k_in, v_in = columns_in[:, None] & inside[None, :], inside[:, None] & places_in[None, :]
-        key = tl.load(keys + at[None, :] * dim + column[:, None], mask=k_in, other=0.0)
-        value = tl.load(values + at[:, None] * value_dim + place[None, :], mask=v_in, other=0.0)
+        key = tl.load(keys + at * dim + k_from, mask=k_in, other=0.0)
+        value = tl.load(values + at * value_dim + v_from, mask=v_in, other=0.0)
         if UPCAST:
             key, value = key.to(tl.float32), value.to(tl.float32)
         scores = tl.dot(query, key, input_precision="ieee") * scaling
@@ -103,11 +156,10 @@ def attend_kernel(
         total, top = total * fade + tl.reduce(weights, 1, _sum), higher
         sums *= fade[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
-    out = head * SPLITS + split
-    tl.store(highest + out, top, mask=heads_in)
-    tl.store(weight + out, total, mask=heads_in)
+    part = head * SPLITS + split
+    at = part[:, None] * value_dim + place[None, :]
     v_out = heads_in[:, None] & places_in[None, :]
-    tl.store(parts + out[:, None] * value_dim + place[None, :], sums, mask=v_out)
+    _leave(highest, weight, parts, out, part, at, top, total, sums, heads_in, v_out, SPLITS)
 
 
 def combine_kernel(
@@ -159,26 +211,32 @@ class TritonPages:
         num_rows, heads, dim = q.shape
         kv_heads, value_dim = values.shape[1:]
         wide, value_wide = (max(_LEAST, triton.next_power_of_2(w)) for w in (dim, value_dim))
-        highest = q.new_empty(num_rows, heads, _SPLITS, dtype=torch.float32)
+        tokens = tokens_at_once(wide, value_wide, keys.element_size())
+        assert tables.page_size % tokens == 0, "what is taken at a time lies in one page"
+        splits = splits_of(num_rows, kv_heads)
+        shared = splits if splits > 1 else 0  # nothing is kept apart of one part
+        highest = q.new_empty(num_rows, heads, shared, dtype=torch.float32)
         weight = torch.empty_like(highest)
-        parts = q.new_empty(num_rows, heads, _SPLITS, value_dim, dtype=torch.float32)
+        parts = q.new_empty(num_rows, heads, shared, value_dim, dtype=torch.float32)
         out = q.new_empty(num_rows, heads, value_dim)
-        _attend[num_rows, kv_heads, _SPLITS](
+        _attend[num_rows, kv_heads, splits](
             q.contiguous(), keys, values, tables.block_table, tables.used,
-            highest, weight, parts,
+            highest, weight, parts, out,
             scaling, tables.max_total if window is None else window,
-            tables.block_table.stride(0), heads // kv_heads, dim, value_dim, tables.page_size,
-            SPLITS=_SPLITS,
+            tables.block_table.stride(0), heads // kv_heads, dim, value_dim,
+            SPLITS=splits,
+            PAGE_SIZE=tables.page_size,
             GROUP=max(_LEAST, triton.next_power_of_2(heads // kv_heads)),
             DIM=wide,
             VALUE_DIM=value_wide,
-            TOKENS=tokens_at_once(wide, value_wide, keys.element_size()),
+            TOKENS=tokens,
             UPCAST=_INTERPRETED,
             num_stages=_STAGES,
         )  # fmt: skip
-        _combine[num_rows * heads,](
-            highest, weight, parts, out, value_dim,
-            SPLITS=_SPLITS,
-            VALUE_DIM=value_wide,
-        )  # fmt: skip
+        if splits > 1:
+            _combine[num_rows * heads,](
+                highest, weight, parts, out, value_dim,
+                SPLITS=splits,
+                VALUE_DIM=value_wide,
+            )  # fmt: skip
         return out

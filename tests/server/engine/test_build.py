@@ -1,20 +1,30 @@
 """Options of an engine that the model decides about."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dynamic_lora_adapters.costs import KernelCosts
+from dynamic_lora_adapters.kernels import KERNELS
 from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_adapters.products import ProductKind
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine import build as building
+from dynamic_lora_server.engine import startup_costs
 from dynamic_lora_server.engine.build import EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
+from dynamic_lora_server.engine.mode_costs import settled_mode
 from dynamic_lora_server.engine.native_decoder import adopt_native_layers
+from dynamic_lora_server.engine.startup_costs import StartupCosts
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
+from dynamic_lora_server.modes import Mode, StepCosts
 from tests.support.engines import make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import tiny_llama
+
+CUDA = torch.device("cuda")
+NO_STEPS = StepCosts.never_merging()
 
 
 def build(said: list[str], **options: Any) -> None:
@@ -86,6 +96,42 @@ def test_without_native_code_nothing_of_it_is_used() -> None:
     assert not runner.decoder.num_layers
     layer: Any = runner.model.get_submodule("model.layers.0.mlp.up_proj")
     assert not isinstance(layer._projection.base, NativeProduct)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_adapters_are_merged_only_if_that_is_asked_for(device: str) -> None:
+    settled = {mode: settled_mode(mode, torch.device(device)) for mode in Mode}
+    auto = Mode.BYPASS if device == "cuda" else Mode.AUTO
+    assert settled == {Mode.AUTO: auto, Mode.BYPASS: Mode.BYPASS, Mode.MERGED: Mode.MERGED}
+
+
+def test_the_mode_that_is_settled_for_the_device_is_the_engine_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(building, "settled_mode", lambda mode, _: settled_mode(mode, CUDA))
+    said: list[str] = []
+    build(said, mode=Mode.AUTO)
+    assert "Measuring the delta kernels" in said
+    assert "Measuring steps and switches" not in said
+    assert make_engine(tiny_llama(), mode=Mode.AUTO).modes.stats().mode is Mode.BYPASS
+
+
+def test_kernels_are_compiled_at_starts_that_measure_nothing_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[list[tuple[int, int]]] = []
+    monkeypatch.setattr(
+        startup_costs, "compile_ahead", lambda _, shapes, *__: compiled.append(list(shapes))
+    )
+    file = tmp_path / "costs.json"
+    file.with_stem("costs-plain").write_text(
+        StartupCosts(KernelCosts(dict.fromkeys(KERNELS, {(1, 1): 1.0})), NO_STEPS).to_json()
+    )
+    said: list[str] = []
+    build(said, mode=Mode.BYPASS, native=False, costs_file=file, base_product=ProductKind.PLAIN)
+    assert "Measuring the delta kernels" not in said
+    ((first, *_),) = compiled
+    assert first[0] == 64
 
 
 def test_a_quantised_base_is_refused_by_name() -> None:

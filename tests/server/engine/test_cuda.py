@@ -44,6 +44,7 @@ def decode_logits(
     built = make_engine(
         model,
         kv_memory=2**26,
+        prefill_chunk=64,  # all prompts in one step
         decode_graphs=graphs,
         compile_layers=compiled,
         overlap=False,

@@ -164,20 +164,26 @@ class FakeCuda:
         self.current = SimpleNamespace(wait_stream=lambda _: None)
         self.mode: int | str = 0
         self.capture_fails = False
+        self.streams: list[SimpleNamespace] = []
+        self.captured_on: list[SimpleNamespace] = []
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(FakeGraph, "made", [], raising=False)
         for name, value in {
-            "Stream": lambda _: SimpleNamespace(wait_stream=lambda _: None),
+            "Stream": lambda _: self.new_stream(),
             "current_stream": lambda _: self.current,
             "set_stream": self.set_stream,
             "stream": lambda _: nullcontext(),
             "get_sync_debug_mode": lambda: self.mode,
             "set_sync_debug_mode": self.set_mode,
             "CUDAGraph": FakeGraph,
-            "graph": lambda _, pool: self.graph(pool),
+            "graph": lambda _, pool, stream: self.graph(pool, stream),
             "graph_pool_handle": lambda: "pool",
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+
+    def new_stream(self) -> SimpleNamespace:
+        self.streams.append(SimpleNamespace(wait_stream=lambda _: None))
+        return self.streams[-1]
 
     def set_stream(self, stream: SimpleNamespace) -> None:
         self.current = stream
@@ -187,8 +193,10 @@ class FakeCuda:
         self.mode = mode
 
     @contextmanager
-    def graph(self, pool: str) -> Iterator[None]:
-        before, self.current = self.current, SimpleNamespace(pool=pool)
+    def graph(self, pool: str, stream: SimpleNamespace) -> Iterator[None]:
+        assert pool == "pool"
+        self.captured_on.append(stream)
+        before, self.current = self.current, stream
         yield
         if self.capture_fails:
             raise RuntimeError("the capture is broken")
@@ -209,6 +217,8 @@ def test_every_size_is_captured_and_then_replayed(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.mode == 0
     run_all(built, base_rows(3, 4, 5))
     assert [graph.num_replays for graph in FakeGraph.made] == [9, 0, 0]
+    (side,) = fake_cuda.streams
+    assert fake_cuda.captured_on == [side] * 3
 
 
 def test_a_step_that_waits_for_the_device_is_not_captured(

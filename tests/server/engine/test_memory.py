@@ -68,3 +68,12 @@ def test_a_limit_that_is_used_up_leaves_nothing(root: Path) -> None:
     files = version_2(str(100 * MIB), used=400, cache=0)
     write_files(root, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     assert memory.free_memory(CPU) == 0
+
+
+def test_what_torch_keeps_on_a_gpu_for_later_counts_as_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = [300 * MIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000 * MIB - sum(kept), 2000 * MIB))
+    assert memory.free_memory(torch.device("cuda")) == 1000 * MIB

@@ -143,13 +143,13 @@ def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
     assert [fine.output_ids] == expected
 
 
-def breaking(at: int) -> Callable[..., Any]:
+def breaking(at: int, error: Exception | None = None) -> Callable[..., Any]:
     """`ModelRunner.run`, but that the call of this number raises."""
     run, calls = ModelRunner.run, iter(range(1000))
 
     def replaced(self: ModelRunner, *args: Any, **options: Any) -> Any:
         if next(calls) == at:
-            raise MemoryError("no room for the step")
+            raise error or MemoryError("no room for the step")
         return run(self, *args, **options)
 
     return replaced
@@ -176,6 +176,42 @@ def test_a_step_that_cannot_be_started_ends_its_own_after_what_came_before(
     assert (short.output_ids, len(long.output_ids)) == (expected, 3)
     assert not built.engine.has_work
     assert len(run_all(built, [make_sequence([1, 2, 3])])[0]) == 10
+
+
+LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_device_that_is_lost_stops_the_engine(
+    monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    engine = make_engine(tiny_llama(), overlap=overlap).engine
+    events: list[EngineEvent] = []
+    monkeypatch.setattr(ModelRunner, "run", breaking(1, LOST))
+    worker = Worker(engine, events.extend)
+    sequence = make_sequence(random_prompt(5, seed=0))
+    worker.send(Submit(sequence))
+    worker.start()
+    while worker.alive:
+        pass
+    worker.stop()
+    why = f"the engine has stopped: AcceleratorError: {LOST}"
+    assert worker.failure == why
+    assert events[-1] == FailedEvent(sequence.id, why)
+
+
+def test_a_device_that_is_lost_on_the_way_stops_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost() -> None:
+        raise LOST
+
+    monkeypatch.setattr("dynamic_lora_server.engine.engine.milestone", lambda _: lost)
+    engine = make_engine(tiny_llama(), overlap=True).engine
+    engine.add(make_sequence(random_prompt(5, seed=0)))
+    assert engine.step() == []
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        engine.step()
 
 
 def test_what_is_on_its_way_at_the_stop_is_delivered() -> None:

@@ -19,12 +19,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture
-def kernel() -> Iterator[type["TritonPages"]]:
-    """The kernel, interpreted."""
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[type["TritonPages"]]:
+    """The kernel, interpreted, in few programs: each takes its time."""
     with interpreted():
-        from dynamic_lora_server.engine.triton_attention import TritonPages
+        from dynamic_lora_server.engine import triton_attention
 
-        yield TritonPages
+        monkeypatch.setattr(triton_attention, "_MAX_SPLITS", 4)
+        yield triton_attention.TritonPages
 
 
 def tables_for(used: list[int], num_pages: int) -> PagedTables:
@@ -85,6 +86,42 @@ def test_it_equals_gathered_pages(
     torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("window", [1, 65, 257, 599])
+def test_a_window_may_begin_anywhere_in_a_page(kernel: type["TritonPages"], window: int) -> None:
+    tables = tables_for([600, 64, 257], 6)
+    q = torch.randn(3, 2, 16)
+    keys, values = torch.randn(6 * PAGE, 1, 16), torch.randn(6 * PAGE, 1, 16)
+    expected = GatheredPages(tables)(q, keys, values, 0.2, window)
+    actual = kernel(tables)(q, keys, values, 0.2, window)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("most", [1, 2, 32])
+def test_parts_of_any_number_are_added_up(
+    kernel: type["TritonPages"], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A short row has parts without a token; of one part nothing is added up."""
+    from dynamic_lora_server.engine import triton_attention
+
+    monkeypatch.setattr(triton_attention, "_MAX_SPLITS", most)
+    assert triton_attention.splits_of(2, 2) == most
+    tables = tables_for([1, 600], 4)
+    q = torch.randn(2, 6, 32)
+    keys, values = torch.randn(4 * PAGE, 2, 32), torch.randn(4 * PAGE, 2, 32)
+    for window in (None, 70):
+        expected = GatheredPages(tables)(q, keys, values, 0.2, window)
+        actual = kernel(tables)(q, keys, values, 0.2, window)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_few_rows_are_shared_between_more_programs() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dynamic_lora_server.engine.triton_attention import splits_of
+
+    assert [splits_of(rows, 8) for rows in (1, 2, 8, 33, 64, 256)] == [32, 32, 8, 2, 1, 1]
+    assert splits_of(7, 1) == 32
+
+
 def test_rows_need_not_lie_side_by_side(kernel: type["TritonPages"]) -> None:
     tables = tables_for([30, 70], 2)
     q = torch.randn(4, 2, 64).transpose(0, 1)
@@ -93,10 +130,16 @@ def test_rows_need_not_lie_side_by_side(kernel: type["TritonPages"]) -> None:
     torch.testing.assert_close(kernel(tables)(q, keys, values, 0.125, None), expected)
 
 
+@pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
 def test_kernels_compile_for_a_gpu(
-    dtype: str, num_bytes: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str,
+    num_bytes: int,
+    width: int,
+    splits: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from dynamic_lora_server.engine import triton_attention
@@ -106,7 +149,14 @@ def test_kernels_compile_for_a_gpu(
     pointers |= dict.fromkeys(("highest", "weight", "parts"), "fp32")
     pointers |= dict.fromkeys(("pages", "used"), "i32")
     tokens = triton_attention.tokens_at_once(width, width, num_bytes)
-    shapes = {"SPLITS": 8, "GROUP": 16, "DIM": width, "VALUE_DIM": width, "TOKENS": tokens}
+    shapes = {
+        "SPLITS": splits,
+        "PAGE_SIZE": PAGE,
+        "GROUP": 16,
+        "DIM": width,
+        "VALUE_DIM": width,
+        "TOKENS": tokens,
+    }
     assert compile_for_a_gpu(triton_attention.attend_kernel, pointers, shapes | {"UPCAST": False})
     few = {name: shapes[name] for name in ("SPLITS", "VALUE_DIM")}
     assert compile_for_a_gpu(triton_attention.combine_kernel, pointers, few)
