@@ -27,7 +27,8 @@ class Continuation:
     def piece(self, event: TokenEvent) -> TokenPiece:
         """The next token as the client gets it."""
         sampled, view = event.sampled, self.view
-        ends = event.reason is FinishReason.EOS
+        # A grammar may end an answer with a token of its own, which is a part of the text.
+        ends = event.reason is FinishReason.EOS and sampled.token_id in self.sequence.stop_ids
         text = self.detokenizer.push(sampled.token_id, ends=ends)
         return TokenPiece(
             index=self.index,
