@@ -20,7 +20,7 @@ PROMPTS = ("the rain", "the king is in the town", "a", "the sea and the rain")
 
 
 def _as_on_a_gpu(model: PreTrainedModel, *, options: EngineOptions, **rest: Any) -> BuiltEngine:
-    wanted = replace(options, paged=True, decode_graphs=True, overlap=True)
+    wanted = replace(options, paged=True, decode_graphs=True, overlap=True, speculate=0)
     return build_engine(model, options=wanted, **rest)
 
 
