@@ -4,11 +4,15 @@ What controllers of clusters ask of a vLLM server that may load adapters while i
 `POST /adapters` with a source, and `DELETE /adapters/{name}`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_adapters.errors import AdapterError
+from dynamic_lora_server.errors import InvalidParameter, ServerError
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, openai_errors
 from dynamic_lora_server.routes.adapters import publish_source
 from dynamic_lora_server.schemas.adapters import (
@@ -17,6 +21,8 @@ from dynamic_lora_server.schemas.adapters import (
     UnloadLoraAdapter,
 )
 from dynamic_lora_server.sources import source_of
+
+_FIELDS = {"name": "lora_name", "source": "lora_path"}
 
 router = APIRouter(prefix="/v1", tags=["adapters"], route_class=StrictRoute)
 
@@ -37,7 +43,8 @@ async def load_lora_adapter(asked: LoadLoraAdapter, runtime: Ready) -> PlainText
             fix="Set load_inplace to true to give the name other content.",
         )
     source = source_of(asked.lora_path, runtime.config.adapter_roots)
-    await publish_source(runtime, AdapterSource(name=name, source=source))
+    with _own_fields():
+        await publish_source(runtime, AdapterSource(name=name, source=source))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -55,3 +62,13 @@ async def unload_lora_adapter(
     await run_in_threadpool(runtime.registry.delete, name)
     state.metrics.forget(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+@contextmanager
+def _own_fields() -> Iterator[None]:
+    """Have errors name the fields of these bodies, not those of `POST /adapters`."""
+    try:
+        yield
+    except (AdapterError, ServerError) as error:
+        error.field = _FIELDS.get(error.field or "", error.field)
+        raise

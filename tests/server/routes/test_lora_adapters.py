@@ -104,6 +104,13 @@ async def test_what_cannot_be_done_is_said(
         assert (await client.get("/health")).status_code == 200
 
 
+async def test_errors_name_the_fields_that_were_sent(folders: Path) -> None:
+    async with serving(folders) as client:
+        for name, path, param in (("tone", "/etc", "lora_path"), ("to ne", "one", "lora_name")):
+            answer = await client.post(LOAD, json={"lora_name": name, "lora_path": path})
+            assert answer.json()["error"]["param"] == param
+
+
 async def test_only_an_administrator_may(folders: Path) -> None:
     async with serving(folders) as client:
         for route in (LOAD, UNLOAD):
