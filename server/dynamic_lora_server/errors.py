@@ -8,6 +8,7 @@
     ├── QueueFull              too many requests wait; try again later
     ├── NotReady               the model is still loading
     ├── EngineFailed           the step loop broke on this request or stopped
+    ├── GrammarFailed          the request's grammar could be followed no further
     └── UnsupportedModel       the base model cannot be served exactly
 
 Adapter errors are in `dynamic_lora_adapters.errors`; HTTP statuses for both
@@ -59,6 +60,10 @@ class NotReady(ServerError):
 
 class EngineFailed(ServerError):
     """The engine could not finish the request; other requests are not affected."""
+
+
+class GrammarFailed(ServerError):
+    """A grammar that was accepted could be followed no further in an answer."""
 
 
 class UnsupportedModel(ServerError):

@@ -36,6 +36,7 @@ TABLE: Mapping[type[Exception], Kind] = {
     errors.Forbidden: Kind("forbidden", "Not with this key", 403),
     errors.NotReady: Kind("not-ready", "Not ready", 503),
     errors.EngineFailed: Kind("engine-failed", "The engine failed", 500),
+    errors.GrammarFailed: Kind("grammar-failed", "The grammar leads nowhere", 422),
     errors.UnsupportedModel: Kind("unsupported-model", "Unsupported base model", 500),
     errors.ServerError: Kind("server-error", "Server error", 500),
     SourceUnavailable: Kind("source-unavailable", "Adapter source unavailable", 502),

@@ -16,7 +16,14 @@ from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent
 from dynamic_lora_server.engine.grammars import Grammars, Guide
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
-from dynamic_lora_server.errors import EngineFailed, InvalidParameter, NotReady, QueueFull
+from dynamic_lora_server.errors import (
+    EngineFailed,
+    GrammarFailed,
+    InvalidParameter,
+    NotReady,
+    QueueFull,
+    ServerError,
+)
 from dynamic_lora_server.generation import (
     Finish,
     GenerationEvent,
@@ -241,7 +248,7 @@ class GenerationService:
                 continue  # tokens made between a stop string and its cancellation
             if isinstance(event, FailedEvent):
                 continuation.done = True
-                raise self._ending or EngineFailed(event.message)
+                raise self._ending or _failure(event)
             piece = continuation.piece(event)
             finish = continuation.finish(event)
             if finish is not None and event.reason is None:
@@ -288,6 +295,15 @@ class GenerationService:
             inbox = self._inboxes.get(event.sequence_id)
             if inbox is not None:
                 inbox.put_nowait(event)
+
+
+def _failure(event: FailedEvent) -> ServerError:
+    if event.by_grammar:
+        return GrammarFailed(
+            f"The grammar could be followed no further: {event.message}.",
+            fix="Simplify it, or allow shorter answers.",
+        )
+    return EngineFailed(event.message)
 
 
 def _started(held: Held | None, num_prompt_tokens: int) -> Started:

@@ -10,11 +10,13 @@ from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import TokenEvent
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from tests.support.engines import admit, make_sequence, random_prompt
+from tests.support.grammars import guide, regex
 from tests.support.models import VOCAB_SIZE
 
 TASKS = [None, "all", "attention"]
 # One in five, so that some sequences end early.
 STOPS = tuple(range(VOCAB_SIZE))[::5]
+GRAMMARS = ["(a|b|the)*", '[{]"the king": "[a-z]*"}']
 
 
 @st.composite
@@ -33,7 +35,9 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
         }
     if draw(st.sampled_from([False, False, True])):
         params |= {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    grammar = draw(st.sampled_from([None, None, *GRAMMARS]))
     return {
+        "grammar": grammar,
         "at": draw(st.integers(0, 6)),
         "task": draw(st.sampled_from(TASKS)),
         "shared": draw(st.booleans()),
@@ -52,7 +56,10 @@ def serve(
         seed = 0 if one["shared"] else number + 1
         adapter = None if one["task"] is None else admit(built, folders[one["task"]])
         prompt = random_prompt(70, seed=seed)[: one["length"]]
-        sequences.append(make_sequence(prompt, adapter=adapter, **one["params"]))
+        sequence = make_sequence(prompt, adapter=adapter, **one["params"])
+        if one["grammar"] is not None:
+            sequence.guide = guide(regex(one["grammar"]), stops=sequence.sampling.stop_token_ids)
+        sequences.append(sequence)
     found: dict[int, list[TokenEvent]] = {one.id: [] for one in sequences}
     step = 0
     while step <= 6 or built.engine.has_work:

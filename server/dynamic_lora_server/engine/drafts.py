@@ -3,7 +3,8 @@
 Speculative decoding (Leviathan et al. 2023) without a second model: a sequence's next tokens
 are guessed (`phrases.py`), run behind its last one in the same step, and kept as far as the
 model, whose choice after each of them is then known, chooses the same. What is generated is
-what would have been without. Imports no torch.
+what would have been without: penalties and grammars take the drafted tokens before a choice
+for said. Imports no torch.
 """
 
 import math
@@ -91,10 +92,12 @@ class Drafter:
 
     def _expected(self, sequence: Sequence) -> list[tuple[int, float]]:
         left = sequence.sampling.max_new_tokens - sequence.num_output - 1
-        # A penalty and a grammar depend on the tokens before, the drafted ones among them.
-        if left <= 0 or sequence.follows_output:
+        if left <= 0:
             return []
-        return self._text(sequence).expected(min(self._most, left), _LEAST_CHANCE)
+        path = None if sequence.guide is None else sequence.guide.path()
+        return self._text(sequence).expected(
+            min(self._most, left), _LEAST_CHANCE, sequence.end_ids, path
+        )
 
     def _text(self, sequence: Sequence) -> Text:
         """What there is of a sequence."""
@@ -108,11 +111,7 @@ class Drafter:
         """A sequence got these tokens, all but the last of them drafted, as were so many."""
         self._num_drafted += num_drafted
         self._num_accepted += len(token_ids) - 1
-        if sequence.follows_output:
-            return
-        text = self._text(sequence)
-        for token_id in token_ids:
-            text.hear(token_id)
+        self._text(sequence).hear(token_ids)
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """A step of nothing but decoding sequences, drafts included, took so long."""

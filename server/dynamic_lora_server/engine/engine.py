@@ -22,8 +22,6 @@ from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
-from dynamic_lora_server.engine.drafts import Draft
-from dynamic_lora_server.engine.grammars import GrammarFailed
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sampler import (
@@ -57,10 +55,11 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FailedEvent:
-    """A sequence ended because its step broke."""
+    """A sequence ended because its step broke, or its grammar can be followed no further."""
 
     sequence_id: int
     message: str
+    by_grammar: bool = False
 
 
 EngineEvent = TokenEvent | FailedEvent
@@ -97,28 +96,24 @@ class _Started:
         Of those that were chosen after a draft's tokens, the ones whose draft is right.
         """
         tokens = [] if self.choice is None else self.choice.read()
-        drafts = {piece.sequence.id: piece.draft for piece in self.pieces}
+        pieces = {piece.sequence.id: piece for piece in self.pieces}
         return {
-            sequence_id: _borne_out(tokens[place:], drafts[sequence_id])
+            sequence_id: _borne_out(tokens[place:], pieces[sequence_id])
             for sequence_id, place in self.places.items()
         }
 
 
-def _borne_out(tokens: Seq[Sampled | None], draft: Draft) -> list[Sampled | None]:
-    """The first of a sequence's tokens, and those behind it for as long as it was foreseen."""
-    for number, guess in enumerate(draft):
+def _borne_out(tokens: Seq[Sampled | None], piece: Piece) -> list[Sampled | None]:
+    """The first of a sequence's tokens, and those behind it for as long as it was foreseen.
+
+    Behind a token that ends the sequence nothing comes.
+    """
+    ends = piece.sequence.end_ids
+    for number, guess in enumerate(piece.draft):
         token = tokens[number]
-        if token is None or token.token_id != guess:
+        if token is None or token.token_id != guess or guess in ends:
             return list(tokens[: number + 1])
-    return list(tokens[: len(draft) + 1])
-
-
-def _flaw(sequence: Sequence) -> Exception:
-    """Why no token could be chosen for a sequence."""
-    failure = None if sequence.guide is None else sequence.guide.failure
-    if failure is not None:
-        return GrammarFailed(failure)
-    return ArithmeticError("its logits are no finite numbers")
+    return list(tokens[: len(piece.draft) + 1])
 
 
 class Engine:
@@ -226,7 +221,7 @@ class Engine:
         )
         sampled, scores = self.runner.run(pieces, unread, greedily=plain)
         rows = [
-            ScoredRow(piece.sequence, ahead)
+            ScoredRow(piece.sequence, piece.draft[:ahead])
             for piece in sampled
             for ahead in range(piece.num_sampled)
         ]
@@ -270,7 +265,7 @@ class Engine:
         chosen = tokens.get(sequence.id, ())
         sampled = [token for token in chosen if token is not None]
         if len(sampled) < len(chosen):
-            return self._fail([piece], _flaw(sequence))
+            return self._give_up(piece)
         num_run = sequence.num_run
         num_taken, reason = self.scheduler.settle(piece, [token.token_id for token in sampled])
         if merged is not None and sequence.adapter is merged:
@@ -279,6 +274,15 @@ class Engine:
         if reason is not None:
             events[-1] = replace(events[-1], reason=reason)
         return list(events)
+
+    def _give_up(self, piece: Piece) -> list[EngineEvent]:
+        """End a sequence for which no token could be chosen."""
+        guide = piece.sequence.guide
+        if guide is None or guide.failure is None:
+            return self._fail([piece], ArithmeticError("its logits are no finite numbers"))
+        # The step was sound, and what others find of it in the prefix cache is, too.
+        self.scheduler.end(piece.sequence)
+        return [FailedEvent(piece.sequence.id, guide.failure, by_grammar=True)]
 
     def _fail(self, pieces: Seq[Piece], error: Exception) -> list[EngineEvent]:
         # Here alone: clients, and those who log their requests, get the error's text and no more.

@@ -1,7 +1,7 @@
 """Grammars that answers keep to, and which tokens they leave (llguidance). Imports no torch."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from threading import stack_size
@@ -27,10 +27,6 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 _MAX_MESSAGE = 500  # characters of llguidance's that an error quotes
 
 
-class GrammarFailed(Exception):
-    """A grammar that was accepted cannot be followed any further."""
-
-
 class Guide:
     """Which tokens may come next in one answer. One thread at a time may use it.
 
@@ -46,26 +42,64 @@ class Guide:
         self._stops = tuple(stops)
         self.failure: str | None = None
 
-    def allowed(self, vocab: int) -> bytes:
-        """Whether each of `vocab` tokens may come next, eight a byte, the first one lowest."""
+    def allowed(self, vocab: int, draft: Sequence[int] = ()) -> list[bytes]:
+        """Whether each of `vocab` tokens may come next, eight a byte, the first one lowest.
+
+        Then the same behind the first token of the draft, which may come, behind the second,
+        and so on. There nothing is allowed if the grammar fails, of which the answer, that may
+        go another way, takes no harm.
+        """
+        mask, self.failure = self._read(self._matcher, vocab)
+        masks = [mask]
+        if draft:
+            ahead = self._matcher.deep_copy()
+            for token_id in draft:
+                ahead.consume_token(token_id)
+                mask, failure = self._read(ahead, vocab)
+                masks.append(mask)
+                self.failure = self.failure or failure
+        return masks
+
+    def _read(self, matcher: LLMatcher, vocab: int) -> tuple[bytes, str | None]:
+        """A mask, and why nothing is in it."""
         num_bytes = -(-vocab // 8)
-        mask = bytearray(self._matcher.compute_bitmask()[:num_bytes]).ljust(num_bytes, b"\0")
-        if self._matcher.is_error():
-            self.failure = _capped(self._matcher.get_error())
-            return bytes(num_bytes)
-        may_end = self._matcher.is_accepting()
+        mask = bytearray(matcher.compute_bitmask()[:num_bytes]).ljust(num_bytes, b"\0")
+        if matcher.is_error():
+            return bytes(num_bytes), _capped(matcher.get_error())
+        may_end = matcher.is_accepting()
         for token_id in self._ends:
             _put(mask, token_id, may_end)
         for token_id in self._stops if may_end else ():
             _put(mask, token_id, True)
-        if not any(mask):
-            self.failure = "no token can follow"
-        return bytes(mask)
+        return bytes(mask), None if any(mask) else "no token can follow"
 
     def take(self, token_id: int) -> bool:
         """Record the next token, which is no end; whether nothing may come after it."""
         self._matcher.consume_token(token_id)
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def path(self) -> "GuidePath":
+        """What may come from here on, to be looked ahead along."""
+        return GuidePath(self._matcher.deep_copy())
+
+
+class GuidePath:
+    """What a grammar lets come next, from token to token (`phrases.Path`)."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def permits(self, token_id: int) -> bool:
+        """Whether this token may come next; not if the grammar may end here and it is an end."""
+        return self._matcher.validate_tokens([token_id]) == 1
+
+    def forced(self) -> int | None:
+        """The token that comes next if the grammar leaves one text alone."""
+        return next(iter(self._matcher.compute_ff_tokens()), None)
+
+    def take(self, token_id: int) -> None:
+        """Go on by a token that may come."""
+        self._matcher.consume_token(token_id)
 
 
 def _put(mask: bytearray, token_id: int, bit: bool) -> None:
@@ -168,5 +202,7 @@ def _unusable(grammar: Grammar, reason: str) -> InvalidParameter:
 
 def _capped(message: str) -> str:
     """The beginning of what llguidance says, which may go on with all of a grammar."""
-    message = message.partition("\n<backtrace>")[0].strip().rstrip(".")
+    for rest in ("\n<backtrace>", "\n<non-verbose/>"):
+        message = message.partition(rest)[0]
+    message = message.strip().rstrip(".")
     return message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 3]}..."

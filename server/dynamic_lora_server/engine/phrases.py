@@ -7,8 +7,8 @@ next, so that what an adapter has said before tells more: the SuffixDecoding (Ol
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
 
 # Tokens of context by which the next one is looked up, the longest first.
 ORDERS = (4, 3, 2, 1)
@@ -20,8 +20,10 @@ MAX_CONTEXTS = 2**18
 _MAX_OF_ONE = MAX_CONTEXTS // 4
 # Each text looks over all of them as it begins, and each has more than its contexts.
 MAX_SPEAKERS = 256
-# Of a prompt only its end is read: beyond, indexing it would be felt in a step.
+# Of a prompt only its end is looked at.
 _MAX_PROMPT = 1024
+# Of the places where two tokens have been, the latest: frequent ones have no end of them.
+_MAX_LOOKED_AT = 16
 # Guesses of one kind after which half of their record is forgotten.
 _RECORD = 256
 
@@ -31,6 +33,19 @@ class Guess(NamedTuple):
 
     token_id: int
     kind: int
+
+
+class Path(Protocol):
+    """What a grammar lets come next, from token to token."""
+
+    def permits(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+
+    def forced(self) -> int | None:
+        """The token that comes next if the grammar leaves one text alone."""
+
+    def take(self, token_id: int) -> None:
+        """Go on by a token that may come."""
 
 
 class Phrases:
@@ -126,63 +141,127 @@ class Speakers:
 class Text:
     """One text as it grows: what may come next by itself and by its speaker.
 
-    Every next token is guessed and the guess scored, so that the record is kept up where
-    nothing is drafted.
+    What is expected is scored when the next tokens are heard, whether or not anybody acted on
+    it, so that the record is kept up where nothing is drafted.
     """
 
     def __init__(self, speaker: Speaker, prompt: Sequence[int]) -> None:
         self._speaker = speaker
-        self._own = Phrases(2 * len(ORDERS) * _MAX_PROMPT)
-        self._end: list[int] = []  # the last tokens
+        self._tokens = list(prompt[-_MAX_PROMPT:])
+        self._places: Places | None = None  # once they are asked for
+        self._guesses: list[Guess] = []  # of the next tokens, one behind the other
         self._was_right = False
-        self._guess: Guess | None = None
-        for token_id in prompt[-_MAX_PROMPT:]:
-            self._own.note(contexts_of(self._end), token_id)
+
+    def hear(self, token_ids: Sequence[int]) -> None:
+        """The text's next tokens."""
+        guesses = self._guesses
+        for number, token_id in enumerate(token_ids):
+            guess = guesses[number] if number < len(guesses) else None
+            self._was_right = guess is not None and guess.token_id == token_id
+            if guess is not None:
+                self._speaker.record.score(guess.kind, right=self._was_right)
+                if not self._was_right:  # the others were to come behind it
+                    guesses = []
+            self._speaker.phrases.note(contexts_of(self._tokens[-LONGEST:]), token_id)
             self._append(token_id)
-        self._guess = self._next(self._end, was_right=False)
+        self._guesses = []
 
-    def hear(self, token_id: int) -> None:
-        """The text's next token."""
-        guess = self._guess
-        self._was_right = guess is not None and guess.token_id == token_id
-        if guess is not None:
-            self._speaker.record.score(guess.kind, right=self._was_right)
-        contexts = contexts_of(self._end)
-        self._own.note(contexts, token_id)
-        self._speaker.phrases.note(contexts, token_id)
-        self._append(token_id)
-        self._guess = self._next(self._end, was_right=self._was_right)
-
-    def expected(self, most: int, least: float) -> list[tuple[int, float]]:
+    def expected(
+        self, most: int, least: float, ends: Collection[int] = (), path: Path | None = None
+    ) -> list[tuple[int, float]]:
         """At most so many tokens that may come next, each with the chance that all up to it do.
 
-        The list ends where that chance falls below `least`.
+        The list ends where that chance falls below `least`, and before a token of `ends`, with
+        which the text ends. With a `path` it keeps to a grammar.
         """
+        self._guesses = []
         found: list[tuple[int, float]] = []
-        guess, chance, end = self._guess, 1.0, self._end
-        while guess is not None and len(found) < most:
+        chance, end, was_right = 1.0, self._tokens[-LONGEST:], self._was_right
+        while len(found) < most:
+            guess = self._next(end, was_right=was_right)
+            if path is not None:
+                guess = _on_path(guess, path)
+            if guess is None:
+                break
+            self._guesses.append(guess)
             chance *= self._speaker.record.share(guess.kind)
-            if chance < least:
+            if chance < least or guess.token_id in ends:
                 break
             found.append((guess.token_id, chance))
-            end = [*end[-LONGEST + 1 :], guess.token_id]
-            guess = self._next(end, was_right=True)
+            if path is not None:
+                path.take(guess.token_id)
+            end, was_right = [*end[-LONGEST + 1 :], guess.token_id], True
         return found
 
     def _append(self, token_id: int) -> None:
-        self._end = [*self._end[-LONGEST + 1 :], token_id]
+        self._tokens.append(token_id)
+        if self._places is not None:
+            self._places.add(self._tokens, len(self._tokens) - 2)
 
     def _next(self, end: Sequence[int], *, was_right: bool) -> Guess | None:
         """What followed the longest context that is known, in this text or else elsewhere."""
+        own_length, own = self._own(end)
         for length, context in zip(ORDERS[LONGEST - len(end) :], contexts_of(end), strict=True):
-            for source, phrases in enumerate((self._own, self._speaker.phrases)):
-                token_id = phrases.after(context)
-                if token_id is not None:
-                    return Guess(token_id, _kind(length, source, was_right=was_right))
+            if own is not None and own_length == length:
+                return Guess(own, _kind(length, 0, was_right=was_right))
+            token_id = self._speaker.phrases.after(context)
+            if token_id is not None:
+                return Guess(token_id, _kind(length, 1, was_right=was_right))
         return None
 
+    def _own(self, end: Sequence[int]) -> tuple[int, int | None]:
+        """What followed the longest end of `end` that this text has had before, and its length."""
+        if self._places is None:
+            self._places = Places()
+            for place in range(len(self._tokens) - 1):
+                self._places.add(self._tokens, place)
+        length, place = self._places.latest(self._tokens, end)
+        return length, None if place is None else self._tokens[place + 1]
 
-_NUM_KINDS = len(ORDERS) * 4
+
+class Places:
+    """Where in a text its tokens are, alone and in pairs, but for the last one."""
+
+    def __init__(self) -> None:
+        self._latest: dict[int, int] = {}
+        self._pairs: dict[tuple[int, int], list[int]] = {}
+
+    def add(self, tokens: Sequence[int], place: int) -> None:
+        """Take note of a place, behind which there is another token by now."""
+        if place < 0:
+            return
+        self._latest[tokens[place]] = place
+        if place:
+            self._pairs.setdefault((tokens[place - 1], tokens[place]), []).append(place)
+
+    def latest(self, tokens: Sequence[int], end: Sequence[int]) -> tuple[int, int | None]:
+        """How long an end of `end` there is in the text, and the last place where it is."""
+        pairs = self._pairs.get((end[-2], end[-1]), ()) if len(end) > 1 else ()
+        best, found = 0, None
+        for place in reversed(pairs[-_MAX_LOOKED_AT:]):
+            length, most = 2, min(len(end), place + 1)
+            while length < most and tokens[place - length] == end[-1 - length]:
+                length += 1
+            if length > best:
+                best, found = length, place
+            if length == len(end):
+                break
+        if found is None and end and end[-1] in self._latest:
+            return 1, self._latest[end[-1]]
+        return best, found
+
+
+def _on_path(guess: Guess | None, path: Path) -> Guess | None:
+    """The guess if the grammar has it, or else what must come."""
+    if guess is not None and path.permits(guess.token_id):
+        return guess
+    forced = path.forced()
+    return None if forced is None else Guess(forced, _FORCED)
+
+
+# What a grammar forces is a kind of its own: the text is certain, by which tokens is not.
+_FORCED = len(ORDERS) * 4
+_NUM_KINDS = _FORCED + 1
 
 
 def _kind(length: int, source: int, *, was_right: bool) -> int:

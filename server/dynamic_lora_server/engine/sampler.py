@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -78,10 +79,13 @@ class Choice:
 
 
 class ScoredRow(NamedTuple):
-    """Whose next token a row of logits tells, and how many drafted tokens it takes to have come."""
+    """Whose next token a row of logits tells, and the drafted tokens that it takes to have come.
+
+    A sequence's rows are neighbours, each with one token more.
+    """
 
     sequence: Sequence
-    ahead: int = 0
+    ahead: tuple[int, ...] = ()
 
 
 def takes_highest(sequence: Sequence) -> bool:
@@ -105,7 +109,8 @@ def choose(
     """Choose the next token from each row of logits [num_rows, vocab], float32.
 
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
-    else in the batch. Of a sequence with a guide, a token that it allows is chosen.
+    else in the batch. Of a sequence with a guide, a token that it allows is chosen;
+    where it allows none behind a draft, the choice is not sound.
     Log-probabilities are those of the untouched logits. `native` is used where it can be;
     `unread` has the tokens of sequences whose last one is not read yet. Nothing here waits
     for a GPU.
@@ -134,23 +139,22 @@ def choose(
 def _penalise(
     logits: torch.Tensor, owners: Seq[ScoredRow], unread: UnreadTokens | None
 ) -> torch.Tensor:
-    rows = [(row, s) for row, (s, _) in enumerate(owners) if s.sampling.penalised]
+    rows = [row for row, (s, _) in enumerate(owners) if s.sampling.penalised]
     if not rows:
         return logits
     scores = logits.clone()
-    assert not any(owners[row].ahead for row, _ in rows), "a penalty on what is not known yet"
-    for row, sequence in rows:
-        _penalise_row(scores[row], sequence, unread)
+    for row in rows:
+        _penalise_row(scores[row], owners[row], unread)
     return scores
 
 
-def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens | None) -> None:
+def _penalise_row(scores: torch.Tensor, owner: ScoredRow, unread: UnreadTokens | None) -> None:
     """Repetition penalty as in CTRL (Keskar et al. 2019), the other two as in OpenAI's API.
 
     A token that was seen twice is written twice, with the same value.
     """
-    sampling = sequence.sampling
-    seen = _seen(sequence, unread, scores.device)
+    sequence, sampling = owner.sequence, owner.sequence.sampling
+    seen = _seen(owner, unread, scores.device)
     if sampling.repetition_penalty != 1:
         values = scores[seen]
         penalty = sampling.repetition_penalty
@@ -162,17 +166,18 @@ def _penalise_row(scores: torch.Tensor, sequence: Sequence, unread: UnreadTokens
         scores[output] = scores[output] - less
 
 
-def _seen(sequence: Sequence, unread: UnreadTokens | None, device: torch.device) -> torch.Tensor:
+def _seen(owner: ScoredRow, unread: UnreadTokens | None, device: torch.device) -> torch.Tensor:
     """The ids of prompt and output, [num_tokens], int64, without virtual tokens: nobody wrote them.
 
     Those of the prompt are brought to the device once.
     """
+    sequence = owner.sequence
     if sequence.prompt_tensor is None:
         prompt = sequence.prompt_ids[sequence.num_virtual :]
         sequence.prompt_tensor = to_device(prompt, device, torch.long)
     parts = [sequence.prompt_tensor]
-    if sequence.output_ids:
-        parts.append(to_device(sequence.output_ids, device, torch.long))
+    if output := (*sequence.output_ids, *owner.ahead):
+        parts.append(to_device(output, device, torch.long))
     if sequence.num_unread:
         assert unread is not None, "a token that nobody has"
         parts.append(unread.of(sequence.id))
@@ -184,17 +189,26 @@ def _guide(scores: torch.Tensor, owners: Seq[ScoredRow]) -> torch.Tensor:
 
     They are added, so that a row which is no finite numbers remains one.
     """
-    guides = [(row, s.guide) for row, (s, _) in enumerate(owners) if s.guide is not None]
-    if not guides:
+    rows = [row for row, (s, _) in enumerate(owners) if s.guide is not None]
+    if not rows:
         return scores
-    known = not any(owners[row].ahead or owners[row].sequence.num_unread for row, _ in guides)
-    assert known, "a grammar on what is not known yet"
+    assert not any(owners[row].sequence.num_unread for row in rows), "a grammar on what is unknown"
     device, vocab = scores.device, scores.shape[-1]
-    masks = bytearray().join(guide.allowed(vocab) for _, guide in guides)
-    packed = to_device(torch.frombuffer(masks, dtype=torch.uint8).int(), device)
-    added = to_device(_ADDED, device).index_select(0, packed).view(len(guides), -1)
-    rows = to_device([row for row, _ in guides], device, torch.long)
-    return scores.index_add(0, rows, added[:, :vocab])
+    packed = torch.frombuffer(_masks([owners[row] for row in rows], vocab), dtype=torch.uint8)
+    places = to_device(packed.int(), device)
+    added = to_device(_ADDED, device).index_select(0, places).view(len(rows), -1)
+    return scores.index_add(0, to_device(rows, device, torch.long), added[:, :vocab])
+
+
+def _masks(owners: Seq[ScoredRow], vocab: int) -> bytearray:
+    """What guides allow in these rows, which all have one, one mask after the other."""
+    masks = bytearray()
+    for _, rows in groupby(owners, key=lambda owner: owner.sequence.id):
+        *_, last = rows
+        assert last.sequence.guide is not None
+        for mask in last.sequence.guide.allowed(vocab, last.ahead):
+            masks += mask
+    return masks
 
 
 def _draw_of(row: int, owner: ScoredRow) -> Draw:
@@ -202,7 +216,7 @@ def _draw_of(row: int, owner: ScoredRow) -> Draw:
     sampling = sequence.sampling
     return Draw(
         row=row,
-        key=draw_key(sequence.seed, sequence.num_output + ahead),
+        key=draw_key(sequence.seed, sequence.num_output + len(ahead)),
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,

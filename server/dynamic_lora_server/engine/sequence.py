@@ -136,6 +136,12 @@ class Sequence:
         return [*head, *tail]
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens with which the sequence ends."""
+        ends = frozenset(self.sampling.stop_token_ids)
+        return ends if self.sampling.ignore_eos else ends | self.stop_ids
+
+    @property
     def follows_output(self) -> bool:
         """Whether which token comes next depends on the output other than by the logits."""
         return self.sampling.penalised or self.guide is not None

@@ -1,6 +1,7 @@
 """Drafted tokens make steps fewer and change nothing else."""
 
 import random
+import re
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.support.engines import (
     random_prompt,
     run_all,
 )
+from tests.support.grammars import VIEW, guide, guided, regex
 from tests.support.models import VOCAB_SIZE, tiny_llama
 from tests.support.traffic import assert_same, requests, serve
 
@@ -52,10 +54,9 @@ class Guesser(Drafter):
         for sequence in decoding:
             known = super().draft([sequence], room).get(sequence.id, ())
             left = sequence.sampling.max_new_tokens - sequence.num_output - 1
-            if not sequence.sampling.penalised:
-                tokens = [*known, *rng.choices(range(3, VOCAB_SIZE), k=MAX_DRAFT)]
-                drafts[sequence.id] = tuple(tokens[: min(left, MAX_DRAFT, room)])
-                room -= len(drafts[sequence.id])
+            tokens = [*known, *rng.choices(range(3, VOCAB_SIZE), k=MAX_DRAFT)]
+            drafts[sequence.id] = tuple(tokens[: min(left, MAX_DRAFT, room)])
+            room -= len(drafts[sequence.id])
         return drafts
 
 
@@ -132,8 +133,40 @@ def test_what_was_said_before_takes_fewer_steps(folders: dict[str, Path]) -> Non
     assert steps_of(built, again(max_new_tokens=33)) < 8
     assert steps_of(built, again(max_new_tokens=33, temperature=1e-4, seed=1)) < 8
     assert steps_of(built, again(max_new_tokens=33, top_logprobs=2)) < 8
-    # A penalty looks at tokens that are not known yet.
-    assert steps_of(built, again(max_new_tokens=33, presence_penalty=0.01)) == 33
+    assert steps_of(built, again(max_new_tokens=33, presence_penalty=1e-4)) < 8
+
+
+def test_what_a_grammar_forces_takes_fewer_steps() -> None:
+    built = drafting()
+    text = regex('[{]"the king of the hill": "(on|a)"}')
+    first, again = (guided(random_prompt(20, seed=seed), text) for seed in (3, 4))
+    plain = guided(random_prompt(20, seed=4), text)
+    run_all(make_engine(tiny_llama()), [plain])
+    steps_of(built, first)
+    # Nothing that was said before tells the next token of an answer that has just begun.
+    assert steps_of(built, again) < len(plain.output_ids) / 3
+    assert again.output_ids == plain.output_ids
+
+
+def test_no_draft_leaves_the_grammar() -> None:
+    drafter = Drafter(FREE, MAX_DRAFT)
+    heard(drafter)
+    free = decoding(drafter)
+    assert drafter.draft([free], 100) == {free.id: (12, 13, 14, 15, 16, 17, 18)}
+    (ten, eleven, twelve) = (re.escape(VIEW.bytes_of(one).decode()) for one in (10, 11, 12))
+    held = make_sequence([5], max_new_tokens=30)
+    held.guide = guide(regex(f"{ten}{eleven}{twelve}(xyz)?"))
+    for token_id in (10, 11):
+        held.take(token_id)
+    drafter.hear(held, [10, 11], 0)
+    assert drafter.draft([held], 100) == {held.id: (12,)}
+
+
+def test_a_token_that_ends_the_answer_is_not_drafted() -> None:
+    drafter = Drafter(FREE, MAX_DRAFT)
+    heard(drafter)
+    ended = decoding(drafter, stop_token_ids=(14,))
+    assert drafter.draft([ended], 100) == {ended.id: (12, 13)}
 
 
 def test_another_adapter_knows_nothing_of_it(folders: dict[str, Path]) -> None:

@@ -12,7 +12,8 @@ TOKENS = st.lists(st.integers(0, 5), max_size=40)
 def said(speaker: Speaker, prompt: list[int], *tokens: int) -> Text:
     text = Text(speaker, prompt)
     for token_id in tokens:
-        text.hear(token_id)
+        text.expected(1, 0.0)
+        text.hear([token_id])
     return text
 
 
@@ -64,6 +65,75 @@ def test_guesses_that_come_true_are_trusted_more() -> None:
         said(speaker, [1], 2, 3, 4)
     chances = [chance for _, chance in said(speaker, [1], 2).expected(2, 0.0)]
     assert min(chances) > 0.8
+
+
+@given(prompt=TOKENS, tokens=TOKENS)
+def test_the_end_is_looked_up_where_it_was_last(prompt: list[int], tokens: list[int]) -> None:
+    """The latest place of the longest end, as a slow search finds it."""
+    text = prompt + tokens
+    heard = Text(Speaker(), prompt)
+    heard.expected(1, 0.0)
+    for token_id in tokens:
+        heard.hear([token_id])
+    heard._speaker = Speaker()  # who has said nothing
+    found = [
+        text[place + 1]
+        for length in range(min(phrases.LONGEST, len(text)), 0, -1)
+        for place in range(len(text) - 2, length - 2, -1)
+        if text[place + 1 - length : place + 1] == text[len(text) - length :]
+    ]
+    assert guessed(heard, 1) == found[:1]
+
+
+def test_all_that_was_expected_is_scored_as_far_as_it_came() -> None:
+    speaker = Speaker()
+    said(speaker, [], 1, 2, 3, 4, 5)
+    scored: list[bool] = []
+    record = speaker.record.score
+    speaker.record.score = lambda kind, *, right: (scored.append(right), record(kind, right=right))  # type: ignore[method-assign]
+    text = Text(speaker, [1])
+    assert guessed(text) == [2, 3, 4, 5]
+    text.hear([2, 3, 9])
+    assert scored == [True, True, False]
+    text.hear([4])  # nobody had asked
+    assert scored == [True, True, False]
+
+
+class Letters:
+    """Allows one text."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.left = list(tokens)
+
+    def permits(self, token_id: int) -> bool:
+        return self.left[:1] == [token_id]
+
+    def forced(self) -> int | None:
+        return self.left[0] if self.left else None
+
+    def take(self, token_id: int) -> None:
+        assert self.left.pop(0) == token_id
+
+
+def test_what_a_grammar_forces_replaces_what_it_does_not_permit() -> None:
+    speaker = Speaker()
+    said(speaker, [], 1, 2, 3, 4, 5)
+    text = Text(speaker, [1])
+    expected = text.expected(7, 0.0, (), Letters(2, 7, 8, 3, 4))
+    assert [token_id for token_id, _ in expected] == [2, 7, 8, 3, 4]
+    before = expected[1][1] / expected[0][1]
+    for number in range(20):
+        text = Text(speaker, [1])
+        text.expected(7, 0.0, (), Letters(2, 50 + number))
+        text.hear([2, 50 + number])
+    expected = text.expected(7, 0.0, (), Letters(8))
+    assert expected[0][1] > max(before, 0.9)
+
+
+def test_nothing_is_expected_behind_an_end() -> None:
+    speaker = Speaker()
+    said(speaker, [], 1, 2, 3, 4, 5)
+    assert [token for token, _ in Text(speaker, [1]).expected(7, 0.0, {4})] == [2, 3]
 
 
 @given(prompt=TOKENS, tokens=TOKENS, most=st.integers(0, 7), least=st.floats(0, 1))
