@@ -187,6 +187,22 @@ def test_a_developer_speaks_as_the_system() -> None:
     assert spec.prompt == "[system] be brief\n[assistant]"
 
 
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_a_template_gets_names_and_thoughts(field: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.name or m.role }}: "
+        "{{ m.reasoning }}{{ m.reasoning_content }}{{ m.content }} {% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {"role": "assistant", "content": "ho", field: "(hm)", "name": None},
+    ]
+    body = ChatRequest.model_validate({"model": "m", "messages": messages})
+    spec = chat_spec(body, adapter=None, tokenizer=tokenizer)
+    assert spec.prompt == "ann: hi assistant: (hm)(hm)ho "
+
+
 @pytest.mark.parametrize(("asked", "top_k"), [(-1, 0), (0, 0), (5, 5), (None, 0)])
 def test_top_k_is_off_by_two_numbers(asked: int | None, top_k: int) -> None:
     assert chat(top_k=asked).sampling.top_k == top_k

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from openai.types.chat import ChatCompletionMessage
+from huggingface_hub import ChatCompletionOutputMessage
+from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import BaseModel, ValidationError
@@ -196,9 +197,20 @@ def test_a_message_is_text_or_text_parts() -> None:
     assert refused(Message, {"role": "tool", "content": "x"})[0] == "role"
 
 
-def test_an_answer_of_openais_client_is_a_turn_of_the_next_request() -> None:
-    answer = ChatCompletionMessage(role="assistant", content="hello")
-    assert Message.model_validate(answer.model_dump()).text == "hello"
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ChatCompletionMessage(role="assistant", content="hello").model_dump(),
+        ParsedChatCompletionMessage(
+            role="assistant", content="hello", parsed={"a": 1}
+        ).model_dump(),
+        dict(ChatCompletionOutputMessage(role="assistant", content="hello")),
+        {"role": "assistant", "content": "hello", "reasoning_content": None},
+        {"role": "assistant", "content": "hello", "reasoning_content": "Let me greet."},
+    ],
+)
+def test_an_answer_of_a_client_is_a_turn_of_the_next_request(answer: dict[str, Any]) -> None:
+    assert Message.model_validate(answer).text == "hello"
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,19 @@ class Message(Wire):
         description="`developer` is `system`."
     )
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-    name: Unset = None
+    name: Text | None = Field(default=None, description="Of who speaks, for the chat template.")
+    reasoning: Text | None = Field(
+        default=None,
+        description="What a model thought before this turn, for the chat template, as "
+        "`reasoning_content`. Most templates leave it out. Not in OpenAI's API.",
+    )
+    reasoning_content: Text | None = Field(default=None, description="As `reasoning`.")
+    parsed: Any = Field(
+        default=None,
+        description="What OpenAI's client read the content as; changes nothing.",
+    )
     refusal: Unset = None
+    tool_call_id: Unset = None
     annotations: UnsetOrEmptyList = None
     tool_calls: UnsetOrEmptyList = None
     function_call: Unset = None
