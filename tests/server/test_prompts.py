@@ -61,6 +61,12 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
     assert spec.sampling.top_k == 3
 
 
+def test_no_stop_string_is_none_that_is_given() -> None:
+    """TGI's and LoRAX's clients always send a list."""
+    assert generate({"stop": []}, card=CARD).stop == ("\n",)
+    assert generate({"stop": []}).stop == ()
+
+
 @pytest.mark.parametrize(
     ("parameters", "card_parameters", "temperature"),
     [
@@ -70,7 +76,9 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
         ({"temperature": 0.7, "do_sample": False}, {}, 0.7),
         ({}, {"do_sample": True}, 1.0),
         ({}, {"temperature": 0.3}, 0.3),
-        ({"do_sample": False}, {"temperature": 0.3}, 0.0),
+        ({"do_sample": False}, {"temperature": 0.3}, 0.3),
+        ({"do_sample": False}, {"do_sample": True}, 1.0),
+        ({"do_sample": False}, {}, 0.0),
         ({"do_sample": True}, {"temperature": 0.3}, 0.3),
         ({"do_sample": True}, {"temperature": 0.0}, 1.0),
         ({"temperature": 0.0}, {"do_sample": True}, 0.0),
@@ -81,10 +89,10 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
         ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {}, 0.0),
         ({"seed": 3}, {}, 0.0),
         ({"top_p": 0.9, "temperature": 0.0}, {}, 0.0),
-        ({"top_p": 0.9, "do_sample": False}, {}, 0.0),
+        ({"top_p": 0.9, "do_sample": False}, {}, 1.0),
         ({"top_p": 0.9}, {"temperature": 0.3}, 0.3),
         ({"top_p": 0.9}, {"temperature": 0.0}, 0.0),
-        ({"top_p": 0.9}, {"do_sample": False}, 0.0),
+        ({"top_p": 0.9}, {"do_sample": False}, 1.0),
         ({}, {"top_p": 0.9}, 0.0),
     ],
 )

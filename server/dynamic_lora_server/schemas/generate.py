@@ -44,7 +44,8 @@ class GenerateParameters(Wire):
         default=None, ge=1, description="Default 100, or what the context has left."
     )
     do_sample: bool | None = Field(
-        default=None, description="True: sample, at temperature 1 if none set."
+        default=None,
+        description="True: sample, at temperature 1 if none set. False is the same as left out.",
     )
     temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy.")
     top_k: int | None = Field(default=None, ge=0, description="0 is off.")
@@ -54,7 +55,9 @@ class GenerateParameters(Wire):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    stop: StopStrings | None = Field(default=None, description="Replaces the card's stop strings.")
+    stop: StopStrings | None = Field(
+        default=None, description="Replaces the card's stop strings, unless it is empty."
+    )
     stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = Field(
         default=None, description="Go on after the end-of-sequence token."
