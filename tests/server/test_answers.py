@@ -118,6 +118,32 @@ async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
     assert events[1]["details"]["finish_reason"] == "stop_sequence"
 
 
+async def test_tgi_stream_shows_text_that_a_special_token_lets_go() -> None:
+    events = await documents(
+        tgi().stream(
+            generation(
+                piece("", token="h"),
+                piece("h", token="<|x|>", special=True),
+                piece("", token="i"),
+                piece("", token="</s>", special=True, is_last=True),
+                finish(FinishReason.EOS, "hi", tail="i"),
+            )
+        )
+    )
+    shown = [event["token"]["text"] for event in events if not event["token"]["special"]]
+    assert "".join(shown) == "hi"
+    bare = await documents(
+        tgi().stream(
+            generation(
+                piece("hi"),
+                piece("", token="</s>", special=True, is_last=True),
+                finish(FinishReason.EOS, "hi"),
+            )
+        )
+    )
+    assert [event["token"]["special"] for event in bare] == [False, True]
+
+
 async def test_tgi_stream_says_what_broke_it() -> None:
     events = await documents(tgi().stream(generation(piece("h"), EngineFailed("it broke"))))
     assert events[-1] == {"error": "it broke", "error_type": "engine-failed"}

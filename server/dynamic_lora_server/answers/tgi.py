@@ -62,7 +62,7 @@ class TgiAnswer:
             seed=first.finish.seed,
             mode=first.finish.mode,
             prefill=[],
-            tokens=[_token(piece, piece.token_text) for piece in first.pieces],
+            tokens=_tokens(first.pieces),
             top_tokens=self._top_tokens(first.pieces),
             best_of_sequences=[self._sequence(other) for other in others] or None,
         )
@@ -75,7 +75,7 @@ class TgiAnswer:
             generated_tokens=finish.num_output_tokens,
             seed=finish.seed,
             prefill=[],
-            tokens=[_token(piece, piece.token_text) for piece in continuation.pieces],
+            tokens=_tokens(continuation.pieces),
             top_tokens=self._top_tokens(continuation.pieces),
         )
 
@@ -83,7 +83,8 @@ class TgiAnswer:
         text = piece.text if finish is None else piece.text + finish.tail
         return wire.StreamEvent(
             index=index,
-            token=_token(piece, text),
+            # TGI's clients drop the text of a special token, and this may be other tokens' text.
+            token=_token(piece, text, special=piece.special and not text),
             top_tokens=self._top(piece) if self._num_top else None,
             generated_text=None if finish is None else self._prefix + finish.text,
             details=None if finish is None else _stream_details(finish),
@@ -104,8 +105,12 @@ class TgiAnswer:
         ]
 
 
-def _token(piece: TokenPiece, text: str) -> wire.Token:
-    return wire.Token(id=piece.token_id, text=text, logprob=piece.logprob, special=piece.special)
+def _tokens(pieces: Sequence[TokenPiece]) -> list[wire.Token]:
+    return [_token(piece, piece.token_text, special=piece.special) for piece in pieces]
+
+
+def _token(piece: TokenPiece, text: str, *, special: bool) -> wire.Token:
+    return wire.Token(id=piece.token_id, text=text, logprob=piece.logprob, special=special)
 
 
 def _stream_details(finish: Finish) -> wire.StreamDetails:
