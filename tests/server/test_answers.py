@@ -146,7 +146,14 @@ async def test_tgi_stream_shows_text_that_a_special_token_lets_go() -> None:
 
 async def test_tgi_stream_says_what_broke_it() -> None:
     events = await documents(tgi().stream(generation(piece("h"), EngineFailed("it broke"))))
-    assert events[-1] == {"error": "it broke", "error_type": "engine-failed"}
+    assert events[-1] == {
+        "type": "/problems/engine-failed",
+        "title": "The engine failed",
+        "status": 500,
+        "detail": "it broke",
+        "error": "it broke",
+        "error_type": "generation",
+    }
 
 
 def completion(**options: Any) -> CompletionAnswer:

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 
 from dynamic_lora_server.generation import Finish, FinishReason, TokenPiece
-from dynamic_lora_server.problems import stream_fault
+from dynamic_lora_server.problems import problem, stream_fault
 from dynamic_lora_server.schemas import generate as wire
 from dynamic_lora_server.sse import event, json_event
 from dynamic_lora_server.streams import Generation, WholeAnswer
@@ -50,8 +50,7 @@ class TgiAnswer:
                     assert finish is None or isinstance(finish, Finish)
                     yield event(self._event(index, piece, finish))
             except Exception as error:
-                fault = stream_fault(error)
-                yield json_event({"error": fault.detail, "error_type": fault.kind.slug})
+                yield json_event(problem(stream_fault(error)))
 
     def _details(self, first: WholeAnswer, others: Sequence[WholeAnswer]) -> wire.Details:
         return wire.Details(

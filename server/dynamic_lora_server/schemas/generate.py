@@ -183,7 +183,7 @@ class StreamEvent(Answer):
 
     The texts of all events together are `generated_text`. The text of a special token, and of the
     end token that ends the answer, is empty, unless it releases text that was held back as the
-    possible start of a stop string; `special` is then false, as clients drop a special token's text.
+    possible start of a stop string; `special` is false then, as clients drop what is special.
     """
 
     index: int
