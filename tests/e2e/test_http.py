@@ -317,6 +317,10 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
     )
     assert streamed.pop() == "[DONE]"
     assert streamed.pop()["usage"] == answer["usage"]
+    prints = {chunk["system_fingerprint"] for chunk in (answer, *streamed)}
+    assert len(prints) == 1
+    completion = await client.post("/v1/completions", json={"model": "ner", "prompt": "hi"})
+    assert prints == {completion.json()["system_fingerprint"]}
     deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
     assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
 

@@ -157,7 +157,13 @@ async def test_tgi_stream_says_what_broke_it() -> None:
 
 
 def completion(**options: Any) -> CompletionAnswer:
-    defaults: dict[str, Any] = {"model": "ner", "n": 1, "logprobs": False, "usage": False}
+    defaults: dict[str, Any] = {
+        "model": "ner",
+        "fingerprint": "fp_1",
+        "n": 1,
+        "logprobs": False,
+        "usage": False,
+    }
     return CompletionAnswer(**(defaults | options))
 
 
@@ -243,7 +249,7 @@ async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> 
 
 
 def chat(*, n: int = 1, logprobs: bool = False, usage: bool = False) -> ChatAnswer:
-    return ChatAnswer(model="ner", n=n, logprobs=logprobs, usage=usage)
+    return ChatAnswer(model="ner", fingerprint="fp_1", n=n, logprobs=logprobs, usage=usage)
 
 
 def test_chat_whole() -> None:

@@ -13,8 +13,10 @@ from dynamic_lora_server.streams import Generation, WholeAnswer
 class ChatAnswer:
     """Writes the answers to one request."""
 
-    def __init__(self, *, model: str, n: int, logprobs: bool, usage: bool) -> None:
-        self._stamp = Stamp.new("chatcmpl", model)
+    def __init__(
+        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: bool
+    ) -> None:
+        self._stamp = Stamp.new("chatcmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
@@ -26,6 +28,7 @@ class ChatAnswer:
             id=stamp.id,
             created=stamp.created,
             model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
             choices=[self._choice(continuation) for continuation in continuations],
             usage=usage_of((0, continuation.finish) for continuation in continuations),
         )
@@ -82,7 +85,12 @@ class ChatAnswer:
     ) -> wire.ChatChunk:
         stamp = self._stamp
         return wire.ChatChunk(
-            id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
+            id=stamp.id,
+            created=stamp.created,
+            model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.ChatLogprobs | None:

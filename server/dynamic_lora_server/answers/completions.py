@@ -13,8 +13,10 @@ from dynamic_lora_server.streams import Generation, WholeAnswer, merge
 class CompletionAnswer:
     """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p."""
 
-    def __init__(self, *, model: str, n: int, logprobs: bool, usage: bool) -> None:
-        self._stamp = Stamp.new("cmpl", model)
+    def __init__(
+        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: bool
+    ) -> None:
+        self._stamp = Stamp.new("cmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
@@ -47,7 +49,12 @@ class CompletionAnswer:
     ) -> wire.Completion:
         stamp = self._stamp
         return wire.Completion(
-            id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
+            id=stamp.id,
+            created=stamp.created,
+            model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _choice(self, position: int, continuation: WholeAnswer) -> wire.CompletionChoice:

@@ -25,11 +25,17 @@ class Stamp:
     id: str
     created: int
     model: str
+    fingerprint: str  # of the base model, as it is served
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> "Stamp":
+    def new(cls, prefix: str, *, model: str, fingerprint: str) -> "Stamp":
         """A stamp for an answer that begins now."""
-        return cls(id=f"{prefix}-{secrets.token_hex(12)}", created=int(time.time()), model=model)
+        return cls(
+            id=f"{prefix}-{secrets.token_hex(12)}",
+            created=int(time.time()),
+            model=model,
+            fingerprint=fingerprint,
+        )
 
 
 @dataclass(slots=True)

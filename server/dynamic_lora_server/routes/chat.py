@@ -69,12 +69,13 @@ async def _prepare(
     )
     spec = await state.render(make)
     name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
-    return Prepared(spec, _answer(body, spec, name), asked.digest)
+    return Prepared(spec, _answer(body, spec, name, runtime.fingerprint), asked.digest)
 
 
-def _answer(body: ChatRequest, spec: GenerationSpec, model: str) -> ChatAnswer:
+def _answer(body: ChatRequest, spec: GenerationSpec, model: str, fingerprint: str) -> ChatAnswer:
     return ChatAnswer(
         model=model,
+        fingerprint=fingerprint,
         n=spec.n,
         logprobs=spec.sampling.logprobs,
         usage=bool(body.stream_options and body.stream_options.include_usage),

@@ -81,6 +81,7 @@ async def _begun(
     is_base = generations[0].started.adapter is None  # also where a sum cancels out
     answer = CompletionAnswer(
         model=runtime.name_of_base(body.model) if is_base else body.model,
+        fingerprint=runtime.fingerprint,
         n=body.n or 1,
         logprobs=body.logprobs is not None,
         usage=bool(body.stream_options and body.stream_options.include_usage),
