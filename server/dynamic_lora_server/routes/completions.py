@@ -21,7 +21,7 @@ from dynamic_lora_server.routes._deps import (
 )
 from dynamic_lora_server.schemas.openai import CompletionRequest
 from dynamic_lora_server.schemas.openai_answers import Completion
-from dynamic_lora_server.selection import adapter_name
+from dynamic_lora_server.selection import openai_adapter_name
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin_all, collect_all
@@ -45,7 +45,8 @@ async def complete(
     body: CompletionRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
-    adapter = adapter_name(body.model, base_names=runtime.base_names)
+    known = runtime.residencies.saved.has
+    adapter = openai_adapter_name(body.model, base_names=runtime.base_names, known=known)
     specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.capacity)
     begun = _begun(body, specs, state, runtime)

@@ -44,7 +44,8 @@ class SamplingRequest(StructuredRequest):
 
     model: NonEmptyText = Field(
         description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or a name of "
-        "the base model."
+        "the base model. `tgi` and `dummy`, which TGI's and the Hub's clients send where none is "
+        "given, mean the base model too unless something has that name."
     )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Default 1; 0 is greedy."
@@ -146,9 +147,6 @@ Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 class ChatRequest(SamplingRequest):
     """The body of `POST /v1/chat/completions`. The chat template of the
     adapter is applied, if it is one alone and has one, or that of the base model.
-
-    As `model`, `tgi` and `dummy` are the base model too unless something has that name: TGI's
-    and the Hub's clients send them where none is given.
     """
 
     model_config = ConfigDict(
