@@ -219,10 +219,7 @@ def _top_logprobs(body: ChatRequest) -> int:
 def _openai_sampling(
     body: SamplingRequest, *, max_new_tokens: int, logprobs: bool, top_logprobs: int
 ) -> SamplingParams:
-    if body.stream_options is not None and not body.stream:
-        raise InvalidParameter(
-            "stream_options needs stream.", field="stream_options", fix="Add stream=true."
-        )
+    _check_stream_options(body)
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=1.0 if body.temperature is None else _floored(body.temperature),
@@ -232,6 +229,20 @@ def _openai_sampling(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
     )
+
+
+def _check_stream_options(body: SamplingRequest) -> None:
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise InvalidParameter(
+            "stream_options needs stream.", field="stream_options", fix="Add stream=true."
+        )
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise InvalidParameter(
+            "continuous_usage_stats needs include_usage.",
+            field="stream_options.continuous_usage_stats",
+            fix="Add include_usage=true.",
+        )
 
 
 def _stop(body: SamplingRequest) -> tuple[str, ...]:

@@ -4,9 +4,11 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import pytest
+
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.completions import CompletionAnswer
-from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.errors import EngineFailed
 from dynamic_lora_server.generation import (
@@ -162,7 +164,7 @@ def completion(**options: Any) -> CompletionAnswer:
         "fingerprint": "fp_1",
         "n": 1,
         "logprobs": False,
-        "usage": False,
+        "usage": UsageTold.NEVER,
     }
     return CompletionAnswer(**(defaults | options))
 
@@ -222,7 +224,7 @@ def test_of_tokens_that_read_the_same_the_sampled_one_is_named_else_the_likelier
 async def test_completion_streams() -> None:
     chunks = await documents(
         framed(
-            completion(usage=True, logprobs=True).stream(
+            completion(usage=UsageTold.AT_THE_END, logprobs=True).stream(
                 [
                     generation(
                         piece("ab"),
@@ -248,7 +250,7 @@ async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> 
     assert [chunk["error"]["message"] for chunk in chunks] == ["it broke"]
 
 
-def chat(*, n: int = 1, logprobs: bool = False, usage: bool = False) -> ChatAnswer:
+def chat(*, n: int = 1, logprobs: bool = False, usage: UsageTold = UsageTold.NEVER) -> ChatAnswer:
     return ChatAnswer(model="ner", fingerprint="fp_1", n=n, logprobs=logprobs, usage=usage)
 
 
@@ -276,7 +278,7 @@ def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
 
 async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
     chunks = await documents(
-        chat(n=2, usage=True).stream(
+        chat(n=2, usage=UsageTold.AT_THE_END).stream(
             generation(
                 piece("a", index=1),
                 finish(FinishReason.LENGTH, "a", index=1),
@@ -299,3 +301,26 @@ async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
         "total_tokens": 7,
         "prompt_tokens_details": {"cached_tokens": 2},
     }
+
+
+@pytest.mark.parametrize("chats", [True, False])
+async def test_every_chunk_has_the_counts_so_far(chats: bool) -> None:
+    events = generation(
+        piece("a", index=1),
+        piece("", token="b"),
+        piece("b"),
+        finish(FinishReason.LENGTH, "a", index=1),
+        finish(FinishReason.EOS, "b"),
+    )
+    always = UsageTold.ALWAYS
+    stream = (
+        chat(n=2, usage=always).stream(events)
+        if chats
+        else completion(n=2, usage=always).stream([events])
+    )
+    *chunks, last = [chunk["usage"] for chunk in await documents(stream)]
+    counts = [(u["prompt_tokens"], u["completion_tokens"], u["total_tokens"]) for u in chunks]
+    roles = [(3, 0, 3)] * 2 if chats else []
+    assert counts == [*roles, (3, 1, 4), (3, 3, 6), (3, 3, 6), (3, 3, 6)]
+    assert {usage["prompt_tokens_details"] for usage in chunks} == {None}
+    assert last["prompt_tokens_details"] == {"cached_tokens": 2}

@@ -244,6 +244,10 @@ def test_a_setting_is_no_variable_of_the_template(name: str) -> None:
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        (
+            {"stream_options": {"continuous_usage_stats": True}, "stream": True},
+            "stream_options.continuous_usage_stats",
+        ),
     ],
 )
 def test_chat_contradictions_are_refused_by_name(fields: dict[str, Any], field: str) -> None:

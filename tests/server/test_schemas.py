@@ -139,6 +139,55 @@ def test_chat_with_neutral_values() -> None:
     assert ChatRequest.model_validate(CHAT | neutral).n == 1
 
 
+VLLM: dict[str, Any] = {
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "priority": 0,
+    "prompt_logprobs": None,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "stop_token_ids": [],
+    "top_k": 0,
+    "truncate_prompt_tokens": None,
+    "use_beam_search": False,
+    "vllm_xargs": None,
+}
+VLLM_CHAT = VLLM | {
+    "add_generation_prompt": True,
+    "add_special_tokens": False,
+    "best_of": 1,
+    "chat_template": None,
+    "documents": None,
+    "echo": False,
+    "include_reasoning": True,
+}
+
+
+def test_vllms_fields_at_its_defaults() -> None:
+    ChatRequest.model_validate(CHAT | VLLM_CHAT)
+    CompletionRequest.model_validate(COMPLETION | VLLM | {"add_special_tokens": True})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"allowed_token_ids": [1]},
+        {"length_penalty": 0.5},
+        {"priority": 1},
+        {"skip_special_tokens": False},
+        {"truncate_prompt_tokens": 5},
+        {"use_beam_search": True},
+    ],
+)
+def test_what_vllm_has_and_this_server_has_not(field: dict[str, Any]) -> None:
+    for model, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION)):
+        place, text = refused(model, body | field)
+        assert place == next(iter(field))
+        assert "not supported" in text
+
+
 @pytest.mark.parametrize(
     ("field", "place"),
     [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of")],

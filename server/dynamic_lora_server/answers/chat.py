@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_of
+from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
@@ -14,12 +14,13 @@ class ChatAnswer:
     """Writes the answers to one request."""
 
     def __init__(
-        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: bool
+        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: UsageTold
     ) -> None:
         self._stamp = Stamp.new("chatcmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
+        self._count = UsageCount()
 
     def whole(self, continuations: Sequence[WholeAnswer]) -> wire.ChatCompletion:
         """The answer that is sent at once."""
@@ -35,18 +36,17 @@ class ChatAnswer:
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The role of each choice, its pieces of text, its end, and the usage if asked for."""
-        usage = UsageCount()
+        self._count.begin(0, generation.started)
         async with aclosing(generation.events) as events:
             for index in range(self._n):
                 yield self._chunk(index, wire.ChatDelta(role="assistant", content=""))
             async for current in events:
+                self._count.note(0, current)
                 chunk = self._piece(current)
-                if isinstance(current, Finish):
-                    usage.add(0, current)
                 if chunk is not None:
                     yield chunk
-        if self._usage:
-            yield event(self._document([], usage.answer()))
+        if self._usage is not UsageTold.NEVER:
+            yield event(self._document([], self._count.answer()))
 
     def _choice(self, continuation: WholeAnswer) -> wire.ChatChoice:
         finish = continuation.finish
@@ -78,7 +78,8 @@ class ChatAnswer:
         finish: wire.FinishName | None = None,
     ) -> bytes:
         choice = wire.ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return event(self._document([choice], None))
+        told = self._usage is UsageTold.ALWAYS
+        return event(self._document([choice], self._count.so_far() if told else None))
 
     def _document(
         self, choices: list[wire.ChunkChoice], usage: wire.Usage | None

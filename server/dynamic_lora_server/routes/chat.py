@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.chat import ChatAnswer
-from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import chat_spec
@@ -78,5 +78,5 @@ def _answer(body: ChatRequest, spec: GenerationSpec, model: str, fingerprint: st
         fingerprint=fingerprint,
         n=spec.n,
         logprobs=spec.sampling.logprobs,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
+        usage=UsageTold.of(body.stream_options),
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.completions import CompletionAnswer
-from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
@@ -85,6 +85,6 @@ async def _begun(
         fingerprint=runtime.fingerprint,
         n=body.n or 1,
         logprobs=body.logprobs is not None,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
+        usage=UsageTold.of(body.stream_options),
     )
     return generations, answer

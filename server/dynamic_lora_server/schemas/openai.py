@@ -23,6 +23,7 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
 from dynamic_lora_server.schemas.structured import StructuredRequest
+from dynamic_lora_server.schemas.unserved import UnservedChat, UnservedCompletion
 
 # OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
@@ -35,6 +36,11 @@ class StreamOptions(Wire):
 
     include_usage: bool | None = Field(
         default=None, description="End with one chunk that has `usage`."
+    )
+    continuous_usage_stats: bool | None = Field(
+        default=None,
+        description="Every chunk has the `usage` so far. Needs `include_usage`. Not in OpenAI's "
+        "API.",
     )
     include_obfuscation: UnsetOrFalse = None
 
@@ -77,7 +83,7 @@ class SamplingRequest(StructuredRequest):
     logit_bias: UnsetOrEmptyMap = None
 
 
-class CompletionRequest(SamplingRequest):
+class CompletionRequest(SamplingRequest, UnservedCompletion):
     """The body of `POST /v1/completions`. The prompt goes to the model as it is."""
 
     model_config = ConfigDict(
@@ -144,7 +150,7 @@ class Message(Wire):
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(SamplingRequest, UnservedChat):
     """The body of `POST /v1/chat/completions`. The chat template of the
     adapter is applied, if it is one alone and has one, or that of the base model.
     """

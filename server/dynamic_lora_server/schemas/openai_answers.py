@@ -14,12 +14,15 @@ class PromptTokensDetails(Answer):
 
 
 class Usage(Answer):
-    """Token counts of one request. A prompt is counted once, whatever `n` is."""
+    """Token counts of one request. A prompt is counted once, whatever `n` is.
+
+    Counts of a stream that goes on have no details.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 FinishName = Literal["stop", "length"]
