@@ -58,7 +58,9 @@ class GenerateParameters(Wire):
     stop: StopStrings | None = Field(
         default=None, description="Replaces the card's stop strings, unless it is empty."
     )
-    stop_token_ids: StopTokenIds | None = None
+    stop_token_ids: StopTokenIds | None = Field(
+        default=None, description="End the text before them."
+    )
     ignore_eos: bool | None = Field(
         default=None, description="Go on after the end-of-sequence token."
     )

@@ -25,8 +25,16 @@ from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, Toke
 from dynamic_lora_server.schemas.structured import StructuredRequest
 from dynamic_lora_server.schemas.unserved import UnservedChat, UnservedCompletion
 
-# OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
-_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
+
+def _unsigned(seed: int) -> int | None:
+    """OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
+
+    But -1 is none, as in vLLM.
+    """
+    return None if seed == -1 else seed % 2**64
+
+
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(_unsigned)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
@@ -66,13 +74,16 @@ class SamplingRequest(StructuredRequest):
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: _Seed | None = None
+    seed: _Seed | None = Field(default=None, description="-1 is none.")
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     stop: NonEmptyText | StopStrings | None = None
-    stop_token_ids: StopTokenIds | None = Field(default=None, description="Not in OpenAI's API.")
+    stop_token_ids: StopTokenIds | None = Field(
+        default=None, description="End the text before them. Not in OpenAI's API."
+    )
     include_stop_str_in_output: bool | None = Field(
         default=None,
-        description="Keep the stop string at the end of the text. Not in OpenAI's API.",
+        description="Keep the stop string, or the stop token, at the end of the text. Not in "
+        "OpenAI's API.",
     )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
@@ -141,10 +152,10 @@ class Message(Wire):
 
     @property
     def text(self) -> str:
-        """The content as one string."""
+        """The content as one string: several parts are lines, as in vLLM."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "\n".join(part.text for part in self.content)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
