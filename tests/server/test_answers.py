@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.completions import CompletionAnswer
@@ -79,6 +80,10 @@ async def documents(stream: AsyncGenerator[bytes, None]) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
+def written(answer: BaseModel) -> Any:
+    return json.loads(answer.model_dump_json())
+
+
 def tgi(*, prefix: str = "", num_top: int = 0) -> TgiAnswer:
     return TgiAnswer(prefix=prefix, num_top=num_top, special_ids=[8])
 
@@ -91,16 +96,15 @@ WHOLE = WholeAnswer(
 def test_tgi_whole() -> None:
     plain = tgi(prefix="say ").whole([WHOLE], details=False)
     assert plain.model_dump(exclude_none=True) == {"generated_text": "say hi"}
-    details = tgi(num_top=1).whole([WHOLE, WHOLE], details=True).details
-    assert details is not None
-    assert details.finish_reason == "eos_token"
-    assert (details.generated_tokens, details.prompt_tokens, details.seed) == (2, 3, 11)
-    assert details.cached_tokens == 2
-    assert [token.text for token in details.tokens] == ["hi", "</s>"]
-    assert details.top_tokens is not None
-    assert details.top_tokens[0][0].special
-    assert details.best_of_sequences is not None
-    assert details.best_of_sequences[0].generated_text == "hi"
+    details = written(tgi(num_top=1).whole([WHOLE, WHOLE], details=True))["details"]
+    assert details["finish_reason"] == "eos_token"
+    counts = ("generated_tokens", "prompt_tokens", "seed", "cached_tokens")
+    assert [details[name] for name in counts] == [2, 3, 11, 2]
+    (other,) = details["best_of_sequences"]
+    assert other["generated_text"] == "hi"
+    for one in (details, other):
+        assert [token["text"] for token in one["tokens"]] == ["hi", "</s>"]
+        assert [token["special"] for (token,) in one["top_tokens"]] == [True, True]
 
 
 async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
@@ -255,13 +259,13 @@ def chat(*, n: int = 1, logprobs: bool = False, usage: UsageTold = UsageTold.NEV
 
 
 def test_chat_whole() -> None:
-    answer = chat(logprobs=True).whole([WHOLE])
-    (choice,) = answer.choices
-    assert (choice.message.content, choice.finish_reason) == ("hi", "stop")
-    assert choice.logprobs is not None
-    assert choice.logprobs.content[0].bytes == list(b"hi")
-    assert choice.logprobs.content[0].top_logprobs[0].token == " a"
-    assert answer.usage.total_tokens == 5
+    answer = written(chat(logprobs=True).whole([WHOLE]))
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("hi", "stop")
+    first, second = choice["logprobs"]["content"]
+    assert (first["bytes"], second["token"]) == (list(b"hi"), "</s>")
+    assert first["top_logprobs"] == [{"token": " a", "logprob": -0.5, "bytes": [32, 97]}]
+    assert answer["usage"]["total_tokens"] == 5
 
 
 def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
@@ -269,11 +273,10 @@ def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
     likely = (TokenLogprob(token_id=7, token_bytes=whole[:1], logprob=-0.1),)
     pieces = [piece("", token=whole[:1], top=likely), piece("é", token=whole[1:], top=likely)]
     answer = chat(logprobs=True).whole([WholeAnswer(finish(FinishReason.LENGTH, "é"), pieces)])
-    logprobs = answer.choices[0].logprobs
-    assert logprobs is not None
-    assert [token.token for token in logprobs.content] == ["\ufffd", "\ufffd"]
-    assert bytes(byte for token in logprobs.content for byte in token.bytes).decode() == "é"
-    assert logprobs.content[0].top_logprobs[0].bytes == list(whole[:1])
+    first, second = written(answer)["choices"][0]["logprobs"]["content"]
+    assert first["token"] == second["token"] == "\ufffd"
+    assert bytes(first["bytes"] + second["bytes"]).decode() == "é"
+    assert first["top_logprobs"][0]["bytes"] == list(whole[:1])
 
 
 async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:

@@ -97,7 +97,7 @@ class ChatAnswer:
     def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return wire.ChatLogprobs(content=[_logprob(piece) for piece in pieces])
+        return wire.ChatLogprobs(content=(_logprob(piece) for piece in pieces))
 
 
 def _logprob(piece: TokenPiece) -> wire.ChatLogprob:

@@ -1,6 +1,6 @@
 """Generation events as `/generate` answers them, in TGI's shapes."""
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing
 
 from dynamic_lora_server.generation import Finish, FinishReason, TokenPiece
@@ -89,8 +89,8 @@ class TgiAnswer:
             details=None if finish is None else _stream_details(finish),
         )
 
-    def _top_tokens(self, pieces: Sequence[TokenPiece]) -> list[list[wire.Token]] | None:
-        return [self._top(piece) for piece in pieces] if self._num_top else None
+    def _top_tokens(self, pieces: Sequence[TokenPiece]) -> Iterator[list[wire.Token]] | None:
+        return (self._top(piece) for piece in pieces) if self._num_top else None
 
     def _top(self, piece: TokenPiece) -> list[wire.Token]:
         return [
@@ -104,8 +104,8 @@ class TgiAnswer:
         ]
 
 
-def _tokens(pieces: Sequence[TokenPiece]) -> list[wire.Token]:
-    return [_token(piece, piece.token_text, special=piece.special) for piece in pieces]
+def _tokens(pieces: Sequence[TokenPiece]) -> Iterator[wire.Token]:
+    return (_token(piece, piece.token_text, special=piece.special) for piece in pieces)
 
 
 def _token(piece: TokenPiece, text: str, *, special: bool) -> wire.Token:

@@ -54,8 +54,13 @@ async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> R
     generation, answer = await begin_prepared(
         partial(_prepare, body, state, runtime), state.generate
     )
-    whole = answer.whole(await collect(generation))
-    return Response(whole.model_dump_json(), media_type="application/json")
+    continuations = await collect(generation)
+
+    def written() -> str:
+        return answer.whole(continuations).model_dump_json()
+
+    content = await state.write(written) if body.logprobs else written()
+    return Response(content, media_type="application/json")
 
 
 async def _prepare(

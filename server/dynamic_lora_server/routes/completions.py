@@ -51,7 +51,7 @@ async def complete(
     _check_room(specs, runtime.service.capacity)
     begun = _begun(body, specs, state, runtime)
     if not body.stream:
-        return await until_disconnect(request.receive, _whole(begun))
+        return await until_disconnect(request.receive, _whole(body, begun, state))
     generations, answer = await until_disconnect(request.receive, begun)
     return EventStream(framed(answer.stream(generations)))
 
@@ -68,10 +68,19 @@ def _check_room(specs: list[GenerationSpec], capacity: int) -> None:
         )
 
 
-async def _whole(begun: Awaitable[tuple[list[Generation], CompletionAnswer]]) -> Response:
+async def _whole(
+    body: CompletionRequest,
+    begun: Awaitable[tuple[list[Generation], CompletionAnswer]],
+    state: ServerState,
+) -> Response:
     generations, answer = await begun
     continuations = await collect_all(generations)
-    return Response(answer.whole(continuations).model_dump_json(), media_type="application/json")
+
+    def written() -> str:
+        return answer.whole(continuations).model_dump_json()
+
+    content = written() if body.logprobs is None else await state.write(written)
+    return Response(content, media_type="application/json")
 
 
 async def _begun(

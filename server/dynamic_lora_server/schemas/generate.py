@@ -1,5 +1,6 @@
 """The body and answers of `/generate` and `/generate_stream`, in TGI's and LoRAX's shapes."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -133,15 +134,18 @@ FinishName = Literal["length", "eos_token", "stop_sequence"]
 
 
 class Sequence(Answer):
-    """One more continuation of the same prompt (`n` above 1)."""
+    """One more continuation of the same prompt (`n` above 1).
+
+    Its tokens, as those of `Details`, are made when they are written.
+    """
 
     generated_text: str
     finish_reason: FinishName
     generated_tokens: int
     seed: int | None
     prefill: list[Token]
-    tokens: list[Token]
-    top_tokens: list[list[Token]] | None = None
+    tokens: Iterable[Token]
+    top_tokens: Iterable[list[Token]] | None = None
 
 
 class Details(Answer):
@@ -157,8 +161,8 @@ class Details(Answer):
     seed: int | None
     mode: ServedMode
     prefill: list[Token]
-    tokens: list[Token]
-    top_tokens: list[list[Token]] | None = None
+    tokens: Iterable[Token]
+    top_tokens: Iterable[list[Token]] | None = None
     best_of_sequences: list[Sequence] | None = None
 
 

@@ -1,5 +1,6 @@
 """The answers of `/v1`, in the shapes of OpenAI's API."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
@@ -74,9 +75,9 @@ class ChatLogprob(TopLogprob):
 
 
 class ChatLogprobs(Answer):
-    """Log-probabilities in the shape of chat completions."""
+    """Log-probabilities in the shape of chat completions; each is made when it is written."""
 
-    content: list[ChatLogprob]
+    content: Iterable[ChatLogprob]
     refusal: None = None
 
 
