@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
 from openai import AuthenticationError, NotFoundError, OpenAI
 
 from dynamic_lora_client import AccessDenied, AdapterNotFound, Client
@@ -157,6 +158,8 @@ def test_tgis_client(address: str) -> None:
     assert answer.details.generated_tokens == len(answer.details.tokens)
     streamed = client.text_generation("the rain", max_new_tokens=5, stream=True, details=True)
     assert list(streamed)[-1].generated_text == answer.generated_text
+    with pytest.raises(ValidationError, match="parameters.top_p"):
+        client.text_generation("the rain", top_p=7.0)
 
 
 def test_official_clients_send_a_key(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_of
+from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
@@ -13,11 +13,14 @@ from dynamic_lora_server.streams import Generation, WholeAnswer
 class ChatAnswer:
     """Writes the answers to one request."""
 
-    def __init__(self, *, model: str, n: int, logprobs: bool, usage: bool) -> None:
-        self._stamp = Stamp.new("chatcmpl", model)
+    def __init__(
+        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: UsageTold
+    ) -> None:
+        self._stamp = Stamp.new("chatcmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
+        self._count = UsageCount()
 
     def whole(self, continuations: Sequence[WholeAnswer]) -> wire.ChatCompletion:
         """The answer that is sent at once."""
@@ -26,24 +29,24 @@ class ChatAnswer:
             id=stamp.id,
             created=stamp.created,
             model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
             choices=[self._choice(continuation) for continuation in continuations],
             usage=usage_of((0, continuation.finish) for continuation in continuations),
         )
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The role of each choice, its pieces of text, its end, and the usage if asked for."""
-        usage = UsageCount()
+        self._count.begin(0, generation.started)
         async with aclosing(generation.events) as events:
             for index in range(self._n):
                 yield self._chunk(index, wire.ChatDelta(role="assistant", content=""))
             async for current in events:
+                self._count.note(0, current)
                 chunk = self._piece(current)
-                if isinstance(current, Finish):
-                    usage.add(0, current)
                 if chunk is not None:
                     yield chunk
-        if self._usage:
-            yield event(self._document([], usage.answer()))
+        if self._usage is not UsageTold.NEVER:
+            yield event(self._document([], self._count.answer()))
 
     def _choice(self, continuation: WholeAnswer) -> wire.ChatChoice:
         finish = continuation.finish
@@ -75,20 +78,26 @@ class ChatAnswer:
         finish: wire.FinishName | None = None,
     ) -> bytes:
         choice = wire.ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return event(self._document([choice], None))
+        told = self._usage is UsageTold.ALWAYS
+        return event(self._document([choice], self._count.so_far() if told else None))
 
     def _document(
         self, choices: list[wire.ChunkChoice], usage: wire.Usage | None
     ) -> wire.ChatChunk:
         stamp = self._stamp
         return wire.ChatChunk(
-            id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
+            id=stamp.id,
+            created=stamp.created,
+            model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return wire.ChatLogprobs(content=[_logprob(piece) for piece in pieces])
+        return wire.ChatLogprobs(content=(_logprob(piece) for piece in pieces))
 
 
 def _logprob(piece: TokenPiece) -> wire.ChatLogprob:
