@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dynamic_lora_server.training.artifacts import check_output, save_adapter
+from dynamic_lora_server.training.artifacts import adapter_files
 from dynamic_lora_server.training.batches import EncodedRow, Tokenizer, encode_row
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.datasets import Example, load_examples
 from dynamic_lora_server.training.errors import DatasetError, TrainingConfigError
+from dynamic_lora_server.training.output import check_output, write_output
 from dynamic_lora_server.training.trainer import Progress, attach_lora, train_adapter
 
 
@@ -38,7 +39,7 @@ def run_training(
     An answer that does not fit `max_length` with its prompt is left out and counted:
     cut short, it would teach the model to stop early. Raises a `TrainingError`.
     """
-    check_output(output)
+    output = check_output(output)
     examples = load_examples(config.dataset, data, "train")
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -57,7 +58,7 @@ def run_training(
 
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     train_adapter(adapted, rows, config, pad_id, record)
-    save_adapter(adapted, config, output)
+    write_output(output, adapter_files(adapted, config))
     return TrainingSummary(
         output=output,
         num_answers=num_answers,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_server.training.batches import IGNORED, Batch, EncodedRow, collate, plan_batches
 from dynamic_lora_server.training.config import LoraSettings, OptimizerSettings, TrainingConfig
+from dynamic_lora_server.training.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,10 @@ def train_adapter(
     pad_id: int,
     on_step: Callable[[Progress], None],
 ) -> None:
-    """Train the LoRA in place; the same config, rows and machine give the same adapter."""
+    """Train the LoRA in place; the same config, rows and machine give the same adapter.
+
+    Raises TrainingError at the first step whose loss or gradient is not finite.
+    """
     rng = random.Random(config.seed)
     batches_per_epoch = math.ceil(len(rows) / config.batch_size)
     num_steps = batches_per_epoch * config.epochs
@@ -63,12 +67,13 @@ def train_adapter(
     for step, batch in enumerate(_batches(rows, config, pad_id, rng), start=1):
         loss = answer_loss(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
-        lr = scheduler.get_last_lr()[0]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        lr = float(scheduler.get_last_lr()[0])
+        _check_finite(step, loss.item(), norm.item(), lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        on_step(Progress(step=step, num_steps=num_steps, loss=loss.item(), lr=float(lr)))
+        on_step(Progress(step=step, num_steps=num_steps, loss=loss.item(), lr=lr))
     model.eval()
 
 
@@ -101,6 +106,14 @@ def lr_factor(step: int, num_steps: int, settings: OptimizerSettings) -> float:
     if settings.schedule == "linear":
         return 1.0 - done
     return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _check_finite(step: int, loss: float, norm: float, lr: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(
+            f"training diverged at step {step}: the loss is {loss:.3g} and its gradient's norm "
+            f"{norm:.3g} at a learning rate of {lr:.3g}; lower optimizer.lr"
+        )
 
 
 def _batches(

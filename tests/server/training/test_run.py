@@ -14,11 +14,13 @@ from dynamic_lora_server.training import (
     Progress,
     TrainingConfig,
     TrainingConfigError,
+    TrainingError,
     TrainingSummary,
     run_training,
 )
-from dynamic_lora_server.training.artifacts import save_adapter
+from dynamic_lora_server.training.artifacts import adapter_files
 from dynamic_lora_server.training.config import OptimizerSettings
+from dynamic_lora_server.training.output import write_output
 from dynamic_lora_server.training.trainer import attach_lora, lr_factor
 from tests.server.training.test_config import recipe
 from tests.support.models import save_tiny_base, tiny_llama
@@ -98,7 +100,7 @@ def test_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    save_adapter(trained, settings, tmp_path / "out")
+    write_output(tmp_path / "out", adapter_files(trained, settings))
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
     ids = torch.tensor([[5, 9, 40, 77]])
     with torch.no_grad():
@@ -119,12 +121,32 @@ def test_a_seed_fixes_the_adapter(data: Path) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_an_older_adapter_is_replaced_whole(data: Path) -> None:
-    (data / "out").mkdir()
-    (data / "out" / "stale.txt").write_text("old", encoding="utf-8")
-    run(data, epochs=1)
-    assert not (data / "out" / "stale.txt").exists()
+def test_an_older_adapter_is_replaced_and_nothing_else_is(data: Path) -> None:
+    run(data, epochs=1, seed=1)
+    older = (data / "out" / "adapter_model.safetensors").read_bytes()
+    run(data, epochs=1, seed=2)
+    assert (data / "out" / "adapter_model.safetensors").read_bytes() != older
     assert not list(data.glob(".out-*"))
+    (data / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(TrainingConfigError, match=r"it holds notes\.txt"):
+        run(data, epochs=1)
+    assert (data / "out" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (1e30, r"training diverged at step 2: the loss is nan .* learning rate of 1e\+30"),
+        (1e6, "training diverged: .* holds values that fp16 cannot; lower optimizer.lr"),
+    ],
+)
+def test_a_run_that_diverges_leaves_the_older_adapter(data: Path, lr: float, message: str) -> None:
+    run(data, epochs=1)
+    older = (data / "out" / "adapter_model.safetensors").read_bytes()
+    settings = {"lr": lr, "schedule": "constant", "warmup_ratio": 0}
+    with pytest.raises(TrainingError, match=message):
+        run(data, optimizer=settings, epochs=1)
+    assert (data / "out" / "adapter_model.safetensors").read_bytes() == older
 
 
 def test_answers_that_do_not_fit_are_counted(data: Path) -> None:
