@@ -44,9 +44,20 @@ def load_examples(dataset: DatasetConfig, data: Path, split: Split) -> list[Exam
     Raises `DatasetError`.
     """
     examples = _read_split(dataset, data, split)
-    if not examples:
-        raise DatasetError(f"the {split} split of {dataset.train} holds no example")
-    return examples
+    if examples:
+        return examples
+    if isinstance(dataset, E2ECsvDataset):
+        split_by = f" with held_out={dataset.held_out:g}"
+        raise DatasetError(f"the {split} split of {dataset.train}{split_by} holds no example")
+    name = dataset.train if split == "train" else dataset.dev
+    raise DatasetError(f"the {split} split of {name} holds no example")
+
+
+def has_dev(dataset: DatasetConfig) -> bool:
+    """Whether the recipe keeps examples to measure on."""
+    if isinstance(dataset, E2ECsvDataset):
+        return dataset.held_out > 0
+    return dataset.dev is not None
 
 
 def _read_split(dataset: DatasetConfig, data: Path, split: Split) -> list[Example]:
