@@ -34,7 +34,10 @@ class ConllDataset(_Strict):
 
 
 class TsvDataset(_Strict):
-    """`sentence<TAB>label` per line; `labels` maps each label in the file to its answer."""
+    """`sentence<TAB>label` per line; `labels` maps each label in the file to its answer.
+
+    A first line that says `sentence<TAB>label` is a header.
+    """
 
     kind: Literal["tsv"]
     train: str

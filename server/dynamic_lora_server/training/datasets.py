@@ -20,6 +20,9 @@ from dynamic_lora_server.training.errors import DatasetError
 Split = Literal["train", "dev"]
 _Read = TypeVar("_Read")
 
+# As GLUE's files have it.
+_TSV_HEADER = ("sentence", "label")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
@@ -89,6 +92,8 @@ def _read_tsv(lines: Iterator[str], labels: dict[str, str]) -> list[Example]:
     examples = []
     for number, line in enumerate(lines, start=1):
         sentence, tab, label = line.rstrip("\r\n").rpartition("\t")
+        if number == 1 and (sentence, label) == _TSV_HEADER and label not in labels:
+            continue
         if not tab or label not in labels:
             raise DatasetError(f"line {number} is not `sentence<TAB>label`, label in {set(labels)}")
         examples.append(Example(input=sentence, outputs=(labels[label],)))

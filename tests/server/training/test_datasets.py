@@ -80,10 +80,18 @@ def test_e2e_splits_by_meaning(tmp_path: Path) -> None:
     assert all(example.outputs == ("ref 0", "ref 1", "ref 2") for example in train + dev)
 
 
+def test_a_header_of_a_tsv_file_is_no_example(tmp_path: Path) -> None:
+    examples = load(tmp_path, TSV, "sentence\tlabel\na fine film\t1\n")
+    assert examples == [Example(input="a fine film", outputs=("positive",))]
+    named = TSV.model_copy(update={"labels": {"label": "a", "other": "b"}})
+    assert load(tmp_path, named, "sentence\tlabel\n")[0].input == "sentence"
+
+
 @pytest.mark.parametrize(
     ("dataset", "text", "message"),
     [
         (TSV, "fine\t1\nfine\t2\n", "line 2 is not `sentence<TAB>label`"),
+        (TSV, "fine\t1\nsentence\tlabel\n", "line 2 is not `sentence<TAB>label`"),
         (TSV, "no tab\n", "line 1 is not `sentence<TAB>label`"),
         (TSV, "", "the train split of f holds no example"),
         (JSONL, "{", "line 1 is not JSON"),
