@@ -1,5 +1,6 @@
 """`dynamic-lora train CONFIG`: train one adapter from its recipe."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def train(
     try:
         recipe = load_config(config)
         path = resolve_base(base or recipe.base, console=console).path
-        with _progress(console) as on_step:
+        with _ended_by_term(), _progress(console) as on_step:
             summary = run_training(
                 recipe,
                 base=path,
@@ -72,6 +73,16 @@ def train(
         f"{summary.output}: trained on {summary.num_answers} answers{left_out}; "
         f"loss of the last steps {summary.final_loss:.4f}{dev}"
     )
+
+
+@contextmanager
+def _ended_by_term() -> Iterator[None]:
+    """A machine that shuts down ends a run as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

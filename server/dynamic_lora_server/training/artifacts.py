@@ -1,4 +1,4 @@
-"""What a training run leaves behind: PEFT's two files in fp16, and the task card."""
+"""What a training run leaves behind: PEFT's two files in fp16, task card and chat template."""
 
 import json
 from typing import Any
@@ -8,20 +8,25 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
+from dynamic_lora_adapters.chat import TEMPLATE_FILE
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.errors import TrainingError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, CARD_FILE})
+FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TEMPLATE_FILE})
 
 
-def adapter_files(model: PeftModel, config: TrainingConfig) -> dict[str, bytes]:
+def adapter_files(
+    model: PeftModel, config: TrainingConfig, chat_template: str | None
+) -> dict[str, bytes]:
     """The files of the adapter, by name.
 
     Raises TrainingError where a factor has become too large for fp16.
     """
+    chat = {} if chat_template is None else {TEMPLATE_FILE: chat_template.encode()}
     return {
+        **chat,
         WEIGHTS_FILE: save(_factors(model), metadata={"format": "pt"}),
         CONFIG_FILE: _as_json(_peft_config(model, config)),
         CARD_FILE: _as_json(build_card(config).model_dump(exclude_none=True)),

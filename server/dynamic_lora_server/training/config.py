@@ -113,13 +113,15 @@ class TrainingConfig(_Strict):
     with many references is computed once. `batch_size` counts rows, and a row, prompt
     and answers together, has at most `max_length` tokens.
 
-    `base` is a folder or a model id of the Hub; without it, the embedded default.
+    `base` is a folder or a model id of the Hub; without it, the embedded default. With
+    `chat_template` the adapter's chats are prompts of this template too.
     """
 
     base: str | None = None
     dataset: DatasetConfig
     prompt_template: str
     answer_prefix: str = " "
+    chat_template: bool = True
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     batch_size: int = Field(default=16, ge=1)

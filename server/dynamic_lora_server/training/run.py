@@ -15,6 +15,7 @@ from dynamic_lora_server.training.base import (
     load_tokenizer,
     training_device,
 )
+from dynamic_lora_server.training.chat import build_chat_template
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.errors import TrainingError, TrainingInterrupted
 from dynamic_lora_server.training.output import check_output, write_output
@@ -56,7 +57,9 @@ def run_training(
     output = check_output(output)
     partial = check_output(output.with_name(f"{output.name}-partial"))
     check_base(base, config)
-    rows = load_rows(config, data, load_tokenizer(base))
+    tokenizer = load_tokenizer(base)
+    template = build_chat_template(config, tokenizer)
+    rows = load_rows(config, data, tokenizer)
     torch.manual_seed(config.seed)
     steps: list[Progress] = []
     with _enough_memory():
@@ -66,19 +69,19 @@ def run_training(
             steps.append(progress)
             on_step(progress)
             if save_every and progress.step % save_every == 0:
-                write_output(partial, adapter_files(adapted, config))
+                write_output(partial, adapter_files(adapted, config, template))
 
         try:
             train_adapter(adapted, rows, config, record)
         except KeyboardInterrupt as interrupt:
             if not steps:
                 raise
-            write_output(partial, adapter_files(adapted, config))
+            write_output(partial, adapter_files(adapted, config, template))
             raise TrainingInterrupted(
                 f"interrupted after step {steps[-1].step} of {steps[-1].num_steps}; "
                 f"the adapter as it is now is in {partial}"
             ) from interrupt
-    write_output(output, adapter_files(adapted, config))
+    write_output(output, adapter_files(adapted, config, template))
     if save_every and len(steps) >= save_every:
         shutil.rmtree(partial)
     return _summary(output, steps, rows)

@@ -1,6 +1,7 @@
 """The `train` command on a tiny base."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,12 @@ def test_a_base_that_cannot_be_had_is_refused_with_what_to_do(workplace: Path) -
     assert "fix: Give the path of a model folder" in result.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_where_its_adapter_is(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr("dynamic_lora_server.commands.train._print_line", interrupt)
     output = workplace / "made"

@@ -109,6 +109,7 @@ def test_the_files_of_an_adapter(data: Path) -> None:
     assert sorted(path.name for path in output.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "task.json",
     ]
     tensors = load_file(output / "adapter_model.safetensors")
@@ -129,7 +130,7 @@ def test_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    write_output(tmp_path / "out", adapter_files(trained, settings))
+    write_output(tmp_path / "out", adapter_files(trained, settings, None))
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
     ids = torch.tensor([[5, 9, 40, 77]])
     with torch.no_grad():
