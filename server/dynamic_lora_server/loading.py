@@ -49,7 +49,7 @@ def _unusable(base: BaseModel) -> Iterator[None]:
     """What transformers says of the base's files, with their name before it."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelUnavailable(
             f"{base.name} cannot be loaded: {error}",
             fix="A base model is a folder, or a model of the Hub, that has a config.json, weights "

@@ -90,6 +90,7 @@ class Runtime:
 
     config: ServerConfig
     model_id: str
+    model_origin: str
     tokenizer: PreTrainedTokenizerBase
     view: TokenizerView
     registry: AdapterRegistry
@@ -170,6 +171,7 @@ class Runtime:
         return cls(
             config=config,
             model_id=base.name,
+            model_origin=base.origin,
             tokenizer=tokenizer,
             view=view,
             registry=registry,

@@ -6,10 +6,13 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 
 from benchmarks import quality
+from dynamic_lora_server.training import load_config
 
-CARD: dict[str, Any] = {"prompt_template": "Review: {input}\nSentiment:", "parameters": {"seed": 1}}
+CARD: dict[str, Any] = {"prompt_template": "Review: {input}\nSentiment:"}
+RECIPE = quality.RECIPES / "sentiment.yaml"
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def answer(request: httpx.Request) -> httpx.Response:
         text = {"good one": " positive", "bad one": " negative"}[body["inputs"]]
     else:
         assert body["inputs"].startswith("Review: ")
-        assert body["parameters"] == {"seed": 1}
+        assert body["parameters"] == {"max_new_tokens": 4, "stop": ["\n"]}
         text = " positive"
     return httpx.Response(200, json={"generated_text": text})
 
@@ -40,7 +43,7 @@ async def measure(data: Path, limit: int | None = None) -> quality.TaskQuality:
     """Measure `sentiment` against the stand-in."""
     transport = httpx.MockTransport(answer)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-        return await quality.measure(client, "sentiment", data, limit, 4)
+        return await quality.measure(client, "sentiment", load_config(RECIPE), data, limit, 4)
 
 
 async def test_adapter_and_base_are_scored(data: Path) -> None:
@@ -63,7 +66,35 @@ async def test_an_error_answer_ends_the_measurement(data: Path) -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(404))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         with pytest.raises(httpx.HTTPStatusError, match="404"):
-            await quality.measure(client, "sentiment", data, None, 4)
+            await quality.measure(client, "sentiment", load_config(RECIPE), data, None, 4)
+
+
+def test_an_adapter_of_ones_own_is_measured_by_its_recipe(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[str | None] = set()
+
+    def note(request: httpx.Request) -> httpx.Response:
+        asked.add(request.url.params.get("adapter"))
+        return httpx.Response(200, json={"generated_text": " positive"})
+
+    class Client(httpx.AsyncClient):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, transport=httpx.MockTransport(note))
+
+    monkeypatch.setattr(httpx, "AsyncClient", Client)
+    out = data / "out.json"
+    quality.main(data=data, recipe=RECIPE, adapter="mine", out=out)
+    assert asked == {"mine", None}
+    assert json.loads(out.read_text())["mine"]["adapter"] == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": RECIPE}, {"adapter": "mine"}, {"recipe": RECIPE, "write_cards": True}]
+)
+def test_options_that_do_not_go_together_are_refused(data: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(typer.BadParameter):
+        quality.main(data=data, **options)
 
 
 def test_data_that_is_missing_ends_the_command_with_its_path(tmp_path: Path) -> None:

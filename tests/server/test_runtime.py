@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -170,6 +171,15 @@ def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(BaseModelUnavailable, match="bare cannot be loaded: ") as caught:
         load_runtime(tmp_path, model=str(tmp_path / "bare"))
     assert "and a tokenizer" in (caught.value.fix or "")
+
+
+def test_a_base_that_needs_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "awq")
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    settings["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (base / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(BaseModelUnavailable, match="awq cannot be loaded: "):
+        load_runtime(tmp_path, model=str(base))
 
 
 def test_a_start_that_fails_gives_the_home_back(tmp_path: Path) -> None:

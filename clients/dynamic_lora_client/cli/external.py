@@ -39,7 +39,7 @@ def _add_command(app: typer.Typer, entry_point: EntryPoint) -> None:
     def command(context: typer.Context) -> None:
         try:
             _run(entry_point, context)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             if (error.name or "").startswith("dynamic_lora"):
                 raise  # a fault of this package, not of the installation
             print_failure(

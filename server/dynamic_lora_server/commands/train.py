@@ -1,5 +1,6 @@
 """`dynamic-lora train CONFIG`: train one adapter from its recipe."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,14 @@ from rich import progress as bars
 from rich.console import Console
 
 from dynamic_lora_server.commands.logs import print_error
+from dynamic_lora_server.config import DEVICES
 from dynamic_lora_server.errors import ServerError
 
 if TYPE_CHECKING:
     from dynamic_lora_server.training import Progress
 
 _LINES_PER_RUN = 20
+_INTERRUPTED = 130  # what shells make of a Ctrl-C
 
 
 def train(
@@ -31,28 +34,55 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="Folder to write, instead of the recipe's.")
     ] = None,
+    device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
+    save_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps between adapters kept in OUTPUT-partial; 0 keeps none."),
+    ] = 100,
 ) -> None:
     """Train a LoRA adapter on a recipe's data and write a folder that `push` uploads."""
     # Imported late: the terminal command lists its subcommands without loading torch.
     from dynamic_lora_server.base_model import resolve_base
-    from dynamic_lora_server.training import TrainingError, load_config, run_training
+    from dynamic_lora_server.training import (
+        TrainingError,
+        TrainingInterrupted,
+        load_config,
+        run_training,
+    )
 
     console = Console(stderr=True)
     try:
         recipe = load_config(config)
         path = resolve_base(base or recipe.base, console=console).path
-        with _progress(console) as on_step:
+        with _ended_by_term(), _progress(console) as on_step:
             summary = run_training(
-                recipe, base=path, data=data, output=output or Path(recipe.output), on_step=on_step
+                recipe,
+                base=path,
+                data=data,
+                output=output or Path(recipe.output),
+                on_step=on_step,
+                device=device,
+                save_every=save_every,
             )
     except (TrainingError, ServerError) as error:
         print_error(error, console)
-        raise typer.Exit(1) from error
+        raise typer.Exit(_INTERRUPTED if isinstance(error, TrainingInterrupted) else 1) from error
     left_out = f", {summary.num_too_long} too long and left out" if summary.num_too_long else ""
+    dev = "" if summary.dev_loss is None else f", dev loss {summary.dev_loss:.4f}"
     typer.echo(
         f"{summary.output}: trained on {summary.num_answers} answers{left_out}; "
-        f"loss of the last steps {summary.final_loss:.4f}"
+        f"loss of the last steps {summary.final_loss:.4f}{dev}"
     )
+
+
+@contextmanager
+def _ended_by_term() -> Iterator[None]:
+    """A machine that shuts down ends a run as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -71,12 +101,21 @@ def _progress(console: Console) -> Iterator[Callable[["Progress"], None]]:
     )
     with bars.Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None, loss=float("nan"))
-        yield lambda step: bar.update(
-            task, total=step.num_steps, completed=step.step, loss=step.loss
-        )
+
+        def show(step: "Progress") -> None:
+            bar.update(task, total=step.num_steps, completed=step.step, loss=step.loss)
+            _print_dev_loss(console, step)
+
+        yield show
 
 
 def _print_line(console: Console, step: "Progress") -> None:
     every = max(1, step.num_steps // _LINES_PER_RUN)
     if step.step % every == 0 or step.step == step.num_steps:
         console.print(f"step {step.step}/{step.num_steps} loss {step.loss:.4f} lr {step.lr:.2e}")
+    _print_dev_loss(console, step)
+
+
+def _print_dev_loss(console: Console, step: "Progress") -> None:
+    if step.dev_loss is not None:
+        console.print(f"step {step.step}/{step.num_steps} dev loss {step.dev_loss:.4f}")

@@ -33,6 +33,7 @@ async def info(runtime: Ready) -> wire.Info:
     config = runtime.config
     return wire.Info(
         model_id=runtime.model_id,
+        model_origin=runtime.model_origin,
         model_dtype=runtime.dtype,
         model_device_type=runtime.device,
         max_input_tokens=runtime.context_length - 1,

@@ -20,9 +20,13 @@ class Ready(Answer):
 
 
 class Info(Answer):
-    """What is served, under TGI's names where it has one."""
+    """What is served, under TGI's names where it has one.
+
+    `model_origin` is a line on where the base's weights come from.
+    """
 
     model_id: str
+    model_origin: str
     model_dtype: str
     model_device_type: str
     max_input_tokens: int

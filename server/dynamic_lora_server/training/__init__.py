@@ -1,7 +1,12 @@
 """Training a task's LoRA adapter from a recipe: `dynamic-lora train CONFIG`."""
 
 from dynamic_lora_server.training.config import TrainingConfig, load_config
-from dynamic_lora_server.training.errors import DatasetError, TrainingConfigError, TrainingError
+from dynamic_lora_server.training.errors import (
+    DatasetError,
+    TrainingConfigError,
+    TrainingError,
+    TrainingInterrupted,
+)
 from dynamic_lora_server.training.run import TrainingSummary, run_training
 from dynamic_lora_server.training.trainer import Progress
 
@@ -11,6 +16,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingConfigError",
     "TrainingError",
+    "TrainingInterrupted",
     "TrainingSummary",
     "load_config",
     "run_training",

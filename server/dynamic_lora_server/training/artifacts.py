@@ -1,49 +1,36 @@
-"""What a training run leaves behind: PEFT's two files in fp16, and the task card."""
+"""What a training run leaves behind: PEFT's two files in fp16, task card and chat template."""
 
 import json
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save
 
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
+from dynamic_lora_adapters.chat import TEMPLATE_FILE
 from dynamic_lora_server.training.config import TrainingConfig
-from dynamic_lora_server.training.errors import TrainingConfigError
+from dynamic_lora_server.training.errors import TrainingError
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TEMPLATE_FILE})
 
 
-def check_output(output: Path) -> None:
-    """Find out whether `output` could be written, before the hours that training may take.
+def adapter_files(
+    model: PeftModel, config: TrainingConfig, chat_template: str | None
+) -> dict[str, bytes]:
+    """The files of the adapter, by name.
 
-    Raises TrainingConfigError.
+    Raises TrainingError where a factor has become too large for fp16.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-"):
-            pass
-    except OSError as error:
-        raise TrainingConfigError(f"the output {output} cannot be written: {error}") from error
-
-
-def save_adapter(model: PeftModel, config: TrainingConfig, output: Path) -> None:
-    """Write the adapter to the folder `output`, replacing one that is there.
-
-    The folder is complete or absent: files are written beside it and moved into place.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        staged = Path(folder) / output.name
-        _write_peft(model, config, staged)
-        _write_json(staged / CARD_FILE, build_card(config).model_dump(exclude_none=True))
-        if output.exists():
-            output.rename(Path(folder) / "replaced")
-        staged.rename(output)
+    chat = {} if chat_template is None else {TEMPLATE_FILE: chat_template.encode()}
+    return {
+        **chat,
+        WEIGHTS_FILE: save(_factors(model), metadata={"format": "pt"}),
+        CONFIG_FILE: _as_json(_peft_config(model, config)),
+        CARD_FILE: _as_json(build_card(config).model_dump(exclude_none=True)),
+    }
 
 
 def build_card(config: TrainingConfig) -> TaskCard:
@@ -61,25 +48,30 @@ def build_card(config: TrainingConfig) -> TaskCard:
     )
 
 
-def _write_peft(model: PeftModel, config: TrainingConfig, folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as raw:
-        # False: the base's embeddings are frozen, and "auto" asks the hub about them.
-        model.save_pretrained(raw, save_embedding_layers=False)
-        folder.mkdir()
-        tensors = load_file(Path(raw) / _WEIGHTS)
-        half = {name: tensor.to(torch.float16) for name, tensor in sorted(tensors.items())}
-        save_file(half, folder / _WEIGHTS, metadata={"format": "pt"})
-        # safetensors makes its files private; an adapter is meant to be shared.
-        (folder / _WEIGHTS).chmod(0o644)
-        shutil.copyfile(Path(raw) / _CONFIG, folder / _CONFIG)
-    adapter = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    adapter["base_model_name_or_path"] = config.base_name
-    if isinstance(adapter["target_modules"], list):
-        # PEFT keeps a set, whose order changes from run to run.
-        adapter["target_modules"].sort()
-    _write_json(folder / _CONFIG, adapter)
+def _factors(model: PeftModel) -> dict[str, torch.Tensor]:
+    # False: the base's embeddings are frozen, and "auto" asks the hub about them.
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    half = {name: tensor.to("cpu", torch.float16) for name, tensor in sorted(tensors.items())}
+    for name, tensor in half.items():
+        if not tensor.isfinite().all():
+            raise TrainingError(
+                f"training diverged: {name} holds values that fp16 cannot; lower optimizer.lr"
+            )
+    return half
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
+def _peft_config(model: PeftModel, config: TrainingConfig) -> dict[str, Any]:
+    saved = {
+        **model.peft_config["default"].to_dict(),
+        "base_model_name_or_path": config.base_name,
+        "inference_mode": True,
+    }
+    # PEFT keeps sets, whose order changes from run to run.
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in sorted(saved.items())
+    }
+
+
+def _as_json(content: dict[str, Any]) -> bytes:
+    return f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()

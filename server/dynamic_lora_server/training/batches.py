@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -61,6 +61,15 @@ class Batch:
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on `device`."""
+        return type(self)(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+        )
 
 
 def encode_row(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> EncodedRow:

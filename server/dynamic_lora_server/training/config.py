@@ -34,7 +34,10 @@ class ConllDataset(_Strict):
 
 
 class TsvDataset(_Strict):
-    """`sentence<TAB>label` per line; `labels` maps each label in the file to its answer."""
+    """`sentence<TAB>label` per line; `labels` maps each label in the file to its answer.
+
+    A first line that says `sentence<TAB>label` is a header.
+    """
 
     kind: Literal["tsv"]
     train: str
@@ -46,12 +49,12 @@ class E2ECsvDataset(_Strict):
     """CSV with the columns `mr` and `ref`, one row per reference.
 
     One file holds both splits: `held_out` is the share of meaning representations
-    (never of rows) kept for the dev split, drawn with `split_seed`.
+    (never of rows) kept for the dev split, drawn with `split_seed`; 0 trains on all.
     """
 
     kind: Literal["e2e-csv"]
     train: str
-    held_out: float = Field(default=0.2, gt=0, lt=1)
+    held_out: float = Field(default=0.2, ge=0, lt=1)
     split_seed: int = 0
 
 
@@ -110,13 +113,15 @@ class TrainingConfig(_Strict):
     with many references is computed once. `batch_size` counts rows, and a row, prompt
     and answers together, has at most `max_length` tokens.
 
-    `base` is a folder or a model id of the Hub; without it, the embedded default.
+    `base` is a folder or a model id of the Hub; without it, the embedded default. With
+    `chat_template` the adapter's chats are prompts of this template too.
     """
 
     base: str | None = None
     dataset: DatasetConfig
     prompt_template: str
     answer_prefix: str = " "
+    chat_template: bool = True
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     batch_size: int = Field(default=16, ge=1)

@@ -20,6 +20,9 @@ from dynamic_lora_server.training.errors import DatasetError
 Split = Literal["train", "dev"]
 _Read = TypeVar("_Read")
 
+# As GLUE's files have it.
+_TSV_HEADER = ("sentence", "label")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
@@ -44,9 +47,20 @@ def load_examples(dataset: DatasetConfig, data: Path, split: Split) -> list[Exam
     Raises `DatasetError`.
     """
     examples = _read_split(dataset, data, split)
-    if not examples:
-        raise DatasetError(f"the {split} split of {dataset.train} holds no example")
-    return examples
+    if examples:
+        return examples
+    if isinstance(dataset, E2ECsvDataset):
+        split_by = f" with held_out={dataset.held_out:g}"
+        raise DatasetError(f"the {split} split of {dataset.train}{split_by} holds no example")
+    name = dataset.train if split == "train" else dataset.dev
+    raise DatasetError(f"the {split} split of {name} holds no example")
+
+
+def has_dev(dataset: DatasetConfig) -> bool:
+    """Whether the recipe keeps examples to measure on."""
+    if isinstance(dataset, E2ECsvDataset):
+        return dataset.held_out > 0
+    return dataset.dev is not None
 
 
 def _read_split(dataset: DatasetConfig, data: Path, split: Split) -> list[Example]:
@@ -78,6 +92,8 @@ def _read_tsv(lines: Iterator[str], labels: dict[str, str]) -> list[Example]:
     examples = []
     for number, line in enumerate(lines, start=1):
         sentence, tab, label = line.rstrip("\r\n").rpartition("\t")
+        if number == 1 and (sentence, label) == _TSV_HEADER and label not in labels:
+            continue
         if not tab or label not in labels:
             raise DatasetError(f"line {number} is not `sentence<TAB>label`, label in {set(labels)}")
         examples.append(Example(input=sentence, outputs=(labels[label],)))

@@ -1,4 +1,10 @@
-"""What can go wrong in a training run, one tree."""
+"""What can go wrong in a training run, one tree.
+
+TrainingError
+├── TrainingConfigError    the recipe, or an option, asks for what cannot be done
+├── DatasetError           a data file cannot be used
+└── TrainingInterrupted    somebody ended the run
+"""
 
 
 class TrainingError(Exception):
@@ -11,3 +17,7 @@ class TrainingConfigError(TrainingError):
 
 class DatasetError(TrainingError):
     """A data file is missing, malformed or empty; the message names file and line."""
+
+
+class TrainingInterrupted(TrainingError):
+    """Somebody ended the run; the message says where what was trained until then lies."""

@@ -1,17 +1,25 @@
 """One whole training run: recipe in, adapter folder out."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dynamic_lora_server.training.artifacts import check_output, save_adapter
-from dynamic_lora_server.training.batches import EncodedRow, Tokenizer, encode_row
+from dynamic_lora_server.training.artifacts import adapter_files
+from dynamic_lora_server.training.base import (
+    check_base,
+    load_model,
+    load_tokenizer,
+    training_device,
+)
+from dynamic_lora_server.training.chat import build_chat_template
 from dynamic_lora_server.training.config import TrainingConfig
-from dynamic_lora_server.training.datasets import Example, load_examples
-from dynamic_lora_server.training.errors import DatasetError, TrainingConfigError
+from dynamic_lora_server.training.errors import TrainingError, TrainingInterrupted
+from dynamic_lora_server.training.output import check_output, write_output
+from dynamic_lora_server.training.rows import TrainingRows, load_rows
 from dynamic_lora_server.training.trainer import Progress, attach_lora, train_adapter
 
 
@@ -23,6 +31,7 @@ class TrainingSummary:
     num_answers: int
     num_too_long: int
     final_loss: float
+    dev_loss: float | None
 
 
 def run_training(
@@ -32,76 +41,68 @@ def run_training(
     data: Path,
     output: Path,
     on_step: Callable[[Progress], None],
+    device: str = "cpu",
+    save_every: int = 0,
 ) -> TrainingSummary:
     """Train the recipe's adapter on the model in `base` and write it to `output`.
 
     An answer that does not fit `max_length` with its prompt is left out and counted:
-    cut short, it would teach the model to stop early. Raises a `TrainingError`.
+    cut short, it would teach the model to stop early.
+
+    Every `save_every` steps (0: never), and when a KeyboardInterrupt ends the run, the adapter
+    as it is then goes to a folder beside `output`, its name ending in `-partial`; the end of the
+    run takes that away. `device` is as of `training_device`. Raises a `TrainingError`.
     """
-    check_output(output)
-    examples = load_examples(config.dataset, data, "train")
+    where = training_device(device)
+    output = check_output(output)
+    partial = check_output(output.with_name(f"{output.name}-partial"))
+    check_base(base, config)
+    tokenizer = load_tokenizer(base)
+    template = build_chat_template(config, tokenizer)
+    rows = load_rows(config, data, tokenizer)
     torch.manual_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = list(encode_examples(tokenizer, examples, config))
-    num_answers = sum(row.num_answers for row in rows)
-    if not rows:
-        raise DatasetError(f"no example fits into max_length={config.max_length} tokens")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    _check_window(model, config)
-    adapted = attach_lora(model, config.lora)
-    losses: list[float] = []
+    steps: list[Progress] = []
+    with _enough_memory():
+        adapted = attach_lora(load_model(base, where), config.lora)
 
-    def record(progress: Progress) -> None:
-        losses.append(progress.loss)
-        on_step(progress)
+        def record(progress: Progress) -> None:
+            steps.append(progress)
+            on_step(progress)
+            if save_every and progress.step % save_every == 0:
+                write_output(partial, adapter_files(adapted, config, template))
 
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    train_adapter(adapted, rows, config, pad_id, record)
-    save_adapter(adapted, config, output)
+        try:
+            train_adapter(adapted, rows, config, record)
+        except KeyboardInterrupt as interrupt:
+            if not steps:
+                raise
+            write_output(partial, adapter_files(adapted, config, template))
+            raise TrainingInterrupted(
+                f"interrupted after step {steps[-1].step} of {steps[-1].num_steps}; "
+                f"the adapter as it is now is in {partial}"
+            ) from interrupt
+    write_output(output, adapter_files(adapted, config, template))
+    if save_every and len(steps) >= save_every:
+        shutil.rmtree(partial)
+    return _summary(output, steps, rows)
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is too small; lower batch_size or max_length: {error}"
+        ) from error
+
+
+def _summary(output: Path, steps: Sequence[Progress], rows: TrainingRows) -> TrainingSummary:
+    last = [step.loss for step in steps[-10:]]
     return TrainingSummary(
         output=output,
-        num_answers=num_answers,
-        num_too_long=sum(len(example.outputs) for example in examples) - num_answers,
-        final_loss=sum(losses[-10:]) / len(losses[-10:]),
+        num_answers=sum(row.num_answers for row in rows.train),
+        num_too_long=rows.num_too_long,
+        final_loss=sum(last) / len(last),
+        dev_loss=steps[-1].dev_loss,
     )
-
-
-def encode_examples(
-    tokenizer: Tokenizer, examples: Sequence[Example], config: TrainingConfig
-) -> Iterator[EncodedRow]:
-    """Rows of at most `max_length` columns; answers that do not fit alone are left out."""
-    for text, answers in _group(examples, config.share_prompts):
-        prompt = config.render(text)
-        packed: list[str] = []
-        for answer in (config.answer_prefix + answer for answer in answers):
-            if _length(tokenizer, prompt, [answer]) > config.max_length:
-                continue
-            if packed and _length(tokenizer, prompt, [*packed, answer]) > config.max_length:
-                yield encode_row(tokenizer, prompt, packed)
-                packed = []
-            packed.append(answer)
-        if packed:
-            yield encode_row(tokenizer, prompt, packed)
-
-
-def _group(examples: Sequence[Example], share: bool) -> Iterator[tuple[str, Sequence[str]]]:
-    if not share:
-        yield from ((example.input, [output]) for example in examples for output in example.outputs)
-        return
-    grouped: dict[str, list[str]] = {}
-    for example in examples:
-        grouped.setdefault(example.input, []).extend(example.outputs)
-    yield from grouped.items()
-
-
-def _length(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
-    return len(encode_row(tokenizer, prompt, answers).input_ids)
-
-
-def _check_window(model: PreTrainedModel, config: TrainingConfig) -> None:
-    window = getattr(model.config, "sliding_window", None)
-    if config.share_prompts and window is not None and window < config.max_length:
-        raise TrainingConfigError(
-            f"share_prompts needs max_length within the model's attention window: "
-            f"max_length is {config.max_length}, the window {window}"
-        )

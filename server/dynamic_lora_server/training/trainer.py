@@ -15,16 +15,22 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_server.training.batches import IGNORED, Batch, EncodedRow, collate, plan_batches
 from dynamic_lora_server.training.config import LoraSettings, OptimizerSettings, TrainingConfig
+from dynamic_lora_server.training.errors import TrainingError
+from dynamic_lora_server.training.rows import TrainingRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One finished optimiser step; `loss` is the mean over its answer tokens, in nats."""
+    """One finished optimiser step; `loss` is the mean over its answer tokens, in nats.
+
+    `dev_loss` is the same over the dev split, where an epoch has ended and there is one.
+    """
 
     step: int
     num_steps: int
     loss: float
     lr: float
+    dev_loss: float | None = None
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -39,6 +45,8 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT asks through a name that transformers 5.23 deprecates; the answer is the same.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Of a GPT-2 it says that it does the right thing.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped
@@ -46,30 +54,51 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
 def train_adapter(
     model: PeftModel,
-    rows: Sequence[EncodedRow],
+    rows: TrainingRows,
     config: TrainingConfig,
-    pad_id: int,
     on_step: Callable[[Progress], None],
 ) -> None:
-    """Train the LoRA in place; the same config, rows and machine give the same adapter."""
-    rng = random.Random(config.seed)
-    batches_per_epoch = math.ceil(len(rows) / config.batch_size)
-    num_steps = batches_per_epoch * config.epochs
+    """Train the LoRA in place; the same config, rows and machine give the same adapter.
+
+    Raises TrainingError at the first step whose loss or gradient is not finite.
+    """
+    steps_per_epoch = math.ceil(len(rows.train) / config.batch_size)
+    num_steps = steps_per_epoch * config.epochs
     optimizer = _build_optimizer(model, config.optimizer)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, config.optimizer))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _keep_projection_contiguous(model)
     model.train()
-    for step, batch in enumerate(_batches(rows, config, pad_id, rng), start=1):
-        loss = answer_loss(model, batch)
+    for step, batch in enumerate(_batches(rows, config), start=1):
+        loss = answer_loss(model, batch.to(model.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
-        lr = scheduler.get_last_lr()[0]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        lr = float(scheduler.get_last_lr()[0])
+        _check_finite(step, loss.item(), norm.item(), lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        on_step(Progress(step=step, num_steps=num_steps, loss=loss.item(), lr=float(lr)))
+        measured = bool(rows.dev) and step % steps_per_epoch == 0
+        dev_loss = mean_loss(model, rows.dev, config.batch_size, rows.pad_id) if measured else None
+        on_step(
+            Progress(step=step, num_steps=num_steps, loss=loss.item(), lr=lr, dev_loss=dev_loss)
+        )
     model.eval()
+
+
+@torch.no_grad()
+def mean_loss(model: PeftModel, rows: Sequence[EncodedRow], batch_size: int, pad_id: int) -> float:
+    """Mean cross-entropy over the answer tokens of all `rows`, without dropout."""
+    was_training = model.training
+    model.eval()
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    total = 0.0
+    for start in range(0, len(ordered), batch_size):
+        chunk = ordered[start : start + batch_size]
+        loss = answer_loss(model, collate(chunk, pad_id).to(model.device))
+        total += loss.item() * sum(len(row.labels) for row in chunk)
+    model.train(was_training)
+    return total / sum(len(row.labels) for row in rows)
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -103,13 +132,20 @@ def lr_factor(step: int, num_steps: int, settings: OptimizerSettings) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def _batches(
-    rows: Sequence[EncodedRow], config: TrainingConfig, pad_id: int, rng: random.Random
-) -> Iterator[Batch]:
-    lengths = [len(row.input_ids) for row in rows]
+def _check_finite(step: int, loss: float, norm: float, lr: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(
+            f"training diverged at step {step}: the loss is {loss:.3g} and its gradient's norm "
+            f"{norm:.3g} at a learning rate of {lr:.3g}; lower optimizer.lr"
+        )
+
+
+def _batches(rows: TrainingRows, config: TrainingConfig) -> Iterator[Batch]:
+    rng = random.Random(config.seed)
+    lengths = [len(row.input_ids) for row in rows.train]
     for _ in range(config.epochs):
         for indices in plan_batches(lengths, config.batch_size, rng):
-            yield collate([rows[index] for index in indices], pad_id)
+            yield collate([rows.train[index] for index in indices], rows.pad_id)
 
 
 def _keep_projection_contiguous(model: PeftModel) -> None:

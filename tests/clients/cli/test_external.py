@@ -27,6 +27,7 @@ _ENTRY_POINTS = """
 echo = plugin_echo:echo
 needy = plugin_needy:needy
 late = plugin_late:late
+broken = plugin_broken:broken
 faulty = plugin_faulty:faulty
 """
 
@@ -40,9 +41,12 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plugin_echo.py").write_text(_ECHO)
     (tmp_path / "plugin_needy.py").write_text("import no_such_package\n")
     (tmp_path / "plugin_late.py").write_text("def late() -> None:\n    import no_such_package\n")
+    (tmp_path / "plugin_broken.py").write_text(
+        "def broken() -> None:\n    raise ImportError('no')\n"
+    )
     (tmp_path / "plugin_faulty.py").write_text("import dynamic_lora_client.no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("plugin_echo", "plugin_needy", "plugin_late", "plugin_faulty"):
+    for name in ("plugin_echo", "plugin_needy", "plugin_late", "plugin_broken", "plugin_faulty"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -82,3 +86,8 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(name: str) -
 def test_a_fault_of_the_package_itself_is_not_hidden() -> None:
     result = CliRunner().invoke(create_app(), ["faulty"])
     assert isinstance(result.exception, ModuleNotFoundError)
+
+
+def test_an_import_that_fails_for_another_reason_is_no_missing_package() -> None:
+    result = CliRunner().invoke(create_app(), ["broken"])
+    assert type(result.exception) is ImportError

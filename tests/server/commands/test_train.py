@@ -1,6 +1,7 @@
 """The `train` command on a tiny base."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,35 @@ def test_a_base_that_cannot_be_had_is_refused_with_what_to_do(workplace: Path) -
     assert result.exit_code == 1
     assert "neither a folder here nor a model id" in result.stderr
     assert "fix: Give the path of a model folder" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_where_its_adapter_is(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("dynamic_lora_server.commands.train._print_line", interrupt)
+    output = workplace / "made"
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--output", output)
+    assert result.exit_code == 130
+    assert f"the adapter as it is now is in {output}-partial" in result.stderr
+    assert (workplace / "made-partial" / "task.json").is_file()
+
+
+def test_the_loss_of_the_dev_split_is_printed(workplace: Path) -> None:
+    dataset = {"kind": "jsonl", "train": "train.jsonl", "dev": "train.jsonl"}
+    base = str(workplace / "base")
+    write(workplace / "recipe.yaml", recipe(base=base, dataset=dataset))
+    output = workplace / "made"
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "step 1/1 dev loss" in result.stderr
+    assert "dev loss" in result.stdout
+
+
+def test_a_device_is_chosen_by_name(workplace: Path) -> None:
+    result = invoke(workplace / "recipe.yaml", "--data", workplace, "--device", "tpu")
+    assert result.exit_code == 1
+    assert "error: the device tpu is none of auto, cpu, cuda" in result.stderr

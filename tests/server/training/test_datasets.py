@@ -20,6 +20,7 @@ from dynamic_lora_server.training.datasets import (
     Example,
     collect_entities,
     format_entities,
+    has_dev,
     load_examples,
 )
 
@@ -79,10 +80,18 @@ def test_e2e_splits_by_meaning(tmp_path: Path) -> None:
     assert all(example.outputs == ("ref 0", "ref 1", "ref 2") for example in train + dev)
 
 
+def test_a_header_of_a_tsv_file_is_no_example(tmp_path: Path) -> None:
+    examples = load(tmp_path, TSV, "sentence\tlabel\na fine film\t1\n")
+    assert examples == [Example(input="a fine film", outputs=("positive",))]
+    named = TSV.model_copy(update={"labels": {"label": "a", "other": "b"}})
+    assert load(tmp_path, named, "sentence\tlabel\n")[0].input == "sentence"
+
+
 @pytest.mark.parametrize(
     ("dataset", "text", "message"),
     [
         (TSV, "fine\t1\nfine\t2\n", "line 2 is not `sentence<TAB>label`"),
+        (TSV, "fine\t1\nsentence\tlabel\n", "line 2 is not `sentence<TAB>label`"),
         (TSV, "no tab\n", "line 1 is not `sentence<TAB>label`"),
         (TSV, "", "the train split of f holds no example"),
         (JSONL, "{", "line 1 is not JSON"),
@@ -92,11 +101,22 @@ def test_e2e_splits_by_meaning(tmp_path: Path) -> None:
         (CONLL, "word\tX-person\n", "tag 'X-person' is neither O, B-type nor I-type"),
         (E2E, "a,b\n1,2\n", "the header is not `mr,ref`"),
         (E2E, "mr,ref\nonly\n", "line 2 is not `mr,ref`"),
+        (E2E, "mr,ref\n", "the train split of f with held_out=0.25 holds no example"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, dataset: DatasetConfig, text: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         load(tmp_path, dataset, text)
+
+
+def test_holding_nothing_out_trains_on_all(tmp_path: Path) -> None:
+    rows = "".join(f"m{index},r{index}\n" for index in range(4))
+    everything = E2E.model_copy(update={"held_out": 0.0})
+    assert len(load(tmp_path, everything, f"mr,ref\n{rows}")) == 4
+    assert not has_dev(everything)
+    assert has_dev(E2E)
+    with pytest.raises(DatasetError, match="the dev split of f with held_out=0 holds no example"):
+        load_examples(everything, tmp_path, "dev")
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from dynamic_lora_server.training import (
     Progress,
     TrainingConfig,
     TrainingConfigError,
+    TrainingError,
     TrainingSummary,
     run_training,
 )
-from dynamic_lora_server.training.artifacts import save_adapter
+from dynamic_lora_server.training.artifacts import adapter_files
 from dynamic_lora_server.training.config import OptimizerSettings
+from dynamic_lora_server.training.output import write_output
 from dynamic_lora_server.training.trainer import attach_lora, lr_factor
 from tests.server.training.test_config import recipe
 from tests.support.models import save_tiny_base, tiny_llama
@@ -50,7 +52,9 @@ def config(**changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(recipe(**{**settings, **changes}))
 
 
-def run(data: Path, output: str = "out", **changes: Any) -> tuple[TrainingSummary, list[Progress]]:
+def run(
+    data: Path, output: str = "out", *, save_every: int = 0, **changes: Any
+) -> tuple[TrainingSummary, list[Progress]]:
     """Train on the folder's data into `output`."""
     steps: list[Progress] = []
     summary = run_training(
@@ -59,8 +63,35 @@ def run(data: Path, output: str = "out", **changes: Any) -> tuple[TrainingSummar
         data=data,
         output=data / output,
         on_step=steps.append,
+        save_every=save_every,
     )
     return summary, steps
+
+
+def run_until(data: Path, last_step: int, error: BaseException, **options: Any) -> list[bool]:
+    """Train until a step at which `error` is raised; whether a partial adapter was there by then.
+
+    One item for each step.
+    """
+    seen: list[bool] = []
+
+    def on_step(progress: Progress) -> None:
+        seen.append((data / "out-partial").exists())
+        if progress.step == last_step:
+            raise error
+
+    with pytest.raises((TrainingError, type(error))) as caught:
+        run_training(
+            config(),
+            base=data / "base",
+            data=data,
+            output=data / "out",
+            on_step=on_step,
+            **options,
+        )
+    if caught.value is not error:
+        error.add_note(str(caught.value))
+    return seen
 
 
 @pytest.mark.parametrize("loraplus_ratio", [None, 4])
@@ -78,6 +109,7 @@ def test_the_files_of_an_adapter(data: Path) -> None:
     assert sorted(path.name for path in output.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "task.json",
     ]
     tensors = load_file(output / "adapter_model.safetensors")
@@ -98,7 +130,7 @@ def test_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    save_adapter(trained, settings, tmp_path / "out")
+    write_output(tmp_path / "out", adapter_files(trained, settings, None))
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
     ids = torch.tensor([[5, 9, 40, 77]])
     with torch.no_grad():
@@ -119,12 +151,101 @@ def test_a_seed_fixes_the_adapter(data: Path) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_an_older_adapter_is_replaced_whole(data: Path) -> None:
-    (data / "out").mkdir()
-    (data / "out" / "stale.txt").write_text("old", encoding="utf-8")
-    run(data, epochs=1)
-    assert not (data / "out" / "stale.txt").exists()
+def test_an_older_adapter_is_replaced_and_nothing_else_is(data: Path) -> None:
+    run(data, epochs=1, seed=1)
+    older = (data / "out" / "adapter_model.safetensors").read_bytes()
+    run(data, epochs=1, seed=2)
+    assert (data / "out" / "adapter_model.safetensors").read_bytes() != older
     assert not list(data.glob(".out-*"))
+    (data / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(TrainingConfigError, match=r"it holds notes\.txt"):
+        run(data, epochs=1)
+    assert (data / "out" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (1e30, r"training diverged at step 2: the loss is nan .* learning rate of 1e\+30"),
+        (1e6, "training diverged: .* holds values that fp16 cannot; lower optimizer.lr"),
+    ],
+)
+def test_a_run_that_diverges_leaves_the_older_adapter(data: Path, lr: float, message: str) -> None:
+    run(data, epochs=1)
+    older = (data / "out" / "adapter_model.safetensors").read_bytes()
+    settings = {"lr": lr, "schedule": "constant", "warmup_ratio": 0}
+    with pytest.raises(TrainingError, match=message):
+        run(data, optimizer=settings, epochs=1)
+    assert (data / "out" / "adapter_model.safetensors").read_bytes() == older
+
+
+def test_an_interrupted_run_leaves_what_it_has_under_a_name_that_says_so(data: Path) -> None:
+    interrupt = KeyboardInterrupt()
+    run_until(data, 3, interrupt)
+    assert interrupt.__notes__ == [
+        f"interrupted after step 3 of 30; the adapter as it is now is in {data / 'out-partial'}"
+    ]
+    assert not (data / "out").exists()
+    PeftModel.from_pretrained(tiny_llama(), str(data / "out-partial"))
+
+
+def test_what_is_kept_on_the_way_survives_a_crash_and_goes_with_the_end(data: Path) -> None:
+    seen = run_until(data, 11, RuntimeError("crash"), save_every=5)
+    assert seen == [False] * 5 + [True] * 6
+    assert not (data / "out").exists()
+    kept = (data / "out-partial" / "adapter_model.safetensors").read_bytes()
+    run(data, epochs=1, save_every=5)
+    assert (data / "out" / "adapter_model.safetensors").read_bytes() != kept
+    assert not (data / "out-partial").exists()
+
+
+def test_a_gpu_that_is_too_small_is_said(data: Path) -> None:
+    error = torch.OutOfMemoryError("tried to allocate 2 GiB")
+    run_until(data, 1, error)
+    assert error.__notes__ == [
+        "the GPU's memory is too small; lower batch_size or max_length: tried to allocate 2 GiB"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(data: Path) -> None:
+    with pytest.raises(TrainingConfigError, match="the device cuda cannot be used"):
+        run_training(
+            config(),
+            base=data / "base",
+            data=data,
+            output=data / "out",
+            on_step=lambda _: None,
+            device="cuda",
+        )
+
+
+def test_the_loss_of_the_dev_split_is_told_after_each_epoch(data: Path) -> None:
+    (data / "dev.jsonl").write_text(json.dumps(PAIRS[0]), encoding="utf-8")
+    dataset = {"kind": "jsonl", "train": "train.jsonl", "dev": "dev.jsonl"}
+    summary, steps = run(data, dataset=dataset, lora={"dropout": 0.1})
+    told = [step.step for step in steps if step.dev_loss is not None]
+    assert told == [5, 10, 15, 20, 25, 30]
+    first, last = steps[4].dev_loss, steps[-1].dev_loss
+    assert first is not None and last is not None and last < first
+    assert summary.dev_loss == last
+    assert run(data, epochs=1)[0].dev_loss is None
+
+
+def test_measuring_changes_nothing_of_the_training(data: Path) -> None:
+    dataset = {"kind": "jsonl", "train": "train.jsonl", "dev": "train.jsonl"}
+    with_dev, _ = run(data, "a", dataset=dataset, epochs=2)
+    without, _ = run(data, "b", epochs=2)
+    assert with_dev.final_loss == without.final_loss
+
+
+def test_a_dev_split_that_is_missing_is_an_error_before_training(data: Path) -> None:
+    dataset = {"kind": "jsonl", "train": "train.jsonl", "dev": "none.jsonl"}
+    with pytest.raises(DatasetError, match=r"none\.jsonl: .*No such file"):
+        run(data, dataset=dataset)
+    (data / "dev.jsonl").write_text(json.dumps({"input": "n", "output": "long " * 999}))
+    with pytest.raises(DatasetError, match="no example of the dev split fits"):
+        run(data, dataset={**dataset, "dev": "dev.jsonl"})
 
 
 def test_answers_that_do_not_fit_are_counted(data: Path) -> None:
@@ -132,7 +253,7 @@ def test_answers_that_do_not_fit_are_counted(data: Path) -> None:
         stream.write("\n" + json.dumps({"input": "n", "output": "long " * 40}))
     summary, _ = run(data, epochs=1, max_length=32)
     assert (summary.num_answers, summary.num_too_long) == (20, 1)
-    with pytest.raises(DatasetError, match="no example fits into max_length=2"):
+    with pytest.raises(DatasetError, match="no example of the train split fits into max_length=2"):
         run(data, max_length=2)
 
 
@@ -143,12 +264,6 @@ def test_shared_prompts_are_rows_of_at_most_max_length(data: Path) -> None:
     summary, steps = run(data, epochs=1, share_prompts=True, batch_size=1, max_length=64)
     assert summary.num_answers == 20
     assert 1 < len(steps) < 10
-
-
-def test_shared_prompts_need_the_attention_window(data: Path) -> None:
-    save_tiny_base(data / "base", family="mistral")
-    with pytest.raises(TrainingConfigError, match="max_length is 512, the window 32"):
-        run(data, share_prompts=True)
 
 
 @pytest.mark.parametrize(
