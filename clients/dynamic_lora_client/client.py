@@ -9,7 +9,7 @@ from typing import Self, TypeVar, Unpack
 import httpx
 
 from dynamic_lora_client import protocol
-from dynamic_lora_client.config import DEFAULT_URL, ClientConfig
+from dynamic_lora_client.config import DEFAULT_MAX_CONNECTIONS, DEFAULT_URL, ClientConfig
 from dynamic_lora_client.files import Progress, UploadFiles
 from dynamic_lora_client.retry import RetryBudget, RetryPolicy
 from dynamic_lora_client.transport import stream_errors, transport_errors
@@ -30,8 +30,9 @@ class Client:
     """Talks to one server over kept connections; safe to share between threads.
 
     Every method raises the errors of `dynamic_lora_client.errors`. Answers 429
-    and 503 are retried as `retry` says. `transport` replaces the network, as
-    in httpx.
+    and 503 are retried as `retry` says. At most `max_connections` calls are on
+    their way at once, the others wait. `transport` replaces the network, as in
+    httpx, and has limits of its own.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Client:
         *,
         connect_timeout: float = 5.0,
         read_timeout: float = 300.0,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
         api_key: str | None = None,
         retry: RetryPolicy | None = None,
         headers: Mapping[str, str] | None = None,
@@ -49,6 +51,7 @@ class Client:
             url=url,
             connect_timeout=connect_timeout,
             read_timeout=read_timeout,
+            max_connections=max_connections,
             api_key=api_key,
             retry=retry or RetryPolicy(),
             headers=headers or {},
@@ -57,6 +60,7 @@ class Client:
             base_url=url,
             headers=self._config.all_headers,
             timeout=self._config.timeout,
+            limits=self._config.limits,
             transport=transport,
         )
 

@@ -17,6 +17,9 @@ def transport_errors(config: ClientConfig) -> Iterator[None]:
     except httpx.ConnectTimeout as error:
         message = f"{config.url} did not accept the connection in {config.connect_timeout:g} s."
         raise Timeout(message) from error
+    except httpx.PoolTimeout as error:
+        message = "No connection of the client's own became free in time; nothing was sent."
+        raise Timeout(message, fix="Raise the limits of its transport.") from error
     except httpx.TimeoutException as error:
         raise Timeout(f"{config.url} was silent for {config.read_timeout:g} s.") from error
     except httpx.ConnectError as error:

@@ -419,6 +419,7 @@ def test_answers_that_are_not_of_this_api(call: Caller, answer: Handler, message
     [
         (httpx.ConnectTimeout("x"), Timeout, r"did not accept the connection in 5 s\."),
         (httpx.ReadTimeout("x"), Timeout, r"was silent for 300 s\."),
+        (httpx.PoolTimeout("x"), Timeout, r"No connection of the client's own became free"),
         (httpx.ConnectError("refused"), TransportError, "Cannot connect to .*: refused. Is the"),
         (httpx.RemoteProtocolError(""), TransportError, "failed: RemoteProtocolError"),
     ],
@@ -474,6 +475,7 @@ def test_parameters_that_cannot_be_sent(
         ({"url": "http://a:port"}, "is not valid"),
         ({"connect_timeout": 0}, "connect_timeout must be above 0 seconds"),
         ({"read_timeout": float("nan")}, "read_timeout must be above 0 seconds"),
+        ({"max_connections": 0}, "max_connections must be at least 1"),
         ({"api_key": "two words"}, "api_key must be of visible ASCII characters"),
         ({"api_key": ""}, "api_key must be of visible ASCII characters"),
         ({"api_key": "x", "headers": {"Authorization": "y"}}, "would be sent as one"),
@@ -514,3 +516,4 @@ def test_settings_reach_the_request(call: Caller) -> None:
     assert request.headers["user-agent"].startswith("dynamic-lora-client/")
     timeout = request.extensions["timeout"]
     assert (timeout["connect"], timeout["read"], timeout["write"]) == (1.5, 9.0, 9.0)
+    assert timeout["pool"] is None

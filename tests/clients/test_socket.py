@@ -1,5 +1,6 @@
 """The clients on a real socket: what a transport without a network cannot show."""
 
+import asyncio
 import time
 import tracemalloc
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_closing_a_stream_hangs_up(wire: Wire) -> None:
         assert isinstance(next(events), Token)
         events.close()
         assert wire.sees_hang_up()
+
+
+async def test_calls_beyond_the_connections_wait_for_one_to_end(wire: Wire) -> None:
+    wire.reply(chunks=[sse(token_event(0))] * 100, pause=0.02)
+    wire.reply(PASSPORT)
+    async with AsyncClient(wire.url, max_connections=1) as client:
+        events = client.stream("a")
+        assert isinstance(await anext(events), Token)
+        waiting = asyncio.create_task(client.adapter("ner"))
+        await asyncio.sleep(0.1)
+        assert len(wire.received) == 1
+        await events.aclose()
+        assert (await waiting).name == "ner"
 
 
 def test_silent_server_is_given_up(wire: Wire) -> None:
