@@ -12,7 +12,12 @@ from dynamic_lora_client import protocol
 from dynamic_lora_client.config import DEFAULT_MAX_CONNECTIONS, DEFAULT_URL, ClientConfig
 from dynamic_lora_client.files import Progress, UploadFiles
 from dynamic_lora_client.retry import RetryBudget, RetryPolicy
-from dynamic_lora_client.transport import stream_errors, transport_errors
+from dynamic_lora_client.transport import (
+    environment_errors,
+    httpx_options,
+    stream_errors,
+    transport_errors,
+)
 from dynamic_lora_client.types import (
     Adapter,
     Composition,
@@ -56,13 +61,9 @@ class Client:
             retry=retry or RetryPolicy(),
             headers=headers or {},
         )
-        self._http = httpx.Client(
-            base_url=url,
-            headers=self._config.all_headers,
-            timeout=self._config.timeout,
-            limits=self._config.limits,
-            transport=transport,
-        )
+        with environment_errors():
+            options = httpx_options(self._config, transport, httpx.HTTPTransport)
+            self._http = httpx.Client(**options)
 
     def __enter__(self) -> Self:
         return self

@@ -50,6 +50,10 @@ class ClientConfig:
             raise InvalidArgument("api_key must be of visible ASCII characters, without spaces.")
         if self.api_key is not None and "authorization" in map(str.lower, self.headers):
             raise InvalidArgument("api_key and the header Authorization would be sent as one.")
+        try:
+            httpx.Headers(dict(self.headers))
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"headers must be ASCII: {error.object!r} is not.") from None
         for name in ("connect_timeout", "read_timeout"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be above 0 seconds.")

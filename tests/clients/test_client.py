@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -478,6 +479,7 @@ def test_parameters_that_cannot_be_sent(
         ({"max_connections": 0}, "max_connections must be at least 1"),
         ({"api_key": "two words"}, "api_key must be of visible ASCII characters"),
         ({"api_key": ""}, "api_key must be of visible ASCII characters"),
+        ({"headers": {"x": "é"}}, "headers must be ASCII: 'é' is not"),
         ({"api_key": "x", "headers": {"Authorization": "y"}}, "would be sent as one"),
     ],
 )
@@ -485,6 +487,35 @@ def test_parameters_that_cannot_be_sent(
 def test_settings_without_sense(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("ALL_PROXY", "socks5://10.0.0.1:1080", r"pip install 'httpx\[socks\]'"),
+        ("HTTPS_PROXY", "gopher://10.0.0.1", "gopher"),
+        ("HTTPS_PROXY", "http://10.0.0.1:port", "Invalid port"),
+        ("SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_environment_that_cannot_be_used(
+    kind: Any, variable: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidArgument, match=f"proxies or certificates .*{reason}"):
+        kind("https://lora.example.org")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost", "a.localhost"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_no_proxy_is_needed_for_this_machine(
+    kind: Any, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://10.0.0.1:1080")
+    kind(f"http://{host}:8000")
 
 
 def test_a_key_is_sent_as_a_bearer_token(call: Caller) -> None:

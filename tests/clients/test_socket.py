@@ -39,6 +39,29 @@ def test_closing_a_stream_hangs_up(wire: Wire) -> None:
         assert wire.sees_hang_up()
 
 
+async def test_this_machine_is_asked_past_the_proxy(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.2:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    wire.reply(PASSPORT)
+    wire.reply(PASSPORT)
+    with Client(wire.url) as client:
+        assert client.adapter("ner").name == "ner"
+    async with AsyncClient(wire.url) as client_of_tasks:
+        assert (await client_of_tasks.adapter("ner")).name == "ner"
+
+
+def test_another_machine_is_asked_through_the_proxy(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", wire.url)
+    wire.reply(PASSPORT)
+    with Client("http://lora.example.org:8000") as client:
+        client.adapter("ner")
+    assert wire.received[0].target == "http://lora.example.org:8000/adapters/ner"
+
+
 async def test_calls_beyond_the_connections_wait_for_one_to_end(wire: Wire) -> None:
     wire.reply(chunks=[sse(token_event(0))] * 100, pause=0.02)
     wire.reply(PASSPORT)

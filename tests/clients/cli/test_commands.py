@@ -340,6 +340,14 @@ def test_every_command_sends_the_key(
     assert {one.headers["authorization"] for one in shell.wire.received} == {"Bearer secret"}
 
 
+def test_a_proxy_that_cannot_be_used(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "gopher://10.0.0.1")
+    result = shell("ls", "--url", "http://lora.example.org")
+    assert result.exit_code == ExitCode.USAGE
+    assert "error: The environment's proxies or certificates cannot be used" in result.stderr
+    assert "fix: See ALL_PROXY" in result.stderr
+
+
 def test_another_kind_of_server(shell: Shell) -> None:
     shell.wire.reply(chunks=[b"<html>"])
     result = shell("ls")
