@@ -146,7 +146,7 @@ def _print_upload(upload: Upload, skipped: tuple[str, ...]) -> None:
         soft_wrap=True,
     )
     if skipped:
-        console.print(f"Not sent (training state): {', '.join(skipped)}", markup=False)
+        console.print(f"Not sent: {', '.join(skipped)}", markup=False)
     if adapter.ignored_files:
         console.print(f"Not needed: {', '.join(adapter.ignored_files)}", markup=False)
     for note in adapter.notes:

@@ -70,7 +70,7 @@ def test_push(shell: Shell, peft_dir: Path) -> None:
     result = shell("push", "ner", str(peft_dir), "--force")
     assert result.exit_code == ExitCode.OK
     assert result.stdout == ("ner 3f3f3f3f3f3f uploaded: lora, rank 8, 2 target modules, 4.9 MB\n")
-    assert "Not sent (training state): optimizer.pt" in result.stderr
+    assert "Not sent: optimizer.pt" in result.stderr
     assert "Not needed: README.md" in result.stderr
     assert "Note: trained from a local path" in result.stderr
     (received,) = shell.wire.received
