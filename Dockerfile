@@ -34,7 +34,8 @@ LABEL org.opencontainers.image.title="Dynamic LoRA" \
 # The server compiles its CPU kernels for the processor that it finds.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin dynamic-lora \
+RUN groupadd --gid 10001 dynamic-lora \
+    && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin dynamic-lora \
     && install -d -o dynamic-lora -g dynamic-lora /var/lib/dynamic-lora /var/cache/dynamic-lora
 COPY --from=build /opt/dynamic-lora /opt/dynamic-lora
 # XDG_CACHE_HOME and HF_HOME: the converted base model and Hub downloads, kept in one volume.
@@ -42,14 +43,15 @@ ENV PATH=/opt/dynamic-lora/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/var/cache/dynamic-lora \
     HF_HOME=/var/cache/dynamic-lora/huggingface \
-    HOST=0.0.0.0 \
-    PORT=8000
-USER dynamic-lora
+    DYNAMIC_LORA_LISTEN_HOST=0.0.0.0 \
+    DYNAMIC_LORA_LISTEN_PORT=8000
+# As numbers: what is to be no root user must be known as such without the image's passwd.
+USER 10001:10001
 WORKDIR /home/dynamic-lora
 VOLUME ["/var/lib/dynamic-lora", "/var/cache/dynamic-lora"]
 EXPOSE 8000
 # The first start fetches the base model, so it gets time; until then /ready answers 503.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/ready\", timeout=4)"]
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['DYNAMIC_LORA_LISTEN_PORT']}/ready\", timeout=4)"]
 ENTRYPOINT ["dynamic-lora"]
 CMD ["serve", "--home", "/var/lib/dynamic-lora"]

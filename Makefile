@@ -1,7 +1,8 @@
 # Every target sets up what it needs; a second run finds it done.
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
+# make serve HOST=... PORT=...; from the environment only under names that are the server's own.
+HOST := $(or $(DYNAMIC_LORA_LISTEN_HOST),127.0.0.1)
+PORT := $(or $(DYNAMIC_LORA_LISTEN_PORT),8000)
 VENV := .venv
 STAMP := $(VENV)/.installed
 BENCH ?=

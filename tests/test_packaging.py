@@ -1,5 +1,6 @@
-"""Files around the code: container, compose, pins, version."""
+"""Files around the code: container, compose, make, pins, version."""
 
+import os
 import re
 import subprocess
 import sys
@@ -66,7 +67,28 @@ def test_compose_keeps_what_the_image_declares(service: str) -> None:
     assert sorted(volume.partition(":")[2] for volume in settings["volumes"]) == sorted(volumes)
     exposed = re.search(r"^EXPOSE (\d+)$", dockerfile, re.M)
     assert exposed is not None
-    assert settings["ports"] == [f"${{PORT:-{exposed[1]}}}:{exposed[1]}"]
+    assert settings["ports"] == [f"${{DYNAMIC_LORA_LISTEN_PORT:-{exposed[1]}}}:{exposed[1]}"]
+
+
+def _recipe(target: str, *variables: str, **environment: str) -> str:
+    """What make would run, given variables on its command line and in the environment."""
+    command = ["make", "--dry-run", "--no-print-directory", target, *variables]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return run.stdout
+
+
+def test_make_takes_an_address_from_its_command_line_and_none_by_chance() -> None:
+    chance = {"HOST": "x86_64-conda-linux-gnu", "PORT": "tcp://10.0.0.1:80"}
+    meant = {"DYNAMIC_LORA_LISTEN_HOST": "::1", "DYNAMIC_LORA_LISTEN_PORT": "81"}
+    assert "--host 127.0.0.1 --port 8000" in _recipe("serve", **chance)
+    assert "--host ::1 --port 81" in _recipe("serve", **chance, **meant)
+    assert "--host ::2 --port 82" in _recipe("serve", "HOST=::2", "PORT=82", **meant)
+
+
+def test_the_image_runs_as_numbers_by_which_it_is_known_to_be_no_root() -> None:
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", (ROOT / "Dockerfile").read_text(), re.M)
 
 
 @pytest.mark.parametrize("service", ["server", "server-gpu"])

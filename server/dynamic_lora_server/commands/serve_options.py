@@ -28,8 +28,13 @@ ServedModelName = Annotated[
         show_default="the model's id",
     ),
 ]
-Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
-Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
+# Names that nothing else sets: csh and conda's compilers export HOST, and Kubernetes gives every
+# pod beside a service dynamic-lora a DYNAMIC_LORA_PORT, which is a URL.
+Host = Annotated[str, typer.Option(envvar="DYNAMIC_LORA_LISTEN_HOST", help="Address to listen on.")]
+Port = Annotated[
+    int,
+    typer.Option(envvar="DYNAMIC_LORA_LISTEN_PORT", help="Port to listen on; 0 takes a free one."),
+]
 Home = Annotated[
     Path | None,
     typer.Option(

@@ -48,6 +48,15 @@ def test_bad_options_are_refused_before_anything_starts(arguments: list[str], te
     assert text in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
+def test_the_address_comes_from_variables_that_are_the_servers_own() -> None:
+    chance = {"HOST": "x86_64-conda-linux-gnu", "PORT": "70000"}
+    result = CliRunner().invoke(APP, ["--log-level", "loud"], env=chance)
+    assert "log_level must be one of" in " ".join(result.output.split())
+    meant = {"DYNAMIC_LORA_LISTEN_PORT": "70000"}
+    result = CliRunner().invoke(APP, ["--log-level", "loud"], env=meant)
+    assert "port must lie between" in " ".join(result.output.split())
+
+
 def test_every_option_of_the_server_can_be_given() -> None:
     given = set(inspect.signature(serve).parameters)
     repeatable = {
