@@ -100,6 +100,13 @@ MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get
 GraceSeconds = Annotated[
     int, typer.Option(help="What running requests get to end in when the server is to stop.")
 ]
+KeepAliveSeconds = Annotated[
+    int,
+    typer.Option(
+        help="How long a connection without a request is kept; longer than a proxy before the "
+        "server keeps it."
+    ),
+]
 PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]

@@ -103,6 +103,17 @@ def _ready(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str
         process.communicate()
 
 
+def test_an_idle_connection_is_kept_as_long_as_was_asked(tmp_path: Path) -> None:
+    assert ServerConfig().keep_alive_seconds > 60  # what nginx and AWS's load balancers keep
+    with _ready(tmp_path, "--keep-alive-seconds", "1") as (_, url):
+        address = httpx.URL(url)
+        assert address.port is not None
+        with socket.create_connection((address.host, address.port), timeout=60) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            while connection.recv(4096):
+                pass
+
+
 def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None:
     with _ready(tmp_path) as (process, url):
         assert httpx.get(f"{url}/ready").status_code == 200
