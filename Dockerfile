@@ -3,10 +3,12 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-# cpu: the CPU build of torch, or, where pip's index has none, the general build (larger; it
+# cpu: the CPU build of torch, or, where no index has one, the general build (larger; it
 # serves on CPUs as well). cuda: a build with CUDA, checked to be one.
 ARG TORCH=cpu
-# Where pip finds the chosen build when its default index lacks it. Predefined names of pip.
+# Where the CPU build is, besides pip's own index.
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+# Where pip finds everything else, and a build with CUDA. Predefined names of pip.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -18,8 +20,9 @@ RUN set -eu; \
     torch="$(grep '^torch==' constraints.txt)"; \
     pip="/opt/dynamic-lora/bin/pip install -c constraints.txt"; \
     case "$TORCH" in \
-      cpu) $pip "$torch+cpu" || { echo "No CPU build of $torch in pip's index: taking the \
-general build. Name an index that has one with --build-arg PIP_EXTRA_INDEX_URL."; $pip "$torch"; } ;; \
+      cpu) $pip ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} "$torch+cpu" || { \
+echo "No index has a CPU build of $torch: taking the general build. Name one that has it with \
+--build-arg TORCH_CPU_INDEX."; $pip "$torch"; } ;; \
       cuda) $pip "$torch"; /opt/dynamic-lora/bin/python -c 'import sys, torch; \
 sys.exit(torch.version.cuda is None and "TORCH=cuda, but pip chose a build without CUDA: \
 name an index that has one with --build-arg PIP_EXTRA_INDEX_URL.")' ;; \

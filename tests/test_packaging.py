@@ -87,6 +87,22 @@ def test_make_takes_an_address_from_its_command_line_and_none_by_chance() -> Non
     assert "--host ::2 --port 82" in _recipe("serve", "HOST=::2", "PORT=82", **meant)
 
 
+def test_the_cpu_build_of_torch_comes_from_one_index_where_it_is_asked_for() -> None:
+    index = re.search(r"^ARG TORCH_CPU_INDEX=(.+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert index is not None
+    arguments = _compose()["services"]["server"]["build"]["args"]
+    assert arguments["TORCH_CPU_INDEX"] == f"${{TORCH_CPU_INDEX-{index[1]}}}"
+    assert f"--extra-index-url {index[1]} torch\n" in _recipe("setup", "--always-make", "TORCH=cpu")
+    assert index[1] not in _recipe("setup", "--always-make", TORCH="cpu")
+
+
+def test_make_refuses_a_build_of_torch_that_it_does_not_know() -> None:
+    command = ["make", "--dry-run", "--always-make", "setup", "TORCH=rocm"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "TORCH=rocm: expected cpu or nothing" in run.stderr
+
+
 def test_the_image_runs_as_numbers_by_which_it_is_known_to_be_no_root() -> None:
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", (ROOT / "Dockerfile").read_text(), re.M)
 
