@@ -33,7 +33,7 @@ RUN /opt/dynamic-lora/bin/pip install -c constraints.txt '.[server]'
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="Dynamic LoRA" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-4.0 AND CC-BY-SA-4.0"
 # The server compiles its CPU kernels for the processor that it finds.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

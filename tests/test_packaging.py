@@ -1,5 +1,6 @@
 """Files around the code: container, compose, make, pins, version."""
 
+import json
 import os
 import re
 import subprocess
@@ -124,6 +125,27 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
 
 def test_pins_name_releases_and_no_builds() -> None:
     assert [name for name, version in _pins().items() if version.local] == []
+
+
+def test_the_build_backend_is_pinned() -> None:
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for line in document["build-system"]["requires"]:
+        (specifier,) = Requirement(line).specifier
+        assert specifier.operator == "=="
+
+
+def test_the_licences_are_those_of_the_code_and_of_the_shipped_adapters() -> None:
+    cards = list((ROOT / "adapters" / "dynamic_lora_adapters" / "shipped").glob("*/task.json"))
+    licenses = {path.parent.name: json.loads(path.read_text())["license"] for path in cards}
+    stated = PROJECT["license"]
+    assert stated.split(" AND ") == ["Apache-2.0", *sorted(set(licenses.values()) - {"Apache-2.0"})]
+    assert f'licenses="{stated}"' in (ROOT / "Dockerfile").read_text()
+    notice = (ROOT / "NOTICE").read_text()
+    for adapter, license in licenses.items():
+        names = {"Apache-2.0": "Apache License, Version 2.0"}
+        assert re.search(rf"^{adapter} .*{names.get(license, license)}", notice, re.M)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in PROJECT["license-files"]} <= set(ignored)
 
 
 def test_the_changelog_opens_with_the_version() -> None:
