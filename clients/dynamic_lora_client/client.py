@@ -11,6 +11,7 @@ import httpx
 from dynamic_lora_client import protocol
 from dynamic_lora_client.config import DEFAULT_MAX_CONNECTIONS, DEFAULT_URL, ClientConfig
 from dynamic_lora_client.files import Progress, UploadFiles
+from dynamic_lora_client.generations import GenerationStream
 from dynamic_lora_client.retry import RetryBudget, RetryPolicy
 from dynamic_lora_client.transport import (
     environment_errors,
@@ -144,6 +145,14 @@ class Client:
         files = UploadFiles.find(path)
         return self._call(protocol.upload(name, files, force=force, on_progress=on_progress))
 
+    def fetch(self, name: str, source: str, *, force: bool = False) -> Upload:
+        """Have the server take an adapter from where it finds it, under a name.
+
+        `source` is `hf://organisation/repository`, with `@revision` if need be, or what
+        lies on the server's disk below an `--adapter-root`. `force` is that of `upload`.
+        """
+        return self._call(protocol.fetch(name, source, force=force))
+
     def adapters(self) -> list[Adapter]:
         """All adapters of the server."""
         return self._call(protocol.list_adapters())
@@ -191,7 +200,7 @@ class Client:
             time.sleep(wait)
 
     def _stream(
-        self, call: protocol.Call[protocol.GenerationStream]
+        self, call: protocol.Call[GenerationStream]
     ) -> Generator[Token | Generation, None, None]:
         response = self._open(call)
         try:
@@ -203,7 +212,7 @@ class Client:
         finally:
             response.close()
 
-    def _open(self, call: protocol.Call[protocol.GenerationStream]) -> httpx.Response:
+    def _open(self, call: protocol.Call[GenerationStream]) -> httpx.Response:
         budget = RetryBudget(self._config.retry)
         while True:
             with transport_errors(self._config), call.arguments() as arguments:

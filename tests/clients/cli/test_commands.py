@@ -84,6 +84,14 @@ def test_push_of_known_content(shell: Shell, peft_dir: Path) -> None:
     assert b'name="force"' not in shell.wire.received[0].body
 
 
+def test_push_from_the_hub(shell: Shell) -> None:
+    shell.wire.reply(PASSPORT, status=201)
+    result = shell("push", "ner", "hf://org/repo@main", "--force")
+    assert result.stdout == ("ner 3f3f3f3f3f3f uploaded: lora, rank 8, 2 target modules, 4.9 MB\n")
+    (received,) = shell.wire.received
+    assert received.json() == {"name": "ner", "source": "hf://org/repo@main", "force": True}
+
+
 def test_push_for_scripts(shell: Shell, peft_dir: Path) -> None:
     shell.wire.reply(PASSPORT, status=201)
     result = shell("push", "ner", str(peft_dir), "--json")
