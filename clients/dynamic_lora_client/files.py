@@ -51,15 +51,19 @@ class UploadFiles:
     def find(cls, path: str | os.PathLike[str]) -> Self:
         """Choose the files at `path`.
 
-        Raises InvalidArgument if there is nothing, or no adapter with weights in
-        safetensors in a directory.
+        Raises InvalidArgument if there is nothing that can be read, or no adapter with
+        weights in safetensors in a directory.
         """
-        root = Path(path)
+        with _reading(Path(path)) as root:
+            return cls._of(root)
+
+    @classmethod
+    def _of(cls, root: Path) -> Self:
         if root.is_file():
             return cls(paths=(root,))
         if not root.is_dir():
             raise InvalidArgument(
-                f"There is no file or directory {str(path)!r}.",
+                f"There is no file or directory {str(root)!r}.",
                 fix="Give a PEFT directory, or a .zip, .tar or .tar.gz of one.",
             )
         files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -131,7 +135,13 @@ class _MeteredFile(io.BufferedReader):
 
 
 def _open(path: Path, meter: _Meter) -> _MeteredFile:
-    try:
+    with _reading(path):
         return _MeteredFile(path, meter)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    try:
+        yield path
     except OSError as error:
         raise InvalidArgument(f"Cannot read {str(path)!r}: {error.strerror}.") from error

@@ -45,6 +45,11 @@ def test_nothing_there(tmp_path: Path) -> None:
         UploadFiles.find(tmp_path / "missing")
 
 
+def test_path_that_cannot_be_looked_at() -> None:
+    with pytest.raises(InvalidArgument, match="Cannot read 'aaa.*: File name too long"):
+        UploadFiles.find("a" * 5000)
+
+
 def test_directory_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="it has no adapter_config.json"):
         UploadFiles.find(tmp_path)
