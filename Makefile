@@ -1,7 +1,11 @@
 # Every target sets up what it needs; a second run finds it done.
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
+# make serve HOST=... PORT=...; from the environment only under names that are the server's own.
+HOST := $(or $(DYNAMIC_LORA_LISTEN_HOST),127.0.0.1)
+PORT := $(or $(DYNAMIC_LORA_LISTEN_PORT),8000)
+# TORCH=cpu takes PyTorch's CPU build; otherwise pip's index gives its own, PyPI's on Linux with CUDA.
+TORCH :=
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 VENV := .venv
 STAMP := $(VENV)/.installed
 BENCH ?=
@@ -12,12 +16,15 @@ BENCH ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## create .venv and install everything, pinned
+setup: $(STAMP)  ## create .venv and install everything, pinned (TORCH=cpu: without CUDA)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	$(if $(filter-out cpu,$(TORCH)),$(error TORCH=$(TORCH): expected cpu or nothing))
+	$(if $(TORCH),$(VENV)/bin/python -m pip install -c constraints.txt \
+	  --extra-index-url $(TORCH_CPU_INDEX) torch)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -64,7 +64,8 @@ main() {
   read_image
   # Job control gives the server a process group of its own, so that all of it can be ended.
   set -m
-  store run --isolation chroot "${mounts[@]}" --env PORT="$PORT" --env HOST=127.0.0.1 \
+  store run --isolation chroot "${mounts[@]}" \
+    --env DYNAMIC_LORA_LISTEN_PORT="$PORT" --env DYNAMIC_LORA_LISTEN_HOST=127.0.0.1 \
     "$container" -- "${command[@]}" &
   server=$!
   set +m
@@ -97,7 +98,7 @@ wait_until_healthy() {
   local attempt
   for attempt in $(seq 120); do
     kill -0 "$server" 2>/dev/null || { echo "the server ended before it was ready" >&2; return 1; }
-    if store run --isolation chroot --env PORT="$PORT" "$container" -- "${health[@]}" \
+    if store run --isolation chroot --env DYNAMIC_LORA_LISTEN_PORT="$PORT" "$container" -- "${health[@]}" \
       2>/dev/null; then
       echo "health check passed (attempt $attempt)"
       return

@@ -1,5 +1,7 @@
-"""Files around the code: container, compose, pins, version."""
+"""Files around the code: container, compose, make, pins, version."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -66,7 +68,44 @@ def test_compose_keeps_what_the_image_declares(service: str) -> None:
     assert sorted(volume.partition(":")[2] for volume in settings["volumes"]) == sorted(volumes)
     exposed = re.search(r"^EXPOSE (\d+)$", dockerfile, re.M)
     assert exposed is not None
-    assert settings["ports"] == [f"${{PORT:-{exposed[1]}}}:{exposed[1]}"]
+    assert settings["ports"] == [f"${{DYNAMIC_LORA_LISTEN_PORT:-{exposed[1]}}}:{exposed[1]}"]
+
+
+def _recipe(target: str, *variables: str, **environment: str) -> str:
+    """What make would run, given variables on its command line and in the environment."""
+    command = ["make", "--dry-run", "--no-print-directory", target, *variables]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return run.stdout
+
+
+def test_make_takes_an_address_from_its_command_line_and_none_by_chance() -> None:
+    chance = {"HOST": "x86_64-conda-linux-gnu", "PORT": "tcp://10.0.0.1:80"}
+    meant = {"DYNAMIC_LORA_LISTEN_HOST": "::1", "DYNAMIC_LORA_LISTEN_PORT": "81"}
+    assert "--host 127.0.0.1 --port 8000" in _recipe("serve", **chance)
+    assert "--host ::1 --port 81" in _recipe("serve", **chance, **meant)
+    assert "--host ::2 --port 82" in _recipe("serve", "HOST=::2", "PORT=82", **meant)
+
+
+def test_the_cpu_build_of_torch_comes_from_one_index_where_it_is_asked_for() -> None:
+    index = re.search(r"^ARG TORCH_CPU_INDEX=(.+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert index is not None
+    arguments = _compose()["services"]["server"]["build"]["args"]
+    assert arguments["TORCH_CPU_INDEX"] == f"${{TORCH_CPU_INDEX-{index[1]}}}"
+    assert f"--extra-index-url {index[1]} torch\n" in _recipe("setup", "--always-make", "TORCH=cpu")
+    assert index[1] not in _recipe("setup", "--always-make", TORCH="cpu")
+
+
+def test_make_refuses_a_build_of_torch_that_it_does_not_know() -> None:
+    command = ["make", "--dry-run", "--always-make", "setup", "TORCH=rocm"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "TORCH=rocm: expected cpu or nothing" in run.stderr
+
+
+def test_the_image_runs_as_numbers_by_which_it_is_known_to_be_no_root() -> None:
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", (ROOT / "Dockerfile").read_text(), re.M)
 
 
 @pytest.mark.parametrize("service", ["server", "server-gpu"])
@@ -86,6 +125,27 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
 
 def test_pins_name_releases_and_no_builds() -> None:
     assert [name for name, version in _pins().items() if version.local] == []
+
+
+def test_the_build_backend_is_pinned() -> None:
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for line in document["build-system"]["requires"]:
+        (specifier,) = Requirement(line).specifier
+        assert specifier.operator == "=="
+
+
+def test_the_licences_are_those_of_the_code_and_of_the_shipped_adapters() -> None:
+    cards = list((ROOT / "adapters" / "dynamic_lora_adapters" / "shipped").glob("*/task.json"))
+    licenses = {path.parent.name: json.loads(path.read_text())["license"] for path in cards}
+    stated = PROJECT["license"]
+    assert stated.split(" AND ") == ["Apache-2.0", *sorted(set(licenses.values()) - {"Apache-2.0"})]
+    assert f'licenses="{stated}"' in (ROOT / "Dockerfile").read_text()
+    notice = (ROOT / "NOTICE").read_text()
+    for adapter, license in licenses.items():
+        names = {"Apache-2.0": "Apache License, Version 2.0"}
+        assert re.search(rf"^{adapter} .*{names.get(license, license)}", notice, re.M)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in PROJECT["license-files"]} <= set(ignored)
 
 
 def test_the_changelog_opens_with_the_version() -> None:

@@ -17,6 +17,7 @@ from dynamic_lora_adapters.unpacking import BROKEN_ARCHIVE, CHUNK_BYTES, member_
 from dynamic_lora_adapters.weights import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}) | CHAT_SOURCES
 
 # What trainers and the Hub put beside an adapter. Nothing here is read or kept,
@@ -78,7 +79,7 @@ class UploadLimits:
     """Caps on one upload.
 
     `max_bytes` counts all bytes after unpacking, ignored files included;
-    `max_files` counts archive members and loose files.
+    `max_files` counts archive members, loose files, and what a folder holds.
     """
 
     max_bytes: int = 2 << 30
@@ -138,18 +139,23 @@ class Intake:
             ) from None
 
     def add_folder(self, source: Path) -> None:
-        """Take the files of a PEFT folder on this machine; its subfolders are ignored.
+        """Take the adapter's files of a PEFT folder on this machine, as its trainer left it.
 
-        Raises `InvalidAdapter` if there is no such folder.
+        What else lies there is not read and counts as ignored. Raises `InvalidAdapter` if
+        there is no such folder, `UnsafeArchive` if its weights are a pickle alone.
         """
         if not source.is_dir():
             raise InvalidAdapter(f"{str(source)!r} is not a folder.", field="source")
-        for path in sorted(source.iterdir()):
-            if path.is_dir():
-                self._ignored.append(f"{path.name}/")
-                continue
-            with path.open("rb") as stream:
-                self._take([path.name], stream)
+        paths = {path.name: path for path in sorted(source.iterdir())}
+        if PICKLED_WEIGHTS_FILE in paths and WEIGHTS_FILE not in paths:
+            raise _pickle(PICKLED_WEIGHTS_FILE)
+        for name, path in paths.items():
+            if name in ADAPTER_FILES and not path.is_dir():
+                with path.open("rb") as stream:
+                    self._take([name], stream)
+            else:
+                self._count_file()
+                self._ignored.append(f"{name}/" if path.is_dir() else name)
 
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
@@ -170,12 +176,7 @@ class Intake:
             self._ignored.append("/".join(parts))
             return
         if _is_pickle(leaf):
-            raise UnsafeArchive(
-                f"{leaf!r} is a pickle, which can run code; it was not read.",
-                field=leaf,
-                fix="Save with save_pretrained(path, safe_serialization=True) "
-                "and upload adapter_model.safetensors.",
-            )
+            raise _pickle(leaf)
         if leaf not in ADAPTER_FILES:
             raise _unexpected("/".join(parts))
         if leaf in self._seen:
@@ -227,6 +228,15 @@ def _is_ignored(parts: list[str]) -> bool:
 
 def _is_pickle(leaf: str) -> bool:
     return leaf.lower().endswith(_PICKLE_SUFFIXES)
+
+
+def _pickle(leaf: str) -> UnsafeArchive:
+    return UnsafeArchive(
+        f"{leaf!r} is a pickle, which can run code; it was not read.",
+        field=leaf,
+        fix="Save with save_pretrained(path, safe_serialization=True) "
+        "and upload adapter_model.safetensors.",
+    )
 
 
 def _unexpected(name: str) -> InvalidAdapter:

@@ -25,6 +25,7 @@ from dynamic_lora_client.retry import RetryPolicy
 from dynamic_lora_client.types import (
     Adapter,
     Composition,
+    Continuation,
     Generation,
     Parameters,
     Token,
@@ -42,6 +43,7 @@ __all__ = [
     "Busy",
     "Client",
     "Composition",
+    "Continuation",
     "DynamicLoraError",
     "Generation",
     "InvalidArgument",

@@ -9,10 +9,16 @@ from typing import Self, TypeVar, Unpack
 import httpx
 
 from dynamic_lora_client import protocol
-from dynamic_lora_client.config import DEFAULT_URL, ClientConfig
+from dynamic_lora_client.config import DEFAULT_MAX_CONNECTIONS, DEFAULT_URL, ClientConfig
 from dynamic_lora_client.files import Progress, UploadFiles
+from dynamic_lora_client.generations import GenerationStream
 from dynamic_lora_client.retry import RetryBudget, RetryPolicy
-from dynamic_lora_client.transport import stream_errors, transport_errors
+from dynamic_lora_client.transport import (
+    environment_errors,
+    httpx_options,
+    stream_errors,
+    transport_errors,
+)
 from dynamic_lora_client.types import (
     Adapter,
     Composition,
@@ -30,8 +36,9 @@ class AsyncClient:
     """Talks to one server over kept connections; safe to share between tasks.
 
     Every method raises the errors of `dynamic_lora_client.errors`. Answers 429
-    and 503 are retried as `retry` says. `transport` replaces the network, as
-    in httpx.
+    and 503 are retried as `retry` says. At most `max_connections` calls are on
+    their way at once, the others wait. `transport` replaces the network, as in
+    httpx, and has limits of its own.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class AsyncClient:
         *,
         connect_timeout: float = 5.0,
         read_timeout: float = 300.0,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
         api_key: str | None = None,
         retry: RetryPolicy | None = None,
         headers: Mapping[str, str] | None = None,
@@ -49,16 +57,14 @@ class AsyncClient:
             url=url,
             connect_timeout=connect_timeout,
             read_timeout=read_timeout,
+            max_connections=max_connections,
             api_key=api_key,
             retry=retry or RetryPolicy(),
             headers=headers or {},
         )
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers=self._config.all_headers,
-            timeout=self._config.timeout,
-            transport=transport,
-        )
+        with environment_errors():
+            options = httpx_options(self._config, transport, httpx.AsyncHTTPTransport)
+            self._http = httpx.AsyncClient(**options)
 
     async def __aenter__(self) -> Self:
         return self
@@ -139,6 +145,14 @@ class AsyncClient:
         files = UploadFiles.find(path)
         return await self._call(protocol.upload(name, files, force=force, on_progress=on_progress))
 
+    async def fetch(self, name: str, source: str, *, force: bool = False) -> Upload:
+        """Have the server take an adapter from where it finds it, under a name.
+
+        `source` is `hf://organisation/repository`, with `@revision` if need be, or what
+        lies on the server's disk below an `--adapter-root`. `force` is that of `upload`.
+        """
+        return await self._call(protocol.fetch(name, source, force=force))
+
     async def adapters(self) -> list[Adapter]:
         """All adapters of the server."""
         return await self._call(protocol.list_adapters())
@@ -186,7 +200,7 @@ class AsyncClient:
             await asyncio.sleep(wait)
 
     async def _stream(
-        self, call: protocol.Call[protocol.GenerationStream]
+        self, call: protocol.Call[GenerationStream]
     ) -> AsyncGenerator[Token | Generation, None]:
         response = await self._open(call)
         try:
@@ -199,7 +213,7 @@ class AsyncClient:
         finally:
             await response.aclose()
 
-    async def _open(self, call: protocol.Call[protocol.GenerationStream]) -> httpx.Response:
+    async def _open(self, call: protocol.Call[GenerationStream]) -> httpx.Response:
         budget = RetryBudget(self._config.retry)
         while True:
             with transport_errors(self._config), call.arguments() as arguments:

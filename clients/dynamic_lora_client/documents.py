@@ -72,11 +72,22 @@ class Document:
             raise _unlike(key, "a boolean")
         return value
 
+    def flag(self, key: str) -> bool:
+        """True or false; a missing one is false."""
+        return self.values.get(key) is not None and self.boolean(key)
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings; a missing one is empty."""
         value = self.values.get(key) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise _unlike(key, "a list of strings")
+        return tuple(value)
+
+    def texts_and_integers(self, key: str) -> tuple[str | int, ...]:
+        """A list of strings and whole numbers; a missing one is empty."""
+        value = self.values.get(key) or []
+        if not isinstance(value, list) or any(type(item) not in (str, int) for item in value):
+            raise _unlike(key, "a list of strings and integers")
         return tuple(value)
 
     def children(self, key: str) -> list["Document"]:
@@ -85,6 +96,13 @@ class Document:
         if not isinstance(value, list):
             raise _unlike(key, "a list")
         return [Document.of(item) for item in value]
+
+    def child_lists(self, key: str) -> list[list["Document"]]:
+        """A list of lists of objects; a missing one is empty."""
+        value = self.values.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
+            raise _unlike(key, "a list of lists")
+        return [[Document.of(item) for item in items] for items in value]
 
     def child(self, key: str) -> "Document | None":
         """An object or None."""

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -19,16 +18,30 @@ FilePart = tuple[str, tuple[str, BinaryIO, str]]
 
 _MEDIA_TYPE = "application/octet-stream"
 
-# A trainer leaves these beside the adapter: often larger than it, never part of it.
-_TRAINING_STATE = ("*.pt", "*.pth", "training_args.bin", "trainer_state.json")
+_CONFIG_FILE = "adapter_config.json"
+_WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+
+SENT_FILES = frozenset(
+    {
+        _CONFIG_FILE,
+        _WEIGHTS_FILE,
+        "task.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }
+)
+"""What the server reads of a PEFT directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadFiles:
     """What goes over the wire for one path.
 
-    A directory gives its visible top-level files, save `skipped`: what a
-    trainer keeps to resume from. A file (an archive) gives itself.
+    A directory gives the files that the server reads (`SENT_FILES`); `skipped` are its
+    other visible ones, such as logs and a trainer's state, which are often larger
+    than the adapter. A file (an archive) gives itself.
     """
 
     paths: tuple[Path, ...]
@@ -38,27 +51,26 @@ class UploadFiles:
     def find(cls, path: str | os.PathLike[str]) -> Self:
         """Choose the files at `path`.
 
-        Raises InvalidArgument if there is nothing, or no `adapter_config.json`
-        in a directory.
+        Raises InvalidArgument if there is nothing that can be read, or no adapter with
+        weights in safetensors in a directory.
         """
-        root = Path(path)
+        with _reading(Path(path)) as root:
+            return cls._of(root)
+
+    @classmethod
+    def _of(cls, root: Path) -> Self:
         if root.is_file():
             return cls(paths=(root,))
         if not root.is_dir():
             raise InvalidArgument(
-                f"There is no file or directory {str(path)!r}.",
+                f"There is no file or directory {str(root)!r}.",
                 fix="Give a PEFT directory, or a .zip, .tar or .tar.gz of one.",
             )
         files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
-        if not any(p.name == "adapter_config.json" for p in files):
-            raise InvalidArgument(
-                f"{str(path)!r} is not a PEFT directory: it has no adapter_config.json.",
-                fix="Give the directory that PEFT's save_pretrained wrote.",
-            )
-        skipped = [p for p in files if any(fnmatch(p.name, rule) for rule in _TRAINING_STATE)]
+        _check_complete(root, {p.name for p in files})
         return cls(
-            paths=tuple(p for p in files if p not in skipped),
-            skipped=tuple(p.name for p in skipped),
+            paths=tuple(p for p in files if p.name in SENT_FILES),
+            skipped=tuple(p.name for p in files if p.name not in SENT_FILES),
         )
 
     @contextmanager
@@ -73,6 +85,22 @@ class UploadFiles:
                 ("files", (path.name, stack.enter_context(_open(path, meter)), _MEDIA_TYPE))
                 for path in self.paths
             ]
+
+
+def _check_complete(root: Path, names: set[str]) -> None:
+    if _CONFIG_FILE not in names:
+        raise InvalidArgument(
+            f"{str(root)!r} is not a PEFT directory: it has no {_CONFIG_FILE}.",
+            fix="Give the directory that PEFT's save_pretrained wrote.",
+        )
+    if _WEIGHTS_FILE in names:
+        return
+    if _PICKLED_WEIGHTS_FILE in names:
+        raise InvalidArgument(
+            f"The weights in {str(root)!r} are a pickle, which can run code; it was not sent.",
+            fix="Save them with save_pretrained(path, safe_serialization=True).",
+        )
+    raise InvalidArgument(f"{str(root)!r} has no {_WEIGHTS_FILE}.")
 
 
 class _Meter:
@@ -107,7 +135,13 @@ class _MeteredFile(io.BufferedReader):
 
 
 def _open(path: Path, meter: _Meter) -> _MeteredFile:
-    try:
+    with _reading(path):
         return _MeteredFile(path, meter)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    try:
+        yield path
     except OSError as error:
         raise InvalidArgument(f"Cannot read {str(path)!r}: {error.strerror}.") from error

@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 import httpx
 
-from dynamic_lora_client.documents import Document
-from dynamic_lora_client.errors import InvalidArgument, InvalidResponse, StreamBroken
+from dynamic_lora_client.errors import InvalidArgument, InvalidResponse
 from dynamic_lora_client.files import Progress, UploadFiles
+from dynamic_lora_client.generations import GenerationStream, read_generation
 from dynamic_lora_client.problems import to_error
 from dynamic_lora_client.resources import (
     read_adapter,
@@ -20,13 +20,11 @@ from dynamic_lora_client.resources import (
     read_composition,
     read_compositions,
 )
-from dynamic_lora_client.sse import SseDecoder
 from dynamic_lora_client.types import (
     Adapter,
     Composition,
     Generation,
     Parameters,
-    Token,
     Upload,
     WeightedAdapters,
 )
@@ -110,7 +108,7 @@ def generate(
         json=_generate_body(
             inputs, adapters=adapters, raw=raw, details=details, parameters=parameters
         ),
-        read=_read_generation,
+        read=read_generation,
     )
 
 
@@ -121,7 +119,7 @@ def stream(
     adapters: WeightedAdapters | None,
     raw: bool,
     parameters: Parameters,
-) -> Call["GenerationStream"]:
+) -> Call[GenerationStream]:
     """A generation token by token; `read` gives the reader of its body."""
     return Call(
         method="POST",
@@ -144,10 +142,17 @@ def upload(
         form={"name": name} | ({"force": "true"} if force else {}),
         files=files,
         on_progress=on_progress,
-        read=lambda response: Upload(
-            adapter=read_adapter(response),
-            created=response.status_code == HTTPStatus.CREATED,
-        ),
+        read=_read_upload,
+    )
+
+
+def fetch(name: str, source: str, *, force: bool) -> Call[Upload]:
+    """Have the server take an adapter from where it finds it."""
+    return Call(
+        method="POST",
+        path="/adapters",
+        json={"name": name, "source": source} | ({"force": True} if force else {}),
+        read=_read_upload,
     )
 
 
@@ -205,41 +210,10 @@ def probe(path: str) -> Call[bool]:
     )
 
 
-class GenerationStream:
-    """Reads the events of a streamed answer.
-
-    Raises StreamBroken where the server reports an error in the stream, and
-    from `close` where no last event came.
-    """
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._headers = response.headers
-        self._decoder = SseDecoder()
-        self._tokens: list[Token] = []
-        self._finished = False
-
-    def feed(self, chunk: bytes) -> Iterator[Token | Generation]:
-        """The events that `chunk` completes."""
-        for data in self._decoder.feed(chunk):
-            yield from self._event(Document.parse(data))
-
-    def close(self) -> None:
-        """Check, when the body has ended, that the generation has too."""
-        if not self._finished:
-            raise StreamBroken("The stream ended before the generation did.")
-
-    def _event(self, event: Document) -> Iterator[Token | Generation]:
-        if "error" in event.values:
-            raise StreamBroken(event.text("error"), error_type=event.optional_text("error_type"))
-        token = event.child("token")
-        if token is not None:
-            self._tokens.append(_token(token))
-            yield self._tokens[-1]
-        text = event.optional_text("generated_text")
-        if text is not None:
-            self._finished = True
-            details = event.child("details")
-            yield _generation(text, self._headers, details, tuple(self._tokens))
+def _read_upload(response: httpx.Response) -> Upload:
+    return Upload(
+        adapter=read_adapter(response), created=response.status_code == HTTPStatus.CREATED
+    )
 
 
 def _adapter_query(adapter: str | None) -> dict[str, str]:
@@ -272,40 +246,3 @@ def _generate_body(
     if adapters is not None:
         body["adapters"] = [{"name": name, "weight": weight} for name, weight in adapters]
     return body | ({"raw": True} if raw else {})
-
-
-def _read_generation(response: httpx.Response) -> Generation:
-    document = Document.parse(response.content)
-    details = document.child("details")
-    tokens = () if details is None else tuple(_token(t) for t in details.children("tokens"))
-    return _generation(document.text("generated_text"), response.headers, details, tokens)
-
-
-def _generation(
-    text: str, headers: httpx.Headers, details: Document | None, tokens: tuple[Token, ...]
-) -> Generation:
-    served_by = {
-        "adapter": headers.get("x-adapter"),
-        "adapter_version": headers.get("x-adapter-version"),
-    }
-    if details is None:
-        return Generation(text=text, tokens=tokens, **served_by)
-    return Generation(
-        text=text,
-        tokens=tokens,
-        finish_reason=details.text("finish_reason"),
-        num_prompt_tokens=details.optional_integer("prompt_tokens"),
-        num_cached_tokens=details.optional_integer("cached_tokens"),
-        num_tokens=details.integer("generated_tokens"),
-        seed=details.optional_integer("seed"),
-        **served_by,
-    )
-
-
-def _token(token: Document) -> Token:
-    return Token(
-        id=token.integer("id"),
-        text=token.text("text"),
-        logprob=token.optional_number("logprob"),
-        special=token.boolean("special"),
-    )

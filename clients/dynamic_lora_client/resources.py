@@ -56,6 +56,8 @@ def _adapter(passport: Document) -> Adapter:
         num_bytes=passport.integer("bytes"),
         base_model=passport.optional_text("base_model"),
         created_at=passport.text("created_at"),
+        chat_template=passport.flag("chat_template"),
+        end_tokens=passport.texts_and_integers("end_tokens"),
         description=None if card is None else card.optional_text("description"),
         notes=passport.texts("notes"),
         ignored_files=passport.texts("ignored_files"),

@@ -1,12 +1,46 @@
-"""httpx's exceptions turned into this package's."""
+"""What httpx is made with, and its exceptions turned into this package's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
+from typing import Any
 
 import httpx
 
 from dynamic_lora_client.config import ClientConfig
-from dynamic_lora_client.errors import StreamBroken, Timeout, TransportError
+from dynamic_lora_client.errors import InvalidArgument, StreamBroken, Timeout, TransportError
+
+
+def httpx_options(
+    config: ClientConfig, transport: Any, network: Callable[..., Any]
+) -> dict[str, Any]:
+    """What an httpx client of `config` is made with: on `transport`, or on the network.
+
+    `network` is httpx's own transport, which asks no proxy: no other machine reaches what
+    listens on this one's loopback addresses. Elsewhere the environment's proxies hold.
+    """
+    if transport is None and _is_loopback(config.url):
+        transport = network(limits=config.limits)
+    return {
+        "base_url": config.url,
+        "headers": config.all_headers,
+        "timeout": config.timeout,
+        "limits": config.limits,
+        "transport": transport,
+    }
+
+
+@contextmanager
+def environment_errors() -> Iterator[None]:
+    """While an httpx client is made, which reads proxies and certificates from the environment."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise InvalidArgument(
+            f"The environment's proxies or certificates cannot be used: {_reason(error)}.",
+            fix="See ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, SSL_CERT_FILE and SSL_CERT_DIR; "
+            "NO_PROXY leaves hosts out, and SOCKS proxies need: pip install 'httpx[socks]'.",
+        ) from error
 
 
 @contextmanager
@@ -17,6 +51,9 @@ def transport_errors(config: ClientConfig) -> Iterator[None]:
     except httpx.ConnectTimeout as error:
         message = f"{config.url} did not accept the connection in {config.connect_timeout:g} s."
         raise Timeout(message) from error
+    except httpx.PoolTimeout as error:
+        message = "No connection of the client's own became free in time; nothing was sent."
+        raise Timeout(message, fix="Raise the limits of its transport.") from error
     except httpx.TimeoutException as error:
         raise Timeout(f"{config.url} was silent for {config.read_timeout:g} s.") from error
     except httpx.ConnectError as error:
@@ -42,3 +79,11 @@ def stream_errors(config: ClientConfig) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return str(error).rstrip(".") or type(error).__name__
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name: these two are this machine everywhere (RFC 6761, 6.3)
+        return host == "localhost" or host.endswith(".localhost")

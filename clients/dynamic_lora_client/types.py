@@ -13,7 +13,12 @@ class Parameters(TypedDict, total=False):
 
     Greedy unless `do_sample` is true, `temperature` is above 0, or, with neither given,
     `top_k`, `top_p` or `min_p` leaves tokens out. `grammar` holds the answer to a JSON schema,
-    `{"type": "json", "value": schema}`, or to a regular expression, `{"type": "regex", ...}`.
+    `{"type": "json", "value": schema}`, or to a regular expression, `{"type": "regex", ...}`;
+    `response_format` says it as OpenAI's clients do. `truncate` keeps so many of the prompt's
+    last tokens, `return_full_text` puts the prompt before the answer. With `n`, which streams do
+    not take, the further answers are the Generation's `others`; `top_n_tokens` gives each token
+    its `top_tokens`. `merged_adapters` is LoRAX's way to name several adapters, where a weighted
+    sum is not what is wanted.
     """
 
     do_sample: bool
@@ -21,25 +26,46 @@ class Parameters(TypedDict, total=False):
     grammar: Mapping[str, Any]
     ignore_eos: bool
     max_new_tokens: int
+    merged_adapters: Mapping[str, Any]
     min_p: float
+    n: int
     presence_penalty: float
     repetition_penalty: float
+    response_format: Mapping[str, Any]
+    return_full_text: bool
     seed: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     temperature: float
     top_k: int
+    top_n_tokens: int
     top_p: float
+    truncate: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One generated token; `logprob` is its natural-log probability where reported."""
+    """One generated token; `logprob` is its natural-log probability where reported.
+
+    `top_tokens` are the likeliest at its position, where `top_n_tokens` asked for them.
+    """
 
     id: int
     text: str
     logprob: float | None
     special: bool
+    top_tokens: tuple["Token", ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """One more answer to the same prompt (`n` above 1)."""
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+    seed: int | None
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +75,10 @@ class Generation:
     `adapter` and `adapter_version` say who served it; for the base model the
     server reports "base" and no version.
     `num_cached_tokens` of the prompt were found in the server's prefix cache.
-    `finish_reason` ("length", "eos_token" or "stop_sequence"), the token
-    counts and `seed` are None, and `tokens` is empty, where no details were asked for.
+    `mode` says how the tokens were computed ("base", "bypass", "merged" or "both").
+    `finish_reason` ("length", "eos_token" or "stop_sequence"), the token counts, `mode`
+    and `seed` are None, and `tokens` is empty, where no details were asked for.
+    `others` are the further answers, where `n` asked for some.
     """
 
     text: str
@@ -61,13 +89,17 @@ class Generation:
     num_cached_tokens: int | None = None
     num_tokens: int | None = None
     seed: int | None = None
+    mode: str | None = None
     tokens: tuple[Token, ...] = ()
+    others: tuple[Continuation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """An adapter's passport.
 
+    `chat_template` says that it has one of its own, `end_tokens` what ends its answers
+    besides the base's own.
     `version` is the SHA-256 of its content; `tier` says where its weights are
     ("device" or "disk"), `mode` how they are used ("merged" or "bypass"); None
     where the server did not say. `document` is the passport as the server sent
@@ -83,6 +115,8 @@ class Adapter:
     num_bytes: int
     base_model: str | None
     created_at: str
+    chat_template: bool
+    end_tokens: tuple[str | int, ...]
     description: str | None
     notes: tuple[str, ...]
     ignored_files: tuple[str, ...]

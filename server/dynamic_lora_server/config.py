@@ -69,7 +69,8 @@ class ServerConfig:
     prompts, 0 for none. `kv_dtype` is what keys and values are kept in: "auto" is the model's
     dtype, or bfloat16 with `quantize`.
     `database_url` replaces the SQLite index in `home`. `grace_seconds` is how long requests may
-    run on when the server is to stop. `base_product` says what
+    run on when the server is to stop, `keep_alive_seconds` how long a connection
+    without a request is kept: longer than proxies keep theirs. `base_product` says what
     multiplies by the base's weights, "auto" what measures fastest;
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
@@ -102,6 +103,7 @@ class ServerConfig:
     max_running: int = 64
     max_waiting: int = 1024
     grace_seconds: int = 10
+    keep_alive_seconds: int = 75
     prefill_chunk: int = 512
     dtype: str = "auto"
     device: str = "auto"
@@ -129,7 +131,7 @@ class ServerConfig:
         _check("prefix_cache_memory", prefixes is None or prefixes >= 0, "must be 0 or more")
         drafted = self.speculate or 0
         _check("speculate", 0 <= drafted <= MAX_DRAFT, f"must lie between 0 and {MAX_DRAFT}")
-        for name in ("max_waiting", "grace_seconds"):
+        for name in ("max_waiting", "grace_seconds", "keep_alive_seconds"):
             _check(name, getattr(self, name) >= 0, "must be 0 or more")
         for name, choices in (
             ("dtype", DTYPES),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynamic_lora_adapters.archive import ADAPTER_FILES, Intake
+from dynamic_lora_adapters.archive import ADAPTER_FILES, PICKLED_WEIGHTS_FILE, Intake
 from dynamic_lora_adapters.errors import AdapterTooLarge, UnsafeArchive
 from dynamic_lora_adapters.store import NO_SPACE
 from dynamic_lora_adapters.weights import WEIGHTS_FILE
@@ -163,10 +163,10 @@ def _hub_errors(repo: str) -> Iterator[None]:
 def _wanted(sizes: dict[str, int], max_bytes: int) -> list[str]:
     """The adapter's files in a Hub repository; a pickle in their place is refused unread."""
     wanted = sorted(ADAPTER_FILES & sizes.keys())
-    if WEIGHTS_FILE not in wanted and "adapter_model.bin" in sizes:
+    if WEIGHTS_FILE not in wanted and PICKLED_WEIGHTS_FILE in sizes:
         raise UnsafeArchive(
             "The repository has its weights as a pickle, which can run code; it was not read.",
-            field="adapter_model.bin",
+            field=PICKLED_WEIGHTS_FILE,
             fix="Convert it with save_pretrained(path, safe_serialization=True).",
         )
     if sum(sizes[name] for name in wanted) > max_bytes:

@@ -328,11 +328,34 @@ def test_a_folder_on_this_machine(tmp_path: Path) -> None:
     target.mkdir()
     for name, data in FILES.items():
         (source / name).write_bytes(data)
-    (source / "README.md").write_bytes(b"")
+    left = ["README.md", "adapter_model.bin", "debug.log", "events.out.tfevents.1", "optimizer.pt"]
+    for name in left:
+        (source / name).write_bytes(b"")
     intake = Intake(target)
     intake.add_folder(source)
     assert contents(target) == FILES
-    assert sorted(intake.ignored_files) == ["README.md", "checkpoint-10/"]
+    assert sorted(intake.ignored_files) == sorted([*left, "checkpoint-10/"])
+
+
+def test_a_folder_whose_weights_are_a_pickle_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for name in (CONFIG, "adapter_model.bin"):
+        (source / name).write_bytes(b"{}")
+    with pytest.raises(UnsafeArchive, match=r"'adapter_model\.bin' is a pickle"):
+        Intake(target).add_folder(source)
+    assert contents(target) == {}
+
+
+def test_the_files_of_a_folder_are_counted(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for number in range(11):
+        (source / f"{number}.log").write_bytes(b"")
+    with pytest.raises(AdapterTooLarge, match="more than 10 files"):
+        Intake(target, UploadLimits(max_files=10)).add_folder(source)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

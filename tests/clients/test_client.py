@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from dynamic_lora_client import (
     InvalidArgument,
     InvalidResponse,
     NotFound,
+    Parameters,
     RetryPolicy,
     ServerFault,
     StreamBroken,
@@ -32,13 +34,17 @@ from dynamic_lora_client import (
     Unavailable,
 )
 from dynamic_lora_client.config import ClientConfig
+from dynamic_lora_server.schemas._base import Neutral
+from dynamic_lora_server.schemas.generate import GenerateParameters
 from tests.clients.wire import (
     COMPOSITION,
+    DETAILS,
     GENERATION,
     PASSPORT,
     SERVED_BY,
     STREAM,
     TEXT,
+    TOKENS,
     VERSION,
     problem,
     sse,
@@ -150,10 +156,43 @@ def test_generate_sends_the_wire_body_and_reads_the_answer(call: Caller) -> None
     }
     assert isinstance(result, Generation)
     assert (result.text, result.adapter, result.adapter_version) == (TEXT, "ner", VERSION)
-    assert (result.finish_reason, result.seed) == ("eos_token", 11)
+    assert (result.finish_reason, result.seed, result.mode) == ("eos_token", 11, "bypass")
     assert (result.num_prompt_tokens, result.num_cached_tokens, result.num_tokens) == (7, 5, 3)
     assert result.tokens[0] == Token(id=5, text="Zoë", logprob=-0.25, special=False)
     assert result.tokens[2].special
+    assert (result.tokens[0].top_tokens, result.others) == ((), ())
+
+
+def test_several_answers_and_the_likeliest_tokens(call: Caller) -> None:
+    other = DETAILS | {"generated_text": "Zoë", "tokens": TOKENS[:1], "top_tokens": [TOKENS[:1]]}
+    top = {"top_tokens": [TOKENS[:2], TOKENS[1:], []], "best_of_sequences": [other]}
+    details = DETAILS | {"tokens": TOKENS} | top
+    answer = _ok({"generated_text": TEXT, "details": details})
+    result = call([answer], "generate", "a", n=2, top_n_tokens=2)
+    sent = json.loads(call.requests[0].content)["parameters"]
+    assert sent == {"n": 2, "top_n_tokens": 2, "details": True}
+    assert [[t.id for t in token.top_tokens] for token in result.tokens] == [[5, 6], [6, 2], []]
+    (second,) = result.others
+    assert (second.text, second.finish_reason, second.seed) == ("Zoë", "eos_token", 11)
+    assert (second.num_tokens, second.tokens[0].top_tokens[0].text) == (3, "Zoë")
+
+
+def test_stream_gives_the_likeliest_tokens(call: Caller) -> None:
+    body = sse(token_event(0) | {"top_tokens": TOKENS[:2]}, token_event(2))
+    first, _, last = call([httpx.Response(200, content=body)], "stream", "a", top_n_tokens=2)
+    assert [token.id for token in first.top_tokens] == [5, 6]
+    assert (last.tokens[0], last.mode) == (first, "bypass")
+
+
+def test_every_parameter_that_is_served_can_be_given() -> None:
+    """But those that are arguments of their own: which adapter, and `details`."""
+    served = {
+        name
+        for name, field in GenerateParameters.model_fields.items()
+        if not any(isinstance(one, Neutral) for one in field.metadata)
+    }
+    own = {"adapter_id", "adapters", "details"}
+    assert Parameters.__optional_keys__ == served - own
 
 
 def test_generate_raw_without_details_and_with_the_base(call: Caller) -> None:
@@ -271,6 +310,16 @@ def test_upload_sends_the_files(call: Caller, peft_dir: Path) -> None:
     assert result.adapter.name == "ner"
 
 
+def test_fetch_names_where_the_server_finds_it(call: Caller) -> None:
+    source = "hf://org/repo@main"
+    assert call([_ok(PASSPORT, 201)], "fetch", "ner", source, force=True).created
+    assert not call([_ok(PASSPORT)], "fetch", "ner", source).created
+    forced, plain = call.requests
+    assert (forced.method, forced.url.path) == ("POST", "/adapters")
+    assert json.loads(plain.content) == {"name": "ner", "source": source}
+    assert json.loads(forced.content) == {"name": "ner", "source": source, "force": True}
+
+
 def test_upload_of_known_content_is_not_created(call: Caller, peft_dir: Path) -> None:
     result = call([_ok(PASSPORT)], "upload", "ner", peft_dir)
     assert not result.created
@@ -295,6 +344,7 @@ def test_adapters_and_adapter(call: Caller) -> None:
     assert one.description == "Named entities\nof a [tweet]"
     assert one.notes == ("trained from a local path",)
     assert one.ignored_files == ("README.md",)
+    assert (one.chat_template, one.end_tokens) == (True, ("<|im_end|>", 2))
     assert one.document["checks"] == ["shapes fit", "values finite"]
     assert [r.url.path for r in call.requests] == ["/adapters", "/adapters/ner"]
 
@@ -307,6 +357,8 @@ def test_adapters_and_adapter(call: Caller) -> None:
         ({"rank": 8.5}, "no 'rank' that is an integer"),
         ({"notes": [1]}, "no 'notes' that is a list of strings"),
         ({"card": []}, "not a JSON object"),
+        ({"end_tokens": [True]}, "no 'end_tokens' that is a list of strings and integers"),
+        ({"chat_template": "x"}, "no 'chat_template' that is a boolean"),
         ({"residency": {}}, "no 'tier' that is a string"),
     ],
 )
@@ -321,6 +373,8 @@ def test_passports_of_another_form(call: Caller, fields: dict[str, Any], message
         ({"tokens": 3}, "no 'tokens' that is a list"),
         ({"tokens": [{"id": 1, "text": "", "logprob": "x"}]}, "no 'logprob' that is a number"),
         ({"tokens": [{"id": 1, "text": ""}]}, "no 'special' that is a boolean"),
+        ({"tokens": [], "top_tokens": [{}]}, "no 'top_tokens' that is a list of lists"),
+        ({"tokens": [], "top_tokens": [[]]}, "'top_tokens' of other positions"),
     ],
 )
 def test_details_of_another_form(call: Caller, details: Any, message: str) -> None:
@@ -419,6 +473,7 @@ def test_answers_that_are_not_of_this_api(call: Caller, answer: Handler, message
     [
         (httpx.ConnectTimeout("x"), Timeout, r"did not accept the connection in 5 s\."),
         (httpx.ReadTimeout("x"), Timeout, r"was silent for 300 s\."),
+        (httpx.PoolTimeout("x"), Timeout, r"No connection of the client's own became free"),
         (httpx.ConnectError("refused"), TransportError, "Cannot connect to .*: refused. Is the"),
         (httpx.RemoteProtocolError(""), TransportError, "failed: RemoteProtocolError"),
     ],
@@ -474,8 +529,10 @@ def test_parameters_that_cannot_be_sent(
         ({"url": "http://a:port"}, "is not valid"),
         ({"connect_timeout": 0}, "connect_timeout must be above 0 seconds"),
         ({"read_timeout": float("nan")}, "read_timeout must be above 0 seconds"),
+        ({"max_connections": 0}, "max_connections must be at least 1"),
         ({"api_key": "two words"}, "api_key must be of visible ASCII characters"),
         ({"api_key": ""}, "api_key must be of visible ASCII characters"),
+        ({"headers": {"x": "é"}}, "headers must be ASCII: 'é' is not"),
         ({"api_key": "x", "headers": {"Authorization": "y"}}, "would be sent as one"),
     ],
 )
@@ -483,6 +540,35 @@ def test_parameters_that_cannot_be_sent(
 def test_settings_without_sense(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("ALL_PROXY", "socks5://10.0.0.1:1080", r"pip install 'httpx\[socks\]'"),
+        ("HTTPS_PROXY", "gopher://10.0.0.1", "gopher"),
+        ("HTTPS_PROXY", "http://10.0.0.1:port", "Invalid port"),
+        ("SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_environment_that_cannot_be_used(
+    kind: Any, variable: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidArgument, match=f"proxies or certificates .*{reason}"):
+        kind("https://lora.example.org")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost", "a.localhost"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_no_proxy_is_needed_for_this_machine(
+    kind: Any, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://10.0.0.1:1080")
+    kind(f"http://{host}:8000")
 
 
 def test_a_key_is_sent_as_a_bearer_token(call: Caller) -> None:
@@ -514,3 +600,4 @@ def test_settings_reach_the_request(call: Caller) -> None:
     assert request.headers["user-agent"].startswith("dynamic-lora-client/")
     timeout = request.extensions["timeout"]
     assert (timeout["connect"], timeout["read"], timeout["write"]) == (1.5, 9.0, 9.0)
+    assert timeout["pool"] is None

@@ -2,21 +2,36 @@ from pathlib import Path
 
 import pytest
 
+from dynamic_lora_adapters.archive import ADAPTER_FILES
 from dynamic_lora_client import InvalidArgument, UploadFiles
+from dynamic_lora_client.files import SENT_FILES
 
 
-def test_directory_gives_its_visible_files_without_training_state(peft_dir: Path) -> None:
-    (peft_dir / "task.json").write_text("{}")
-    (peft_dir / "training_args.bin").write_bytes(b"x")
+def test_directory_gives_what_the_server_reads_as_its_trainer_left_it(peft_dir: Path) -> None:
+    read = ["chat_template.jinja", "generation_config.json", "task.json", "tokenizer_config.json"]
+    left = ["README.md", "adapter_model.bin", "debug.log", "eval.json", "loss.png"]
+    for name in read + left:
+        (peft_dir / name).write_bytes(b"x")
     files = UploadFiles.find(peft_dir)
     names = [path.name for path in files.paths]
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "task.json"]
-    assert files.skipped == ("optimizer.pt", "training_args.bin")
+    assert names == sorted([*read, "adapter_config.json", "adapter_model.safetensors"])
+    assert files.skipped == (*left, "optimizer.pt")
 
 
-def test_pickled_weights_are_sent_for_the_server_to_refuse(peft_dir: Path) -> None:
-    (peft_dir / "adapter_model.bin").write_bytes(b"x")
-    assert "adapter_model.bin" in {path.name for path in UploadFiles.find(peft_dir).paths}
+def test_what_is_sent_is_what_the_server_reads() -> None:
+    assert SENT_FILES == ADAPTER_FILES
+
+
+def test_weights_that_are_a_pickle_alone_are_not_sent(peft_dir: Path) -> None:
+    (peft_dir / "adapter_model.safetensors").rename(peft_dir / "adapter_model.bin")
+    with pytest.raises(InvalidArgument, match="are a pickle.*safe_serialization=True"):
+        UploadFiles.find(peft_dir)
+
+
+def test_directory_without_weights(peft_dir: Path) -> None:
+    (peft_dir / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvalidArgument, match=r"has no adapter_model\.safetensors"):
+        UploadFiles.find(peft_dir)
 
 
 def test_file_gives_itself(tmp_path: Path) -> None:
@@ -28,6 +43,11 @@ def test_file_gives_itself(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="There is no file or directory .*missing"):
         UploadFiles.find(tmp_path / "missing")
+
+
+def test_path_that_cannot_be_looked_at() -> None:
+    with pytest.raises(InvalidArgument, match="Cannot read 'aaa.*: File name too long"):
+        UploadFiles.find("a" * 5000)
 
 
 def test_directory_without_a_config(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The clients on a real socket: what a transport without a network cannot show."""
 
+import asyncio
 import time
 import tracemalloc
 from pathlib import Path
@@ -36,6 +37,42 @@ def test_closing_a_stream_hangs_up(wire: Wire) -> None:
         assert isinstance(next(events), Token)
         events.close()
         assert wire.sees_hang_up()
+
+
+async def test_this_machine_is_asked_past_the_proxy(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.2:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    wire.reply(PASSPORT)
+    wire.reply(PASSPORT)
+    with Client(wire.url) as client:
+        assert client.adapter("ner").name == "ner"
+    async with AsyncClient(wire.url) as client_of_tasks:
+        assert (await client_of_tasks.adapter("ner")).name == "ner"
+
+
+def test_another_machine_is_asked_through_the_proxy(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", wire.url)
+    wire.reply(PASSPORT)
+    with Client("http://lora.example.org:8000") as client:
+        client.adapter("ner")
+    assert wire.received[0].target == "http://lora.example.org:8000/adapters/ner"
+
+
+async def test_calls_beyond_the_connections_wait_for_one_to_end(wire: Wire) -> None:
+    wire.reply(chunks=[sse(token_event(0))] * 100, pause=0.02)
+    wire.reply(PASSPORT)
+    async with AsyncClient(wire.url, max_connections=1) as client:
+        events = client.stream("a")
+        assert isinstance(await anext(events), Token)
+        waiting = asyncio.create_task(client.adapter("ner"))
+        await asyncio.sleep(0.1)
+        assert len(wire.received) == 1
+        await events.aclose()
+        assert (await waiting).name == "ner"
 
 
 def test_silent_server_is_given_up(wire: Wire) -> None:

@@ -25,6 +25,8 @@ PASSPORT: dict[str, Any] = {
     "dtype": "float16",
     "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "created_at": "2025-11-22T20:57:00Z",
+    "chat_template": True,
+    "end_tokens": ["<|im_end|>", 2],
     "card": {"description": "Named entities\nof a [tweet]", "metrics": {"f1": 0.5}},
     "checks": ["shapes fit", "values finite"],
     "notes": ["trained from a local path"],
@@ -55,6 +57,7 @@ DETAILS = {
     "prompt_tokens": 7,
     "cached_tokens": 5,
     "seed": 11,
+    "mode": "bypass",
     "prefill": [],
 }
 

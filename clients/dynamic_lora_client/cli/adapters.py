@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import progress as bars
+from rich.text import Text
 
 from dynamic_lora_client.cli import output
 from dynamic_lora_client.cli.exit_codes import ExitCode
@@ -18,10 +18,17 @@ from dynamic_lora_client.errors import AdapterNotFound, NotFound
 from dynamic_lora_client.files import Progress, UploadFiles
 from dynamic_lora_client.types import Upload
 
+_HUB_SCHEME = "hf://"
+
 
 def push(
     name: Name,
-    path: Annotated[Path, typer.Argument(help="A PEFT directory, or a .zip / .tar / .tar.gz.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A PEFT directory, a .zip / .tar / .tar.gz, or hf://organisation/repository."
+        ),
+    ],
     force: Annotated[
         bool, typer.Option("--force", help="Take an adapter that names another base model.")
     ] = False,
@@ -29,11 +36,15 @@ def push(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Upload an adapter under a name."""
+    """Upload an adapter under a name, or have the server fetch it from the Hub."""
     with output.reported_errors(), Client(url, api_key=api_key) as client:
-        skipped = UploadFiles.find(path).skipped
-        with _upload_bar(name) as on_progress:
-            upload = client.upload(name, path, force=force, on_progress=on_progress)
+        skipped: tuple[str, ...] = ()
+        if path.startswith(_HUB_SCHEME):
+            upload = _fetch(client, name, path, force)
+        else:
+            skipped = UploadFiles.find(path).skipped
+            with _upload_bar(name) as on_progress:
+                upload = client.upload(name, path, force=force, on_progress=on_progress)
         if as_json:
             output.print_json({"created": upload.created, "adapter": upload.adapter.document})
         else:
@@ -120,6 +131,11 @@ def _confirm_deletion(name: str) -> None:
         raise typer.Exit(ExitCode.INTERRUPTED)
 
 
+def _fetch(client: Client, name: str, source: str, force: bool) -> Upload:
+    with output.messages().status(Text(f"The server fetches {source}")):
+        return client.fetch(name, source, force=force)
+
+
 @contextmanager
 def _upload_bar(name: str) -> Iterator[Progress]:
     console = output.messages()
@@ -146,7 +162,7 @@ def _print_upload(upload: Upload, skipped: tuple[str, ...]) -> None:
         soft_wrap=True,
     )
     if skipped:
-        console.print(f"Not sent (training state): {', '.join(skipped)}", markup=False)
+        console.print(f"Not sent: {', '.join(skipped)}", markup=False)
     if adapter.ignored_files:
         console.print(f"Not needed: {', '.join(adapter.ignored_files)}", markup=False)
     for note in adapter.notes:

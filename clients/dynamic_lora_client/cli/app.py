@@ -1,6 +1,7 @@
 """The command `dynamic-lora`."""
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -31,11 +32,19 @@ def create_app() -> typer.Typer:
 
 def main() -> None:
     """Entry point of the command."""
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show a character gets a mark, not a traceback.
             stream.reconfigure(errors="replace")
     create_app()()
+
+
+def _replace_closed_streams() -> None:
+    """Whoever starts the command may have closed its standard streams: they are None then."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _print_version(wanted: bool) -> None:

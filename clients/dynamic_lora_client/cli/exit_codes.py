@@ -18,18 +18,20 @@ class ExitCode(IntEnum):
     """The command's exit statuses."""
 
     OK = 0
-    REFUSED = 1  # the server refused the request, or failed at it
+    REFUSED = 1  # the server refused the request, or failed at it; or a disk is full
     USAGE = 2
     MISSING_DEPENDENCY = 3
     UNREACHABLE = 4
     NOT_FOUND = 5
     BUSY = 6  # also: not ready yet
     INTERRUPTED = 130  # what shells use for SIGINT
+    UNREAD = 141  # what shells use for SIGPIPE
 
 
 SUMMARY = (
-    "Exit codes: 0 ok, 1 the server refused or failed, 2 usage, 3 missing dependency, "
-    "4 cannot reach the server, 5 not found, 6 busy or not ready, 130 stopped by the user."
+    "Exit codes: 0 ok, 1 the server refused or failed, or the output cannot be written, 2 usage, "
+    "3 missing dependency, 4 cannot reach the server, 5 not found, 6 busy or not ready, "
+    "130 stopped by the user, 141 nobody reads the output on."
 )
 
 _BY_ERROR: tuple[tuple[type[DynamicLoraError], ExitCode], ...] = (

@@ -1,9 +1,10 @@
 """What the command writes: results on stdout, everything else on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -44,6 +45,21 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(ExitCode.INTERRUPTED) from error
+    except BrokenPipeError as error:  # as of `dynamic-lora ls | head`, which wants no more
+        _drop_buffered_output()
+        raise typer.Exit(ExitCode.UNREAD) from error
+    except OSError as error:
+        _drop_buffered_output()
+        print_failure(f"Input or output failed: {error.strerror or error}.")
+        raise typer.Exit(ExitCode.REFUSED) from error
+
+
+def _drop_buffered_output() -> None:
+    """Python would fail at it once more when it ends, with a message and a status of its own."""
+    with suppress(OSError):  # standard output is no file
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
 
 
 def print_failure(message: str, fix: str | None = None) -> None:

@@ -63,6 +63,7 @@ def serve(
     max_running: options.MaxRunning = _DEFAULT.max_running,
     max_waiting: options.MaxWaiting = _DEFAULT.max_waiting,
     grace_seconds: options.GraceSeconds = _DEFAULT.grace_seconds,
+    keep_alive_seconds: options.KeepAliveSeconds = _DEFAULT.keep_alive_seconds,
     prefill_chunk: options.PrefillChunk = _DEFAULT.prefill_chunk,
     dtype: options.Dtype = _DEFAULT.dtype,
     device: options.Device = _DEFAULT.device,
@@ -157,6 +158,7 @@ class _Session:
                 app,
                 host=config.host,
                 port=config.port,
+                timeout_keep_alive=config.keep_alive_seconds,
                 log_config=None,
                 log_level=config.log_level,
                 access_log=False,  # the application writes one

@@ -28,8 +28,13 @@ ServedModelName = Annotated[
         show_default="the model's id",
     ),
 ]
-Host = Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")]
-Port = Annotated[int, typer.Option(envvar="PORT", help="Port to listen on; 0 takes a free one.")]
+# Names that nothing else sets: csh and conda's compilers export HOST, and Kubernetes gives every
+# pod beside a service dynamic-lora a DYNAMIC_LORA_PORT, which is a URL.
+Host = Annotated[str, typer.Option(envvar="DYNAMIC_LORA_LISTEN_HOST", help="Address to listen on.")]
+Port = Annotated[
+    int,
+    typer.Option(envvar="DYNAMIC_LORA_LISTEN_PORT", help="Port to listen on; 0 takes a free one."),
+]
 Home = Annotated[
     Path | None,
     typer.Option(
@@ -94,6 +99,13 @@ MaxRunning = Annotated[int, typer.Option(help="Sequences in one batch.")]
 MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")]
 GraceSeconds = Annotated[
     int, typer.Option(help="What running requests get to end in when the server is to stop.")
+]
+KeepAliveSeconds = Annotated[
+    int,
+    typer.Option(
+        help="How long a connection without a request is kept; longer than a proxy before the "
+        "server keeps it."
+    ),
 ]
 PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]

@@ -70,7 +70,7 @@ def test_push(shell: Shell, peft_dir: Path) -> None:
     result = shell("push", "ner", str(peft_dir), "--force")
     assert result.exit_code == ExitCode.OK
     assert result.stdout == ("ner 3f3f3f3f3f3f uploaded: lora, rank 8, 2 target modules, 4.9 MB\n")
-    assert "Not sent (training state): optimizer.pt" in result.stderr
+    assert "Not sent: optimizer.pt" in result.stderr
     assert "Not needed: README.md" in result.stderr
     assert "Note: trained from a local path" in result.stderr
     (received,) = shell.wire.received
@@ -82,6 +82,14 @@ def test_push_of_known_content(shell: Shell, peft_dir: Path) -> None:
     shell.wire.reply(PASSPORT)
     assert "already there" in shell("push", "ner", str(peft_dir)).stdout
     assert b'name="force"' not in shell.wire.received[0].body
+
+
+def test_push_from_the_hub(shell: Shell) -> None:
+    shell.wire.reply(PASSPORT, status=201)
+    result = shell("push", "ner", "hf://org/repo@main", "--force")
+    assert result.stdout == ("ner 3f3f3f3f3f3f uploaded: lora, rank 8, 2 target modules, 4.9 MB\n")
+    (received,) = shell.wire.received
+    assert received.json() == {"name": "ner", "source": "hf://org/repo@main", "force": True}
 
 
 def test_push_for_scripts(shell: Shell, peft_dir: Path) -> None:
@@ -340,6 +348,14 @@ def test_every_command_sends_the_key(
     assert {one.headers["authorization"] for one in shell.wire.received} == {"Bearer secret"}
 
 
+def test_a_proxy_that_cannot_be_used(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "gopher://10.0.0.1")
+    result = shell("ls", "--url", "http://lora.example.org")
+    assert result.exit_code == ExitCode.USAGE
+    assert "error: The environment's proxies or certificates cannot be used" in result.stderr
+    assert "fix: See ALL_PROXY" in result.stderr
+
+
 def test_another_kind_of_server(shell: Shell) -> None:
     shell.wire.reply(chunks=[b"<html>"])
     result = shell("ls")
@@ -375,6 +391,61 @@ def test_interruption_ends_the_stream_and_hangs_up(wire: Wire) -> None:
     assert process.returncode == ExitCode.INTERRUPTED
     assert stderr == ""
     assert wire.sees_hang_up()
+
+
+def _run(wire: Wire, *args: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DYNAMIC_LORA_URL": wire.url}
+    streams = {"stderr": subprocess.PIPE} | streams
+    return subprocess.run([*_MAIN, *args], encoding="utf-8", env=environment, **streams)
+
+
+@pytest.mark.parametrize(
+    "args", [("ls",), ("ls", "--json"), ("show", "ner"), ("rm", "ner", "-y", "--json")]
+)
+def test_output_that_nobody_reads_ends_the_command_silently(
+    wire: Wire, args: tuple[str, ...]
+) -> None:
+    for _ in range(2):
+        wire.reply(PASSPORT | {"adapters": [PASSPORT], "compositions": []})
+    here, there = os.pipe()
+    os.close(here)
+    run = _run(wire, *args, stdout=there)
+    os.close(there)
+    assert (run.returncode, run.stderr) == (ExitCode.UNREAD, "")
+
+
+def test_a_stream_that_nobody_reads_hangs_up(wire: Wire) -> None:
+    wire.reply(chunks=[sse(token_event(0))] * 500, pause=0.02)
+    here, there = os.pipe()
+    os.close(here)
+    run = _run(wire, "generate", "Ada", stdout=there)
+    os.close(there)
+    assert (run.returncode, run.stderr) == (ExitCode.UNREAD, "")
+    assert wire.sees_hang_up()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+@pytest.mark.parametrize("args", [("show", "ner"), ("show", "ner", "--json"), ("generate", "Ada")])
+def test_output_that_cannot_be_written(wire: Wire, args: tuple[str, ...]) -> None:
+    wire.reply(PASSPORT) if args[0] == "show" else wire.reply(chunks=[STREAM])
+    with open("/dev/full", "w") as full:
+        run = _run(wire, *args, stdout=full)
+    assert run.returncode == ExitCode.REFUSED
+    assert run.stderr == "error: Input or output failed: No space left on device.\n"
+
+
+@pytest.mark.parametrize(("closed", "code"), [(0, ExitCode.REFUSED), (1, ExitCode.OK)])
+def test_streams_that_were_closed(wire: Wire, closed: int, code: ExitCode) -> None:
+    """An empty input is the server's to refuse."""
+    wire.reply(problem(422), status=422) if closed == 0 else wire.reply(chunks=[STREAM])
+    shell = ["sh", "-c", f'exec "$@" {closed}<&-', "sh"]
+    run = subprocess.run(
+        [*shell, *_MAIN, "generate", *(["Ada"] * closed), "--url", wire.url],
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert run.returncode == code
+    assert "Traceback" not in run.stderr
 
 
 def test_characters_that_the_terminal_lacks_are_marked(wire: Wire) -> None:

@@ -48,6 +48,15 @@ def test_bad_options_are_refused_before_anything_starts(arguments: list[str], te
     assert text in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
+def test_the_address_comes_from_variables_that_are_the_servers_own() -> None:
+    chance = {"HOST": "x86_64-conda-linux-gnu", "PORT": "70000"}
+    result = CliRunner().invoke(APP, ["--log-level", "loud"], env=chance)
+    assert "log_level must be one of" in " ".join(result.output.split())
+    meant = {"DYNAMIC_LORA_LISTEN_PORT": "70000"}
+    result = CliRunner().invoke(APP, ["--log-level", "loud"], env=meant)
+    assert "port must lie between" in " ".join(result.output.split())
+
+
 def test_every_option_of_the_server_can_be_given() -> None:
     given = set(inspect.signature(serve).parameters)
     repeatable = {
@@ -92,6 +101,17 @@ def _ready(tmp_path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str
         stop.cancel()
         process.kill()
         process.communicate()
+
+
+def test_an_idle_connection_is_kept_as_long_as_was_asked(tmp_path: Path) -> None:
+    assert ServerConfig().keep_alive_seconds > 60  # what nginx and AWS's load balancers keep
+    with _ready(tmp_path, "--keep-alive-seconds", "1") as (_, url):
+        address = httpx.URL(url)
+        assert address.port is not None
+        with socket.create_connection((address.host, address.port), timeout=60) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            while connection.recv(4096):
+                pass
 
 
 def test_it_says_where_it_is_ready_and_ends_on_interrupt(tmp_path: Path) -> None:
