@@ -116,11 +116,11 @@ class ResidentAdapter:
     """An adapter that occupies a slot. `num_leases` requests rely on it being there.
 
     `rows` is what it does besides terms on linear layers, `invocation_ids` the
-    tokens from which on it acts. It is `mergeable` if it acts on every token and
-    can be undone for other rows, as far as is known. `exact` holds its terms in float32 where the
-    slot's are rounded to a shorter dtype. `size` is what its slot takes, as a multiple of
-    an adapter of `groups.PROBE_RANK` on every layer. The slot may be read once `uploaded`,
-    if there is such an event, has come to pass.
+    tokens from which on it acts. It is `mergeable` if it acts on every token, has
+    anything that weights can hold, and can be undone for other rows, as far as is known.
+    `exact` holds its terms in float32 where the slot's are rounded to a shorter dtype. `size` is
+    what its slot takes, as a multiple of an adapter of `groups.PROBE_RANK` on every layer. The
+    slot may be read once `uploaded`, if there is such an event, has come to pass.
     """
 
     digest: str

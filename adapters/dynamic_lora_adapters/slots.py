@@ -23,8 +23,8 @@ from dynamic_lora_adapters.groups import (
     GroupTerms,
     MemberTerms,
     ProjectionGroup,
+    foldable,
     probe_shape,
-    reversible,
     split_terms,
 )
 from dynamic_lora_adapters.populate import populate_soon
@@ -138,7 +138,7 @@ class AdapterPool:
                 f"{self._budget_bytes} in all.",
                 fix="Start the server with a larger --adapter-memory.",
             )
-        mergeable = not terms.invocation_ids and reversible(terms.linears)
+        mergeable = not terms.invocation_ids and foldable(terms.linears)
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
