@@ -203,6 +203,15 @@ class MemberTerms:
             bias=any(m.bias is not None for m in members),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the terms joined, in float32."""
+        shape, group = self.shape, self.group
+        values = shape.rank * (group.in_features + group.out_features)
+        values += (shape.scale + shape.bias) * group.out_features
+        values += shape.dense * group.in_features * group.out_features
+        return values * torch.float32.itemsize
+
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a dtype holds all factors without loss."""
         factors = (part for one in self.members for part in (one.a, one.b))

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.composition import Composition, Part
+from dynamic_lora_adapters.incoming import Incoming
 from dynamic_lora_adapters.lease import Lease
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions, check_version
@@ -173,10 +174,10 @@ class Residency:
             if (adapter := self._resident(digest)) is not None:
                 return adapter
             if not self._line.waiting:
-                terms = await self._read(read)
-                if (adapter := await self._admit(digest, terms)) is not None:
+                incoming = await self._read(read)
+                if (adapter := await self._admit(digest, incoming)) is not None:
                     return adapter
-                del terms  # a line of those who keep theirs would fill the memory
+                del incoming  # a line of those who keep theirs would fill the memory
             async with self._line.first():
                 return await self._bring_first(digest, read)
 
@@ -184,31 +185,35 @@ class Residency:
         return None if self._line.overdue else self._pool.lease(digest)
 
     async def _bring_first(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
-        terms: AdapterTerms | None = None
+        incoming: Incoming | None = None
         while True:
             self._line.look()
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
-            if terms is None:
-                terms = await self._read(read)
-            if (adapter := await self._admit(digest, terms)) is not None:
+            if incoming is None:
+                incoming = await self._read(read)
+            if (adapter := await self._admit(digest, incoming)) is not None:
                 return adapter
             if self._why_none is not None:
                 raise self._why_none
             self._ask_for_room()
             await self._line.wait()
 
-    async def _read(self, read: Callable[[], AdapterTerms]) -> AdapterTerms:
+    async def _read(self, read: Callable[[], AdapterTerms]) -> Incoming:
+        """The terms, and the room they need; AdapterCapacityError for more than there is."""
         loop = asyncio.get_running_loop()
-        terms, seconds = await loop.run_in_executor(self._readers, _timed, read)
+        prepare = self._pool.prepare
+        incoming, seconds = await loop.run_in_executor(
+            self._readers, _timed, lambda: prepare(read())
+        )
         self.reads.num_reads += 1
         self.reads.seconds += seconds
-        return terms
+        return incoming
 
-    async def _admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
+    async def _admit(self, digest: str, incoming: Incoming) -> ResidentAdapter | None:
         """On the device; None if all room is leased."""
         try:
-            return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
+            return await _acquire(lambda: self._pool.bring(digest, incoming), self._give_up)
         except Exception:
             self._line.announce()  # the room that it had taken
             raise

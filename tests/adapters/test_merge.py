@@ -67,6 +67,7 @@ class Rig:
             dtype=dtype,
             factor_dtype=kind.factor_dtype,
             layout=layout_for(torch.device("cpu"), kind.factor_dtype),
+            merges=True,
         )
 
     def admit(self, name: str, terms: AdapterTerms) -> ResidentAdapter:
