@@ -6,6 +6,7 @@ gains nothing.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -70,6 +71,8 @@ IGNORED_FILES = frozenset(
 _RANDOM_STATES = re.compile(r"rng_state(_\d+)?\.pth|random_states_\d+\.pkl")
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+# Where PEFT saves without safetensors; what it wrote before may lie beside the real file.
+_PICKLED_WEIGHTS = "adapter_model.bin"
 _MAX_NAME_LENGTH = 255
 
 
@@ -170,12 +173,7 @@ class Intake:
             self._ignored.append("/".join(parts))
             return
         if _is_pickle(leaf):
-            raise UnsafeArchive(
-                f"{leaf!r} is a pickle, which can run code; it was not read.",
-                field=leaf,
-                fix="Save with save_pretrained(path, safe_serialization=True) "
-                "and upload adapter_model.safetensors.",
-            )
+            raise _pickled(leaf)
         if leaf not in ADAPTER_FILES:
             raise _unexpected("/".join(parts))
         if leaf in self._seen:
@@ -219,6 +217,7 @@ def _is_ignored(parts: list[str]) -> bool:
     # Finder packs "__MACOSX/" and "._name" beside the real files.
     return bool(parts) and (
         parts[-1] in IGNORED_FILES
+        or parts[-1] == _PICKLED_WEIGHTS
         or parts[-1].startswith("._")
         or parts[0] == "__MACOSX"
         or _RANDOM_STATES.fullmatch(parts[-1]) is not None
@@ -227,6 +226,22 @@ def _is_ignored(parts: list[str]) -> bool:
 
 def _is_pickle(leaf: str) -> bool:
     return leaf.lower().endswith(_PICKLE_SUFFIXES)
+
+
+def check_weights(folder: Path, ignored_files: Iterable[str]) -> None:
+    """Raise `UnsafeArchive` for an upload whose weights are a pickle alone."""
+    leaves = {name.rpartition("/")[2] for name in ignored_files}
+    if _PICKLED_WEIGHTS in leaves and not (folder / WEIGHTS_FILE).exists():
+        raise _pickled(_PICKLED_WEIGHTS)
+
+
+def _pickled(leaf: str) -> UnsafeArchive:
+    return UnsafeArchive(
+        f"{leaf!r} is a pickle, which can run code; it was not read.",
+        field=leaf,
+        fix="Save with save_pretrained(path, safe_serialization=True) "
+        "and upload adapter_model.safetensors.",
+    )
 
 
 def _unexpected(name: str) -> InvalidAdapter:

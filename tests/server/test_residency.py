@@ -277,6 +277,28 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
     assert threading.current_thread() not in threads
 
 
+async def test_a_request_does_not_wait_for_the_files_of_what_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, collected = threading.Event(), threading.Event()
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", make_adapter(tmp_path / "a", tiny_llama()))
+        collect_files = runtime.registry.collect
+
+        def slowly(digest: str) -> None:
+            assert go_on.wait(30)
+            collect_files(digest)
+            collected.set()
+
+        monkeypatch.setattr(runtime.registry, "collect", slowly)
+        async with asyncio.timeout(20):
+            async with runtime.residencies.hold("a"):
+                runtime.registry.delete("a")
+        go_on.set()
+        assert await asyncio.to_thread(collected.wait, 30)
+        await all_freed(runtime)
+
+
 async def test_an_adapter_on_the_device_is_held_and_let_go_without_a_thread(
     tmp_path: Path,
 ) -> None:
