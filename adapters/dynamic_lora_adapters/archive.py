@@ -6,6 +6,7 @@ gains nothing.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -17,6 +18,7 @@ from dynamic_lora_adapters.unpacking import BROKEN_ARCHIVE, CHUNK_BYTES, member_
 from dynamic_lora_adapters.weights import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
+# Where PEFT saves without safetensors; what it wrote before may lie beside the real file.
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}) | CHAT_SOURCES
 
@@ -148,7 +150,7 @@ class Intake:
             raise InvalidAdapter(f"{str(source)!r} is not a folder.", field="source")
         paths = {path.name: path for path in sorted(source.iterdir())}
         if PICKLED_WEIGHTS_FILE in paths and WEIGHTS_FILE not in paths:
-            raise _pickle(PICKLED_WEIGHTS_FILE)
+            raise _pickled(PICKLED_WEIGHTS_FILE)
         for name, path in paths.items():
             if name in ADAPTER_FILES and not path.is_dir():
                 with path.open("rb") as stream:
@@ -176,7 +178,7 @@ class Intake:
             self._ignored.append("/".join(parts))
             return
         if _is_pickle(leaf):
-            raise _pickle(leaf)
+            raise _pickled(leaf)
         if leaf not in ADAPTER_FILES:
             raise _unexpected("/".join(parts))
         if leaf in self._seen:
@@ -220,6 +222,7 @@ def _is_ignored(parts: list[str]) -> bool:
     # Finder packs "__MACOSX/" and "._name" beside the real files.
     return bool(parts) and (
         parts[-1] in IGNORED_FILES
+        or parts[-1] == PICKLED_WEIGHTS_FILE
         or parts[-1].startswith("._")
         or parts[0] == "__MACOSX"
         or _RANDOM_STATES.fullmatch(parts[-1]) is not None
@@ -230,7 +233,14 @@ def _is_pickle(leaf: str) -> bool:
     return leaf.lower().endswith(_PICKLE_SUFFIXES)
 
 
-def _pickle(leaf: str) -> UnsafeArchive:
+def check_weights(folder: Path, ignored_files: Iterable[str]) -> None:
+    """Raise `UnsafeArchive` for an upload whose weights are a pickle alone."""
+    leaves = {name.rpartition("/")[2] for name in ignored_files}
+    if PICKLED_WEIGHTS_FILE in leaves and not (folder / WEIGHTS_FILE).exists():
+        raise _pickled(PICKLED_WEIGHTS_FILE)
+
+
+def _pickled(leaf: str) -> UnsafeArchive:
     return UnsafeArchive(
         f"{leaf!r} is a pickle, which can run code; it was not read.",
         field=leaf,

@@ -2,16 +2,16 @@
 
 A weighted sum is exact: low-rank factors stand side by side, with the weight in
 `b`; all other terms are summed in fp32. The merge strategies are PEFT's own
-functions on the dense deltas, one linear layer at a time.
+functions on the dense deltas, one linear layer at a time; DARE's masks alone are drawn here.
 """
 
-import threading
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_adapters.composition import Merge, Strategy
-from dynamic_lora_adapters.errors import UnsupportedAdapter
+from dynamic_lora_adapters.errors import AdapterCapacityError, UnsupportedAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.value_range import find_too_large
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", LinearTerms, EmbeddingTerms)
 Weighted = Sequence[tuple[T, float]]
-
-# DARE draws from torch's global generator, which has one state for all threads.
-_drawing = threading.Lock()
 
 
 @single_threaded()
@@ -60,25 +57,45 @@ def merge(
     *,
     names: Sequence[str] = (),
     dtype: "torch.dtype | None" = None,
+    room_bytes: float = math.inf,
 ) -> AdapterTerms:
-    """The deltas merged by a strategy, as dense terms; needs PEFT.
+    """The deltas merged by a strategy, as dense terms in `dtype`; needs PEFT.
 
     On each layer the adapters that have a delta there take part, as in PEFT's
     `add_weighted_adapter`. DARE's draws are seeded by the layer's path. Raises
     UnsupportedAdapter, naming the adapter, where it has more than deltas, and
-    as `compose` does for values that are too large.
+    as `compose` does for values that are too large; AdapterCapacityError, before anything is
+    computed, for more than `room_bytes`.
     """
     for index, (terms, _) in enumerate(parts):
         _refuse_more_than_deltas(terms, _name(names, index), how)
-    paths = sorted({path for terms, _ in parts for path in terms.linears})
+    by_path: dict[str, list[tuple[LinearTerms, float]]] = {}
+    for terms, weight in parts:
+        for path, linear in terms.linears.items():
+            by_path.setdefault(path, []).append((linear, weight))
+    _refuse_above(room_bytes, [own[0][0] for own in by_path.values()], dtype)
     linears = {}
-    for path in paths:
-        own = [(t.linears[path], w) for t, w in parts if path in t.linears]
-        deltas = [_delta(terms) for terms, _ in own]
-        linears[path] = LinearTerms(dense=_merged(deltas, [w for _, w in own], how, path))
-    total = AdapterTerms(linears=linears)
-    _refuse_overflow(total, dtype)
-    return total
+    for path in sorted(by_path):
+        deltas = [_delta(linear) for linear, _ in by_path[path]]
+        dense = _merged(deltas, [weight for _, weight in by_path[path]], how, path)
+        _refuse_overflow(AdapterTerms(linears={path: LinearTerms(dense=dense)}), dtype)
+        # At once: in float32 all layers of a large model together may be more than there is.
+        linears[path] = LinearTerms(dense=dense if dtype is None else dense.to(dtype))
+    return AdapterTerms(linears=linears)
+
+
+def _refuse_above(
+    room_bytes: float, layers: Iterable[LinearTerms], dtype: "torch.dtype | None"
+) -> None:
+    num_values = sum(math.prod(_delta_shape(linear)) for linear in layers)
+    needed = num_values * (4 if dtype is None else dtype.itemsize)
+    if needed > room_bytes:
+        raise AdapterCapacityError(
+            f"The merged deltas need {needed} bytes on the device; adapters may use "
+            f"{room_bytes:.0f} in all.",
+            fix="Use merge_strategy linear, whose sums take no more than their parts, or start "
+            "the server with a larger --adapter-memory.",
+        )
 
 
 def _refuse_overflow(total: AdapterTerms, dtype: "torch.dtype | None") -> None:
@@ -203,6 +220,13 @@ def _delta(terms: LinearTerms) -> "torch.Tensor":
     return delta
 
 
+def _delta_shape(terms: LinearTerms) -> tuple[int, ...]:
+    if terms.dense is not None:
+        return tuple(terms.dense.shape)
+    assert terms.a is not None and terms.b is not None
+    return terms.b.shape[0], terms.a.shape[1]
+
+
 def _merged(
     deltas: "list[torch.Tensor]", weights: Sequence[float], how: Merge, path: str
 ) -> "torch.Tensor":
@@ -211,20 +235,30 @@ def _merged(
     from peft.utils import merge_utils
 
     column = torch.tensor(weights, dtype=torch.float32)
-    if how.density == 1:
-        if not how.strategy.elects_sign:
-            return merge_utils.task_arithmetic(deltas, column)
-        stacked = torch.stack(deltas)
-        mask = merge_utils.calculate_majority_sign_mask(stacked, method=how.sign_method.value)
-        column = merge_utils.reshape_weight_task_tensors(stacked, column)
-        return merge_utils.disjoint_merge(stacked * column, mask)
-    match how.strategy:
-        case Strategy.MAGNITUDE_PRUNE:
-            return merge_utils.magnitude_prune(deltas, column, how.density)
-        case Strategy.TIES:
-            return merge_utils.ties(deltas, column, how.density, how.sign_method.value)
-    with _drawing, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(path.encode()))
-        if how.strategy is Strategy.DARE_LINEAR:
-            return merge_utils.dare_linear(deltas, column, how.density)
-        return merge_utils.dare_ties(deltas, column, how.density, how.sign_method.value)
+    if how.density < 1:
+        match how.strategy:
+            case Strategy.MAGNITUDE_PRUNE:
+                return merge_utils.magnitude_prune(deltas, column, how.density)
+            case Strategy.TIES:
+                return merge_utils.ties(deltas, column, how.density, how.sign_method.value)
+        deltas = _thinned(deltas, how.density, path)
+    if not how.strategy.elects_sign:
+        return merge_utils.task_arithmetic(deltas, column)
+    stacked = torch.stack(deltas)
+    mask = merge_utils.calculate_majority_sign_mask(stacked, method=how.sign_method.value)
+    column = merge_utils.reshape_weight_task_tensors(stacked, column)
+    return merge_utils.disjoint_merge(stacked * column, mask)
+
+
+def _thinned(deltas: "list[torch.Tensor]", density: float, path: str) -> "list[torch.Tensor]":
+    """What DARE keeps of the deltas, as PEFT's `random_pruning` draws it.
+
+    That draws from the global generator, whose one state other threads change meanwhile: the
+    same composition would not be the same numbers.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
+    chances = (torch.full_like(one, density) for one in deltas)
+    masks = (torch.bernoulli(one, generator=generator) for one in chances)
+    return [one * mask / density for one, mask in zip(deltas, masks, strict=True)]

@@ -13,8 +13,8 @@ from dynamic_lora_adapters.slab_layout import SlabKind
 class Wanted:
     """Room for one more adapter of a kind.
 
-    `free_bytes` of the budget are left beside its rows, fewer than 0 if these alone are too
-    large; `has_slot` says whether a slot is free for it.
+    `free_bytes` of the budget are left beside what it takes besides a slot, fewer than 0 if that
+    alone is too much; `has_slot` says whether a slot is free for it.
     """
 
     kind: SlabKind
@@ -48,13 +48,13 @@ class Wanted:
         def leaves_room(one: ResidentAdapter) -> bool:
             slab = one.slab
             whole = slab.num_taken == gone[slab.number]
-            return whole or one.rows is not None or self.kind.includes(slab)
+            return whole or one.own_bytes > 0 or self.kind.includes(slab)
 
         return list(filter(leaves_room, victims))
 
     def _found_without(self, victims: Sequence[ResidentAdapter]) -> bool:
         free, has_slot = self.free_bytes, self.has_slot
-        free += sum(one.rows.num_bytes for one in victims if one.rows is not None)
+        free += sum(one.own_bytes for one in victims)
         gone = Counter(one.slab.number for one in victims)
         for slab in {one.slab.number: one.slab for one in victims}.values():
             if slab.num_taken == gone[slab.number]:

@@ -203,6 +203,15 @@ class MemberTerms:
             bias=any(m.bias is not None for m in members),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the terms joined, in float32."""
+        shape, group = self.shape, self.group
+        values = shape.rank * (group.in_features + group.out_features)
+        values += (shape.scale + shape.bias) * group.out_features
+        values += shape.dense * group.in_features * group.out_features
+        return values * torch.float32.itemsize
+
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a dtype holds all factors without loss."""
         factors = (part for one in self.members for part in (one.a, one.b))
@@ -297,9 +306,10 @@ def probe_shape(group: ProjectionGroup) -> GroupShape:
     return GroupShape(0 if group.is_head else _padded(PROBE_RANK * len(group.paths)))
 
 
-def reversible(terms: Mapping[str, LinearTerms]) -> bool:
-    """Whether rows' base outputs can be had back from folded weights without loss."""
-    return all(
+def foldable(terms: Mapping[str, LinearTerms]) -> bool:
+    """Whether weights can hold some of it, and rows' base outputs be had back without loss."""
+    parts = ((one.a, one.scale, one.dense) for one in terms.values())
+    return any(part is not None for each in parts for part in each) and all(
         one.scale is None or bool(((1 + one.scale).abs() >= _SMALLEST_SCALE).all())
         for one in terms.values()
     )

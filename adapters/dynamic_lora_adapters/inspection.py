@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamic_lora_adapters.archive import CONFIG_FILE
+from dynamic_lora_adapters.archive import CONFIG_FILE, check_weights
 from dynamic_lora_adapters.base_weights import BaseWeights, NoWeights
 from dynamic_lora_adapters.card import CARD_FILE, TaskCard
 from dynamic_lora_adapters.chat import ChatFormat
@@ -111,6 +111,7 @@ class Inspector:
         `force` accepts an adapter that declares another base model. Raises an
         `AdapterError`.
         """
+        check_weights(folder, ignored_files)
         config = _config(folder)
         spec = _parse(config)
         card, chat = TaskCard.read(folder), ChatFormat.read(folder)

@@ -8,7 +8,6 @@ restoring happen between two steps, so no step sees half-folded weights.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
@@ -41,6 +40,7 @@ class Merger:
         self._projections = list(projections)
         self._pristine = pristine
         self._merged: ResidentAdapter | None = None
+        self._largest_norms: list[torch.Tensor] | None = None
 
     @property
     def merged(self) -> ResidentAdapter | None:
@@ -57,33 +57,41 @@ class Merger:
         """Whether the rows of others keep their digits while the weights hold `adapter`.
 
         No layer's delta may be larger than _LARGEST_DELTA times its weight, by Frobenius
-        norms. Takes a part of what a switch takes. First asked before anything is merged.
+        norms. Takes a part of what a switch takes. Raises MergeFailed where that
+        cannot be reckoned, for want of memory for instance.
         """
-        adapter.await_upload()
-        terms = _terms(adapter)
+        try:
+            adapter.await_upload()
+            return self._spares_others(_terms(adapter))
+        except Exception as error:
+            raise MergeFailed(f"{type(error).__name__}: {error}") from error
+
+    def _spares_others(self, terms: Sequence[GroupTerms]) -> bool:
+        limits = self._measured()
         for index, projection in enumerate(self._projections):
             found = _plain(terms, projection.group, index)
             if found is None:
                 continue
             norms = found.delta_norms(projection.group.widths).cpu()
-            if not bool((norms <= self._largest_norms[index]).all()):
+            if not bool((norms <= limits[index]).all()):
                 return False
         return True
 
-    @cached_property
-    def _largest_norms(self) -> list[torch.Tensor]:
-        """For each group [members], how large a delta may be."""
-        assert self._merged is None, "the weights are measured before anything is merged"
-        return [
-            _LARGEST_DELTA
-            * torch.tensor(
-                [
-                    float(torch.linalg.vector_norm(part, dtype=torch.float32))
-                    for part in projection.weight.split(list(projection.group.widths))
-                ]
-            )
-            for projection in self._projections
-        ]
+    def _measured(self) -> list[torch.Tensor]:
+        """For each group [members], how large a delta may be; measured once, of the base."""
+        if self._largest_norms is None:
+            assert self._merged is None, "the first switch measures before it merges"
+            self._largest_norms = [
+                _LARGEST_DELTA
+                * torch.tensor(
+                    [
+                        float(torch.linalg.vector_norm(part, dtype=torch.float32))
+                        for part in projection.weight.split(list(projection.group.widths))
+                    ]
+                )
+                for projection in self._projections
+            ]
+        return self._largest_norms
 
     @torch.inference_mode()
     def switch(self, adapter: ResidentAdapter | None) -> None:
@@ -95,6 +103,7 @@ class Merger:
         """
         if adapter is self._merged:
             return
+        self._measured()  # as long as the weights are the base's
         if adapter is not None:
             adapter.await_upload()
         before = [] if self._merged is None else _terms(self._merged)

@@ -21,6 +21,7 @@ CHECKS = (
 )
 
 _DTYPE_NAMES = {
+    "F64": "float64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",

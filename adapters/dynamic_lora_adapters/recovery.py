@@ -13,7 +13,7 @@ from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.index import AdapterIndex, EventKind, StoredVersion
-from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
+from dynamic_lora_adapters.inspection import AdapterVersion, Inspector, is_sound
 from dynamic_lora_adapters.names import model_leaf
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.store import BlobStore
@@ -61,7 +61,7 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
     found = Recovered()
     current = index.names()
     for stored in index.versions():
-        if store.sizes(stored.digest) != stored.sizes:
+        if not _is_whole(stored, store, index):
             logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
             index.drop(stored.name, EventKind.LOST, base=stored.base)
         elif stored.base == base and current.get(stored.name) == stored.digest:
@@ -71,6 +71,20 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
         store.remove(digest)
     store.sweep()
     return found
+
+
+def _is_whole(stored: StoredVersion, store: BlobStore, index: AdapterIndex) -> bool:
+    """Whether its files are what they were; read only where they are of other sizes.
+
+    They may be sound for all that: mended by an upload that did not come to write that down.
+    """
+    found = store.sizes(stored.digest)
+    if found == stored.sizes:
+        return True
+    if not found or not is_sound(store.path(stored.digest), stored.digest):
+        return False
+    index.put_sizes(stored.digest, found)
+    return True
 
 
 def _restore(

@@ -3,18 +3,19 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dynamic_lora_adapters.archive import CONFIG_FILE, Intake, UploadLimits
 from dynamic_lora_adapters.base_weights import BaseWeights
+from dynamic_lora_adapters.changes import Changes
 from dynamic_lora_adapters.errors import (
     AdapterNotFound,
     IncompatibleAdapter,
+    StoreFailed,
     UnsupportedAdapter,
 )
 from dynamic_lora_adapters.geometry import BaseGeometry
@@ -91,9 +92,9 @@ class AdapterRegistry:
         self._index = AdapterIndex(
             database_url or f"sqlite:///{home / 'index.sqlite'}", base_key(geometry)
         )
-        # Held while store and index change, which waits for the disk; the other one, for what
-        # requests read, never does. Whoever takes both takes this one first.
-        self._changing = threading.Lock()
+        # What changes waits for the disk; the lock, for what requests read, never does. Whoever
+        # needs both begins with the change.
+        self._changes = Changes(self._store)
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
         found = recover(self._store, self._index, self._inspector, base_key(geometry))
@@ -106,18 +107,17 @@ class AdapterRegistry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _value: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the index and let another process have the home."""
-        self._index.close()
-        self._store.close()
+        """Close the index and let another process have the home, once what changes it is done.
+
+        Later changes raise `StoreFailed`.
+        """
+        with self._changes.last():
+            self._index.close()
+            self._store.close()
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -176,7 +176,7 @@ class AdapterRegistry:
 
     def delete(self, name: str) -> None:
         """Forget a name. Its files go when no other name and no lease needs them."""
-        with self._change():
+        with self._changes.one():
             digest = self._digest(name) or self.resolve(name).digest
             self._index.drop(name, EventKind.DELETED)
             with self._lock:
@@ -212,14 +212,10 @@ class AdapterRegistry:
     def collect(self, digest: str) -> None:
         """Remove a forgotten version's files, unless something needs them again.
 
-        Who asks has had its answer, which is right even if the index cannot be asked: the next
-        start finds files that no name needs.
+        A registry that is closed leaves them to the next start.
         """
-        try:
-            with self._change():
-                self._collect(digest)
-        except Exception:
-            logger.exception("content %.12s stays until the next start", digest)
+        with suppress(StoreFailed), self._changes.one():
+            self._collect(digest)
 
     def load(self, digest: str) -> AdapterTerms:
         """Read what a version does, checked again.
@@ -280,11 +276,10 @@ class AdapterRegistry:
         if version.chat is not None:
             version.chat.save(folder)
         self._store.prepare(folder)
-        with self._change():
-            if self._is_damaged(version.digest):
-                self._store.remove(version.digest)
-                self._store.publish(folder, version.digest)
-                self._index.put_sizes(version.digest, self._store.sizes(version.digest))
+        damaged = self._is_damaged(version.digest)  # takes as long as the files are large
+        with self._changes.one():
+            if damaged:
+                self._mend(version.digest, folder)
             current = self._versions.get(version.name)
             if current is not None and current.digest == version.digest:
                 return Publication(current.passport, created=False)
@@ -310,15 +305,6 @@ class AdapterRegistry:
                 self._collect(before)
             return Publication(version.passport, created=True)
 
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """While store and index change. Files are deleted when others may go on."""
-        try:
-            with self._changing:
-                yield
-        finally:
-            self._store.sweep()
-
     def _is_damaged(self, digest: str) -> bool:
         """Whether files of a content that a name may have are not what they were, or gone."""
         folder = self._store.path(digest)
@@ -326,13 +312,31 @@ class AdapterRegistry:
             return not is_sound(folder, digest)
         return any(version.digest == digest for version in self._versions.copy().values())
 
+    def _mend(self, digest: str, folder: Path) -> None:
+        self._store.remove(digest)
+        self._store.publish(folder, digest)
+        try:
+            self._index.put_sizes(digest, self._store.sizes(digest))
+        except Exception:
+            logger.exception("the next start finds how large %.12s is by now", digest)
+
     def _digest(self, name: str) -> str | None:
         """The content that a name means, whether or not it can be read."""
         found = self._versions.get(name) or self._unreadable.get(name)
         return None if found is None else found.digest
 
     def _collect(self, digest: str) -> None:
-        """Remove a content that a name has left, unless something else needs it."""
+        """Remove a content that a name has left, unless something else needs it.
+
+        Who asks has had its answer, which is right even if the index cannot be asked: the next
+        start finds files that no name needs.
+        """
+        try:
+            self._discard(digest)
+        except Exception:
+            logger.exception("content %.12s stays until the next start", digest)
+
+    def _discard(self, digest: str) -> None:
         with self._lock:
             if digest in self._num_leases:
                 self._forgotten.add(digest)

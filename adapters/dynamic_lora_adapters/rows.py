@@ -37,7 +37,7 @@ class EmbeddingDelta:
             a, b = terms.a, terms.b.T
             if dtype == torch.float16:
                 a, b = balanced(a, b)
-            a, b = a.T.contiguous().to(device, dtype), b.contiguous().to(device, dtype)
+            a, b = _brought(a.T, device, dtype), _brought(b, device, dtype)
         if terms.rows is not None and terms.token_ids is not None:
             token_ids, order = terms.token_ids.sort()
             token_ids, rows = token_ids.to(device), terms.rows[order].to(device, dtype)
@@ -63,7 +63,6 @@ class RowTerms:
     embeddings: Mapping[str, EmbeddingDelta]
     overrides: Mapping[str, Mapping[str, torch.Tensor]]
     prompt: PromptTerms | None
-    num_bytes: int
 
     @classmethod
     def of(
@@ -77,16 +76,11 @@ class RowTerms:
             for path, delta in terms.embeddings.items()
         }
         overrides = {
-            path: {name: value.to(device, dtype) for name, value in module.parameters.items()}
+            path: {name: _brought(one, device, dtype) for name, one in module.parameters.items()}
             for path, module in terms.overrides.items()
         }
         prompt = None if terms.prompt is None else _prompt_on(terms.prompt, device, dtype)
-        return cls(
-            embeddings=embeddings,
-            overrides=overrides,
-            prompt=prompt,
-            num_bytes=_num_bytes(embeddings, overrides, prompt),
-        )
+        return cls(embeddings=embeddings, overrides=overrides, prompt=prompt)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,19 +95,28 @@ class RowSegment:
 def _prompt_on(prompt: PromptTerms, device: torch.device, dtype: torch.dtype) -> PromptTerms:
     return PromptTerms(
         num_tokens=prompt.num_tokens,
-        embeddings=None if prompt.embeddings is None else prompt.embeddings.to(device, dtype),
-        keys=tuple(key.to(device, dtype) for key in prompt.keys),
-        values=tuple(value.to(device, dtype) for value in prompt.values),
+        embeddings=(
+            None if prompt.embeddings is None else _brought(prompt.embeddings, device, dtype)
+        ),
+        keys=tuple(_brought(key, device, dtype) for key in prompt.keys),
+        values=tuple(_brought(value, device, dtype) for value in prompt.values),
     )
 
 
-def _num_bytes(
-    embeddings: Mapping[str, EmbeddingDelta],
-    overrides: Mapping[str, Mapping[str, torch.Tensor]],
-    prompt: PromptTerms | None,
-) -> int:
-    tensors = [t for e in embeddings.values() for t in (e.a, e.b, e.token_ids, e.rows)]
-    tensors += [t for module in overrides.values() for t in module.values()]
-    if prompt is not None:
+def _brought(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A copy, also where nothing changes: what was read may be a view of a file."""
+    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def row_bytes(terms: AdapterTerms, dtype: torch.dtype) -> int:
+    """What the `RowTerms` of an adapter take in `dtype`, in bytes."""
+    deltas = terms.embeddings.values()
+    tensors = [tensor for one in deltas for tensor in (one.a, one.b, one.rows)]
+    tensors += [
+        value for module in terms.overrides.values() for value in module.parameters.values()
+    ]
+    if (prompt := terms.prompt) is not None:
         tensors += [prompt.embeddings, *prompt.keys, *prompt.values]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    num_values = sum(tensor.numel() for tensor in tensors if tensor is not None)
+    ids = (one.token_ids for one in deltas if one.rows is not None)
+    return num_values * dtype.itemsize + sum(one.nbytes for one in ids if one is not None)

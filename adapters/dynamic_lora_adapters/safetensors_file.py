@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-READ_DTYPES = ("F32", "F16", "BF16")
+READ_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _MAX_HEADER_BYTES = 16 << 20
 # Far more than any layer has: the product of a million sizes takes minutes.
@@ -28,6 +28,7 @@ _CHUNK_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 128 << 10
 # What torch calls the types that are read, and their sizes in bytes.
 _TYPES = {
+    "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
@@ -84,7 +85,8 @@ class MappedTensors:
         import torch
 
         types = {entry.dtype for entry in self.entries.values()}
-        if len(types) != 1 or not types <= set(READ_DTYPES):
+        # In single precision, which torch does not narrow doubles to.
+        if len(types) != 1 or not types <= {"F32", "F16", "BF16"}:
             return math.nan
         (name,) = types
         if self._data_start % _TYPES[name][1]:
@@ -93,7 +95,7 @@ class MappedTensors:
         return float(torch.linalg.vector_norm(values, dtype=torch.float32))
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """A tensor by its name, in the file's dtype (32 or 16 bits, or integers); no copy."""
+        """A tensor by its name, in the file's dtype (64, 32 or 16 bits, or integers); no copy."""
         import torch
 
         entry = self.entries[name]

@@ -1,5 +1,6 @@
 """Which adapters a text means: names, sums of names, and compositions saved under a name."""
 
+import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
@@ -47,11 +48,19 @@ class SavedCompositions:
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
     no disk. `index` is where they are kept; without one none can be saved.
+    What would take more than `room_bytes` on the device is not computed.
     """
 
-    def __init__(self, registry: AdapterRegistry, index: AdapterIndex | None = None) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        index: AdapterIndex | None = None,
+        *,
+        room_bytes: float = math.inf,
+    ) -> None:
         self._registry = registry
         self._index = index
+        self._room_bytes = room_bytes
         self._lock = threading.Lock()
         self._saved = {one.name: one for one in ([] if index is None else index.compositions())}
 
@@ -93,7 +102,8 @@ class SavedCompositions:
     def terms(self, composition: Composition, digests: Sequence[str]) -> AdapterTerms:
         """What a composition computes; `digests` are its parts', leased by the caller.
 
-        Raises UnsupportedAdapter, naming the adapter, for parts that have no sum.
+        Raises UnsupportedAdapter, naming the adapter, for parts that have no sum, and
+        AdapterCapacityError for merged deltas that are larger than all room.
         """
         # In the order that the composition's digest has them, not in that of their
         # names: one digest means the same numbers to the last bit.
@@ -104,7 +114,13 @@ class SavedCompositions:
         names = [part.label for _, part in ordered]
         dtype = self._registry.dtype
         if composition.merge is not None:
-            return merge(weighted, composition.merge, names=names, dtype=dtype)
+            return merge(
+                weighted,
+                composition.merge,
+                names=names,
+                dtype=dtype,
+                room_bytes=self._room_bytes,
+            )
         return compose(weighted, names=names, dtype=dtype)
 
     def save(

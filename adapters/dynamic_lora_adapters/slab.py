@@ -115,18 +115,20 @@ class Slab:
 class ResidentAdapter:
     """An adapter that occupies a slot. `num_leases` requests rely on it being there.
 
-    `rows` is what it does besides terms on linear layers, `invocation_ids` the
-    tokens from which on it acts. It is `mergeable` if it acts on every token and
-    can be undone for other rows, as far as is known. `exact` holds its terms in float32 where the
-    slot's are rounded to a shorter dtype. `size` is what its slot takes, as a multiple of
-    an adapter of `groups.PROBE_RANK` on every layer. The slot may be read once `uploaded`,
-    if there is such an event, has come to pass.
+    `rows` is what it does besides terms on linear layers, `own_bytes` what the budget counts
+    beside its slot, `invocation_ids` the tokens from which on it acts. It is `mergeable` if it
+    acts on every token, has anything that weights can hold, and can be undone for other rows, as
+    far as is known. `exact` holds its terms in float32 where the slot's are rounded to a shorter
+    dtype and merges need them. `size` is what its slot takes, as a multiple of an adapter of
+    `groups.PROBE_RANK` on every layer. The slot may be read once `uploaded`, if there is such an
+    event, has come to pass.
     """
 
     digest: str
     slab: Slab
     slot: int
     rows: RowTerms | None = None
+    own_bytes: int = 0
     invocation_ids: tuple[int, ...] = ()
     mergeable: bool = True
     size: float = 1.0

@@ -11,7 +11,7 @@ start: a slab is made for the first adapter of a signature, and goes with its la
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -19,21 +19,15 @@ import torch
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.eviction import Wanted
 from dynamic_lora_adapters.factor_layout import FactorLayout
-from dynamic_lora_adapters.groups import (
-    GroupTerms,
-    MemberTerms,
-    ProjectionGroup,
-    probe_shape,
-    reversible,
-    split_terms,
-)
+from dynamic_lora_adapters.groups import GroupTerms, ProjectionGroup, probe_shape
+from dynamic_lora_adapters.incoming import Incoming, Reckoner
 from dynamic_lora_adapters.populate import populate_soon
 from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.slab import ResidentAdapter, Slab
 from dynamic_lora_adapters.slab_layout import SlabKind, SlabLayout
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
-from dynamic_lora_adapters.upload import Source, upload_for
+from dynamic_lora_adapters.upload import upload_for
 
 SLAB_SLOTS = 8
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
@@ -52,14 +46,6 @@ class PoolStats:
     num_evictions: int
 
 
-@dataclass(slots=True)
-class _Counters:
-    loads: int = 0
-    evictions: int = 0
-    clock: "count[int]" = field(default_factory=count)
-    slabs: "count[int]" = field(default_factory=count)
-
-
 class AdapterPool:
     """Device memory for adapters, within `budget_bytes`. Safe to call from any thread.
 
@@ -67,7 +53,8 @@ class AdapterPool:
     least recently used first. A new slab has `slab_slots` places, where the budget allows.
     Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
     and laid out by `layout`, of which TILES are for bfloat16 beside float32. With `shortens`,
-    factors that one of SHORT_DTYPES holds without loss are kept in that.
+    factors that one of SHORT_DTYPES holds without loss are kept in that. With `merges`, terms
+    that `dtype` rounds are also kept in float32 in host memory, which counts if it is the device's.
     """
 
     def __init__(
@@ -81,14 +68,15 @@ class AdapterPool:
         layout: FactorLayout = FactorLayout.ROWS,
         shortens: bool = False,
         slab_slots: int = SLAB_SLOTS,
+        merges: bool = False,
     ) -> None:
         self._groups = list(groups)
         self._budget_bytes = budget_bytes
         self._device = device
         self._dtype = dtype
 
-        def layout_of(kept_in: torch.dtype) -> SlabLayout:
-            return SlabLayout(
+        layouts = [
+            SlabLayout(
                 self._groups,
                 device=device,
                 dtype=dtype,
@@ -96,16 +84,18 @@ class AdapterPool:
                 layout=layout,
                 num_slots=slab_slots,
             )
-
-        self._layout = layout_of(factor_dtype or dtype)
-        self._short = {kept_in: layout_of(kept_in) for kept_in in SHORT_DTYPES if shortens}
+            for kept_in in (*(SHORT_DTYPES if shortens else ()), factor_dtype or dtype)
+        ]
+        self._layout = layouts[-1]
+        self._reckoner = Reckoner(groups, layouts, device=device, dtype=dtype, merges=merges)
         self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
         self._slabs: list[Slab] = []
         # The slab that the next adapter of a shape gets whose slots are all taken.
         self._spare: Slab | None = None
-        self._counters = _Counters()
+        self._num_loads = self._num_evictions = 0
+        self._clock, self._slab_numbers = count(), count()
         self._probe_bytes = self._layout.slot_bytes(tuple(map(probe_shape, self._groups)))
 
     @property
@@ -119,38 +109,52 @@ class AdapterPool:
             adapter = self._resident.get(digest)
             return None if adapter is None else self._pin(adapter)
 
-    @single_threaded()
     def admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
-        """Bring an adapter on to the device and pin it.
+        """`prepare` and `bring` at once."""
+        return self.bring(digest, self.prepare(terms))
 
-        Evicts others as needed; returns None when there is no room because
-        all that could go is leased. Raises AdapterCapacityError if it would
-        not fit into an empty pool.
+    @single_threaded()
+    def prepare(self, terms: AdapterTerms) -> Incoming:
+        """Reckon what an adapter takes; nothing is brought to the device yet.
+
+        Raises AdapterCapacityError if it would not fit into an empty pool.
         """
-        rows = RowTerms.of(terms, device=self._device, dtype=self._dtype)
-        members = split_terms(self._groups, terms.linears)
-        kind = self._kind_of(members)
-        slot_bytes = kind.slot_bytes
-        row_bytes = 0 if rows is None else rows.num_bytes
-        if slot_bytes + row_bytes > self._budget_bytes:
+        incoming = self._reckoner.reckon(terms)
+        if incoming.num_bytes > self._budget_bytes:
             raise AdapterCapacityError(
-                f"The adapter needs {slot_bytes + row_bytes} bytes on the device; adapters may use "
+                f"The adapter needs {incoming.num_bytes} bytes on the device; adapters may use "
                 f"{self._budget_bytes} in all.",
                 fix="Start the server with a larger --adapter-memory.",
             )
-        mergeable = not terms.invocation_ids and reversible(terms.linears)
+        return incoming
+
+    @single_threaded()
+    def bring(self, digest: str, incoming: Incoming) -> ResidentAdapter | None:
+        """Bring an adapter on to the device and pin it.
+
+        Evicts others as needed; returns None when there is no room because
+        all that could go is leased.
+        """
+        kind = incoming.kind
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
-            place = self._make_room(kind, row_bytes)
+            place = self._make_room(kind, incoming.own_bytes)
             if place is None:
                 return None
             slab, slot = place
-            adapter = ResidentAdapter(digest, slab, slot, rows, terms.invocation_ids, mergeable)
-            adapter.size = slot_bytes / max(self._probe_bytes, 1)
+            adapter = ResidentAdapter(
+                digest,
+                slab,
+                slot,
+                own_bytes=incoming.own_bytes,
+                invocation_ids=incoming.terms.invocation_ids,
+                mergeable=incoming.mergeable,
+                size=kind.slot_bytes / max(self._probe_bytes, 1),
+            )
             slab.tenants[slot] = adapter
         try:
-            self._fill(adapter, members)
+            self._fill(adapter, incoming)
         except BaseException:
             with self._lock:
                 self._vacate(adapter)
@@ -161,23 +165,17 @@ class AdapterPool:
                 return self._pin(known)
             if not adapter.doomed:
                 self._resident[digest] = adapter
-            self._counters.loads += 1
+            self._num_loads += 1
             self._pin(adapter)
         self._prepare_next(kind)
         return adapter
 
-    def _kind_of(self, members: Sequence[MemberTerms]) -> SlabKind:
-        signature = tuple(one.shape for one in members)
-        for dtype, layout in self._short.items():
-            if all(one.fits(dtype) for one in members):
-                return SlabKind(signature, layout)
-        return SlabKind(signature, self._layout)
-
-    def _fill(self, adapter: ResidentAdapter, members: Sequence[MemberTerms]) -> None:
+    def _fill(self, adapter: ResidentAdapter, incoming: Incoming) -> None:
         """Write a slot that nobody else knows of: others need not wait for it."""
-        sources: Sequence[Source] = members
-        if self._dtype != torch.float32:
-            adapter.exact = [one.joined() for one in members]
+        adapter.rows = RowTerms.of(incoming.terms, device=self._device, dtype=self._dtype)
+        sources = incoming.sources(self._dtype)
+        if incoming.keeps_exact:
+            adapter.exact = [one.joined() for one in incoming.members]
             sources = [one.fitted(self._dtype) for one in adapter.exact]
         adapter.uploaded = self._upload.write(sources, self._places(adapter.slab, adapter.slot))
 
@@ -263,8 +261,8 @@ class AdapterPool:
                 num_leased=sum(a.num_leases > 0 for a in self._tenants()),
                 used_bytes=self._used_bytes(),
                 budget_bytes=self._budget_bytes,
-                num_loads=self._counters.loads,
-                num_evictions=self._counters.evictions,
+                num_loads=self._num_loads,
+                num_evictions=self._num_evictions,
             )
 
     def check_integrity(self) -> None:
@@ -283,7 +281,7 @@ class AdapterPool:
 
     def _pin(self, adapter: ResidentAdapter) -> ResidentAdapter:
         adapter.num_leases += 1
-        adapter.last_used = next(self._counters.clock)
+        adapter.last_used = next(self._clock)
         return adapter
 
     def _tenants(self) -> list[ResidentAdapter]:
@@ -291,11 +289,11 @@ class AdapterPool:
 
     def _used_bytes(self) -> int:
         in_slabs = sum(slab.num_bytes for slab in self._slabs)
-        return in_slabs + sum(t.rows.num_bytes for t in self._tenants() if t.rows is not None)
+        return in_slabs + sum(tenant.own_bytes for tenant in self._tenants())
 
-    def _make_room(self, kind: SlabKind, row_bytes: int) -> tuple[Slab, int] | None:
+    def _make_room(self, kind: SlabKind, own_bytes: int) -> tuple[Slab, int] | None:
         while True:
-            free = self._budget_bytes - self._used_bytes() - row_bytes
+            free = self._budget_bytes - self._used_bytes() - own_bytes
             place = self._free_place(kind)
             if free >= 0 and place is not None:
                 return place
@@ -311,7 +309,7 @@ class AdapterPool:
         # The room that there was for the spare one goes to whatever is added.
         spare, self._spare = self._spare, None
         if spare is None or not kind.includes(spare) or len(spare.tenants) != num_slots:
-            spare = kind.new_slab(next(self._counters.slabs), num_slots)
+            spare = kind.new_slab(next(self._slab_numbers), num_slots)
         self._slabs.append(spare)
         return spare
 
@@ -330,7 +328,7 @@ class AdapterPool:
             num_slots = kind.num_slots_for(free)
             if num_slots < 1:
                 return None
-            self._spare = kind.new_slab(next(self._counters.slabs), num_slots)
+            self._spare = kind.new_slab(next(self._slab_numbers), num_slots)
         return self._spare, 0
 
     def _idle(self) -> list[ResidentAdapter]:
@@ -340,7 +338,7 @@ class AdapterPool:
     def _evict(self, victim: ResidentAdapter) -> None:
         del self._resident[victim.digest]
         self._vacate(victim)
-        self._counters.evictions += 1
+        self._num_evictions += 1
 
     def _vacate(self, adapter: ResidentAdapter) -> None:
         adapter.slab.tenants[adapter.slot] = None

@@ -25,7 +25,7 @@ class LinearTerms:
     Shapes: `a` [rank, in], `b` [out, rank] with the scaling folded in, `scale`
     [out] (0 changes nothing), `dense` [out, in], `bias` [out]. `a` and `b` come
     together. `rank` and `scaling` are what the adapter's config says of this
-    layer, for display; 0 where there are no factors.
+    layer, for display; 0 where there are no factors. `dense` alone may be in another dtype.
     """
 
     a: "torch.Tensor | None" = None

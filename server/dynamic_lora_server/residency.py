@@ -3,15 +3,17 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.chat import ChatFormat
 from dynamic_lora_adapters.composition import Composition, Part
+from dynamic_lora_adapters.incoming import Incoming
 from dynamic_lora_adapters.lease import Lease
 from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions, check_version
@@ -21,9 +23,10 @@ from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.room_line import RoomLine
 
 T = TypeVar("T")
+_Read = Callable[[], Awaitable[Incoming]]
 
-# Adapters that are read and compositions that are computed at a time: each takes a core, and as
-# much memory as its terms.
+# Adapters that are read at a time: each takes a core, and as much memory as its terms. Of
+# compositions, one is computed beside them: it may take as long as it takes, and hold up no other.
 _NUM_READERS = 2
 
 
@@ -76,6 +79,7 @@ class Residency:
         self._line = RoomLine()
         # Of their own: computing a composition takes seconds, and tokenising waits for nobody.
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="adapters")
+        self._composer = ThreadPoolExecutor(1, thread_name_prefix="compositions")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
         self._why_none: Exception | None = None
@@ -102,7 +106,9 @@ class Residency:
             digests = [lease.version.digest for lease in leases]
             version = wanted.digest(digests)
             self._remember(version, digests)
-            resident = await self._bring(version, lambda: self.saved.terms(wanted, digests))
+            readers = self._composer if wanted.plain is None else self._readers
+            read = partial(self._read, readers, partial(self.saved.terms, wanted, digests))
+            resident = await self._bring(version, read)
             try:
                 # Again: while it waited for room, nobody knew of it.
                 self._remember(version, digests)
@@ -132,7 +138,8 @@ class Residency:
 
     def close(self) -> None:
         """Read no more."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        for readers in (self._readers, self._composer):
+            readers.shutdown(wait=False, cancel_futures=True)
 
     def forget(self, digest: str) -> None:
         """Free the device memory of a deleted version, at once or after its last request."""
@@ -152,9 +159,9 @@ class Residency:
             yield lease
         finally:
             if self._registry.let_go(lease):
-                # Removing the files of a deleted version waits for the disk.
-                collecting = asyncio.to_thread(self._registry.collect, lease.version.digest)
-                await asyncio.shield(collecting)
+                # Removing the files of a deleted version waits for the disk, and for uploads.
+                loop = asyncio.get_running_loop()
+                loop.run_in_executor(None, self._registry.collect, lease.version.digest)
 
     def _remember(self, version: str, digests: Sequence[str]) -> None:
         """Note what a composition was made of; those that left the device are forgotten."""
@@ -166,49 +173,51 @@ class Residency:
                 self._parts = {c: parts for c, parts in self._parts.items() if c in known}
                 self._parts[version] = frozenset(digests)
 
-    async def _bring(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
+    async def _bring(self, digest: str, read: _Read) -> ResidentAdapter:
         if (adapter := self._resident(digest)) is not None:
             return adapter
         async with self._loads.setdefault(digest, asyncio.Lock()):
             if (adapter := self._resident(digest)) is not None:
                 return adapter
             if not self._line.waiting:
-                terms = await self._read(read)
-                if (adapter := await self._admit(digest, terms)) is not None:
+                incoming = await read()
+                if (adapter := await self._admit(digest, incoming)) is not None:
                     return adapter
-                del terms  # a line of those who keep theirs would fill the memory
+                del incoming  # a line of those who keep theirs would fill the memory
             async with self._line.first():
                 return await self._bring_first(digest, read)
 
     def _resident(self, digest: str) -> ResidentAdapter | None:
         return None if self._line.overdue else self._pool.lease(digest)
 
-    async def _bring_first(self, digest: str, read: Callable[[], AdapterTerms]) -> ResidentAdapter:
-        terms: AdapterTerms | None = None
+    async def _bring_first(self, digest: str, read: _Read) -> ResidentAdapter:
+        incoming: Incoming | None = None
         while True:
             self._line.look()
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
-            if terms is None:
-                terms = await self._read(read)
-            if (adapter := await self._admit(digest, terms)) is not None:
+            if incoming is None:
+                incoming = await read()
+            if (adapter := await self._admit(digest, incoming)) is not None:
                 return adapter
             if self._why_none is not None:
                 raise self._why_none
             self._ask_for_room()
             await self._line.wait()
 
-    async def _read(self, read: Callable[[], AdapterTerms]) -> AdapterTerms:
+    async def _read(self, readers: Executor, read: Callable[[], AdapterTerms]) -> Incoming:
+        """The terms, and the room they need; AdapterCapacityError for more than there is."""
         loop = asyncio.get_running_loop()
-        terms, seconds = await loop.run_in_executor(self._readers, _timed, read)
+        prepare = self._pool.prepare
+        incoming, seconds = await loop.run_in_executor(readers, _timed, lambda: prepare(read()))
         self.reads.num_reads += 1
         self.reads.seconds += seconds
-        return terms
+        return incoming
 
-    async def _admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
+    async def _admit(self, digest: str, incoming: Incoming) -> ResidentAdapter | None:
         """On the device; None if all room is leased."""
         try:
-            return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
+            return await _acquire(lambda: self._pool.bring(digest, incoming), self._give_up)
         except Exception:
             self._line.announce()  # the room that it had taken
             raise

@@ -163,7 +163,9 @@ class Runtime:
         logger.info("published %d shipped adapters", len(published))
         if registry.list():
             import_peft()
-        saved = SavedCompositions(registry, registry.index)
+        saved = SavedCompositions(
+            registry, registry.index, room_bytes=built.pool.stats().budget_bytes
+        )
         _check_free(config.served_model_names, saved)
         residencies = Residency(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)

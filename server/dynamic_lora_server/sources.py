@@ -47,10 +47,17 @@ def fetch_source(
 
 def source_of(path: str, roots: Sequence[Path]) -> str:
     """What vLLM's `lora_path` means as a source: what is below a root, else, for
-    `organisation/repository`, the Hub's."""
-    if not _REPOSITORY.fullmatch(path) or any((root / path).exists() for root in roots):
+    `organisation/repository`, the Hub's. Looks at the disk."""
+    if not _REPOSITORY.fullmatch(path) or any(_exists(root / path) for root in roots):
         return path
     return f"{HUB_SCHEME}{path}"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        return False
 
 
 def _path(source: str, roots: Sequence[Path]) -> Path:

@@ -121,7 +121,6 @@ def test_folders_in_archives_are_no_files(tmp_path: Path) -> None:
         ("C:/adapter_config.json", "points outside the upload"),
         ("a/b/adapter_config.json", "lies in a folder of its own"),
         ("evil.py", "belongs to no adapter"),
-        ("adapter_model.bin", "is a pickle"),
         ("weights.pt", "is a pickle"),
         ("weights.pth", "is a pickle"),
         ("model.PKL", "is a pickle"),
@@ -152,7 +151,7 @@ def test_two_top_folders_are_refused(pack: Pack, tmp_path: Path) -> None:
         take(tmp_path, "a.zip", pack({f"a/{CONFIG}": b"{}", f"b/{CARD}": b"{}"}))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "model.pt", "x.pth", "x.pkl"])
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "x.pth", "x.pkl"])
 def test_a_loose_pickle_is_refused_unread(name: str, tmp_path: Path) -> None:
     class Unreadable(io.BytesIO):
         def read(self, *_: object) -> bytes:

@@ -1,7 +1,9 @@
 """Composed terms against weighted sums of dense matrices, and against PEFT."""
 
+import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from peft.utils import merge_utils
 
 from dynamic_lora_adapters.compose import compose, merge
 from dynamic_lora_adapters.composition import Merge, SignMethod, Strategy
-from dynamic_lora_adapters.errors import UnsupportedAdapter
+from dynamic_lora_adapters.errors import AdapterCapacityError, UnsupportedAdapter
 from dynamic_lora_adapters.terms import (
     AdapterTerms,
     EmbeddingTerms,
@@ -167,6 +169,51 @@ def test_dare_always_draws_the_same_and_leaves_the_generator_alone(strategy: Str
     kept = delta(single) != 0
     assert 0 < int(kept.sum()) < OUT * IN
     torch.testing.assert_close(delta(single)[kept], 2 * delta(LOW_RANK[0].linears["q"])[kept])
+
+
+@pytest.mark.parametrize("strategy", [Strategy.DARE_LINEAR, Strategy.DARE_TIES])
+def test_dare_is_pefts(strategy: Strategy) -> None:
+    how = Merge(strategy=strategy, density=0.5)
+    merged = merge(list(zip(LOW_RANK, (0.7, -0.4), strict=True)), how)
+    deltas = [delta(adapter.linears["q"]) for adapter in LOW_RANK]
+    of_peft = {
+        Strategy.DARE_LINEAR: merge_utils.dare_linear,
+        Strategy.DARE_TIES: merge_utils.dare_ties,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(b"q"))
+        expected = of_peft[strategy](deltas, torch.tensor([0.7, -0.4]), 0.5)
+    assert torch.equal(delta(merged.linears["q"]), expected)
+
+
+def test_dare_draws_the_same_while_others_use_the_global_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As PEFT does on other threads, which read adapters."""
+    how, parts = Merge(strategy=Strategy.DARE_TIES, density=0.5), [(LOW_RANK[0], 1.0)]
+    expected = delta(merge(parts, how).linears["q"])
+    full_like = torch.full_like
+
+    def disturbed(*args: Any, **more: Any) -> torch.Tensor:
+        torch.rand(3)
+        return full_like(*args, **more)
+
+    monkeypatch.setattr(torch, "full_like", disturbed)
+    assert torch.equal(delta(merge(parts, how).linears["q"]), expected)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(None, 4), (torch.bfloat16, 2)])
+def test_more_than_all_room_is_refused_before_it_is_merged(
+    dtype: torch.dtype | None, size: int
+) -> None:
+    """Two layers, each once."""
+    how, needed = Merge(strategy=Strategy.TIES, density=0.5), 2 * OUT * IN * size
+    parts = list(zip(LOW_RANK, (0.7, -0.4), strict=True))
+    merged = merge(parts, how, dtype=dtype, room_bytes=needed)
+    tensors = [one.dense for one in merged.linears.values() if one.dense is not None]
+    assert sum(one.nbytes for one in tensors) == needed
+    with pytest.raises(AdapterCapacityError, match=f"need {needed} bytes.*{needed - 1} in all"):
+        merge(parts, how, dtype=dtype, room_bytes=needed - 1)
 
 
 def test_dare_without_pruning_is_the_sum() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from dynamic_lora_adapters import BaseGeometry
 from dynamic_lora_adapters.factor_layout import layout_for
+from dynamic_lora_adapters.groups import GroupTerms
 from dynamic_lora_adapters.inject import head_group, inject, observe_groups
 from dynamic_lora_adapters.merge import MergeFailed, Merger, WeightsLost
 from dynamic_lora_adapters.pristine import CopiedWeights, PristineWeights, SubtractedWeights
@@ -66,6 +67,7 @@ class Rig:
             dtype=dtype,
             factor_dtype=kind.factor_dtype,
             layout=layout_for(torch.device("cpu"), kind.factor_dtype),
+            merges=True,
         )
 
     def admit(self, name: str, terms: AdapterTerms) -> ResidentAdapter:
@@ -128,6 +130,8 @@ def test_an_adapter_that_cannot_be_undone_is_not_merged() -> None:
     late = AdapterTerms(linears=random_terms(rig.geometry, 1).linears, invocation_ids=(5,))
     assert not rig.admit("vanishing", vanishing).mergeable
     assert not rig.admit("late", late).mergeable
+    biases = AdapterTerms(linears={path: LinearTerms(bias=torch.ones(size))})
+    assert not rig.admit("biases", biases).mergeable
     assert rig.admit("plain", random_terms(rig.geometry, 1)).mergeable
 
 
@@ -201,6 +205,22 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch: pytest.MonkeyPatch) ->
         rig.merger.switch(rig.admit("b", random_terms(rig.geometry, 2)))
     assert rig.merger.merged is None
     assert rig.digest() == before
+
+
+@torch.inference_mode()
+def test_what_has_no_memory_to_be_weighed_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    adapter = rig.admit("a", random_terms(rig.geometry, 1))
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GroupTerms, "delta_norms", fail)
+        with pytest.raises(MergeFailed, match="MemoryError: no room"):
+            rig.merger.spares_others(adapter)
+    rig.merger.switch(adapter)
+    assert rig.merger.spares_others(rig.admit("b", random_terms(rig.geometry, 2)))
 
 
 @torch.inference_mode()

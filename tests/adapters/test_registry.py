@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,12 @@ from dynamic_lora_adapters import (
     InvalidAdapterName,
     Lease,
     Publication,
+    UnsafeArchive,
     UnsupportedAdapter,
     UploadLimits,
 )
 from dynamic_lora_adapters.base_weights import ModelWeights
+from dynamic_lora_adapters.errors import StoreFailed
 from dynamic_lora_adapters.index import AdapterIndex
 from dynamic_lora_adapters.inspection import Inspector, folder_digest
 from dynamic_lora_adapters.near_names import near_names
@@ -641,6 +644,145 @@ def test_a_failing_index_leaves_no_files(
         publish(registry, "ner", adapter)
     assert names(registry) == []
     assert_clean(home, set())
+
+
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_what_was_committed_is_no_failure(
+    action: str,
+    registry: AdapterRegistry,
+    adapter: Path,
+    changed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The files that a name has left can be looked after later."""
+
+    def failing(*_: object) -> None:
+        raise sqlite3.OperationalError("disk full")
+
+    before = publish(registry, "ner", adapter).passport.version
+    monkeypatch.setattr(AdapterIndex, "is_used", failing)
+    if action == "move":
+        assert publish(registry, "ner", changed).created
+        assert registry.resolve("ner").digest != before
+    else:
+        registry.delete("ner")
+        assert names(registry) == []
+    assert f"content {before[:12]} stays until the next start" in caplog.text
+
+
+def test_sound_files_of_other_sizes_keep_their_names(
+    home: Path, geometry: BaseGeometry, adapter: Path
+) -> None:
+    """As a crash leaves them once they were mended, before the index knows of it."""
+    with AdapterRegistry(home, geometry) as registry:
+        digest = publish(registry, "ner", adapter).passport.version
+    path = home / "adapters" / digest / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    for _ in range(2):
+        with AdapterRegistry(home, geometry) as registry:
+            assert names(registry) == ["ner"]
+            (stored,) = registry.index.versions()
+            assert stored.sizes[path.name] == path.stat().st_size
+
+
+def test_a_registry_is_closed_once_what_changes_it_is_done(
+    home: Path,
+    geometry: BaseGeometry,
+    adapter: Path,
+    changed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = AdapterRegistry(home, geometry)
+    putting, go_on = threading.Event(), threading.Event()
+    put = AdapterIndex.put
+
+    def slowly(*args: Any, **more: Any) -> None:
+        putting.set()
+        assert go_on.wait(30)
+        put(*args, **more)
+
+    monkeypatch.setattr(AdapterIndex, "put", slowly)
+    upload = threading.Thread(target=publish, args=(registry, "ner", adapter))
+    upload.start()
+    assert putting.wait(30)
+    closing = threading.Thread(target=registry.close)
+    closing.start()
+    with pytest.raises(AdapterError, match="Another server is using"):
+        AdapterRegistry(home, geometry)
+    go_on.set()
+    for thread in (upload, closing):
+        thread.join(30)
+    with AdapterRegistry(home, geometry) as other:
+        assert names(other) == ["ner"]
+        for change in (lambda: publish(registry, "late", changed), lambda: registry.delete("ner")):
+            with pytest.raises(StoreFailed, match="shutting down"):
+                change()
+        assert names(other) == ["ner"]
+
+
+def test_content_that_is_there_is_read_before_others_wait(
+    registry: AdapterRegistry, adapter: Path, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, "ner", adapter)
+    publish(registry, "other", changed)
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(folder: Path, digest: str) -> bool:
+        reading.set()
+        assert go_on.wait(30)
+        return folder_digest(folder) == digest
+
+    monkeypatch.setattr("dynamic_lora_adapters.registry.is_sound", slowly)
+    upload = threading.Thread(target=publish, args=(registry, "twin", adapter))
+    upload.start()
+    assert reading.wait(30)
+    deletion = threading.Thread(target=registry.delete, args=("other",))
+    deletion.start()
+    deletion.join(10)
+    assert not deletion.is_alive()
+    go_on.set()
+    upload.join()
+    assert names(registry) == ["ner", "twin"]
+
+
+def test_weights_that_are_a_pickle_alone_are_refused(
+    registry: AdapterRegistry, adapter: Path, tmp_path: Path
+) -> None:
+    both = copy_adapter(adapter, tmp_path / "both")
+    (both / "adapter_model.bin").write_bytes(b"pickle")
+    passport = publish(registry, "both", both).passport
+    assert passport.ignored_files == ["adapter_model.bin"]
+    (both / WEIGHTS_FILE).unlink()
+    with pytest.raises(UnsafeArchive, match="'adapter_model.bin' is a pickle") as caught:
+        publish(registry, "pickled", both)
+    assert "safe_serialization" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_double_precision_is_read(
+    large: bool, registry: AdapterRegistry, adapter: Path, tmp_path: Path
+) -> None:
+    doubles = copy_adapter(adapter, tmp_path / "doubles")
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.double() * (1e300 if large else 1)
+
+    edit_tensors(doubles, widen)
+    if large:
+        with pytest.raises(InvalidAdapter, match="NaN or infinite"):
+            publish(registry, "doubles", doubles)
+        return
+    passport = publish(registry, "doubles", doubles).passport
+    assert passport.dtype == "float64"
+    publish(registry, "singles", adapter)
+    found, expected = (
+        registry.load(registry.resolve(name).digest).linears for name in ("doubles", "singles")
+    )
+    for path, one in expected.items():
+        a = found[path].a
+        assert a is not None and one.a is not None and torch.equal(a, one.a)
 
 
 class Camera:

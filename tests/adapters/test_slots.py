@@ -2,7 +2,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.factor_layout import FactorLayout
 from dynamic_lora_adapters.groups import GroupShape, ProjectionGroup
+from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.slab_layout import SlabKind
 from dynamic_lora_adapters.slots import SHORT_DTYPES, SLAB_SLOTS, AdapterPool
-from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_adapters.terms import (
+    AdapterTerms,
+    EmbeddingTerms,
+    LinearTerms,
+    ModuleOverride,
+    PromptTerms,
+)
 from dynamic_lora_adapters.upload import HostUpload, Places, Sources
 from tests.support.slabs import hold_writes
 
@@ -60,7 +67,14 @@ def test_float16_holds_factors_whose_scaling_is_small() -> None:
     terms = factors(8, seed=3).linears["q"]
     assert terms.a is not None and terms.b is not None
     small = replace(terms, b=terms.b * 1e-3 / 256)
-    half = AdapterPool(GROUPS, budget_bytes=2**20, device=torch.device("cpu"), dtype=torch.float16)
+    half = AdapterPool(
+        GROUPS,
+        budget_bytes=2**20,
+        device=torch.device("cpu"),
+        dtype=torch.float16,
+        slab_slots=1,
+        merges=True,
+    )
     adapter = half.admit("a", AdapterTerms(linears={"q": small}))
     assert adapter is not None and adapter.exact is not None
     kept, exact = adapter.slab.terms(0, adapter.slot), adapter.exact[0]
@@ -70,6 +84,74 @@ def test_float16_holds_factors_whose_scaling_is_small() -> None:
     difference = (kept.b.float().T[:16] @ kept.a.float() - delta).abs().max()
     assert difference < 1e-3 * delta.abs().max()
     assert exact.a[:8].equal(terms.a)
+    assert half.stats().used_bytes == SLOT_BYTES // 2 + SLOT_BYTES
+
+
+@pytest.mark.parametrize(("merges", "ids"), [(False, ()), (True, (5,))])
+def test_rounded_terms_are_kept_exactly_for_merges_alone(
+    merges: bool, ids: tuple[int, ...]
+) -> None:
+    pool = AdapterPool(
+        GROUPS,
+        budget_bytes=SLOT_BYTES // 2,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        merges=merges,
+    )
+    adapter = pool.admit("a", replace(factors(seed=3), invocation_ids=ids))
+    assert adapter is not None and adapter.exact is None
+    kept, terms = adapter.slab.terms(0, adapter.slot), factors(seed=3).linears["q"]
+    assert kept.a is not None and kept.b is not None and terms.a is not None
+    assert torch.equal(kept.a, terms.a.bfloat16())
+    assert terms.b is not None and torch.equal(kept.b[:, :16], terms.b.T.bfloat16())
+    assert pool.stats().used_bytes == SLOT_BYTES // 2
+
+
+def rows_alone() -> AdapterTerms:
+    """A prompt, a norm and two rows of the embedding: 64, 32, 64 and 16 bytes."""
+    ids = torch.tensor([3, 1])
+    return AdapterTerms(
+        prompt=PromptTerms(num_tokens=2, embeddings=torch.ones(2, 8)),
+        overrides={"norm": ModuleOverride(parameters={"weight": torch.ones(8)})},
+        embeddings={"embed": EmbeddingTerms(token_ids=ids, rows=torch.ones(2, 8))},
+    )
+
+
+def test_rows_are_brought_once_there_is_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[AdapterTerms] = []
+    bring = RowTerms.of
+
+    def counted(terms: AdapterTerms, **where: Any) -> RowTerms | None:
+        brought.append(terms)
+        return bring(terms, **where)
+
+    monkeypatch.setattr(RowTerms, "of", counted)
+    small = AdapterPool(GROUPS, budget_bytes=175, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(AdapterCapacityError, match="needs 176 bytes"):
+        small.admit("a", rows_alone())
+    pool = AdapterPool(GROUPS, budget_bytes=200, device=torch.device("cpu"), dtype=torch.float32)
+    first = pool.admit("a", rows_alone())
+    assert first is not None and pool.stats().used_bytes == 176
+    second = pool.prepare(rows_alone())
+    assert pool.bring("b", second) is None
+    assert len(brought) == 1
+    pool.release(first)
+    assert pool.bring("b", second) is not None
+    assert len(brought) == 2
+    pool.check_integrity()
+
+
+def test_what_acts_on_rows_is_a_copy() -> None:
+    """What was read may lie in a file that somebody cuts off."""
+    terms = rows_alone()
+    adapter = make_pool(2).admit("a", terms)
+    assert adapter is not None and adapter.rows is not None
+    assert terms.prompt is not None and terms.prompt.embeddings is not None
+    terms.prompt.embeddings.zero_()
+    norm = terms.overrides["norm"].parameters["weight"].zero_()
+    assert adapter.rows.prompt is not None and adapter.rows.prompt.embeddings is not None
+    assert bool(adapter.rows.prompt.embeddings.all())
+    assert not torch.equal(adapter.rows.overrides["norm"]["weight"], norm)
 
 
 def test_admitted_factors_lie_in_the_slot() -> None:

@@ -2,12 +2,20 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dynamic_lora_adapters.composition import Composition, Part, VersionNotFound
+from dynamic_lora_adapters import compose
+from dynamic_lora_adapters.composition import (
+    Composition,
+    Merge,
+    Part,
+    Strategy,
+    VersionNotFound,
+)
 from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
 from dynamic_lora_adapters.factor_layout import spread_width
 from dynamic_lora_adapters.lease import Lease
@@ -269,6 +277,28 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
     assert threading.current_thread() not in threads
 
 
+async def test_a_request_does_not_wait_for_the_files_of_what_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, collected = threading.Event(), threading.Event()
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "a", make_adapter(tmp_path / "a", tiny_llama()))
+        collect_files = runtime.registry.collect
+
+        def slowly(digest: str) -> None:
+            assert go_on.wait(30)
+            collect_files(digest)
+            collected.set()
+
+        monkeypatch.setattr(runtime.registry, "collect", slowly)
+        async with asyncio.timeout(20):
+            async with runtime.residencies.hold("a"):
+                runtime.registry.delete("a")
+        go_on.set()
+        assert await asyncio.to_thread(collected.wait, 30)
+        await all_freed(runtime)
+
+
 async def test_an_adapter_on_the_device_is_held_and_let_go_without_a_thread(
     tmp_path: Path,
 ) -> None:
@@ -285,6 +315,49 @@ async def test_an_adapter_on_the_device_is_held_and_let_go_without_a_thread(
         finally:
             go_on.set()
             await busy
+
+
+async def test_compositions_that_are_computed_hold_up_no_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    async with serving(tmp_path) as runtime:
+        for seed, name in enumerate(names(2)):
+            publish(runtime, name, make_adapter(tmp_path / name, tiny_llama(), seed=seed))
+        terms, alone = runtime.residencies.saved.terms, names(2)[0]
+
+        def slowly(composition: Composition, digests: Sequence[str]) -> AdapterTerms:
+            if composition.plain is None:
+                assert go_on.wait(60)
+            return terms(composition, digests)
+
+        monkeypatch.setattr(runtime.residencies.saved, "terms", slowly)
+        texts = [f"{alone}*0.{number}" for number in range(1, 4)]
+        waiting = [asyncio.create_task(collect(runtime, spec(adapter=text))) for text in texts]
+        await asyncio.sleep(0.1)
+        try:
+            assert finishes(await asyncio.wait_for(collect(runtime, spec(adapter=alone)), 30))
+        finally:
+            go_on.set()
+        assert all(map(finishes, await asyncio.gather(*waiting)))
+
+
+async def test_a_merge_larger_than_all_room_is_refused_before_it_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object) -> None:
+        raise AssertionError("it was computed")
+
+    async with serving(tmp_path, adapter_memory=30_000) as runtime:
+        for seed, name in enumerate(names(2)):
+            folder = make_adapter(tmp_path / name, tiny_llama(), targets=["q_proj"], seed=seed)
+            publish(runtime, name, folder)
+        merged = Composition.of(
+            [Part(name) for name in names(2)], merge=Merge(strategy=Strategy.TIES, density=0.5)
+        )
+        monkeypatch.setattr(compose, "_merged", computed)
+        with pytest.raises(AdapterCapacityError, match="merged deltas need 32768 bytes"):
+            await collect(runtime, spec(adapter=merged))
 
 
 async def test_a_composition_is_loaded_once_and_leaves_with_a_part(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Kinds that replace what is no linear layer: norms, and rows of the token embedding."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, Un
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds.spec import KindSpec
 from dynamic_lora_adapters.kinds.tensors import read_tensors
+from dynamic_lora_adapters.patterns import prove_fast
 from dynamic_lora_adapters.replaced import check_rows
 from dynamic_lora_adapters.terms import AdapterTerms, ModuleOverride
 from dynamic_lora_adapters.tokens import embedding_rows, head_rows
@@ -27,7 +29,7 @@ def read_norms(folder: Path, spec: KindSpec, geometry: BaseGeometry) -> AdapterT
     Raises `UnsupportedAdapter` for a target that is no norm.
     """
     shapes = {}
-    for path in _listed(spec, geometry):
+    for path in _matched(spec, geometry):
         if "norm" not in geometry.modules[path].lower():
             raise UnsupportedAdapter(
                 f"target_modules matches {path!r} ({geometry.modules[path]}), which is no norm.",
@@ -81,40 +83,38 @@ def read_tokens(
     )
 
 
-def _listed(spec: KindSpec, geometry: BaseGeometry) -> list[str]:
-    """The modules whose path is, or ends with, an entry of `target_modules`."""
+def _matched(spec: KindSpec, geometry: BaseGeometry) -> list[str]:
+    """The modules that `target_modules` names and `exclude_modules` does not, as PEFT says.
+
+    Raises `IncompatibleAdapter` for none, `InvalidAdapter` for a slow expression.
+    """
     assert spec.targets is not None
     wanted, excluded = spec.targets.target_modules, spec.targets.exclude_modules or ()
-    if isinstance(wanted, str) and wanted in geometry.modules:
-        # PEFT writes the token embedding that it chose by itself like this.
-        return [wanted]
-    for key, value in (("target_modules", wanted), ("exclude_modules", excluded)):
-        if isinstance(value, str):
-            raise UnsupportedAdapter(
-                f"{key} = {value!r} is not served: {spec.name} takes a list of modules here.",
-                field=key,
-                fix=f"Write {key} as a list of module names.",
-            )
+    prove_fast(spec.targets.patterns(), list(geometry.modules))
     paths = [
         path
         for path in geometry.modules
-        if _ends_with_any(path, wanted) and not _ends_with_any(path, excluded)
+        if _names(wanted, path) and not (excluded and _names(excluded, path))
     ]
     if not paths:
+        shown = repr(wanted if isinstance(wanted, str) else list(wanted))[:200]
         raise IncompatibleAdapter(
-            f"target_modules {list(wanted)} matches no module of {geometry.model_id!r}.",
+            f"target_modules {shown} matches no module of {geometry.model_id!r}.",
             field="target_modules",
             fix=_FIX,
         )
     return paths
 
 
-def _ends_with_any(path: str, names: Iterable[str]) -> bool:
+def _names(names: Iterable[str] | str, path: str) -> bool:
+    """Whether a path is, or ends with, one of a list of names, or is what an expression matches."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _embedding(spec: KindSpec, geometry: BaseGeometry) -> str:
-    paths = _listed(spec, geometry)
+    paths = _matched(spec, geometry)
     if paths != list(geometry.embeddings):
         raise UnsupportedAdapter(
             f"target_modules matches {', '.join(paths)}; trained tokens are served in the "

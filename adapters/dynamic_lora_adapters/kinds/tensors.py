@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from dynamic_lora_adapters.checkpoint import check_finite
 from dynamic_lora_adapters.errors import InvalidAdapter
-from dynamic_lora_adapters.safetensors_file import WEIGHTS_FILE, MappedTensors, read_header
+from dynamic_lora_adapters.safetensors_file import (
+    READ_DTYPES,
+    WEIGHTS_FILE,
+    MappedTensors,
+    read_header,
+)
 
 if TYPE_CHECKING:
     import torch
 
-_FLOATS = ("F32", "F16", "BF16")
 # PEFT on Windows saves integers as F32.
 _INTEGERS = ("I32", "I64", "F32")
 # Beyond this a float32 stands for several integers.
@@ -67,7 +71,7 @@ def read_tensors(
     header = stored.entries
     check_shapes({name: entry.shape for name, entry in header.items()}, expected)
     for name in sorted(expected):
-        allowed = _INTEGERS if name in integers else _FLOATS
+        allowed = _INTEGERS if name in integers else READ_DTYPES
         if header[name].dtype not in allowed:
             raise InvalidAdapter(
                 f"The tensor {name!r} has dtype {header[name].dtype}; {', '.join(allowed)} are "
@@ -88,8 +92,9 @@ def num_values(shapes: Shapes) -> int:
 def _finite(name: str, tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
+    tensor = tensor.to(torch.float32)
     check_finite(name, tensor)
-    return tensor.to(torch.float32).contiguous()
+    return tensor.contiguous()
 
 
 def _whole(name: str, tensor: "torch.Tensor") -> "torch.Tensor":

@@ -323,6 +323,7 @@ def _adapter_pool(
         factor_dtype=kind.factor_dtype,
         layout=layout,
         shortens=not plain and kind.factor_dtype is None and chooser.reads_mixed,
+        merges=options.mode is not Mode.BYPASS,
     )
 
 

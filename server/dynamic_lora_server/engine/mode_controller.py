@@ -107,10 +107,13 @@ class ModeController:
     def make_room(self, *, doomed_only: bool = False) -> bool:
         """Unmerge, so that the merged adapter's slot can be given to another.
 
-        False if nothing was merged, or with `doomed_only` nothing deleted.
+        False if nothing was merged, or with `doomed_only` nothing deleted, or if requests use the
+        adapter: its slot would not be free without them, and it would be merged again for them.
         """
         merged = self._merger.merged
         if merged is None or (doomed_only and not merged.doomed):
+            return False
+        if merged.num_leases and not merged.doomed:
             return False
         self._switch(None)
         return True
@@ -139,13 +142,12 @@ class ModeController:
             return
         if adapter is not None and not self._pool.keep(adapter):
             return  # its request was cancelled and its slot given away in this moment
-        if adapter is not None and not self._merger.spares_others(adapter):
-            adapter.mergeable = False
-            self._pool.let_go(adapter)
-            logger.info("adapter %.12s is not merged: others would lose digits", adapter.digest)
-            return
-        begin = time.perf_counter()
         try:
+            if adapter is not None and not self._merger.spares_others(adapter):
+                adapter.mergeable = False
+                logger.info("adapter %.12s is not merged: others would lose digits", adapter.digest)
+                return
+            begin = time.perf_counter()
             self._merger.switch(adapter)
         except MergeFailed as error:
             self._bar(adapter, error)

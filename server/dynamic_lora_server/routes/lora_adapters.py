@@ -42,7 +42,8 @@ async def load_lora_adapter(asked: LoadLoraAdapter, runtime: Ready) -> PlainText
             field="lora_name",
             fix="Set load_inplace to true to give the name other content.",
         )
-    source = source_of(asked.lora_path, runtime.config.adapter_roots)
+    roots = runtime.config.adapter_roots
+    source = await run_in_threadpool(source_of, asked.lora_path, roots)
     with _own_fields():
         await publish_source(runtime, AdapterSource(name=name, source=source))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")

@@ -179,11 +179,16 @@ def test_the_smaller_form_is_chosen(tmp_path: Path) -> None:
         ("llama", ["input_layernorm", "post_attention_layernorm", "norm"]),
         ("gemma3_text", ["pre_feedforward_layernorm", "q_norm"]),
         ("opt", ["self_attn_layer_norm", "final_layer_norm"]),
+        ("llama", r".*\.1\.\w+_layernorm|model\.norm"),
+        ("opt", r".*_norm"),
     ],
 )
-def test_norms_are_replaced(family: str, targets: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("excluded", [None, r".*\.0\..*_norm"])
+def test_norms_are_replaced(
+    family: str, targets: list[str] | str, excluded: str | None, tmp_path: Path
+) -> None:
     model = TINY_MODELS[family]()
-    settings = {"target_modules": targets}
+    settings = {"target_modules": targets, "exclude_modules": excluded}
     terms = check(model, tmp_path, make(tmp_path, model, make_config("LNTuningConfig", **settings)))
     assert terms.overrides
     assert not terms.linears

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from dynamic_lora_adapters.base_weights import ModelWeights
@@ -79,7 +80,7 @@ EDITS: dict[str, tuple[Callable[[str], Edit], str]] = {
     "extra": (lambda _: lambda t: t.update(zzz=torch.zeros(2)), "'zzz' belongs to nothing"),
     "shape": (lambda name: replace(name, lambda t: torch.cat([t, t])), "has shape"),
     "nan": (lambda name: replace(name, with_nan), "holds NaN or infinite values"),
-    "dtype": (lambda name: replace(name, lambda t: t.to(torch.float64)), "has dtype F64"),
+    "dtype": (lambda name: replace(name, lambda t: t.to(torch.int32)), "has dtype I32"),
 }
 
 
@@ -97,6 +98,26 @@ def test_broken_tensors_are_refused_by_name(
     error = refused(model, tmp_path, config, InvalidAdapter)
     assert text in error.message
     assert error.field == ("zzz" if edit == "extra" else tensor)
+
+
+def test_sizes_that_the_file_does_not_have_take_no_memory(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[bool] = []
+    wrap = PeftModel.__init__
+
+    def noted(self: PeftModel, *args: Any, low_cpu_mem_usage: bool = False, **more: Any) -> None:
+        wrap(self, *args, low_cpu_mem_usage=low_cpu_mem_usage, **more)
+        own = (one for name, one in self.named_parameters() if "hada_" in name)
+        built.append(any(not one.is_meta for one in own))
+
+    config = make(tmp_path, model, make_config("LoHaConfig", target_modules=["q_proj"], r=2))
+    monkeypatch.setattr(PeftModel, "__init__", noted)
+    read_kind(tmp_path, config, geometry_of(model), ModelWeights(model))
+    assert built == [False, True]
+    error = refused(model, tmp_path, config | {"r": 4096}, InvalidAdapter)
+    assert "hada_w1_a" in error.message
+    assert built == [False, True, False]
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("inf"), 2.0**24])
@@ -235,8 +256,10 @@ def test_norms_alone_are_replaced(model: LlamaForCausalLM, tmp_path: Path) -> No
     config = make(tmp_path, model, make_config("LNTuningConfig", target_modules=["norm"]))
     error = refused(model, tmp_path, config | {"target_modules": ["q_proj"]}, UnsupportedAdapter)
     assert "(Linear), which is no norm" in error.message
-    error = refused(model, tmp_path, config | {"target_modules": ".*norm"}, UnsupportedAdapter)
-    assert "LayerNorm tuning takes a list of modules here" in error.message
+    error = refused(model, tmp_path, config | {"target_modules": ".*_proj"}, UnsupportedAdapter)
+    assert "(Linear), which is no norm" in error.message
+    error = refused(model, tmp_path, config | {"target_modules": "norm"}, IncompatibleAdapter)
+    assert "target_modules 'norm' matches no module of 'org/tiny'" in error.message
     error = refused(model, tmp_path, config | {"target_modules": ["ln"]}, IncompatibleAdapter)
     assert "matches no module of 'org/tiny'" in error.message
     unseen = BaseGeometry.of(model, model_id="org/tiny")

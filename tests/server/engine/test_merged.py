@@ -7,7 +7,9 @@ import torch
 from peft import PeftModel
 
 from dynamic_lora_adapters.compose import compose
+from dynamic_lora_adapters.groups import GroupTerms
 from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
+from dynamic_lora_adapters.terms import AdapterTerms, ModuleOverride
 from dynamic_lora_server.engine import mode_controller
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.mode_controller import ModeController
@@ -138,6 +140,53 @@ def test_an_adapter_that_would_take_digits_from_others_is_served_unmerged(
     run_all(built, [*beside, other])
     assert other.output_ids == expected_tokens(oracle, "down", prompt)
     assert built.modes.stats().merged == other.adapter_digest
+
+
+def test_an_adapter_without_anything_to_fold_is_served_unmerged(
+    oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    """And the next one is merged as ever."""
+    built = make_engine(tiny_llama(), mode=Mode.MERGED)
+    prompt = random_prompt(20, seed=1)
+    norm = ModuleOverride(parameters={"weight": torch.full((64,), 2.0)})
+    norms = built.pool.admit("norms", AdapterTerms(overrides={"model.norm": norm}))
+    run_all(built, [make_sequence(prompt, adapter=norms)])
+    assert built.modes.stats().num_switches == 0
+    other = make_sequence(prompt, adapter=admit(built, folders["down"]))
+    run_all(built, [other])
+    assert other.output_ids == expected_tokens(oracle, "down", prompt)
+    assert built.modes.stats().merged == other.adapter_digest
+
+
+def test_a_merge_that_cannot_be_weighed_fails_nobody(
+    oracle: PeftModel, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = make_engine(tiny_llama(), mode=Mode.MERGED)
+    adapter, prompt = admit(built, folders["down"]), random_prompt(20, seed=1)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(GroupTerms, "delta_norms", fail)
+    (tokens,) = run_all(built, [make_sequence(prompt, adapter=adapter)])
+    assert tokens == expected_tokens(oracle, "down", prompt)
+    assert built.modes.stats().num_switches == 0
+    built.pool.release(adapter)
+    built.pool.drop(adapter.digest)
+    assert built.pool.stats().used_bytes == 0
+
+
+def test_room_is_made_of_a_merged_adapter_that_nobody_uses(
+    built: BuiltEngine, folders: dict[str, Path]
+) -> None:
+    """Another would not get the slot before, and each step would merge it again."""
+    adapter = admit(built, folders["all"])
+    run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=adapter)])
+    assert not built.modes.make_room()
+    assert built.modes.stats().merged == adapter.digest
+    built.pool.release(adapter)
+    assert built.modes.make_room()
+    assert built.modes.stats().merged is None
 
 
 def test_bypass_never_merges(folders: dict[str, Path]) -> None:

@@ -135,3 +135,11 @@ def test_a_repository_is_the_hubs_unless_a_root_has_it(
 ) -> None:
     (tmp_path / "org" / "here").mkdir(parents=True)
     assert source_of(path, [tmp_path]) == source
+
+
+async def test_a_name_that_no_disk_holds_is_refused(folders: Path) -> None:
+    async with serving(folders) as client:
+        for path in (f"one/{'x' * 300}", f"{'x' * 300}/one"):
+            answer = await client.post(LOAD, json={"lora_name": "tone", "lora_path": path})
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] == "lora_path"
