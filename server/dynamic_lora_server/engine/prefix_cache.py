@@ -1,10 +1,10 @@
 """Which beginnings of prompts are in the KV cache, and where. Imports no torch.
 
-A prompt is cut into blocks of a few tokens. A block's key is a hash of all that
-its keys and values depend on: the tokens up to its end and what computed them,
-adapter by adapter. Equal keys therefore mean equal content, and nothing else is
-ever found under a key (the chained hashes of vLLM's automatic prefix caching,
-with the adapter's content in every link).
+Tokens are cut into blocks of a few. A block's key is a hash of all that its keys
+and values depend on: the tokens up to its end and what computed them, adapter by
+adapter, whether as a prompt or as an answer. Equal keys therefore mean equal content,
+and nothing else is ever found under a key (the chained hashes of vLLM's automatic
+prefix caching, with the adapter's content in every link).
 
 Blocks lie in pages. In a paged KV space these are the pages of the sequences
 themselves: a full page is shared by all that begin with it, and what is known
@@ -53,17 +53,22 @@ class PrefixStats:
 
 
 def block_keys(
-    token_ids: Sequence[int], *, block_size: int, owner: str | None, active_from: int = 0
+    token_ids: Sequence[int],
+    *,
+    block_size: int,
+    owner: str | None,
+    active_from: int = 0,
+    known: tuple[bytes, ...] = (),
 ) -> tuple[bytes, ...]:
-    """The keys of a prompt's full blocks.
+    """The keys of the full blocks of these tokens, of which the first may be `known`.
 
     `owner` is the digest of the adapter that acts on the tokens from position
     `active_from` on; None is the base model, which also owns all blocks before
     that position. Where in its block an adapter begins to act is part of the key.
     """
-    keys = []
-    parent = _ROOT
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
+    keys = list(known)
+    parent = known[-1] if known else _ROOT
+    for start in range(len(known) * block_size, len(token_ids) - block_size + 1, block_size):
         idle = min(max(active_from - start, 0), block_size)
         acting = None if owner is None or idle == block_size else (owner, idle)
         # The digest before and the tokens after have fixed lengths: no two blocks read the same.
@@ -175,7 +180,7 @@ class PrefixCache:
     def keep(
         self, keys: Sequence[bytes], computed: range, allocation: Allocation
     ) -> list[CellCopy]:
-        """Keep the blocks of a prompt that have been computed, as far as there is room."""
+        """Keep the blocks of a sequence that have been computed, as far as there is room."""
         known = (self._page_of.get(key) for key in keys[: computed.stop])
         chain = dict.fromkeys(page for page in known if page is not None)
         self._touch(chain)

@@ -14,7 +14,8 @@ _MIN_SHARED = 64
 
 
 class PrefixReuse:
-    """Looks prompts up when their first piece is due, keeps blocks as pieces are done.
+    """Looks prompts up when their first piece is due, keeps blocks as pieces of them are done,
+    and those of an answer when it has ended.
 
     So of a burst of prompts with one beginning, the first computes it and the
     others find it: they wait for as long as its pieces, one in each step, are of that
@@ -28,14 +29,15 @@ class PrefixReuse:
         self._under_way: set[bytes] = set()
 
     def add(self, sequence: Sequence) -> None:
-        """Compute the keys of a sequence's blocks."""
+        """Compute the keys of the blocks of a sequence's tokens, as many as are read by now."""
         if self.cache.enabled:
             sequence.block_keys = block_keys(
-                sequence.prompt_ids,
+                sequence.tokens(0, sequence.num_tokens),
                 block_size=self.cache.block_size,
                 owner=sequence.adapter_digest,
                 # Virtual tokens are the adapter's, wherever it begins to act.
                 active_from=0 if sequence.num_virtual else sequence.active_from,
+                known=sequence.block_keys,
             )
 
     def make_room(self, sequence: Sequence) -> bool:
@@ -67,8 +69,16 @@ class PrefixReuse:
         num_known = sum(one.num_blocks for one in found) * self.cache.block_size
         return sequence.num_pending - max(num_known - sequence.num_given, 0)
 
+    def leave(self, sequence: Sequence) -> None:
+        """Keep the blocks of a sequence that ends, its answer's too: a next turn begins with them.
+
+        It must hold its cells still.
+        """
+        self.add(sequence)
+        self.keep(sequence)
+
     def keep(self, sequence: Sequence) -> None:
-        """Keep the blocks of the prompt that are complete by now."""
+        """Keep the blocks with a key that are complete by now."""
         done = min(sequence.num_computed // self.cache.block_size, len(sequence.block_keys))
         new = range(sequence.num_kept, done)
         if new:

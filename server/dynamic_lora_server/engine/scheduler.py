@@ -50,9 +50,9 @@ class Scheduler:
     one, nobody waits for ever, and of a burst of like prompts one is done after
     the other. A sequence is admitted when its whole KV need is free; it then runs
     to its end, so nobody is preempted and the head of the queue is never overtaken.
-    With `prefixes`, the beginning of a prompt that is in the KV cache already
-    is not computed again. A `drafter` adds guessed tokens to decoding sequences; it
-    needs each step's tokens to be settled before the next is scheduled.
+    With `prefixes`, the beginning of a prompt that is in the KV cache already, as that of
+    another prompt and its answer, is not computed again. A `drafter` adds guessed tokens to
+    decoding sequences; it needs each step's tokens to be settled before the next is scheduled.
 
     A step's pieces `begin` when it is started and are `settle`d when its tokens are
     known. The next step may be scheduled in between: sequences are then taken to go on,
@@ -214,6 +214,7 @@ class Scheduler:
         else:
             del self._running[sequence.id]
             assert sequence.allocation is not None
+            self._prefixes.leave(sequence)
             self._space.free(sequence.allocation)
             sequence.allocation = None
         sequence.phase = Phase.ENDED

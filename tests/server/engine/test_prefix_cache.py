@@ -101,7 +101,9 @@ class Machine:
         for piece in pieces:
             self.check(piece.sequence, piece.sequence.num_computed + piece.num_tokens)
         for piece in pieces:
-            advance(self.scheduler, piece, *([0] if piece.samples else []))
+            # One of the tokens that prompts are made of.
+            token = 1 + (piece.sequence.seed + piece.sequence.num_tokens // 2) % 2
+            advance(self.scheduler, piece, *([token] if piece.samples else []))
         self.scheduler.check_integrity()
 
     def write(self, sequence: Sequence, start: int, stop: int) -> None:
@@ -125,11 +127,34 @@ def entry(sequence: Sequence, position: int) -> Token:
     return tuple(sequence.tokens(0, position + 1)), tuple(owners)
 
 
-Request = tuple[int, list[int], int]
-REQUESTS = st.tuples(
-    st.integers(0, len(ADAPTERS) - 1),
-    st.lists(st.integers(1, 2), min_size=1, max_size=20),
-    st.integers(1, 3),
+@dataclass(frozen=True)
+class Request:
+    """A prompt of its own, or the next turn after a request before."""
+
+    adapter: int
+    prompt: list[int]
+    num_tokens: int
+    after: int | None
+
+    def make(self, before: list[Sequence]) -> Sequence:
+        if self.after is None or not before:
+            adapter, prompt = ADAPTERS[self.adapter], self.prompt
+        else:
+            first = before[self.after % len(before)]
+            adapter = first.adapter
+            said = [*first.prompt_ids[first.num_virtual :], *first.output_ids]
+            prompt = [*said, *self.prompt][:45]
+        return make_sequence(
+            prompt, adapter=adapter, max_new_tokens=self.num_tokens, seed=len(before)
+        )
+
+
+REQUESTS = st.builds(
+    Request,
+    adapter=st.integers(0, len(ADAPTERS) - 1),
+    prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20),
+    num_tokens=st.integers(1, 6),
+    after=st.none() | st.integers(0, 30),
 )
 # A request, a step, or the cancellation of one of those before.
 MOVES = st.lists(
@@ -157,10 +182,7 @@ def test_what_is_found_is_what_would_have_been_computed(
                 machine.scheduler.end(sequences[move % len(sequences)])
                 machine.scheduler.check_integrity()
         else:
-            adapter, prompt, num_tokens = move
-            sequences.append(
-                make_sequence(prompt, adapter=ADAPTERS[adapter], max_new_tokens=num_tokens)
-            )
+            sequences.append(move.make(sequences))
             machine.scheduler.add(sequences[-1])
     for _ in range(2000):
         if not machine.scheduler.has_work:
@@ -194,6 +216,18 @@ def test_the_second_of_two_prompts_computes_what_differs(paged: bool) -> None:
     assert (machine.num_run, second.num_reused) == (10, 8)
     stats = machine.scheduler.prefix_stats()
     assert (stats.num_looked_up, stats.num_reused, stats.num_blocks) == (18, 8, 4)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_the_next_turn_begins_with_the_answer_before(paged: bool) -> None:
+    machine = Machine(small_layout(paged=paged, num_cells=60))
+    first = make_sequence([1, 2, 1], max_new_tokens=6)
+    run(machine, first)
+    said = [*first.prompt_ids, *first.output_ids]
+    second = make_sequence([*said, 1, 2, 2], max_new_tokens=1)
+    run(machine, second)
+    # The last token was never run.
+    assert (len(said), second.num_reused, second.num_run) == (9, 8, 4)
 
 
 def test_a_prompt_waits_for_what_another_computes_in_the_same_step() -> None:
