@@ -1,5 +1,7 @@
 """Sequences beside the prefix cache: what they take from it and leave in it. Imports no torch."""
 
+from collections.abc import Iterable
+
 from dynamic_lora_server.engine.prefix_cache import (
     CellCopy,
     Found,
@@ -85,6 +87,10 @@ class PrefixReuse:
             assert sequence.allocation is not None
             self._copies += self.cache.keep(sequence.block_keys, new, sequence.allocation)
             sequence.num_kept = done
+
+    def add_copies(self, copies: Iterable[CellCopy]) -> None:
+        """Have more copied, after what was found or kept by now."""
+        self._copies += copies
 
     def take_copies(self) -> list[CellCopy]:
         """What is to be copied, in this order, before the next step writes; once each."""

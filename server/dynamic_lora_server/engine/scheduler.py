@@ -3,10 +3,10 @@
 from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynamic_lora_server.engine.drafts import Draft, Drafter, DraftStats
-from dynamic_lora_server.engine.kv_space import KVSpace
+from dynamic_lora_server.engine.kv_space import Allocation, KVSpace
 from dynamic_lora_server.engine.prefix_cache import CellCopy, PrefixCache, PrefixStats
 from dynamic_lora_server.engine.prefix_reuse import PrefixReuse
 from dynamic_lora_server.engine.sequence import Phase, Sequence
@@ -48,8 +48,9 @@ class Scheduler:
     for the prompt that came first, the rest for those that have the fewest tokens
     to go, in order of arrival among equals. So a long prompt holds up no short
     one, nobody waits for ever, and of a burst of like prompts one is done after
-    the other. A sequence is admitted when its whole KV need is free; it then runs
-    to its end, so nobody is preempted and the head of the queue is never overtaken.
+    the other. A sequence is admitted when its whole KV need is free, for which those that run
+    may have to move; it then runs to its end, so nobody is preempted and the head of the queue
+    is never overtaken.
     With `prefixes`, the beginning of a prompt that is in the KV cache already, as that of
     another prompt and its answer, is not computed again. A `drafter` adds guessed tokens to
     decoding sequences; it needs each step's tokens to be settled before the next is scheduled.
@@ -78,6 +79,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}
         self._num_by_adapter: Counter[str | None] = Counter()
         self._num_prompts = 0  # with a piece in the step that was scheduled last
+        self.moved: list[Sequence] = []  # their cells are copied in that step
 
     @property
     def num_waiting(self) -> int:
@@ -109,6 +111,7 @@ class Scheduler:
 
         Before they run, what `take_copies` returns must have been copied.
         """
+        self.moved.clear()
         self._admit()
         budget = self._max_step_tokens
         decoding = [s for s in self._running.values() if _may_go_on(s)]
@@ -213,9 +216,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             del self._running[sequence.id]
-            assert sequence.allocation is not None
             self._prefixes.leave(sequence)
-            self._space.free(sequence.allocation)
+            self._space.free(_allocation(sequence))
             sequence.allocation = None
         sequence.phase = Phase.ENDED
         if self.drafter is not None:
@@ -235,9 +237,24 @@ class Scheduler:
             del self._num_by_adapter[digest]
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence's whole need is free, or is now that old prefixes are evicted."""
+        """Whether the sequence's whole need is free, or is now that others have made room."""
+        self._move_for(sequence.max_tokens)
         can = self._space.can_allocate(sequence.max_tokens)
         return can or self._prefixes.make_room(sequence)
+
+    def _move_for(self, num_tokens: int) -> None:
+        """Move sequences together if only free cells that are scattered suffice."""
+        moves = self._space.make_gap(num_tokens)
+        if not moves:
+            return
+        by_start = {_allocation(one).starts[0]: one for one in self._running.values()}
+        for move in moves:
+            sequence = by_start[move.source]
+            sequence.allocation = replace(_allocation(sequence), starts=(move.target,))
+            if sequence.num_computed:
+                self.moved.append(sequence)
+                copy = CellCopy(move.source, move.target, sequence.num_computed)
+                self._prefixes.add_copies([copy])
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
@@ -249,6 +266,12 @@ class Scheduler:
             sequence.phase = Phase.PREFILL
             sequence.num_computed = sequence.num_given
             self._running[sequence.id] = sequence
+
+
+def _allocation(sequence: Sequence) -> Allocation:
+    """The cells of a sequence that runs."""
+    assert sequence.allocation is not None
+    return sequence.allocation
 
 
 def _take(sequence: Sequence, token_ids: Seq[int]) -> tuple[int, FinishReason | None]:
