@@ -183,20 +183,29 @@ class PagedSpace(KVSpace):
     def can_allocate(self, num_tokens: int) -> bool:
         return not self.num_missing(num_tokens)
 
-    def num_missing(self, num_tokens: int) -> int:
-        """Pages that must become free before `num_tokens` can be allocated."""
-        return max(self._pages_for(num_tokens) - len(self._free), 0)
+    def num_missing(self, num_tokens: int, *, num_shared: int = 0) -> int:
+        """Pages that must become free before `num_tokens` can be allocated.
+
+        The first `num_shared` of theirs are there already.
+        """
+        return max(self._pages_for(num_tokens) - num_shared - len(self._free), 0)
 
     def fits_empty(self, num_tokens: int) -> bool:
         return self._pages_for(num_tokens) <= len(self._pages)
 
-    def allocate(self, num_tokens: int) -> Allocation:
-        count = self._pages_for(num_tokens)
+    def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> Allocation:
+        """Reserve cells for `num_tokens` positions, the first in `shared` pages that others hold.
+
+        Raises RuntimeError if there are too few free pages for the rest.
+        """
+        count = self._pages_for(num_tokens) - len(shared)
         if count > len(self._free):
             raise RuntimeError(f"no {count} free pages; ask can_allocate first")
-        starts = tuple(self._free.pop() for _ in range(count))
-        self._holders.update(dict.fromkeys(starts, 1))
-        return Allocation(starts, self.page_size, num_tokens)
+        own = [self._free.pop() for _ in range(count)]
+        self._holders.update(dict.fromkeys(own, 1))
+        for start in shared:
+            self.hold(start)
+        return Allocation((*shared, *own), self.page_size, num_tokens)
 
     def free(self, allocation: Allocation) -> None:
         for start in allocation.starts:

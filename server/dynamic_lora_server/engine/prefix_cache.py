@@ -14,7 +14,7 @@ block each are set aside, and all is copied.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -99,7 +99,7 @@ class PrefixCache:
         self.block_size = block_size
         self.num_own_cells = 0 if shared else pages.num_cells
         self._pages = pages
-        self._shared = shared
+        self.shared = shared
         self._max_pages = pages.num_cells // pages.page_size if max_pages is None else max_pages
         self._blocks_per_page = pages.page_size // block_size
         self._page_of: dict[bytes, int] = {}
@@ -123,10 +123,10 @@ class PrefixCache:
     @property
     def num_idle_cells(self) -> int:
         """Cells of the sequences' own space that are held for nobody but later prompts."""
-        if not self._shared:
+        if not self.shared:
             return 0
-        pages = list(self._keys_in)  # at once: metrics ask from another thread
-        return self._pages.page_size * sum(self._pages.num_holders(page) == 1 for page in pages)
+        # At once: metrics ask from another thread.
+        return self._pages.page_size * self._num_idle(list(self._keys_in))
 
     def stats(self) -> PrefixStats:
         """Counts at this moment."""
@@ -161,9 +161,7 @@ class PrefixCache:
     ) -> tuple[Allocation, list[CellCopy]]:
         """Put what was found at the beginning of an allocation, by sharing or by copies."""
         self._touch(dict.fromkeys(one.start for one in found))
-        shared = [
-            one.start for one in found if self._shared and one.num_blocks == self._blocks_per_page
-        ]
+        shared = self._full(found) if self.shared else []
         copies = [
             CellCopy(
                 one.start,
@@ -193,7 +191,7 @@ class PrefixCache:
             page = self._page_for(index, allocation, chain)
             if page is None:
                 break
-            if not self._shared:
+            if not self.shared:
                 source = allocation.cell(index * self.block_size)
                 copies.append(CellCopy(source, page, self.block_size))
             self._page_of[keys[index]] = page
@@ -202,18 +200,22 @@ class PrefixCache:
         self._touch(chain)
         return _joined(copies)
 
-    def make_room(self, num_tokens: int, keys: Sequence[bytes]) -> bool:
-        """Evict so that the sequences' space has room for a sequence with these keys.
+    def reserve(self, num_tokens: int, keys: Sequence[bytes]) -> Allocation | None:
+        """Cells of a sequence with these keys, the first in the full pages that are known.
 
-        Whether it has then; nothing is evicted where that would not be enough.
+        Where pages are shared. What is missing beside these is evicted; where that would not
+        do nothing is, and None is returned.
         """
-        if not self._shared:
-            return False
-        num_missing = self._pages.num_missing(num_tokens)
-        if self.num_idle_cells < num_missing * self._pages.page_size:
-            return False
-        self._touch(dict.fromkeys(one.start for one in self.find(keys)))
-        return all(self._evict() for _ in range(num_missing))
+        found = self.find(keys)
+        pages = self._full(found)
+        num_missing = self._pages.num_missing(num_tokens, num_shared=len(pages))
+        num_idle = self._num_idle(page for page in list(self._keys_in) if page not in pages)
+        if num_idle < num_missing:
+            return None
+        self._touch(dict.fromkeys(one.start for one in found))
+        for _ in range(num_missing):
+            self._evict(pages)
+        return self._pages.allocate(num_tokens, pages)
 
     def clear(self) -> None:
         """Forget every block. Sequences keep the pages that they share."""
@@ -230,15 +232,23 @@ class PrefixCache:
             raise RuntimeError("blocks and their pages disagree")
         if not all(self._pages.num_holders(page) for page in self._keys_in):
             raise RuntimeError("a page of the prefix cache is free")
-        if not self._shared:
+        if not self.shared:
             self._pages.check_integrity()
             held = self._pages.num_cells - self._pages.num_free
             if held != len(self._keys_in) * self._pages.page_size:
                 raise RuntimeError("pages of the prefix cache are lost")
 
+    def _full(self, found: Sequence[Found]) -> list[int]:
+        """The pages that are known from end to end."""
+        return [one.start for one in found if one.num_blocks == self._blocks_per_page]
+
+    def _num_idle(self, pages: Iterable[int]) -> int:
+        """How many of these pages no sequence holds."""
+        return sum(self._pages.num_holders(page) == 1 for page in pages)
+
     def _page_for(self, index: int, allocation: Allocation, chain: Collection[int]) -> int | None:
         """The page to keep a block in; None if there is no room but in pages of the same prompt."""
-        if self._shared:
+        if self.shared:
             page = allocation.starts[index // self._blocks_per_page]
             if page in self._keys_in:
                 return page

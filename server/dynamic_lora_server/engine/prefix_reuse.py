@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from dynamic_lora_server.engine.kv_space import Allocation, KVSpace
 from dynamic_lora_server.engine.prefix_cache import (
     CellCopy,
     Found,
@@ -42,9 +43,16 @@ class PrefixReuse:
                 known=sequence.block_keys,
             )
 
-    def make_room(self, sequence: Sequence) -> bool:
-        """Evict prefixes so that the sequence can be admitted; whether it can."""
-        return self.cache.make_room(sequence.max_tokens, sequence.block_keys)
+    def reserve(self, sequence: Sequence, space: KVSpace) -> Allocation | None:
+        """Cells for all that a sequence may become; None if the space has too few.
+
+        Full pages that are known to begin it are held from now on, and no others taken for them.
+        """
+        if self.cache.shared:
+            return self.cache.reserve(sequence.max_tokens, self._useful_keys(sequence))
+        if not space.can_allocate(sequence.max_tokens):
+            return None
+        return space.allocate(sequence.max_tokens)
 
     def begin_step(self) -> None:
         """Nothing is being computed in this step yet."""

@@ -48,9 +48,9 @@ class Scheduler:
     for the prompt that came first, the rest for those that have the fewest tokens
     to go, in order of arrival among equals. So a long prompt holds up no short
     one, nobody waits for ever, and of a burst of like prompts one is done after
-    the other. A sequence is admitted when its whole KV need is free, for which those that run
-    may have to move; it then runs to its end, so nobody is preempted and the head of the queue
-    is never overtaken.
+    the other. A sequence is admitted when its whole KV need is free, but for pages that it
+    shares, and those that run move for it if they must; it then runs to its end, so nobody is
+    preempted and the head of the queue is never overtaken.
     With `prefixes`, the beginning of a prompt that is in the KV cache already, as that of
     another prompt and its answer, is not computed again. A `drafter` adds guessed tokens to
     decoding sequences; it needs each step's tokens to be settled before the next is scheduled.
@@ -236,12 +236,6 @@ class Scheduler:
         if not self._num_by_adapter[digest]:
             del self._num_by_adapter[digest]
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence's whole need is free, or is now that others have made room."""
-        self._move_for(sequence.max_tokens)
-        can = self._space.can_allocate(sequence.max_tokens)
-        return can or self._prefixes.make_room(sequence)
-
     def _move_for(self, num_tokens: int) -> None:
         """Move sequences together if only free cells that are scattered suffice."""
         moves = self._space.make_gap(num_tokens)
@@ -259,10 +253,11 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            if not self._has_room(sequence):
+            self._move_for(sequence.max_tokens)
+            sequence.allocation = self._prefixes.reserve(sequence, self._space)
+            if sequence.allocation is None:
                 return
             self._waiting.popleft()
-            sequence.allocation = self._space.allocate(sequence.max_tokens)
             sequence.phase = Phase.PREFILL
             sequence.num_computed = sequence.num_given
             self._running[sequence.id] = sequence

@@ -271,6 +271,28 @@ def test_a_full_page_is_shared_and_a_part_of_one_copied() -> None:
     assert (piece.sequence.num_reused, piece.num_tokens) == (8, 2)
 
 
+def test_a_prompt_is_admitted_without_room_for_what_it_shares() -> None:
+    machine = Machine(small_layout(paged=True, num_cells=30), max_step_tokens=30)
+    first, second = (make_sequence([1] * 14, max_new_tokens=n) for n in (4, 8))
+    machine.scheduler.add(first)
+    machine.step()
+    # Two of five pages are free; the second has four, two of them full ones of the first.
+    machine.scheduler.add(second)
+    machine.step()
+    assert (first.phase, second.num_reused) == (Phase.DECODE, 12)
+
+
+def test_pages_that_somebody_will_begin_with_are_not_evicted() -> None:
+    machine = Machine(small_layout(paged=True, num_cells=24), max_step_tokens=30)
+    run(machine, make_sequence([1] * 13, max_new_tokens=1))
+    again, other = make_sequence([1] * 13, max_new_tokens=5), make_sequence([2] * 9)
+    machine.scheduler.add(again)
+    machine.scheduler.add(other)
+    machine.step()
+    assert (again.num_reused, other.phase) == (12, Phase.WAITING)
+    run(machine)
+
+
 def test_pages_that_nobody_needs_give_way_to_sequences() -> None:
     machine = Machine(small_layout(paged=True, num_cells=24))
     run(machine, make_sequence([1] * 12, max_new_tokens=1))
