@@ -182,15 +182,11 @@ class PrefixCache:
         known = (self._page_of.get(key) for key in keys[: computed.stop])
         chain = dict.fromkeys(page for page in known if page is not None)
         self._touch(chain)
+        new = [index for index in computed if keys[index] not in self._page_of]
+        if new and new[0] and keys[new[0] - 1] not in self._page_of:
+            return []  # without the block before, nobody would find it
         copies: list[CellCopy] = []
-        for index in computed:
-            if keys[index] in self._page_of:
-                continue
-            if index and keys[index - 1] not in self._page_of:
-                break  # without the block before, nobody would find it
-            page = self._page_for(index, allocation, chain)
-            if page is None:
-                break
+        for index, page in zip(new, self._pages_for(new, allocation, chain), strict=False):
             if not self.shared:
                 source = allocation.cell(index * self.block_size)
                 copies.append(CellCopy(source, page, self.block_size))
@@ -246,22 +242,41 @@ class PrefixCache:
         """How many of these pages no sequence holds."""
         return sum(self._pages.num_holders(page) == 1 for page in pages)
 
-    def _page_for(self, index: int, allocation: Allocation, chain: Collection[int]) -> int | None:
-        """The page to keep a block in; None if there is no room but in pages of the same prompt."""
+    def _pages_for(
+        self, blocks: Sequence[int], allocation: Allocation, chain: Collection[int]
+    ) -> list[int]:
+        """The pages to keep new blocks in, by their indices: fewer if there is no more room.
+
+        Pages of the same prompt, the `chain`, do not make room for it.
+        """
         if self.shared:
-            page = allocation.starts[index // self._blocks_per_page]
+            starts = (allocation.starts[index // self._blocks_per_page] for index in blocks)
+            return self._pages_to_share(list(starts), chain)
+        # In order, so that many are copied at once: those that are evicted come deepest first.
+        pages = sorted(self._pages_aside(len(blocks), chain))
+        self._keys_in.update((page, []) for page in pages)
+        return pages
+
+    def _pages_to_share(self, wanted: Sequence[int], chain: Collection[int]) -> list[int]:
+        """The first of these pages, held now, as many as may be."""
+        for number, page in enumerate(wanted):
             if page in self._keys_in:
-                return page
+                continue
             if len(self._keys_in) >= self._max_pages and not self._evict(chain):
-                return None
+                return list(wanted[:number])
             self._pages.hold(page)
-        else:
-            page_size = self._pages.page_size
+            self._keys_in[page] = []
+        return list(wanted)
+
+    def _pages_aside(self, number: int, chain: Collection[int]) -> list[int]:
+        """Up to so many pages of those that are set aside, of which the oldest are evicted."""
+        pages: list[int] = []
+        page_size = self._pages.page_size
+        while len(pages) < number:
             if not self._pages.can_allocate(page_size) and not self._evict(chain):
-                return None
-            page = self._pages.allocate(page_size).starts[0]
-        self._keys_in[page] = []
-        return page
+                break
+            pages += self._pages.allocate(page_size).starts
+        return pages
 
     def _evict(self, spared: Collection[int] = ()) -> bool:
         """Give up the page used longest ago that no sequence holds; False if there is none."""

@@ -335,6 +335,16 @@ def test_blocks_next_to_each_other_are_copied_in_one_go() -> None:
     assert cache.reuse(cache.find(keys[:2]), allocation) == (allocation, [CellCopy(50, 0, 4)])
 
 
+def test_a_full_cache_copies_a_prompt_in_one_go() -> None:
+    cache = PrefixCache(PagedSpace(8, 2, first_cell=50), block_size=2, shared=False)
+    allocation = PagedSpace(1, 16).allocate(16)
+    for token in range(3):
+        keys = block_keys([token] * 16, block_size=2, owner=None)
+        assert cache.keep(keys, range(8), allocation) == [CellCopy(0, 50, 16)]
+        cache.check_integrity()
+    assert cache.stats().num_evictions == 16
+
+
 def test_a_limit_on_pages_is_kept() -> None:
     space = PagedSpace(6, 2)
     cache = PrefixCache(space, block_size=2, shared=True, max_pages=2)
