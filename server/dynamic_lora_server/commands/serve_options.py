@@ -95,7 +95,9 @@ MaxWaiting = Annotated[int, typer.Option(help="Sequences that may wait; more get
 GraceSeconds = Annotated[
     int, typer.Option(help="What running requests get to end in when the server is to stop.")
 ]
-PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
+PrefillChunk = Annotated[
+    int, typer.Option(help="Prompt tokens in one step, beside a token of each answer.")
+]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
 Threads = Annotated[

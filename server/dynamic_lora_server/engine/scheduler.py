@@ -43,8 +43,8 @@ class Piece:
 class Scheduler:
     """Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, 2023).
 
-    Every step runs one token of each decoding sequence, then fills up to
-    `max_step_tokens` with pieces of prompts. Half of what is left for these is
+    Every step runs one token of each decoding sequence, and beside these up to
+    `prefill_chunk` tokens of prompts, however many decode. Half of them are
     for the prompt that came first, the rest for those that have the fewest tokens
     to go, in order of arrival among equals. So a long prompt holds up no short
     one, nobody waits for ever, and of a burst of like prompts one is done after
@@ -66,7 +66,7 @@ class Scheduler:
         space: KVSpace,
         *,
         max_running: int,
-        max_step_tokens: int,
+        prefill_chunk: int,
         prefixes: PrefixCache | None = None,
         drafter: Drafter | None = None,
     ) -> None:
@@ -74,7 +74,7 @@ class Scheduler:
         self._prefixes = PrefixReuse(prefixes or PrefixCache.off())
         self.drafter = drafter
         self._max_running = max_running
-        self._max_step_tokens = max(max_step_tokens, max_running + 1)
+        self._prefill_chunk = prefill_chunk
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._num_by_adapter: Counter[str | None] = Counter()
@@ -113,16 +113,16 @@ class Scheduler:
         """
         self.moved.clear()
         self._admit()
-        budget = self._max_step_tokens
         decoding = [s for s in self._running.values() if _may_go_on(s)]
-        budget -= len(decoding)
-        pieces = self._prompt_pieces(budget)
+        pieces = self._prompt_pieces(self._prefill_chunk)
         self._num_prompts = len(pieces)
         drafts: Mapping[int, Draft] = {}
         # Beside a prompt, for which the weights are read in any case, every row is its work, and
         # one that comes perhaps is worth less than one that comes.
         if self.drafter is not None and decoding and not pieces:
-            drafts = self.drafter.draft(decoding, budget)
+            # No more rows than a step may have anyway.
+            room = self._max_running + self._prefill_chunk - len(decoding)
+            drafts = self.drafter.draft(decoding, room)
         return [*(Piece(s, 1, drafts.get(s.id, ())) for s in decoding), *pieces]
 
     def _prompt_pieces(self, budget: int) -> list[Piece]:

@@ -75,7 +75,7 @@ def test_the_head_of_the_queue_waits_for_cells_alone(
     shapes: list[tuple[int, int]], chunk: int
 ) -> None:
     space = ContiguousSpace(60)
-    scheduler = Scheduler(space, max_running=4, max_step_tokens=chunk)
+    scheduler = Scheduler(space, max_running=4, prefill_chunk=chunk)
     sequences = [make_sequence([1] * n, max_new_tokens=m) for n, m in shapes]
     for sequence in sequences:
         scheduler.add(sequence)

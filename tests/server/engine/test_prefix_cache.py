@@ -74,7 +74,7 @@ class Machine:
     """
 
     layout: KVLayout
-    max_step_tokens: int = 9
+    prefill_chunk: int = 9
     scheduler: Scheduler = field(init=False)
     cells: dict[int, Token] = field(default_factory=dict)
     num_run: int = 0
@@ -83,7 +83,7 @@ class Machine:
         self.scheduler = Scheduler(
             self.layout.space,
             max_running=3,
-            max_step_tokens=self.max_step_tokens,
+            prefill_chunk=self.prefill_chunk,
             prefixes=self.layout.prefixes,
         )
 
@@ -232,7 +232,7 @@ def test_the_next_turn_begins_with_the_answer_before(paged: bool) -> None:
 
 def test_a_prompt_waits_for_what_another_computes_in_the_same_step() -> None:
     layout = contiguous_layout(1000, window=100, most_used=1000, prefix_cells=200)
-    machine = Machine(layout, max_step_tokens=200)
+    machine = Machine(layout, prefill_chunk=200)
     template = [1] * 70
     first, second = (make_sequence([*template, i], max_new_tokens=2) for i in (2, 3))
     other = make_sequence([*template[:60], *[4] * 20], max_new_tokens=2)  # less than 64 alike
@@ -272,7 +272,7 @@ def test_a_full_page_is_shared_and_a_part_of_one_copied() -> None:
 
 
 def test_a_prompt_is_admitted_without_room_for_what_it_shares() -> None:
-    machine = Machine(small_layout(paged=True, num_cells=30), max_step_tokens=30)
+    machine = Machine(small_layout(paged=True, num_cells=30), prefill_chunk=30)
     first, second = (make_sequence([1] * 14, max_new_tokens=n) for n in (4, 8))
     machine.scheduler.add(first)
     machine.step()
@@ -283,7 +283,7 @@ def test_a_prompt_is_admitted_without_room_for_what_it_shares() -> None:
 
 
 def test_pages_that_somebody_will_begin_with_are_not_evicted() -> None:
-    machine = Machine(small_layout(paged=True, num_cells=24), max_step_tokens=30)
+    machine = Machine(small_layout(paged=True, num_cells=24), prefill_chunk=30)
     run(machine, make_sequence([1] * 13, max_new_tokens=1))
     again, other = make_sequence([1] * 13, max_new_tokens=5), make_sequence([2] * 9)
     machine.scheduler.add(again)
