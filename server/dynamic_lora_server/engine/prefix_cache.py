@@ -13,6 +13,7 @@ block each are set aside, and all is copied.
 """
 
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,13 @@ class PrefixCache:
         """Count one prompt that was looked up, in tokens."""
         self._num_looked_up += num_looked_up
         self._num_reused += num_reused
+
+    def num_known(self, keys: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, are held; or less, or more.
+
+        By a few lookups: where a block is held, so are nearly always those before it.
+        """
+        return bisect_left(keys, True, key=lambda key: key not in self._page_of)
 
     def find(self, keys: Sequence[bytes]) -> list[Found]:
         """The longest known beginning of a prompt, page by page; all but the last are full."""

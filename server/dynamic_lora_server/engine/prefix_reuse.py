@@ -62,21 +62,19 @@ class PrefixReuse:
         """Look a sequence up before it gets a piece; False if it should wait one step."""
         if not _has_begun(sequence):
             keys = self._useful_keys(sequence)
-            found = self.cache.find(keys)
-            num_known = sum(one.num_blocks for one in found)
+            num_known = self.cache.num_known(keys)
             if self._soon_known(keys[num_known:], sequence, num_known):
                 return False
-            self._reuse(sequence, found, num_known * self.cache.block_size)
+            self._reuse(sequence, self.cache.find(keys))
         first = sequence.num_computed // self.cache.block_size
         self._under_way.update(sequence.block_keys[first:])
         return True
 
     def num_left(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that are not computed, nor found when it begins."""
+        """Tokens of a prompt that are not computed, nor found when it begins, as far as is seen."""
         if _has_begun(sequence):
             return sequence.num_pending
-        found = self.cache.find(self._useful_keys(sequence))
-        num_known = sum(one.num_blocks for one in found) * self.cache.block_size
+        num_known = self.cache.num_known(self._useful_keys(sequence)) * self.cache.block_size
         return sequence.num_pending - max(num_known - sequence.num_given, 0)
 
     def leave(self, sequence: Sequence) -> None:
@@ -122,7 +120,8 @@ class PrefixReuse:
         num_left = sequence.num_pending - num_known * self.cache.block_size
         return num_shared >= max(_MIN_SHARED, num_left / 2)
 
-    def _reuse(self, sequence: Sequence, found: list[Found], num_tokens: int) -> None:
+    def _reuse(self, sequence: Sequence, found: list[Found]) -> None:
+        num_tokens = sum(one.num_blocks for one in found) * self.cache.block_size
         if num_tokens > sequence.num_given:
             assert sequence.allocation is not None
             sequence.allocation, copies = self.cache.reuse(found, sequence.allocation)

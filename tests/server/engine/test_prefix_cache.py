@@ -1,5 +1,6 @@
 """Blocks by key: what is found is what was kept, whoever comes and goes."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,6 +244,32 @@ def test_a_prompt_waits_for_what_another_computes_in_the_same_step() -> None:
     machine.step()
     assert [s.num_computed for s in (first, second, other)] == [72, 71, 81]
     assert second.num_reused == 64
+
+
+def test_prompts_that_wait_are_looked_up_in_few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = contiguous_layout(100_000, window=100, most_used=90_000, prefix_cells=5000)
+    scheduler = Scheduler(layout.space, max_running=64, prefill_chunk=32, prefixes=layout.prefixes)
+    template = [1] * 2000
+    known = make_sequence(template, max_new_tokens=1)
+    scheduler.add(known)
+    while scheduler.has_work:
+        for piece in scheduler.schedule():
+            advance(scheduler, piece, *([1] if piece.samples else []))
+    num_finds = 0
+    find = PrefixCache.find
+
+    def counting(self: PrefixCache, keys: Seq[bytes]) -> list[Found]:
+        nonlocal num_finds
+        num_finds += 1
+        return find(self, keys)
+
+    monkeypatch.setattr(PrefixCache, "find", counting)
+    sequences = [make_sequence([*template, *[2] * 40]) for _ in range(64)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    pieces = scheduler.schedule()
+    assert 0 < num_finds <= len(pieces) < 64
+    assert [piece.sequence.num_reused for piece in pieces] == [2000] * len(pieces)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
