@@ -438,7 +438,7 @@ def test_disagreements_are_reported() -> None:
         cache.check_integrity()
 
 
-def test_no_cell_is_set_aside_that_the_longest_sequence_needs() -> None:
+def test_cells_are_set_aside_that_the_longest_sequence_does_not_need() -> None:
     def aside(num_cells: int, prefix_cells: int | None = None) -> int:
         layout = contiguous_layout(
             num_cells, window=512, most_used=10**6, prefix_cells=prefix_cells
@@ -448,7 +448,9 @@ def test_no_cell_is_set_aside_that_the_longest_sequence_needs() -> None:
 
     assert aside(8192) == 2048
     assert aside(550) == 32
-    assert aside(500) == 0
+    assert aside(512) == 0
+    # It does not fit in any case.
+    assert aside(500) == 112
     assert aside(500, prefix_cells=100) == 96
     assert not contiguous_layout(500, window=512, most_used=9, prefix_cells=0).prefixes.enabled
     paged = paged_layout(1000, page_size=256, most_used=10**6, prefix_cells=0)
