@@ -34,6 +34,12 @@ class Allocation:
         """The cells of positions `start:stop`."""
         return [self.cell(position) for position in range(start, stop)]
 
+    def filled(self, num_tokens: int) -> dict[int, int]:
+        """How many cells of each chunk, by its first one, the first `num_tokens` positions take."""
+        chunks = enumerate(self.starts[: -(-num_tokens // self.chunk_size)])
+        sizes = {start: num_tokens - index * self.chunk_size for index, start in chunks}
+        return {start: min(size, self.chunk_size) for start, size in sizes.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Move:

@@ -158,7 +158,18 @@ class Scheduler:
 
     @property
     def num_used_cells(self) -> int:
-        """Cells that sequences hold, without what is only kept for later prompts."""
+        """Cells with keys and values of sequences that run; those that several share count once."""
+        filled: dict[int, int] = {}
+        for sequence in list(self._running.values()):  # at once: metrics ask from another thread
+            if (allocation := sequence.allocation) is None:
+                continue
+            for start, number in allocation.filled(sequence.num_computed).items():
+                filled[start] = max(number, filled.get(start, 0))
+        return sum(filled.values())
+
+    @property
+    def num_reserved_cells(self) -> int:
+        """Cells that sequences hold, for what they may yet become, too."""
         held = self._space.num_cells - self._space.num_free
         return held - self._prefixes.cache.num_idle_cells
 
@@ -228,7 +239,7 @@ class Scheduler:
         """Raise RuntimeError if the KV space and the running sequences disagree."""
         self._space.check_integrity()
         self._prefixes.cache.check_integrity()
-        if not self._running and self.num_used_cells:
+        if not self._running and self.num_reserved_cells:
             raise RuntimeError("cells are held although nothing runs")
 
     def _forget(self, digest: str | None) -> None:

@@ -309,6 +309,25 @@ def test_a_prompt_is_admitted_without_room_for_what_it_shares() -> None:
     assert (first.phase, second.num_reused) == (Phase.DECODE, 12)
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_cells_are_used_when_they_are_filled(paged: bool) -> None:
+    machine = Machine(small_layout(paged=paged, num_cells=60), prefill_chunk=30)
+    first, second = (make_sequence([1] * 14, max_new_tokens=n) for n in (4, 8))
+    scheduler = machine.scheduler
+    machine.scheduler.add(first)
+    assert (scheduler.num_used_cells, scheduler.num_reserved_cells) == (0, 0)
+    machine.step()
+    assert (scheduler.num_used_cells, scheduler.num_reserved_cells) == (14, 18)
+    machine.scheduler.add(second)
+    machine.step()
+    # Where there are pages, two of six cells are shared.
+    shared = 12 if paged else 0
+    assert scheduler.num_used_cells == 15 + 14 - shared
+    assert scheduler.num_reserved_cells == (18 + 24 - shared if paged else 18 + 22)
+    run(machine)
+    assert (scheduler.num_used_cells, scheduler.num_reserved_cells) == (0, 0)
+
+
 def test_pages_that_somebody_will_begin_with_are_not_evicted() -> None:
     machine = Machine(small_layout(paged=True, num_cells=24), prefill_chunk=30)
     run(machine, make_sequence([1] * 13, max_new_tokens=1))
@@ -324,7 +343,7 @@ def test_pages_that_nobody_needs_give_way_to_sequences() -> None:
     machine = Machine(small_layout(paged=True, num_cells=24))
     run(machine, make_sequence([1] * 12, max_new_tokens=1))
     space = machine.layout.space
-    assert (space.num_free, machine.scheduler.num_used_cells) == (12, 0)
+    assert (space.num_free, machine.scheduler.num_reserved_cells) == (12, 0)
     run(machine, make_sequence([2] * 20, max_new_tokens=4))
     assert machine.scheduler.prefix_stats().num_evictions > 0
 
