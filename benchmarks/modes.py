@@ -191,7 +191,7 @@ class Bench:
         scheduler = scheduler_type(
             self.built.space,
             max_running=self.arguments.clients,
-            max_step_tokens=self.options.prefill_chunk,
+            prefill_chunk=self.options.prefill_chunk,
         )
         controller_type = ModeController if cell.mode is not None else _DrainController
         controller = controller_type(

@@ -79,7 +79,8 @@ class Simulator:
 
     A step runs one token of every decoding request that was selected and fills up
     to `max_step_tokens` with pieces of their prompts, first come, first served. Neither KV memory
-    is modelled, nor that the scheduler lets short prompts pass long ones.
+    is modelled, nor that the scheduler counts the prompts' tokens alone and lets short
+    prompts pass long ones.
 
     With `num_clients`, the loop is closed: that many clients take the trace's requests
     in their order, each its next when it has its answer; arrival times do not matter.

@@ -19,7 +19,14 @@ def readings_of(stats: "EngineStats") -> list[Reading]:
     return [
         Reading("running_sequences", "Sequences in the batch.", stats.num_running),
         Reading("waiting_sequences", "Sequences that wait for a place.", stats.num_waiting),
-        Reading("kv_used_tokens", "Tokens that the KV cache holds.", stats.kv_used_tokens),
+        Reading(
+            "kv_used_tokens", "Tokens of running sequences in the KV cache.", stats.kv_used_tokens
+        ),
+        Reading(
+            "kv_reserved_tokens",
+            "Tokens that running sequences have room for in it.",
+            stats.kv_reserved_tokens,
+        ),
         Reading("kv_total_tokens", "Tokens that the KV cache can hold.", stats.kv_total_tokens),
         Reading("engine_steps", "Steps that the engine ran.", stats.num_steps, total=True),
         Reading(

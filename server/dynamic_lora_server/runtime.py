@@ -71,6 +71,7 @@ class EngineStats:
     num_overlapped: int
     graphs: GraphStats | None
     kv_used_tokens: int
+    kv_reserved_tokens: int
     kv_total_tokens: int
     prefixes: PrefixStats
     drafts: DraftStats
@@ -224,6 +225,7 @@ class Runtime:
             num_overlapped=engine.num_overlapped,
             graphs=None if graphs is None else graphs.stats(),
             kv_used_tokens=scheduler.num_used_cells,
+            kv_reserved_tokens=scheduler.num_reserved_cells,
             kv_total_tokens=space.num_cells,
             prefixes=scheduler.prefix_stats(),
             drafts=scheduler.draft_stats(),

@@ -120,5 +120,5 @@ async def test_clients_that_leave_free_their_places(clients: list[httpx.AsyncCli
     while (now := await metrics(client))["running_sequences"]:
         await asyncio.sleep(0.01)
     assert now["adapters_in_use"] == 0
-    assert now["kv_used_tokens"] == 0
+    assert now["kv_used_tokens"] == now["kv_reserved_tokens"] == 0
     assert (await client.get("/health")).status_code == 200

@@ -107,7 +107,9 @@ KeepAliveSeconds = Annotated[
         "server keeps it."
     ),
 ]
-PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens in one step.")]
+PrefillChunk = Annotated[
+    int, typer.Option(help="Prompt tokens in one step, beside a token of each answer.")
+]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
 Threads = Annotated[

@@ -248,7 +248,7 @@ def _engine(
     scheduler = Scheduler(
         kv.space,
         max_running=options.max_running,
-        max_step_tokens=options.prefill_chunk,
+        prefill_chunk=options.prefill_chunk,
         prefixes=kv.prefixes,
         drafter=Drafter(steps, options.speculate) if options.speculate else None,
     )

@@ -187,7 +187,8 @@ class Engine:
         events += self.finish()
         self._started = started
         if error is not None:
-            events += self._fail(pieces, error)
+            # Of those that were to move in the step nobody knows where they are.
+            events += self._fail(pieces, error, self.scheduler.moved)
         if self.overlap:
             return events
         events += self.finish()
@@ -284,10 +285,13 @@ class Engine:
         self.scheduler.end(piece.sequence)
         return [FailedEvent(piece.sequence.id, guide.failure, by_grammar=True)]
 
-    def _fail(self, pieces: Seq[Piece], error: Exception) -> list[EngineEvent]:
+    def _fail(
+        self, pieces: Seq[Piece], error: Exception, others: Seq[Sequence] = ()
+    ) -> list[EngineEvent]:
         # Here alone: clients, and those who log their requests, get the error's text and no more.
         logger.error("A step failed", exc_info=error)
         message = f"{type(error).__name__}: {error}"
-        ended = [piece.sequence for piece in pieces if self.scheduler.end(piece.sequence)]
+        sequences = [*(piece.sequence for piece in pieces), *others]
+        ended = [sequence for sequence in sequences if self.scheduler.end(sequence)]
         self.scheduler.forget_prefixes()
         return [FailedEvent(sequence.id, message) for sequence in ended]

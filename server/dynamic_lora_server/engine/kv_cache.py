@@ -59,8 +59,10 @@ class KVCache:
             table.index_copy_(0, cells, new.to(table.dtype))
 
     def copy(self, copies: Sequence[CellCopy]) -> None:
-        """Copy the keys and values of runs of cells, in this order; a run's two ends are apart."""
+        """Copy the keys and values of runs of cells, in this order."""
         for table in (*self.keys, *self.values):
             for one in copies:
                 source = table[one.source : one.source + one.num_cells]
+                if abs(one.target - one.source) < one.num_cells:
+                    source = source.clone()  # `copy_` may read what it has written
                 table[one.target : one.target + one.num_cells].copy_(source)

@@ -37,11 +37,14 @@ def contiguous_layout(
 ) -> KVLayout:
     """Regions for sequences, and behind them cells set aside for prefixes.
 
-    The latter are `prefix_cells`; if that is None a quarter of all, but no cell
-    that one sequence of `window` tokens, the longest there is, would lack.
+    The latter are `prefix_cells`; if that is None a quarter of all. Where all cells hold
+    a sequence of `window` tokens, the longest that the model takes, it is no cell that such
+    a one would lack; where they do not, sequences must be shorter anyway.
     """
     if prefix_cells is None:
-        prefix_cells = min(int(num_cells * _PREFIX_SHARE), max(num_cells - window, 0))
+        prefix_cells = int(num_cells * _PREFIX_SHARE)
+        if num_cells >= window:
+            prefix_cells = min(prefix_cells, num_cells - window)
     num_blocks = prefix_cells // BLOCK_SIZE
     space = ContiguousSpace(min(num_cells - num_blocks * BLOCK_SIZE, most_used))
     aside = PagedSpace(num_blocks, BLOCK_SIZE, first_cell=space.num_cells)

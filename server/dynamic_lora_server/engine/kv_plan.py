@@ -1,5 +1,6 @@
 """How large the KV cache becomes, what is kept in it, and how its cells are divided."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from dynamic_lora_server.engine.memory import share_of_free
 from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.prefix_cache import BLOCK_SIZE
 from dynamic_lora_server.errors import InvalidParameter
+
+logger = logging.getLogger(__name__)
 
 # The part of the free memory that is taken where nobody says how much.
 _SHARE = 0.25
@@ -80,6 +83,12 @@ def plan_kv(
     else:
         layout = contiguous_layout(
             num_cells, window=wish.window, most_used=most_used, prefix_cells=prefix_cells
+        )
+    if wish.prefix_memory is None and not layout.prefixes.enabled:
+        logger.warning(
+            "No prompt's beginning is kept: of the KV cache's %d tokens one request may need all. "
+            "More --kv-memory, or --prefix-cache-memory, changes that",
+            num_cells,
         )
     return KVPlan(layout, paged, dtype)
 

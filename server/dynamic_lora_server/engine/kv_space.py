@@ -7,7 +7,8 @@ every layer. Two layouts share one contract:
     paged       |1|2|1|free|2|...                     pages of equal size (CUDA)
 
 A sequence's whole need is reserved when it is admitted, so a running sequence
-is never evicted for lack of space.
+is never evicted for lack of space. Regions may be moved between two steps, or what is
+free between them would lie waste: with lengths that differ up to a third of all cells.
 """
 
 from abc import ABC, abstractmethod
@@ -33,6 +34,20 @@ class Allocation:
         """The cells of positions `start:stop`."""
         return [self.cell(position) for position in range(start, stop)]
 
+    def filled(self, num_tokens: int) -> dict[int, int]:
+        """How many cells of each chunk, by its first one, the first `num_tokens` positions take."""
+        chunks = enumerate(self.starts[: -(-num_tokens // self.chunk_size)])
+        sizes = {start: num_tokens - index * self.chunk_size for index, start in chunks}
+        return {start: min(size, self.chunk_size) for start, size in sizes.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The region that began at `source` begins at `target`; its cells are to be copied there."""
+
+    source: int
+    target: int
+
 
 class KVSpace(ABC):
     """Hands out cells. `can_allocate` changes nothing; `allocate` must be preceded by it."""
@@ -55,6 +70,15 @@ class KVSpace(ABC):
     @abstractmethod
     def allocate(self, num_tokens: int) -> Allocation:
         """Reserve cells for `num_tokens` positions."""
+
+    def make_gap(self, num_tokens: int) -> list[Move]:
+        """Have `num_tokens` be allocated if so many cells are free, wherever they are.
+
+        What moves for it, in this order, all of it towards lower cells: the caller's allocations
+        must follow.
+        """
+        del num_tokens  # free pages are as good anywhere
+        return []
 
     @abstractmethod
     def free(self, allocation: Allocation) -> None:
@@ -91,6 +115,35 @@ class ContiguousSpace(KVSpace):
                 self._held[start] = num_tokens
                 return Allocation((start,), num_tokens, num_tokens)
         raise RuntimeError(f"no gap of {num_tokens} cells; ask can_allocate first")
+
+    def make_gap(self, num_tokens: int) -> list[Move]:
+        if self.can_allocate(num_tokens) or self.num_free < num_tokens:
+            return []
+        first, last = self._cheapest_gaps(num_tokens)
+        position, end = self._gaps[first][0], sum(self._gaps[last])
+        moves = []
+        for start in sorted(start for start in self._held if position < start < end):
+            moves.append(Move(start, position))
+            self._held[position] = self._held.pop(start)
+            position += self._held[position]
+        self._gaps[first : last + 1] = [(position, end - position)]
+        return moves
+
+    def _cheapest_gaps(self, num_tokens: int) -> tuple[int, int]:
+        """First and last of neighbours that are large enough, with the fewest cells between them.
+
+        There must be so many free cells.
+        """
+        found: list[tuple[int, int, int]] = []
+        for first, (start, _) in enumerate(self._gaps):
+            free = 0
+            for last in range(first, len(self._gaps)):
+                free += self._gaps[last][1]
+                if free >= num_tokens:
+                    found.append((sum(self._gaps[last]) - start - free, first, last))
+                    break
+        _, first, last = min(found)
+        return first, last
 
     def free(self, allocation: Allocation) -> None:
         start = allocation.starts[0]
@@ -136,20 +189,29 @@ class PagedSpace(KVSpace):
     def can_allocate(self, num_tokens: int) -> bool:
         return not self.num_missing(num_tokens)
 
-    def num_missing(self, num_tokens: int) -> int:
-        """Pages that must become free before `num_tokens` can be allocated."""
-        return max(self._pages_for(num_tokens) - len(self._free), 0)
+    def num_missing(self, num_tokens: int, *, num_shared: int = 0) -> int:
+        """Pages that must become free before `num_tokens` can be allocated.
+
+        The first `num_shared` of theirs are there already.
+        """
+        return max(self._pages_for(num_tokens) - num_shared - len(self._free), 0)
 
     def fits_empty(self, num_tokens: int) -> bool:
         return self._pages_for(num_tokens) <= len(self._pages)
 
-    def allocate(self, num_tokens: int) -> Allocation:
-        count = self._pages_for(num_tokens)
+    def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> Allocation:
+        """Reserve cells for `num_tokens` positions, the first in `shared` pages that others hold.
+
+        Raises RuntimeError if there are too few free pages for the rest.
+        """
+        count = self._pages_for(num_tokens) - len(shared)
         if count > len(self._free):
             raise RuntimeError(f"no {count} free pages; ask can_allocate first")
-        starts = tuple(self._free.pop() for _ in range(count))
-        self._holders.update(dict.fromkeys(starts, 1))
-        return Allocation(starts, self.page_size, num_tokens)
+        own = [self._free.pop() for _ in range(count)]
+        self._holders.update(dict.fromkeys(own, 1))
+        for start in shared:
+            self.hold(start)
+        return Allocation((*shared, *own), self.page_size, num_tokens)
 
     def free(self, allocation: Allocation) -> None:
         for start in allocation.starts:

@@ -1,10 +1,10 @@
 """Which beginnings of prompts are in the KV cache, and where. Imports no torch.
 
-A prompt is cut into blocks of a few tokens. A block's key is a hash of all that
-its keys and values depend on: the tokens up to its end and what computed them,
-adapter by adapter. Equal keys therefore mean equal content, and nothing else is
-ever found under a key (the chained hashes of vLLM's automatic prefix caching,
-with the adapter's content in every link).
+Tokens are cut into blocks of a few. A block's key is a hash of all that its keys
+and values depend on: the tokens up to its end and what computed them, adapter by
+adapter, whether as a prompt or as an answer. Equal keys therefore mean equal content,
+and nothing else is ever found under a key (the chained hashes of vLLM's automatic
+prefix caching, with the adapter's content in every link).
 
 Blocks lie in pages. In a paged KV space these are the pages of the sequences
 themselves: a full page is shared by all that begin with it, and what is known
@@ -13,8 +13,9 @@ block each are set aside, and all is copied.
 """
 
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -53,17 +54,22 @@ class PrefixStats:
 
 
 def block_keys(
-    token_ids: Sequence[int], *, block_size: int, owner: str | None, active_from: int = 0
+    token_ids: Sequence[int],
+    *,
+    block_size: int,
+    owner: str | None,
+    active_from: int = 0,
+    known: tuple[bytes, ...] = (),
 ) -> tuple[bytes, ...]:
-    """The keys of a prompt's full blocks.
+    """The keys of the full blocks of these tokens, of which the first may be `known`.
 
     `owner` is the digest of the adapter that acts on the tokens from position
     `active_from` on; None is the base model, which also owns all blocks before
     that position. Where in its block an adapter begins to act is part of the key.
     """
-    keys = []
-    parent = _ROOT
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
+    keys = list(known)
+    parent = known[-1] if known else _ROOT
+    for start in range(len(known) * block_size, len(token_ids) - block_size + 1, block_size):
         idle = min(max(active_from - start, 0), block_size)
         acting = None if owner is None or idle == block_size else (owner, idle)
         # The digest before and the tokens after have fixed lengths: no two blocks read the same.
@@ -94,7 +100,7 @@ class PrefixCache:
         self.block_size = block_size
         self.num_own_cells = 0 if shared else pages.num_cells
         self._pages = pages
-        self._shared = shared
+        self.shared = shared
         self._max_pages = pages.num_cells // pages.page_size if max_pages is None else max_pages
         self._blocks_per_page = pages.page_size // block_size
         self._page_of: dict[bytes, int] = {}
@@ -118,10 +124,10 @@ class PrefixCache:
     @property
     def num_idle_cells(self) -> int:
         """Cells of the sequences' own space that are held for nobody but later prompts."""
-        if not self._shared:
+        if not self.shared:
             return 0
-        pages = list(self._keys_in)  # at once: metrics ask from another thread
-        return self._pages.page_size * sum(self._pages.num_holders(page) == 1 for page in pages)
+        # At once: metrics ask from another thread.
+        return self._pages.page_size * self._num_idle(list(self._keys_in))
 
     def stats(self) -> PrefixStats:
         """Counts at this moment."""
@@ -136,6 +142,13 @@ class PrefixCache:
         """Count one prompt that was looked up, in tokens."""
         self._num_looked_up += num_looked_up
         self._num_reused += num_reused
+
+    def num_known(self, keys: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, are held; or less, or more.
+
+        By a few lookups: where a block is held, so are nearly always those before it.
+        """
+        return bisect_left(keys, True, key=lambda key: key not in self._page_of)
 
     def find(self, keys: Sequence[bytes]) -> list[Found]:
         """The longest known beginning of a prompt, page by page; all but the last are full."""
@@ -156,9 +169,7 @@ class PrefixCache:
     ) -> tuple[Allocation, list[CellCopy]]:
         """Put what was found at the beginning of an allocation, by sharing or by copies."""
         self._touch(dict.fromkeys(one.start for one in found))
-        shared = [
-            one.start for one in found if self._shared and one.num_blocks == self._blocks_per_page
-        ]
+        shared = self._full(found) if self.shared else []
         copies = [
             CellCopy(
                 one.start,
@@ -175,20 +186,16 @@ class PrefixCache:
     def keep(
         self, keys: Sequence[bytes], computed: range, allocation: Allocation
     ) -> list[CellCopy]:
-        """Keep the blocks of a prompt that have been computed, as far as there is room."""
+        """Keep the blocks of a sequence that have been computed, as far as there is room."""
         known = (self._page_of.get(key) for key in keys[: computed.stop])
         chain = dict.fromkeys(page for page in known if page is not None)
         self._touch(chain)
+        new = [index for index in computed if keys[index] not in self._page_of]
+        if new and new[0] and keys[new[0] - 1] not in self._page_of:
+            return []  # without the block before, nobody would find it
         copies: list[CellCopy] = []
-        for index in computed:
-            if keys[index] in self._page_of:
-                continue
-            if index and keys[index - 1] not in self._page_of:
-                break  # without the block before, nobody would find it
-            page = self._page_for(index, allocation, chain)
-            if page is None:
-                break
-            if not self._shared:
+        for index, page in zip(new, self._pages_for(new, allocation, chain), strict=False):
+            if not self.shared:
                 source = allocation.cell(index * self.block_size)
                 copies.append(CellCopy(source, page, self.block_size))
             self._page_of[keys[index]] = page
@@ -197,18 +204,22 @@ class PrefixCache:
         self._touch(chain)
         return _joined(copies)
 
-    def make_room(self, num_tokens: int, keys: Sequence[bytes]) -> bool:
-        """Evict so that the sequences' space has room for a sequence with these keys.
+    def reserve(self, num_tokens: int, keys: Sequence[bytes]) -> Allocation | None:
+        """Cells of a sequence with these keys, the first in the full pages that are known.
 
-        Whether it has then; nothing is evicted where that would not be enough.
+        Where pages are shared. What is missing beside these is evicted; where that would not
+        do nothing is, and None is returned.
         """
-        if not self._shared:
-            return False
-        num_missing = self._pages.num_missing(num_tokens)
-        if self.num_idle_cells < num_missing * self._pages.page_size:
-            return False
-        self._touch(dict.fromkeys(one.start for one in self.find(keys)))
-        return all(self._evict() for _ in range(num_missing))
+        found = self.find(keys)
+        pages = self._full(found)
+        num_missing = self._pages.num_missing(num_tokens, num_shared=len(pages))
+        num_idle = self._num_idle(page for page in list(self._keys_in) if page not in pages)
+        if num_idle < num_missing:
+            return None
+        self._touch(dict.fromkeys(one.start for one in found))
+        for _ in range(num_missing):
+            self._evict(pages)
+        return self._pages.allocate(num_tokens, pages)
 
     def clear(self) -> None:
         """Forget every block. Sequences keep the pages that they share."""
@@ -225,28 +236,55 @@ class PrefixCache:
             raise RuntimeError("blocks and their pages disagree")
         if not all(self._pages.num_holders(page) for page in self._keys_in):
             raise RuntimeError("a page of the prefix cache is free")
-        if not self._shared:
+        if not self.shared:
             self._pages.check_integrity()
             held = self._pages.num_cells - self._pages.num_free
             if held != len(self._keys_in) * self._pages.page_size:
                 raise RuntimeError("pages of the prefix cache are lost")
 
-    def _page_for(self, index: int, allocation: Allocation, chain: Collection[int]) -> int | None:
-        """The page to keep a block in; None if there is no room but in pages of the same prompt."""
-        if self._shared:
-            page = allocation.starts[index // self._blocks_per_page]
+    def _full(self, found: Sequence[Found]) -> list[int]:
+        """The pages that are known from end to end."""
+        return [one.start for one in found if one.num_blocks == self._blocks_per_page]
+
+    def _num_idle(self, pages: Iterable[int]) -> int:
+        """How many of these pages no sequence holds."""
+        return sum(self._pages.num_holders(page) == 1 for page in pages)
+
+    def _pages_for(
+        self, blocks: Sequence[int], allocation: Allocation, chain: Collection[int]
+    ) -> list[int]:
+        """The pages to keep new blocks in, by their indices: fewer if there is no more room.
+
+        Pages of the same prompt, the `chain`, do not make room for it.
+        """
+        if self.shared:
+            starts = (allocation.starts[index // self._blocks_per_page] for index in blocks)
+            return self._pages_to_share(list(starts), chain)
+        # In order, so that many are copied at once: those that are evicted come deepest first.
+        pages = sorted(self._pages_aside(len(blocks), chain))
+        self._keys_in.update((page, []) for page in pages)
+        return pages
+
+    def _pages_to_share(self, wanted: Sequence[int], chain: Collection[int]) -> list[int]:
+        """The first of these pages, held now, as many as may be."""
+        for number, page in enumerate(wanted):
             if page in self._keys_in:
-                return page
+                continue
             if len(self._keys_in) >= self._max_pages and not self._evict(chain):
-                return None
+                return list(wanted[:number])
             self._pages.hold(page)
-        else:
-            page_size = self._pages.page_size
+            self._keys_in[page] = []
+        return list(wanted)
+
+    def _pages_aside(self, number: int, chain: Collection[int]) -> list[int]:
+        """Up to so many pages of those that are set aside, of which the oldest are evicted."""
+        pages: list[int] = []
+        page_size = self._pages.page_size
+        while len(pages) < number:
             if not self._pages.can_allocate(page_size) and not self._evict(chain):
-                return None
-            page = self._pages.allocate(page_size).starts[0]
-        self._keys_in[page] = []
-        return page
+                break
+            pages += self._pages.allocate(page_size).starts
+        return pages
 
     def _evict(self, spared: Collection[int] = ()) -> bool:
         """Give up the page used longest ago that no sequence holds; False if there is none."""

@@ -1,5 +1,8 @@
 """Sequences beside the prefix cache: what they take from it and leave in it. Imports no torch."""
 
+from collections.abc import Iterable
+
+from dynamic_lora_server.engine.kv_space import Allocation, KVSpace
 from dynamic_lora_server.engine.prefix_cache import (
     CellCopy,
     Found,
@@ -14,7 +17,8 @@ _MIN_SHARED = 64
 
 
 class PrefixReuse:
-    """Looks prompts up when their first piece is due, keeps blocks as pieces are done.
+    """Looks prompts up when their first piece is due, keeps blocks as pieces of them are done,
+    and those of an answer when it has ended.
 
     So of a burst of prompts with one beginning, the first computes it and the
     others find it: they wait for as long as its pieces, one in each step, are of that
@@ -28,19 +32,27 @@ class PrefixReuse:
         self._under_way: set[bytes] = set()
 
     def add(self, sequence: Sequence) -> None:
-        """Compute the keys of a sequence's blocks."""
+        """Compute the keys of the blocks of a sequence's tokens, as many as are read by now."""
         if self.cache.enabled:
             sequence.block_keys = block_keys(
-                sequence.prompt_ids,
+                sequence.tokens(0, sequence.num_tokens),
                 block_size=self.cache.block_size,
                 owner=sequence.adapter_digest,
                 # Virtual tokens are the adapter's, wherever it begins to act.
                 active_from=0 if sequence.num_virtual else sequence.active_from,
+                known=sequence.block_keys,
             )
 
-    def make_room(self, sequence: Sequence) -> bool:
-        """Evict prefixes so that the sequence can be admitted; whether it can."""
-        return self.cache.make_room(sequence.max_tokens, sequence.block_keys)
+    def reserve(self, sequence: Sequence, space: KVSpace) -> Allocation | None:
+        """Cells for all that a sequence may become; None if the space has too few.
+
+        Full pages that are known to begin it are held from now on, and no others taken for them.
+        """
+        if self.cache.shared:
+            return self.cache.reserve(sequence.max_tokens, self._useful_keys(sequence))
+        if not space.can_allocate(sequence.max_tokens):
+            return None
+        return space.allocate(sequence.max_tokens)
 
     def begin_step(self) -> None:
         """Nothing is being computed in this step yet."""
@@ -50,31 +62,41 @@ class PrefixReuse:
         """Look a sequence up before it gets a piece; False if it should wait one step."""
         if not _has_begun(sequence):
             keys = self._useful_keys(sequence)
-            found = self.cache.find(keys)
-            num_known = sum(one.num_blocks for one in found)
+            num_known = self.cache.num_known(keys)
             if self._soon_known(keys[num_known:], sequence, num_known):
                 return False
-            self._reuse(sequence, found, num_known * self.cache.block_size)
+            self._reuse(sequence, self.cache.find(keys))
         first = sequence.num_computed // self.cache.block_size
         self._under_way.update(sequence.block_keys[first:])
         return True
 
     def num_left(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that are not computed, nor found when it begins."""
+        """Tokens of a prompt that are not computed, nor found when it begins, as far as is seen."""
         if _has_begun(sequence):
             return sequence.num_pending
-        found = self.cache.find(self._useful_keys(sequence))
-        num_known = sum(one.num_blocks for one in found) * self.cache.block_size
+        num_known = self.cache.num_known(self._useful_keys(sequence)) * self.cache.block_size
         return sequence.num_pending - max(num_known - sequence.num_given, 0)
 
+    def leave(self, sequence: Sequence) -> None:
+        """Keep the blocks of a sequence that ends, its answer's too: a next turn begins with them.
+
+        It must hold its cells still.
+        """
+        self.add(sequence)
+        self.keep(sequence)
+
     def keep(self, sequence: Sequence) -> None:
-        """Keep the blocks of the prompt that are complete by now."""
+        """Keep the blocks with a key that are complete by now."""
         done = min(sequence.num_computed // self.cache.block_size, len(sequence.block_keys))
         new = range(sequence.num_kept, done)
         if new:
             assert sequence.allocation is not None
             self._copies += self.cache.keep(sequence.block_keys, new, sequence.allocation)
             sequence.num_kept = done
+
+    def add_copies(self, copies: Iterable[CellCopy]) -> None:
+        """Have more copied, after what was found or kept by now."""
+        self._copies += copies
 
     def take_copies(self) -> list[CellCopy]:
         """What is to be copied, in this order, before the next step writes; once each."""
@@ -98,7 +120,8 @@ class PrefixReuse:
         num_left = sequence.num_pending - num_known * self.cache.block_size
         return num_shared >= max(_MIN_SHARED, num_left / 2)
 
-    def _reuse(self, sequence: Sequence, found: list[Found], num_tokens: int) -> None:
+    def _reuse(self, sequence: Sequence, found: list[Found]) -> None:
+        num_tokens = sum(one.num_blocks for one in found) * self.cache.block_size
         if num_tokens > sequence.num_given:
             assert sequence.allocation is not None
             sequence.allocation, copies = self.cache.reuse(found, sequence.allocation)

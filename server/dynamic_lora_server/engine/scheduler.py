@@ -3,10 +3,10 @@
 from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynamic_lora_server.engine.drafts import Draft, Drafter, DraftStats
-from dynamic_lora_server.engine.kv_space import KVSpace
+from dynamic_lora_server.engine.kv_space import Allocation, KVSpace
 from dynamic_lora_server.engine.prefix_cache import CellCopy, PrefixCache, PrefixStats
 from dynamic_lora_server.engine.prefix_reuse import PrefixReuse
 from dynamic_lora_server.engine.sequence import Phase, Sequence
@@ -43,16 +43,17 @@ class Piece:
 class Scheduler:
     """Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, 2023).
 
-    Every step runs one token of each decoding sequence, then fills up to
-    `max_step_tokens` with pieces of prompts. Half of what is left for these is
+    Every step runs one token of each decoding sequence, and beside these up to
+    `prefill_chunk` tokens of prompts, however many decode. Half of them are
     for the prompt that came first, the rest for those that have the fewest tokens
     to go, in order of arrival among equals. So a long prompt holds up no short
     one, nobody waits for ever, and of a burst of like prompts one is done after
-    the other. A sequence is admitted when its whole KV need is free; it then runs
-    to its end, so nobody is preempted and the head of the queue is never overtaken.
-    With `prefixes`, the beginning of a prompt that is in the KV cache already
-    is not computed again. A `drafter` adds guessed tokens to decoding sequences; it
-    needs each step's tokens to be settled before the next is scheduled.
+    the other. A sequence is admitted when its whole KV need is free, but for pages that it
+    shares, and those that run move for it if they must; it then runs to its end, so nobody is
+    preempted and the head of the queue is never overtaken.
+    With `prefixes`, the beginning of a prompt that is in the KV cache already, as that of
+    another prompt and its answer, is not computed again. A `drafter` adds guessed tokens to
+    decoding sequences; it needs each step's tokens to be settled before the next is scheduled.
 
     A step's pieces `begin` when it is started and are `settle`d when its tokens are
     known. The next step may be scheduled in between: sequences are then taken to go on,
@@ -65,7 +66,7 @@ class Scheduler:
         space: KVSpace,
         *,
         max_running: int,
-        max_step_tokens: int,
+        prefill_chunk: int,
         prefixes: PrefixCache | None = None,
         drafter: Drafter | None = None,
     ) -> None:
@@ -73,11 +74,12 @@ class Scheduler:
         self._prefixes = PrefixReuse(prefixes or PrefixCache.off())
         self.drafter = drafter
         self._max_running = max_running
-        self._max_step_tokens = max(max_step_tokens, max_running + 1)
+        self._prefill_chunk = prefill_chunk
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._num_by_adapter: Counter[str | None] = Counter()
         self._num_prompts = 0  # with a piece in the step that was scheduled last
+        self.moved: list[Sequence] = []  # their cells are copied in that step
 
     @property
     def num_waiting(self) -> int:
@@ -109,17 +111,18 @@ class Scheduler:
 
         Before they run, what `take_copies` returns must have been copied.
         """
+        self.moved.clear()
         self._admit()
-        budget = self._max_step_tokens
         decoding = [s for s in self._running.values() if _may_go_on(s)]
-        budget -= len(decoding)
-        pieces = self._prompt_pieces(budget)
+        pieces = self._prompt_pieces(self._prefill_chunk)
         self._num_prompts = len(pieces)
         drafts: Mapping[int, Draft] = {}
         # Beside a prompt, for which the weights are read in any case, every row is its work, and
         # one that comes perhaps is worth less than one that comes.
         if self.drafter is not None and decoding and not pieces:
-            drafts = self.drafter.draft(decoding, budget)
+            # No more rows than a step may have anyway.
+            room = self._max_running + self._prefill_chunk - len(decoding)
+            drafts = self.drafter.draft(decoding, room)
         return [*(Piece(s, 1, drafts.get(s.id, ())) for s in decoding), *pieces]
 
     def _prompt_pieces(self, budget: int) -> list[Piece]:
@@ -155,7 +158,18 @@ class Scheduler:
 
     @property
     def num_used_cells(self) -> int:
-        """Cells that sequences hold, without what is only kept for later prompts."""
+        """Cells with keys and values of sequences that run; those that several share count once."""
+        filled: dict[int, int] = {}
+        for sequence in list(self._running.values()):  # at once: metrics ask from another thread
+            if (allocation := sequence.allocation) is None:
+                continue
+            for start, number in allocation.filled(sequence.num_computed).items():
+                filled[start] = max(number, filled.get(start, 0))
+        return sum(filled.values())
+
+    @property
+    def num_reserved_cells(self) -> int:
+        """Cells that sequences hold, for what they may yet become, too."""
         held = self._space.num_cells - self._space.num_free
         return held - self._prefixes.cache.num_idle_cells
 
@@ -213,8 +227,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             del self._running[sequence.id]
-            assert sequence.allocation is not None
-            self._space.free(sequence.allocation)
+            self._prefixes.leave(sequence)
+            self._space.free(_allocation(sequence))
             sequence.allocation = None
         sequence.phase = Phase.ENDED
         if self.drafter is not None:
@@ -225,7 +239,7 @@ class Scheduler:
         """Raise RuntimeError if the KV space and the running sequences disagree."""
         self._space.check_integrity()
         self._prefixes.cache.check_integrity()
-        if not self._running and self.num_used_cells:
+        if not self._running and self.num_reserved_cells:
             raise RuntimeError("cells are held although nothing runs")
 
     def _forget(self, digest: str | None) -> None:
@@ -233,21 +247,37 @@ class Scheduler:
         if not self._num_by_adapter[digest]:
             del self._num_by_adapter[digest]
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence's whole need is free, or is now that old prefixes are evicted."""
-        can = self._space.can_allocate(sequence.max_tokens)
-        return can or self._prefixes.make_room(sequence)
+    def _move_for(self, num_tokens: int) -> None:
+        """Move sequences together if only free cells that are scattered suffice."""
+        moves = self._space.make_gap(num_tokens)
+        if not moves:
+            return
+        by_start = {_allocation(one).starts[0]: one for one in self._running.values()}
+        for move in moves:
+            sequence = by_start[move.source]
+            sequence.allocation = replace(_allocation(sequence), starts=(move.target,))
+            if sequence.num_computed:
+                self.moved.append(sequence)
+                copy = CellCopy(move.source, move.target, sequence.num_computed)
+                self._prefixes.add_copies([copy])
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            if not self._has_room(sequence):
+            self._move_for(sequence.max_tokens)
+            sequence.allocation = self._prefixes.reserve(sequence, self._space)
+            if sequence.allocation is None:
                 return
             self._waiting.popleft()
-            sequence.allocation = self._space.allocate(sequence.max_tokens)
             sequence.phase = Phase.PREFILL
             sequence.num_computed = sequence.num_given
             self._running[sequence.id] = sequence
+
+
+def _allocation(sequence: Sequence) -> Allocation:
+    """The cells of a sequence that runs."""
+    assert sequence.allocation is not None
+    return sequence.allocation
 
 
 def _take(sequence: Sequence, token_ids: Seq[int]) -> tuple[int, FinishReason | None]:

@@ -58,7 +58,7 @@ class Sequence:
     num_run: int = 0
     num_merged: int = 0
     num_reused: int = 0
-    block_keys: tuple[bytes, ...] = ()  # of the prompt, where prefixes are kept
+    block_keys: tuple[bytes, ...] = ()  # where prefixes are kept
     num_kept: int = 0  # blocks that were offered to the prefix cache
     prompt_tensor: "torch.Tensor | None" = None  # of its ids, where the sampler needs them
     phase: Phase = Phase.WAITING

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def test_rows_are_sorted_by_slot_base_rows_first() -> None:
     slab = make_slab(3, 8, 4, 4)
     first, second = resident(slab, 0), resident(slab, 1)
-    scheduler = Scheduler(ContiguousSpace(200), max_running=8, max_step_tokens=64)
+    scheduler = Scheduler(ContiguousSpace(200), max_running=8, prefill_chunk=64)
     decoding = [make_sequence([5], adapter=adapter) for adapter in (second, None, first)]
     for sequence in decoding:
         scheduler.add(sequence)
@@ -32,7 +32,7 @@ def test_rows_are_sorted_by_slot_base_rows_first() -> None:
 
 
 def test_pieces_of_a_prompt_name_their_cells_and_what_is_cached() -> None:
-    scheduler = Scheduler(PagedSpace(4, 4), max_running=1, max_step_tokens=5)
+    scheduler = Scheduler(PagedSpace(4, 4), max_running=1, prefill_chunk=5)
     sequence = make_sequence([10, 11, 12, 13, 14, 15, 16], max_new_tokens=2)
     scheduler.add(sequence)
     (piece,) = scheduler.schedule()

@@ -291,7 +291,7 @@ def test_rejected_tokens_leave_no_trace() -> None:
     scheduler = Scheduler(
         ContiguousSpace(100),
         max_running=2,
-        max_step_tokens=16,
+        prefill_chunk=16,
         drafter=Guesser(FREE, MAX_DRAFT),
     )
     sequence = make_sequence([4, 5, 6], max_new_tokens=9)

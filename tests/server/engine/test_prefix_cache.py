@@ -1,5 +1,6 @@
 """Blocks by key: what is found is what was kept, whoever comes and goes."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,7 @@ class Machine:
     """
 
     layout: KVLayout
-    max_step_tokens: int = 9
+    prefill_chunk: int = 9
     scheduler: Scheduler = field(init=False)
     cells: dict[int, Token] = field(default_factory=dict)
     num_run: int = 0
@@ -83,7 +84,7 @@ class Machine:
         self.scheduler = Scheduler(
             self.layout.space,
             max_running=3,
-            max_step_tokens=self.max_step_tokens,
+            prefill_chunk=self.prefill_chunk,
             prefixes=self.layout.prefixes,
         )
 
@@ -101,7 +102,9 @@ class Machine:
         for piece in pieces:
             self.check(piece.sequence, piece.sequence.num_computed + piece.num_tokens)
         for piece in pieces:
-            advance(self.scheduler, piece, *([0] if piece.samples else []))
+            # One of the tokens that prompts are made of.
+            token = 1 + (piece.sequence.seed + piece.sequence.num_tokens // 2) % 2
+            advance(self.scheduler, piece, *([token] if piece.samples else []))
         self.scheduler.check_integrity()
 
     def write(self, sequence: Sequence, start: int, stop: int) -> None:
@@ -125,11 +128,34 @@ def entry(sequence: Sequence, position: int) -> Token:
     return tuple(sequence.tokens(0, position + 1)), tuple(owners)
 
 
-Request = tuple[int, list[int], int]
-REQUESTS = st.tuples(
-    st.integers(0, len(ADAPTERS) - 1),
-    st.lists(st.integers(1, 2), min_size=1, max_size=20),
-    st.integers(1, 3),
+@dataclass(frozen=True)
+class Request:
+    """A prompt of its own, or the next turn after a request before."""
+
+    adapter: int
+    prompt: list[int]
+    num_tokens: int
+    after: int | None
+
+    def make(self, before: list[Sequence]) -> Sequence:
+        if self.after is None or not before:
+            adapter, prompt = ADAPTERS[self.adapter], self.prompt
+        else:
+            first = before[self.after % len(before)]
+            adapter = first.adapter
+            said = [*first.prompt_ids[first.num_virtual :], *first.output_ids]
+            prompt = [*said, *self.prompt][:45]
+        return make_sequence(
+            prompt, adapter=adapter, max_new_tokens=self.num_tokens, seed=len(before)
+        )
+
+
+REQUESTS = st.builds(
+    Request,
+    adapter=st.integers(0, len(ADAPTERS) - 1),
+    prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20),
+    num_tokens=st.integers(1, 6),
+    after=st.none() | st.integers(0, 30),
 )
 # A request, a step, or the cancellation of one of those before.
 MOVES = st.lists(
@@ -157,10 +183,7 @@ def test_what_is_found_is_what_would_have_been_computed(
                 machine.scheduler.end(sequences[move % len(sequences)])
                 machine.scheduler.check_integrity()
         else:
-            adapter, prompt, num_tokens = move
-            sequences.append(
-                make_sequence(prompt, adapter=ADAPTERS[adapter], max_new_tokens=num_tokens)
-            )
+            sequences.append(move.make(sequences))
             machine.scheduler.add(sequences[-1])
     for _ in range(2000):
         if not machine.scheduler.has_work:
@@ -196,9 +219,21 @@ def test_the_second_of_two_prompts_computes_what_differs(paged: bool) -> None:
     assert (stats.num_looked_up, stats.num_reused, stats.num_blocks) == (18, 8, 4)
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_the_next_turn_begins_with_the_answer_before(paged: bool) -> None:
+    machine = Machine(small_layout(paged=paged, num_cells=60))
+    first = make_sequence([1, 2, 1], max_new_tokens=6)
+    run(machine, first)
+    said = [*first.prompt_ids, *first.output_ids]
+    second = make_sequence([*said, 1, 2, 2], max_new_tokens=1)
+    run(machine, second)
+    # The last token was never run.
+    assert (len(said), second.num_reused, second.num_run) == (9, 8, 4)
+
+
 def test_a_prompt_waits_for_what_another_computes_in_the_same_step() -> None:
     layout = contiguous_layout(1000, window=100, most_used=1000, prefix_cells=200)
-    machine = Machine(layout, max_step_tokens=200)
+    machine = Machine(layout, prefill_chunk=200)
     template = [1] * 70
     first, second = (make_sequence([*template, i], max_new_tokens=2) for i in (2, 3))
     other = make_sequence([*template[:60], *[4] * 20], max_new_tokens=2)  # less than 64 alike
@@ -209,6 +244,32 @@ def test_a_prompt_waits_for_what_another_computes_in_the_same_step() -> None:
     machine.step()
     assert [s.num_computed for s in (first, second, other)] == [72, 71, 81]
     assert second.num_reused == 64
+
+
+def test_prompts_that_wait_are_looked_up_in_few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = contiguous_layout(100_000, window=100, most_used=90_000, prefix_cells=5000)
+    scheduler = Scheduler(layout.space, max_running=64, prefill_chunk=32, prefixes=layout.prefixes)
+    template = [1] * 2000
+    known = make_sequence(template, max_new_tokens=1)
+    scheduler.add(known)
+    while scheduler.has_work:
+        for piece in scheduler.schedule():
+            advance(scheduler, piece, *([1] if piece.samples else []))
+    num_finds = 0
+    find = PrefixCache.find
+
+    def counting(self: PrefixCache, keys: Seq[bytes]) -> list[Found]:
+        nonlocal num_finds
+        num_finds += 1
+        return find(self, keys)
+
+    monkeypatch.setattr(PrefixCache, "find", counting)
+    sequences = [make_sequence([*template, *[2] * 40]) for _ in range(64)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    pieces = scheduler.schedule()
+    assert 0 < num_finds <= len(pieces) < 64
+    assert [piece.sequence.num_reused for piece in pieces] == [2000] * len(pieces)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
@@ -237,11 +298,52 @@ def test_a_full_page_is_shared_and_a_part_of_one_copied() -> None:
     assert (piece.sequence.num_reused, piece.num_tokens) == (8, 2)
 
 
+def test_a_prompt_is_admitted_without_room_for_what_it_shares() -> None:
+    machine = Machine(small_layout(paged=True, num_cells=30), prefill_chunk=30)
+    first, second = (make_sequence([1] * 14, max_new_tokens=n) for n in (4, 8))
+    machine.scheduler.add(first)
+    machine.step()
+    # Two of five pages are free; the second has four, two of them full ones of the first.
+    machine.scheduler.add(second)
+    machine.step()
+    assert (first.phase, second.num_reused) == (Phase.DECODE, 12)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_cells_are_used_when_they_are_filled(paged: bool) -> None:
+    machine = Machine(small_layout(paged=paged, num_cells=60), prefill_chunk=30)
+    first, second = (make_sequence([1] * 14, max_new_tokens=n) for n in (4, 8))
+    scheduler = machine.scheduler
+    machine.scheduler.add(first)
+    assert (scheduler.num_used_cells, scheduler.num_reserved_cells) == (0, 0)
+    machine.step()
+    assert (scheduler.num_used_cells, scheduler.num_reserved_cells) == (14, 18)
+    machine.scheduler.add(second)
+    machine.step()
+    # Where there are pages, two of six cells are shared.
+    shared = 12 if paged else 0
+    assert scheduler.num_used_cells == 15 + 14 - shared
+    assert scheduler.num_reserved_cells == (18 + 24 - shared if paged else 18 + 22)
+    run(machine)
+    assert (scheduler.num_used_cells, scheduler.num_reserved_cells) == (0, 0)
+
+
+def test_pages_that_somebody_will_begin_with_are_not_evicted() -> None:
+    machine = Machine(small_layout(paged=True, num_cells=24), prefill_chunk=30)
+    run(machine, make_sequence([1] * 13, max_new_tokens=1))
+    again, other = make_sequence([1] * 13, max_new_tokens=5), make_sequence([2] * 9)
+    machine.scheduler.add(again)
+    machine.scheduler.add(other)
+    machine.step()
+    assert (again.num_reused, other.phase) == (12, Phase.WAITING)
+    run(machine)
+
+
 def test_pages_that_nobody_needs_give_way_to_sequences() -> None:
     machine = Machine(small_layout(paged=True, num_cells=24))
     run(machine, make_sequence([1] * 12, max_new_tokens=1))
     space = machine.layout.space
-    assert (space.num_free, machine.scheduler.num_used_cells) == (12, 0)
+    assert (space.num_free, machine.scheduler.num_reserved_cells) == (12, 0)
     run(machine, make_sequence([2] * 20, max_new_tokens=4))
     assert machine.scheduler.prefix_stats().num_evictions > 0
 
@@ -277,6 +379,16 @@ def test_blocks_next_to_each_other_are_copied_in_one_go() -> None:
     keys = block_keys([1, 2, 3, 4, 5, 6, 7], block_size=2, owner=None)
     assert cache.keep(keys, range(3), allocation) == [CellCopy(0, 50, 6)]
     assert cache.reuse(cache.find(keys[:2]), allocation) == (allocation, [CellCopy(50, 0, 4)])
+
+
+def test_a_full_cache_copies_a_prompt_in_one_go() -> None:
+    cache = PrefixCache(PagedSpace(8, 2, first_cell=50), block_size=2, shared=False)
+    allocation = PagedSpace(1, 16).allocate(16)
+    for token in range(3):
+        keys = block_keys([token] * 16, block_size=2, owner=None)
+        assert cache.keep(keys, range(8), allocation) == [CellCopy(0, 50, 16)]
+        cache.check_integrity()
+    assert cache.stats().num_evictions == 16
 
 
 def test_a_limit_on_pages_is_kept() -> None:
@@ -345,7 +457,7 @@ def test_disagreements_are_reported() -> None:
         cache.check_integrity()
 
 
-def test_no_cell_is_set_aside_that_the_longest_sequence_needs() -> None:
+def test_cells_are_set_aside_that_the_longest_sequence_does_not_need() -> None:
     def aside(num_cells: int, prefix_cells: int | None = None) -> int:
         layout = contiguous_layout(
             num_cells, window=512, most_used=10**6, prefix_cells=prefix_cells
@@ -355,7 +467,9 @@ def test_no_cell_is_set_aside_that_the_longest_sequence_needs() -> None:
 
     assert aside(8192) == 2048
     assert aside(550) == 32
-    assert aside(500) == 0
+    assert aside(512) == 0
+    # It does not fit in any case.
+    assert aside(500) == 112
     assert aside(500, prefix_cells=100) == 96
     assert not contiguous_layout(500, window=512, most_used=9, prefix_cells=0).prefixes.enabled
     paged = paged_layout(1000, page_size=256, most_used=10**6, prefix_cells=0)

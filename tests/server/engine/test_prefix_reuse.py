@@ -176,6 +176,48 @@ def test_a_cache_that_is_always_full(paged: bool, oracle: PeftModel) -> None:
     assert built.engine.scheduler.prefix_stats().num_evictions > 0
 
 
+def test_the_next_turn_computes_no_answer_anew(
+    built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]
+) -> None:
+    for number, task in enumerate(TASKS):
+        prompt = random_prompt(30, seed=40 + number)
+        first = make_sequence(prompt, adapter=adapter(built, folders, task), max_new_tokens=40)
+        (answer,) = run_all(built, [first])
+        turn = [*prompt, *answer, *random_prompt(9, seed=50 + number)]
+        second, of_base = make_sequence(turn, adapter=first.adapter), make_sequence(turn)
+        (found,) = run_all(built, [second])
+        assert found == expected_tokens(oracle, task, turn)
+        # 69 of 70 tokens of the turn before were run.
+        assert (second.num_cached_prompt, second.num_run) == (64, 79 - 64 + NUM_TOKENS - 1)
+        run_all(built, [of_base])
+        assert of_base.num_cached_prompt == (64 if task is None else 0)
+
+
+def test_no_draft_that_was_wrong_is_kept(
+    paged: bool, oracle: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = make_engine(tiny_llama(), paged=paged, speculate=4)
+    drafter = built.engine.scheduler.drafter
+    assert drafter is not None
+
+    def draft(decoding: Sequence[sequence.Sequence], room: int) -> dict[int, tuple[int, ...]]:
+        del room
+        return {
+            one.id: (7, 8, 9, 10)[: one.sampling.max_new_tokens - one.num_output - 1]
+            for one in decoding
+        }
+
+    monkeypatch.setattr(drafter, "draft", draft)
+    prompt = random_prompt(20, seed=60)
+    first = make_sequence(prompt, max_new_tokens=29)
+    (answer,) = run_all(built, [first])
+    assert built.engine.scheduler.draft_stats().num_drafted > 0
+    turn = [*prompt, *answer, *random_prompt(5, seed=61)]
+    second = make_sequence(turn)
+    assert run_all(built, [second]) == [expected_tokens(oracle, None, turn)]
+    assert second.num_cached_prompt == 48
+
+
 def test_a_broken_step_forgets_what_it_may_not_have_copied(
     built: BuiltEngine, oracle: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

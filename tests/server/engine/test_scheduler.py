@@ -12,8 +12,8 @@ from tests.support.engines import advance, make_sequence
 TOKEN = 7
 
 
-def make_scheduler(cells: int = 1000, running: int = 4, step: int = 8) -> Scheduler:
-    return Scheduler(ContiguousSpace(cells), max_running=running, max_step_tokens=step)
+def make_scheduler(cells: int = 1000, running: int = 4, chunk: int = 8) -> Scheduler:
+    return Scheduler(ContiguousSpace(cells), max_running=running, prefill_chunk=chunk)
 
 
 def step(scheduler: Scheduler, token: int = TOKEN) -> list[tuple[int, int]]:
@@ -27,13 +27,13 @@ def step(scheduler: Scheduler, token: int = TOKEN) -> list[tuple[int, int]]:
 
 def test_prompts_are_run_in_pieces_beside_decoding() -> None:
     scheduler = make_scheduler()
-    short, long = make_sequence([1] * 3), make_sequence([1] * 20)
+    short, long = make_sequence([1] * 3), make_sequence([1] * 22)
     scheduler.add(short)
     scheduler.add(long)
     assert step(scheduler) == [(short.id, 3), (long.id, 5)]
-    assert step(scheduler) == [(short.id, 1), (long.id, 7)]
+    assert step(scheduler) == [(short.id, 1), (long.id, 8)]
+    assert step(scheduler) == [(short.id, 1), (long.id, 8)]
     assert long.output_ids == []
-    assert step(scheduler) == [(short.id, 1), (long.id, 7)]
     assert step(scheduler) == [(short.id, 1), (long.id, 1)]
     assert (len(short.output_ids), len(long.output_ids)) == (4, 1)
 
@@ -44,8 +44,21 @@ def test_a_long_prompt_holds_up_no_short_one() -> None:
     for sequence in (long, short, other):
         scheduler.add(sequence)
     assert step(scheduler) == [(long.id, 4), (short.id, 3), (other.id, 1)]
-    assert step(scheduler) == [(short.id, 1), (long.id, 4), (other.id, 3)]
-    assert step(scheduler) == [(short.id, 1), (other.id, 1), (long.id, 6)]
+    assert step(scheduler) == [(short.id, 1), (long.id, 5), (other.id, 3)]
+    assert step(scheduler) == [(short.id, 1), (other.id, 1), (long.id, 8)]
+
+
+def test_prompts_have_their_tokens_however_many_decode() -> None:
+    scheduler = make_scheduler(running=20, chunk=2)
+    for _ in range(19):
+        scheduler.add(make_sequence([1], max_new_tokens=20))
+    for _ in range(10):
+        step(scheduler)
+    long = make_sequence([1] * 6)
+    scheduler.add(long)
+    for _ in range(3):
+        assert step(scheduler)[-1] == (long.id, 2)
+    assert len(long.output_ids) == 1
 
 
 def test_the_prompt_that_came_first_is_not_starved() -> None:
@@ -67,8 +80,8 @@ def test_of_a_burst_of_like_prompts_one_is_done_after_the_other() -> None:
     for sequence in (first, second, third):
         scheduler.add(sequence)
     assert step(scheduler) == [(first.id, 8)]
-    assert step(scheduler) == [(first.id, 1), (second.id, 7)]
-    assert step(scheduler) == [(first.id, 1), (second.id, 1), (third.id, 6)]
+    assert step(scheduler) == [(first.id, 1), (second.id, 8)]
+    assert step(scheduler) == [(first.id, 1), (second.id, 1), (third.id, 8)]
 
 
 def test_no_more_than_max_running_are_admitted() -> None:
@@ -125,9 +138,9 @@ def test_ending_twice_is_harmless_wherever_the_sequence_is() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_every_sequence_ends_and_no_step_is_over_budget(
-    shapes: list[tuple[int, int]], budget: int
+    shapes: list[tuple[int, int]], chunk: int
 ) -> None:
-    scheduler = make_scheduler(cells=60, running=3, step=budget)
+    scheduler = make_scheduler(cells=60, running=3, chunk=chunk)
     sequences = [make_sequence([1] * n, max_new_tokens=m) for n, m in shapes]
     for sequence in sequences:
         scheduler.add(sequence)
@@ -135,7 +148,7 @@ def test_every_sequence_ends_and_no_step_is_over_budget(
     while scheduler.has_work:
         summary = step(scheduler)
         assert summary
-        assert sum(n for _, n in summary) <= max(budget, 4)
+        assert sum(n for _, n in summary) <= chunk + 3 - 1
         scheduler.check_integrity()
         num_steps += 1
         assert num_steps < 2000
