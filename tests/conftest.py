@@ -1,4 +1,4 @@
-"""What holds for all tests: the costs of engines are fixed, since measuring them is slow and varies."""
+"""What holds for all tests: engines do not measure their costs, which is slow and varies."""
 
 from collections.abc import Iterator
 
