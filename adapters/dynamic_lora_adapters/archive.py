@@ -2,7 +2,7 @@
 
 Only the files of a fixed list are ever written, flat, under their own names.
 Everything is counted while it is written, so a header that lies about a size
-gains nothing.
+gains nothing. Imports no torch.
 """
 
 import re

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -56,7 +56,7 @@ class KernelCosts:
     def whole(self) -> bool:
         """Whether some kernel was measured at every point of the grid."""
         found = {point for points in self.seconds.values() for point in points}
-        return all(point in found for point in _grid())
+        return all(point in found for point in grid())
 
     def to_json(self) -> str:
         """The table as text, for a cache between starts."""
@@ -102,7 +102,7 @@ class KernelChooser:
 
     def _find(self, num_adapters: int, num_rows: int, longest: float) -> DeltaKernel:
         def cost(name: str) -> float:
-            length = longest if name == "sorted_groups" else num_rows / num_adapters
+            length = longest if self._kernels[name].pads else num_rows / num_adapters
             return self._costs.of(name, num_adapters, length)
 
         return self._kernels[min(self._kernels, key=cost)]
@@ -130,6 +130,16 @@ def group_kernels(
     return kernels_for(device, dtype, widths, native=native, factor_dtype=factor_dtype)
 
 
+def grid() -> Iterator[Point]:
+    """The points at which kernels are timed."""
+    points = itertools.product(NUM_ADAPTERS_GRID, LENGTH_GRID)
+    return (point for point in points if _on_grid(*point))
+
+
+def _on_grid(num_adapters: int, length: int) -> bool:
+    return num_adapters * length <= MAX_ROWS
+
+
 def measure_costs(
     groups: Sequence[ProjectionGroup],
     kernels: Mapping[str, DeltaKernel],
@@ -137,9 +147,8 @@ def measure_costs(
     device: torch.device,
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
-    tick: Callable[[], None] = lambda: None,
 ) -> KernelCosts:
-    """Time every kernel over the grid; `tick` is called once per grid point.
+    """Time every kernel over the grid.
 
     Factors are in `factor_dtype`, or in `dtype` as inputs are.
 
@@ -155,25 +164,15 @@ def measure_costs(
     for num_adapters in NUM_ADAPTERS_GRID:
         contenders = dict(kernels)
         for length in LENGTH_GRID:
-            tick()
-            if not _on_grid(num_adapters, length):
-                continue
             point = (num_adapters, length)
+            if not _on_grid(*point):
+                continue
             if time.monotonic() > deadline and point != (1, 1):
                 continue
             for name, kernel in contenders.items():
                 seconds[name][point] = bench.time(kernel, *point)
             contenders = _within_reach(contenders, seconds, point)
     return KernelCosts(seconds)
-
-
-def _on_grid(num_adapters: int, length: int) -> bool:
-    return num_adapters * length <= MAX_ROWS
-
-
-def _grid() -> Iterator[Point]:
-    pairs = itertools.product(NUM_ADAPTERS_GRID, LENGTH_GRID)
-    return (pair for pair in pairs if _on_grid(*pair))
 
 
 def _within_reach(
@@ -188,11 +187,6 @@ def _within_reach(
         for name, kernel in contenders.items()
         if seconds[name][point] <= _HOPELESS * best
     }
-
-
-def num_grid_points() -> int:
-    """How often `measure_costs` calls `tick`."""
-    return len(NUM_ADAPTERS_GRID) * len(LENGTH_GRID)
 
 
 class _Bench:

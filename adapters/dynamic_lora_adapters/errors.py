@@ -9,7 +9,9 @@ AdapterError
 ├── InvalidAdapterName        a name that cannot be a task name
 ├── AdapterNotFound           no adapter of that name
 ├── AdapterCapacityError      does not fit in the device's byte budget
-└── StoreFailed               what adapters are kept in cannot be written, or not be read
+└── StoreFailed               the folder of adapters cannot be written or read
+
+Imports no torch.
 """
 
 from collections.abc import Sequence

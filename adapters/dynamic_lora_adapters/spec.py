@@ -3,6 +3,7 @@
 A key that changes the result is honoured or the adapter is refused by that
 key's name. PEFT adds keys with every release: one that is unknown here passes
 while it is null, false or empty, and is refused with any other value.
+Imports no torch.
 """
 
 import math

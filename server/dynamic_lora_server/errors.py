@@ -3,8 +3,8 @@
     ServerError
     ├── InvalidParameter       a field of the request has a value that cannot be used
     ├── ContextOverflow        prompt and max_new_tokens exceed the context window
-    ├── Unauthorized           a key is wanted, and none or an unknown one was sent
-    ├── Forbidden              the key is good, but not for this
+    ├── Unauthorized           the request carries no key, or an unknown one
+    ├── Forbidden              the key is known, but not allowed to do this
     ├── QueueFull              too many requests wait; try again later
     ├── NotReady               the model is still loading
     ├── EngineFailed           the step loop broke on this request or stopped
@@ -12,7 +12,7 @@
     └── UnsupportedModel       the base model cannot be served exactly
 
 Adapter errors are in `dynamic_lora_adapters.errors`; HTTP statuses for both
-are in `dynamic_lora_server.fault_kinds`.
+are in `dynamic_lora_server.fault_kinds`. Imports no torch.
 """
 
 
@@ -35,7 +35,7 @@ class ContextOverflow(ServerError):
 
 
 class Unauthorized(ServerError):
-    """The route wants a key; `given` says whether there was one, which is not known."""
+    """The route needs a key. `given`: whether the request carried one, though an unknown one."""
 
     def __init__(self, message: str, *, given: bool) -> None:
         super().__init__(message, fix="Send one in the header Authorization: Bearer KEY.")
@@ -43,7 +43,7 @@ class Unauthorized(ServerError):
 
 
 class Forbidden(ServerError):
-    """The key is one of the server's, but not for what changes adapters."""
+    """The key is one of the server's, but not one that may change adapters."""
 
 
 class QueueFull(ServerError):

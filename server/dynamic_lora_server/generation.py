@@ -118,11 +118,11 @@ class Grammar:
 class GenerationSpec:
     """One request, whatever wire it came over.
 
-    `prompt` is text, already rendered, or token ids; of a text, `keep_last` says how many tokens
-    are kept at most, those at its end. `adapter` is a composition
-    or the text of one (a task name, to begin with), None for the base model. `n`
-    asks for that many independent continuations; continuation i uses seed + i
-    where a seed is given. Each keeps to the `grammar`, if there is one.
+    `prompt` is text, already rendered, or token ids. Of a text, only the last `keep_last` tokens
+    are kept, if that is given. `adapter` is a composition, or the text of one: in the simplest
+    case a task name. None is the base model. `n` asks for that many independent continuations;
+    where a seed is given, continuation i uses seed + i. Each keeps to the `grammar`, if there is
+    one.
     """
 
     prompt: str | tuple[int, ...]

@@ -46,10 +46,11 @@ from dynamic_lora_server.text import TokenizerView
 
 logger = logging.getLogger(__name__)
 
-# Uploads that are checked and compositions that are tried at a time: each takes a core, and as
-# much memory as its terms.
+# How many uploads and compositions are checked at once: each takes a core, and as much memory
+# as its terms.
 _NUM_CHECKS = 2
-# Each holds one of the threads that all routes share, the Hub's for as long as that takes.
+# How many uploads are unpacked, and adapters fetched, at once: each holds one of the threads
+# that all routes share, a fetch from the Hub for as long as the Hub takes.
 _NUM_UNPACKINGS = 2
 _NUM_FETCHES = 4
 

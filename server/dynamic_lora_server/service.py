@@ -71,12 +71,15 @@ class GenerationService:
         self._worker.start()
 
     def refuse(self) -> None:
-        """Begin no more generations, also of requests that wait; on the event loop."""
+        """Begin no more generations, not even of waiting requests. Call it on the event loop."""
         self._ending = NotReady("The server is shutting down.", fix="Send the request again.")
         self._residency.give_up(self._ending)
 
     def close(self) -> None:
-        """Refuse, fail what runs and end the engine thread; on another thread, refuse before."""
+        """Refuse, fail what runs and end the engine thread.
+
+        `refuse` must have been called before where this runs off the event loop.
+        """
         if self._ending is None:
             self.refuse()
         self._worker.stop()

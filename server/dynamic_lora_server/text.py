@@ -72,7 +72,7 @@ class TokenizerView:
         return frozenset(i for i in found if i is not None and i < self._vocab_size)
 
     def least_tokens(self, text: str) -> int:
-        """So many tokens at least has a text: known without encoding it, 0 where it is not."""
+        """A lower bound on the tokens of `text`, without encoding it; 0 where none is known."""
         return 0 if self._longest is None else -(-len(text) // self._longest)
 
     def bytes_of(self, token_id: int) -> bytes:

@@ -19,7 +19,7 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from tests.support.models import tiny_llama
 
 IDS = torch.arange(3, 12)[None]
-NUM_STEPS = 10_000
+NUM_STEPS = 300  # every switch from each of the four to each other, many times
 
 
 def random_terms(geometry: BaseGeometry, seed: int, **parts: bool) -> AdapterTerms:
@@ -83,7 +83,7 @@ class Rig:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ten_thousand_random_switches_leave_every_byte_as_it_was(dtype: torch.dtype) -> None:
+def test_random_switches_leave_every_byte_as_it_was(dtype: torch.dtype) -> None:
     rig = Rig(dtype)
     before = rig.digest()
     choices = [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any
 
 VERSION = "3f" * 32
@@ -101,7 +101,8 @@ def problem(status: int, name: str = "invalid", **fields: Any) -> dict[str, Any]
 class Reply:
     """What the scripted server answers once; it sleeps `pause` seconds before each chunk.
 
-    A reply that `breaks` announces more bytes than it sends.
+    With `go_on`, it acquires that before each chunk instead. A reply that `breaks` announces more
+    bytes than it sends.
     """
 
     body: Any = None
@@ -109,6 +110,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     chunks: list[bytes] | None = None
     pause: float = 0.0
+    go_on: Semaphore | None = None
     breaks: bool = False
 
     def parts(self) -> list[bytes]:
@@ -186,7 +188,10 @@ def _handler_class(wire: Wire) -> type[BaseHTTPRequestHandler]:
                 self.send_header("content-length", str(sum(map(len, reply.parts())) + 1))
             self.end_headers()
             for chunk in reply.parts():
-                time.sleep(reply.pause)
+                if reply.go_on is None:
+                    time.sleep(reply.pause)
+                elif not reply.go_on.acquire(timeout=60):
+                    raise TimeoutError("nobody lets the next chunk go")
                 self.wfile.write(chunk)
                 self.wfile.flush()
 

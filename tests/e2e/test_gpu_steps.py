@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from tests.support.adapters import make_adapter
+from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.models import tiny_llama
 
@@ -117,8 +118,12 @@ async def test_clients_that_leave_free_their_places(clients: list[httpx.AsyncCli
         async with client.stream("POST", "/generate_stream?adapter=ner", json=body) as response:
             line = await anext(response.aiter_lines())
             assert "token" in json.loads(line.removeprefix("data:"))
-    while (now := await metrics(client))["running_sequences"]:
-        await asyncio.sleep(0.01)
+
+    async def idle() -> bool:
+        return not (await metrics(client))["running_sequences"]
+
+    await eventually(idle, "no sequence runs")
+    now = await metrics(client)
     assert now["adapters_in_use"] == 0
     assert now["kv_used_tokens"] == now["kv_reserved_tokens"] == 0
     assert (await client.get("/health")).status_code == 200

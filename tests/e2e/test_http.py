@@ -16,6 +16,7 @@ import pytest
 
 from dynamic_lora_server.residency import Residency
 from tests.support.adapters import make_adapter
+from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.models import tiny_llama, tiny_tokenizer
 
@@ -211,9 +212,8 @@ async def test_the_log_names_who_answered(
     with caplog.at_level(logging.INFO, "dynamic_lora_server.access_log"):
         answers = [await client.post(path, json=body) for path, body in bodies.items()]
         ids = [answer.headers["x-request-id"] for answer in answers]
-        async with asyncio.timeout(10):  # an answer is there a moment before its line
-            while not all(one in caplog.text for one in ids):
-                await asyncio.sleep(0.01)
+        # An answer is there a moment before its line.
+        await eventually(lambda: all(one in caplog.text for one in ids), "all are logged")
     lines = dict(record.getMessage().split(" request=")[::-1] for record in caplog.records)
     for one, adapter in zip(ids, ("ner", "base", "-"), strict=True):
         assert lines[one].endswith(f"s adapter={adapter}")

@@ -1,6 +1,5 @@
 """What needs a real socket: disconnects, peers' clients, and a queue that is full."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from huggingface_hub.errors import ValidationError
 from openai import AuthenticationError, NotFoundError, OpenAI
 
 from dynamic_lora_client import AccessDenied, AdapterNotFound, Client
+from tests.support.eventually import wait_until
 from tests.support.http_server import listening, tiny_app, tiny_config
 
 # Takes far longer than a test should: only a disconnect can end it in time.
@@ -46,10 +46,8 @@ def num_sequences(address: str) -> tuple[float, float]:
 
 
 def wait_for(address: str, running: int, waiting: int) -> None:
-    deadline = time.monotonic() + 20
-    while (found := num_sequences(address)) != (running, waiting):
-        assert time.monotonic() < deadline, f"{found} run and wait"
-        time.sleep(0.02)
+    wanted = running, waiting
+    wait_until(lambda: num_sequences(address) == wanted, f"{running} run and {waiting} wait")
 
 
 def wait_until_idle(address: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
+from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.models import CONTEXT_LENGTH, tiny_llama, tiny_tokenizer
 
@@ -162,9 +163,7 @@ async def test_of_many_texts_those_beyond_a_line_of_64_are_refused(
 
     monkeypatch.setattr(TokenizerView, "encode", slowly)
     tasks = [asyncio.create_task(client.post("/tokenize", json={"prompt": "x"})) for _ in range(70)]
-    async with asyncio.timeout(30):
-        while sum(task.done() for task in tasks) < 4:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: sum(task.done() for task in tasks) == 4, "four are refused")
     go_on.set()
     answers = [await task for task in tasks]
     refused = [answer for answer in answers if answer.status_code == 429]

@@ -18,6 +18,7 @@ from dynamic_lora_server.app import create_app
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.errors import UnsupportedModel
+from tests.support.eventually import eventually
 from tests.support.runtimes import load_runtime, tiny_config
 
 
@@ -148,10 +149,11 @@ def _never() -> NoReturn:
 
 async def test_bodies_on_their_way_are_bounded_together(tmp_path: Path) -> None:
     app = create_app(ServerConfig(home=tmp_path, max_body_bytes=100), load=_never)
-    go_on = asyncio.Event()
+    go_on, arrived = asyncio.Event(), []
 
     async def slowly() -> AsyncIterator[bytes]:
         yield b" " * 90
+        arrived.append(90)
         await go_on.wait()
         yield b"{"
 
@@ -161,7 +163,7 @@ async def test_bodies_on_their_way_are_bounded_together(tmp_path: Path) -> None:
             asyncio.create_task(client.post("/generate", content=slowly(), headers=headers))
             for _ in range(71)
         ]
-        await asyncio.sleep(0.1)
+        await eventually(lambda: len(arrived) == len(arriving), "all have sent the most of theirs")
         refused = await client.post("/generate", content=b" " * 20, headers=headers)
         go_on.set()
         statuses = {(await task).status_code for task in arriving}

@@ -28,6 +28,7 @@ from dynamic_lora_server.generation import Started
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.streams import begin_all, collect_all
 from tests.support.adapters import make_adapter
+from tests.support.eventually import eventually
 from tests.support.models import tiny_llama
 from tests.support.runtimes import collect, finishes, publish, serving, spec, token_ids
 from tests.support.slabs import hold_writes
@@ -39,20 +40,12 @@ def names(count: int) -> list[str]:
 
 async def all_freed(runtime: Runtime) -> None:
     """Wait until no adapter has memory; what is merged is taken away on the engine's thread."""
-    for _ in range(300):
-        if not runtime.stats().adapters.used_bytes:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("adapters keep their memory")
+    await eventually(lambda: not runtime.stats().adapters.used_bytes, "no adapter has memory")
 
 
 async def none_leased(runtime: Runtime) -> None:
     """Wait until no request holds an adapter."""
-    for _ in range(300):
-        if not runtime.stats().adapters.num_leased:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("an adapter is leased for nobody")
+    await eventually(lambda: not runtime.stats().adapters.num_leased, "no adapter is leased")
 
 
 async def test_more_adapters_than_room_are_served_in_turn(tmp_path: Path) -> None:
@@ -100,18 +93,14 @@ async def test_who_found_no_room_joins_a_load_that_is_under_way(
                 assert go_on.wait(10)
             return load(digest)
 
-        async def wait_for_reads(count: int) -> None:
-            while reads[wanted] < count:
-                await asyncio.sleep(0.01)
-
         monkeypatch.setattr(runtime.registry, "load", read)
         wanted = runtime.registry.resolve("b").digest
         async with runtime.residencies.hold("a"):
             both = [asyncio.create_task(collect(runtime, spec(adapter="b"))) for _ in range(2)]
-            await asyncio.wait_for(wait_for_reads(2), 10)
+            await eventually(lambda: reads[wanted] == 2, "the second reads")
         # The first has been told of the room, while the second is reading.
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(wait_for_reads(3), 0.3)
+        await asyncio.sleep(0.3)
+        assert reads[wanted] == 2
         go_on.set()
         assert all(map(finishes, await asyncio.gather(*both)))
         assert reads[wanted] == 2
@@ -209,8 +198,7 @@ async def test_who_waits_for_room_is_told_that_the_server_shuts_down(tmp_path: P
         stream = runtime.service.stream(spec(adapter=first, max_new_tokens=400))
         await anext(stream)
         waiting = asyncio.create_task(collect(runtime, spec(adapter=second)))
-        while runtime.residencies.reads.num_reads < 2:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: runtime.residencies.reads.num_reads == 2, "the second is read")
         runtime.service.refuse()
         await asyncio.to_thread(runtime.service.close)
         with pytest.raises(NotReady, match="shutting down"):
@@ -270,9 +258,7 @@ async def test_a_request_cancelled_as_its_adapter_is_deleted_removes_no_files_on
         task = asyncio.create_task(collect(runtime, spec(adapter="a")))
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with asyncio.timeout(10):
-            while not threads:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: threads, "its files are removed")
         await all_freed(runtime)
     assert threading.current_thread() not in threads
 

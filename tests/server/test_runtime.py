@@ -115,6 +115,7 @@ def test_a_prefix_cache_that_is_nothing_or_everything_is_refused(
         load_runtime(tmp_path, prefix_cache_memory=memory)
 
 
+@pytest.mark.usefixtures("measuring")
 def test_costs_are_measured_once_for_each_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,16 +132,14 @@ def test_costs_are_measured_once_for_each_home(
     shutil.rmtree(tmp_path / "home")
 
 
-def test_costs_of_one_kind_of_products_are_not_anothers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_costs_of_one_kind_of_products_are_not_anothers(tmp_path: Path) -> None:
     """Also where no option names the kind: what is free in memory decides, too."""
-    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
     load_runtime(tmp_path, base_product="plain").registry.close()
     (costs,) = (tmp_path / "home" / "costs").iterdir()
     assert costs.stem.endswith("-plain")
 
 
+@pytest.mark.usefixtures("measuring")
 def test_costs_of_a_busy_machine_are_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,9 +149,8 @@ def test_costs_of_a_busy_machine_are_not_kept(
 
 
 def test_costs_that_cannot_be_kept_are_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "costs").touch()  # no folder can be made there
     load_runtime(tmp_path).registry.close()

@@ -26,6 +26,7 @@ from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
 from tests.support.adapters import quiet as quiet_peft
+from tests.support.eventually import eventually
 from tests.support.models import (
     BOS,
     EOS,
@@ -49,11 +50,7 @@ async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
 
 async def quiet(runtime: Runtime) -> None:
     """Wait until the engine has no sequence left."""
-    for _ in range(500):
-        if not runtime.built.engine.has_work:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("the engine did not come to rest")
+    await eventually(lambda: not runtime.built.engine.has_work, "the engine rests")
 
 
 async def test_events_of_a_request(runtime: Runtime) -> None:
@@ -198,8 +195,7 @@ async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> N
 
 async def test_cancelling_the_task_frees_the_place(runtime: Runtime) -> None:
     task = asyncio.create_task(collect(runtime, spec(adapter="ner", max_new_tokens=400)))
-    while not runtime.stats().num_running:
-        await asyncio.sleep(0.01)
+    await eventually(lambda: runtime.stats().num_running, "the request runs")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -209,8 +205,7 @@ async def test_cancelling_the_task_frees_the_place(runtime: Runtime) -> None:
 
 async def test_a_full_queue_refuses_with_a_pause(runtime: Runtime) -> None:
     tasks = [asyncio.create_task(collect(runtime, spec(max_new_tokens=100, n=4))) for _ in range(2)]
-    while runtime.service.num_open < 8:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: runtime.service.num_open == 8, "all places are taken")
     with pytest.raises(QueueFull, match="8 continuations are running or waiting") as refused:
         await collect(runtime, spec())
     assert 1 <= refused.value.retry_after <= 60
@@ -423,8 +418,4 @@ async def test_a_slot_is_kept_while_a_step_reads_it_for_a_request_that_has_gone(
     assert runtime.stats().adapters.num_leased == 1
     go_on.set()
     await quiet(runtime)
-    for _ in range(300):
-        if not runtime.stats().adapters.num_leased:
-            break
-        await asyncio.sleep(0.01)
-    assert runtime.stats().adapters.num_leased == 0
+    await eventually(lambda: not runtime.stats().adapters.num_leased, "no adapter is leased")

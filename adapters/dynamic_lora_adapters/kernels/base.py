@@ -35,9 +35,12 @@ class DeltaKernel(Protocol):
     table's are padded with zero rows. `out` is changed in place; nothing else
     is. x, out and the tables share one device, and one dtype, but that
     `NativeSegments` takes tables in bfloat16 too.
+
+    A kernel that `pads` computes as many rows for each segment as the longest has.
     """
 
     name: str
+    pads: bool
 
     def __call__(
         self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: "Run"

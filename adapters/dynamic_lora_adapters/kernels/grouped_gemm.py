@@ -15,6 +15,7 @@ class GroupedGemm:
     """
 
     name = "grouped_gemm"
+    pads = False
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         a, b, *_ = factors

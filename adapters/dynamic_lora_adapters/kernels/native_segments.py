@@ -37,6 +37,7 @@ class NativeSegments:
     """
 
     name = "native_segments"
+    pads = False
 
     def __init__(self) -> None:
         library = load_library("segments")

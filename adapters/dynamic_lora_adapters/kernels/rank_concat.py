@@ -15,6 +15,7 @@ class RankConcat:
     """
 
     name = "rank_concat"
+    pads = False
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         a, b, *_ = factors

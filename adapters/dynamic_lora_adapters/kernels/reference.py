@@ -10,6 +10,7 @@ class Reference:
     """One row at a time, accumulated in float32."""
 
     name = "reference"
+    pads = False
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         a, b, *_ = factors

@@ -14,6 +14,7 @@ class SegmentLoop:
     """
 
     name = "segment_loop"
+    pads = False
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         a, b, *_ = factors

@@ -16,6 +16,7 @@ class SortedGroups:
     """
 
     name = "sorted_groups"
+    pads = True
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         a, b, *_ = factors

@@ -209,6 +209,7 @@ class TritonSegments:
     """Both kernels over the tiles of a run. Best where launches cost more than arithmetic."""
 
     name = "triton_segments"
+    pads = False
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         a, b, *_ = factors

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dynamic_lora_adapters.costs import KernelCosts, measure_costs
 from dynamic_lora_adapters.kernels import has_triton
-from dynamic_lora_server.engine import startup_costs
 from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.decode_graphs import refusing_waits
 from dynamic_lora_server.engine.engine import FailedEvent
@@ -99,20 +97,6 @@ def overlapping(folders: list[Path], *, overlap: bool) -> tuple[BuiltEngine, lis
     return built, rows
 
 
-@pytest.fixture
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines choose the same delta kernels, which round in ways of their own."""
-    found: list[KernelCosts] = []
-
-    def measure(*arguments: Any, **options: Any) -> KernelCosts:
-        if not found:
-            found.append(measure_costs(*arguments, **options))
-        return found[0]
-
-    monkeypatch.setattr(startup_costs, "measure_costs", measure)
-
-
-@pytest.mark.usefixtures("measured_once")
 def test_overlapping_steps_give_the_tokens_of_steps_one_by_one(tmp_path: Path) -> None:
     folders = [make_adapter(tmp_path / str(n), tiny_llama(hidden_size=256)) for n in range(2)]
     found = []

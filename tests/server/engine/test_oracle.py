@@ -6,9 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
+from dynamic_lora_adapters.costs import KernelChooser
+from dynamic_lora_adapters.kernels import DeltaKernel, kernels_for
+from dynamic_lora_adapters.kernels.native_segments import NativeSegments
 from dynamic_lora_adapters.products import ProductKind, obstacle
+from dynamic_lora_adapters.segments import Run
 from dynamic_lora_server.engine.build import BuiltEngine
 from tests.support.adapters import load_with_peft, make_adapter, save_adapter
+from tests.support.costs import fixed_costs
 from tests.support.engines import (
     ADAPTER_KINDS,
     NUM_TOKENS,
@@ -47,7 +52,8 @@ def test_alone(
     assert tokens == expected_tokens(oracle, task, prompt)
 
 
-def test_mixed(built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]) -> None:
+def check_mixed(built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]) -> None:
+    """Many tasks in one batch, each with the tokens that PEFT gives it."""
     prompts = [random_prompt(3 + 9 * i, seed=i) for i in range(len(TASKS))]
     sequences = [
         make_sequence(prompt, adapter=None if task is None else admit(built, folders[task]))
@@ -56,6 +62,31 @@ def test_mixed(built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]) 
     tokens = run_all(built, sequences)
     for task, prompt, actual in zip(TASKS, prompts, tokens, strict=True):
         assert actual == expected_tokens(oracle, task, prompt), task
+
+
+def test_mixed(built: BuiltEngine, oracle: PeftModel, folders: dict[str, Path]) -> None:
+    check_mixed(built, oracle, folders)
+
+
+@pytest.mark.parametrize("name", kernels_for(torch.device("cpu"), torch.float32))
+def test_mixed_with_every_delta_kernel(
+    name: str, oracle: PeftModel, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the kernel is measured to be the fastest."""
+    with fixed_costs(cheapest=name):
+        native = name == NativeSegments.name
+        built = make_engine(tiny_llama(), base_product=ProductKind.PLAIN, native=native)
+    chosen = set()
+    choose = KernelChooser.choose
+
+    def recording(self: KernelChooser, run: Run) -> DeltaKernel:
+        kernel = choose(self, run)
+        chosen.add(kernel.name)
+        return kernel
+
+    monkeypatch.setattr(KernelChooser, "choose", recording)
+    check_mixed(built, oracle, folders)
+    assert chosen == {name}
 
 
 def test_late_comers_join_a_running_batch(

@@ -10,6 +10,7 @@ import pytest
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from tests.support.engines import make_engine, make_sequence
+from tests.support.eventually import wait_until
 from tests.support.models import tiny_llama
 
 
@@ -52,8 +53,7 @@ def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
     sequence = make_sequence([1, 2, 3], max_new_tokens=3)
     worker.send(Submit(sequence, lambda: order.append("left")))
     worker.start()
-    while "end" not in order:
-        assert worker.alive
+    wait_until(lambda: "end" in order, "the sequence ends")
     worker.stop()
     assert order == ["token", "token", "left", "end"]
 
@@ -74,8 +74,7 @@ def test_a_loop_that_breaks_fails_everybody_by_name_and_says_so(
     early, late = (Submit(one, partial(left.append, one.id)) for one in sequences)
     worker.send(early)
     worker.start()
-    while not events:
-        pass
+    wait_until(lambda: events, "the loop breaks")
     worker.send(late)  # as of a request that was on its way
     worker.send(Cancel(late.sequence))
     worker.stop()
@@ -94,8 +93,7 @@ def test_the_engine_gives_way_to_what_is_short_and_waited_for() -> None:
     worker = Worker(make_engine(tiny_llama()).engine, lambda _: found.append(niceness()))
     worker.send(Submit(make_sequence([1, 2, 3], max_new_tokens=1)))
     worker.start()
-    while not found:
-        assert worker.alive
+    wait_until(lambda: found, "the engine's first event")
     worker.stop()
     assert found == [min(mine + 5, 19)]
     assert niceness() == mine

@@ -10,11 +10,9 @@ _INTRODUCTION = """\
 # Conformance
 
 What the server makes of each kind of PEFT checkpoint on each architecture, with
-PEFT as the oracle. Made by
-
-    python -m benchmarks.conformance --write
-
-and held to the code by `tests/conformance`.
+PEFT as the oracle. `make test` re-measures every kind on Llama and `all-linear`
+on every architecture; `python -m benchmarks.conformance --write` re-measures
+every cell.
 
 Every checkpoint is made by PEFT on a tiny random model of the architecture,
 with random weights that visibly move the logits, and goes through the server's
