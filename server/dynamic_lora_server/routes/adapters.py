@@ -80,14 +80,14 @@ def list_adapters(runtime: Ready) -> AdapterList:
     return AdapterList(adapters=adapters, modes=_modes(runtime))
 
 
-@router.get("/{name}", responses=problems(404, 503), summary="An adapter's passport")
+@router.get("/{name:name}", responses=problems(404, 503), summary="An adapter's passport")
 async def get_adapter(name: str, runtime: Ready) -> Adapter:
     """What the server knows about an adapter, and where its weights are now."""
     return _adapter(runtime, runtime.registry.resolve(name).passport)
 
 
 @router.delete(
-    "/{name}", status_code=204, responses=problems(404, 503), summary="Delete an adapter"
+    "/{name:name}", status_code=204, responses=problems(404, 503), summary="Delete an adapter"
 )
 async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
     """Forget the name at once; requests that use the adapter finish with it."""
