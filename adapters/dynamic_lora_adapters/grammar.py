@@ -3,6 +3,7 @@
     composition = [sign] part { joint part }
     joint       = "+" | "-" | whitespace          whitespace reads as "+"
     part        = name [ "@" version ] [ "*" number ]
+    name        = word [ "/" word ]               as `names` has it
 
 Whitespace may stand between any two tokens. A name is read as far as it goes,
 and names may hold '-': `my-adapter-2` is one name, and a minus that follows a
@@ -13,12 +14,12 @@ Whitespace counts as a plus because that is what a query string makes of one.
 import re
 
 from dynamic_lora_adapters.composition import Composition, InvalidComposition, Part
+from dynamic_lora_adapters.names import MAX_NAME, NAME
 
 MAX_TEXT = 4096
 MIN_VERSION_DIGITS = 8
 
 _SPACE = re.compile(r"\s*")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _VERSION = re.compile(r"[0-9a-f]*")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _OPERATORS = re.compile(r"[*@+(\s]|^-")
@@ -73,11 +74,13 @@ class _Reader:
 
     def label(self) -> tuple[str, str | None]:
         self._skip()
-        name = self._take(_NAME)
+        name = self._take(NAME)
         if name is None:
             raise self._fault(f"expected an adapter's name{self._after()}")
-        if len(name) > 63:
-            raise self._fault("this name is longer than 63 characters", at=self._at - len(name))
+        if len(name) > MAX_NAME:
+            raise self._fault(
+                f"this name is longer than {MAX_NAME} characters", at=self._at - len(name)
+            )
         if not self._symbol("@"):
             return name, None
         self._skip()

@@ -5,14 +5,17 @@ from collections.abc import Collection
 
 from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapterName
 
+MAX_NAME = 140  # characters: the Hub's longest ids have 42 and 96 around the slash
 NAME_RULE = (
-    "a name is 1 to 63 characters long, starts with a lower-case letter or a digit, "
-    "and goes on with lower-case letters, digits, '.', '_' or '-'"
+    f"a name is 1 to {MAX_NAME} characters long, starts with a letter or a digit, and goes on "
+    "with letters, digits, '.', '_' or '-'; a slash may stand between two such names, as in "
+    "organisation/name"
 )
 RESERVED_NAMES = frozenset({"base"})
 SUMS = "composition"  # what metrics count all sums of adapters under
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
+NAME = re.compile(f"{_PART}(?:/{_PART})?")  # of any length
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|.*\\", re.DOTALL)
 
@@ -20,22 +23,23 @@ _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|.*\\", re.DOTALL)
 def check_adapter_name(name: str, *, reserved: Collection[str] = ()) -> str:
     """Return `name` if an adapter may have it.
 
-    `reserved` adds to the names that mean the base model. Raises
+    Names that differ in the case of their letters are two, but one that is reserved is in any
+    case. `reserved` adds to those that mean the base model. Raises
     `InvalidAdapterName`, stating the rule or what the name means.
     """
-    if not _NAME.fullmatch(name):
+    if len(name) > MAX_NAME or not NAME.fullmatch(name):
         raise InvalidAdapterName(
             f"{name[:80]!r} cannot be an adapter's name: {NAME_RULE}.",
             field="name",
             fix="Choose another name, for example 'ner-v2'.",
         )
-    if name in RESERVED_NAMES or name in {other.lower() for other in reserved}:
+    if name.lower() in RESERVED_NAMES | {other.lower() for other in reserved}:
         raise InvalidAdapterName(
             f"The name {name!r} means the base model and cannot be given to an adapter.",
             field="name",
             fix="Choose another name.",
         )
-    if name == SUMS:
+    if name.lower() == SUMS:
         raise InvalidAdapterName(
             f"The name {name!r} is what metrics count sums of adapters under and cannot be given.",
             field="name",

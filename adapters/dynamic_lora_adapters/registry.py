@@ -169,6 +169,10 @@ class AdapterRegistry:
         """Whether a name is an adapter's now, also one that cannot be read."""
         return name in self._versions or name in self._unreadable
 
+    def names(self) -> set[str]:
+        """All names, those of adapters that cannot be read too."""
+        return {*self._versions.copy(), *self._unreadable.copy()}
+
     def list(self) -> Sequence[Passport]:
         """The passports of all adapters that fit the base, by name."""
         versions = self._versions.copy()

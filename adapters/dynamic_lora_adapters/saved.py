@@ -68,6 +68,10 @@ class SavedCompositions:
         """Whether a name is an adapter's or a saved composition's."""
         return self._is_adapter(name) or self._is_saved(name)
 
+    def spelt_as(self, name: str) -> str | None:
+        """The name that is `name` but for the case of its letters, if there is one."""
+        return next((own for own in sorted(self._names()) if own.lower() == name.lower()), None)
+
     def resolve(self, text: str) -> Composition:
         """What a text means now: a name, a saved name, or a sum of either.
 
@@ -214,8 +218,10 @@ class SavedCompositions:
         return self._registry.has(name)
 
     def _near(self, name: str) -> Sequence[str]:
-        names = {*self._saved, *(passport.name for passport in self._registry.list())}
-        return near_names(name, names)
+        return near_names(name, self._names())
+
+    def _names(self) -> set[str]:
+        return {*self._saved.copy(), *self._registry.names()}
 
 
 def _not_an_adapter(part: Part, saved: StoredComposition) -> InvalidComposition:

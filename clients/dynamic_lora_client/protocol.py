@@ -221,9 +221,9 @@ def _adapter_query(adapter: str | None) -> dict[str, str]:
 
 
 def _path(resource: str, name: str) -> str:
-    if name in ("", ".", ".."):
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):  # another path, to who resolves these
         raise InvalidArgument(f"{name!r} is not the name of an adapter or a composition.")
-    return f"/{resource}/{quote(name, safe='')}"
+    return f"/{resource}/{quote(name)}"
 
 
 def _generate_body(

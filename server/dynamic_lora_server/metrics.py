@@ -172,7 +172,7 @@ class RequestCounter:
         if route is None:
             matching = (one for one in self._routes if one.matches(scope)[0] is not Match.NONE)
             route = next(matching, None)
-        return getattr(route, "path", "unmatched")
+        return getattr(route, "path_format", "unmatched")
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha256
@@ -168,7 +168,7 @@ class Runtime:
         saved = SavedCompositions(
             registry, registry.index, room_bytes=built.pool.stats().budget_bytes
         )
-        _check_free(config.served_model_names, saved)
+        _check_free(base.name, config.served_model_names, saved)
         residencies = Residency(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)
         service = GenerationService(built.engine, residencies, view, limits, recorder)
@@ -242,14 +242,18 @@ def shipped_adapters() -> Path:
     return Path(str(files("dynamic_lora_adapters"))) / "shipped"
 
 
-def _check_free(served_names: Collection[str], saved: SavedCompositions) -> None:
-    """Raise InvalidParameter for a name of the base that is taken."""
-    for name in served_names:
-        if saved.has(name.lower()):
+def _check_free(model_id: str, served_names: Sequence[str], saved: SavedCompositions) -> None:
+    """Raise InvalidParameter for a name of the base that is taken.
+
+    An adapter may have the id if it was uploaded while the base was served from a folder.
+    """
+    fields = dict.fromkeys(served_names, "served_model_names") | {model_id: "model"}
+    for name, field_name in fields.items():
+        if (taken := saved.spelt_as(name)) is not None:
             raise InvalidParameter(
-                f"served_model_names holds {name!r}, but {name.lower()!r} is the name of an "
+                f"The base model would be {name!r}, but {taken!r} is the name of an "
                 "adapter or of a saved composition.",
-                field="served_model_names",
+                field=field_name,
                 fix="Choose another name, or start without this one and delete the other.",
             )
 

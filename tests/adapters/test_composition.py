@@ -18,7 +18,9 @@ from dynamic_lora_adapters.composition import (
 )
 from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
 
-names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(lambda n: n != "base")
+names = st.from_regex(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}(/[A-Za-z0-9][A-Za-z0-9._-]{0,9})?", fullmatch=True
+).filter(lambda n: n != "base")
 versions = st.none() | st.from_regex(r"[0-9a-f]{8,64}", fullmatch=True)
 weights = st.floats(-MAX_WEIGHT / 16, MAX_WEIGHT / 16)
 parts = st.lists(st.builds(Part, names, versions, weights), max_size=16)
@@ -50,6 +52,11 @@ parts = st.lists(st.builds(Part, names, versions, weights), max_size=16)
         ("1.5*2", [Part("1.5", None, 2.0)]),
         ("ner*1e-3", [Part("ner", None, 0.001)]),
         ("ner*0+tone*0", [Part("ner", None, 0.0), Part("tone", None, 0.0)]),
+        ("NER*2 - Ner", [Part("NER", None, 2.0), Part("Ner", None, -1.0)]),
+        (
+            "org/SQL-Lora@3f2a9c1d*.5-a/b-c*2",
+            [Part("org/SQL-Lora", "3f2a9c1d", 0.5), Part("a/b-c", None, -2.0)],
+        ),
     ],
 )
 def test_what_texts_mean(text: str, expected: list[Part]) -> None:
@@ -61,7 +68,11 @@ def test_what_texts_mean(text: str, expected: list[Part]) -> None:
     [
         ("", 1, "expected an adapter's name"),
         ("  ", 3, "expected an adapter's name"),
-        ("NER*2", 1, "expected an adapter's name"),
+        ("\u00e4*2", 1, "expected an adapter's name"),
+        ("/a*2", 1, "expected an adapter's name"),
+        ("a/*2", 2, "expected '+', '-' or the end"),
+        ("a/b/c*2", 4, "expected '+', '-' or the end"),
+        ("a/ b*2", 2, "expected '+', '-' or the end"),
         ("ner*0.7+tone*", 14, "expected a number after '*'"),
         ("ner*x", 5, "expected a number after '*'"),
         ("ner*nan", 5, "expected a number after '*'"),
@@ -73,7 +84,7 @@ def test_what_texts_mean(text: str, expected: list[Part]) -> None:
         ("ner- tone", 4, "this '-' belongs to the name; put a space before a minus"),
         ("ner@3f2a", 5, "expected 8 to 64 hexadecimal digits after '@'"),
         ("ner@" + "0" * 65, 5, "expected 8 to 64 hexadecimal digits after '@'"),
-        ("ner+" + "x" * 64, 5, "this name is longer than 63 characters"),
+        ("ner+" + "x" * 141, 5, "this name is longer than 140 characters"),
         ("tone+ner*101", 6, "The weight of 'ner' is 101; weights lie between -100 and 100"),
         ("ner*1e999", 1, "The weight of 'ner' is inf; weights lie between"),
         ("ner*100.00000001", 1, "The weight of 'ner' is 100.00000001; weights lie between"),
@@ -135,6 +146,12 @@ def test_the_canonical_text_is_read_back(own: list[Part]) -> None:
         assert str(composition) == "base"
     else:
         assert parse(str(composition)) == composition
+
+
+def test_the_longest_canonical_text_is_read_back() -> None:
+    named = (f"{i:x}{'o' * 41}/{'n' * 97}" for i in range(16))
+    own = Composition.of(Part(name, "0" * 64, -1.2345678901234567e-100) for name in named)
+    assert parse(str(own)) == own
 
 
 @given(parts, st.randoms())

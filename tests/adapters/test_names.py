@@ -13,24 +13,35 @@ from dynamic_lora_adapters.names import (
     model_leaf,
 )
 
+MEANT = {"base", "composition"}
 
-@given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True).filter(lambda n: n != "base"))
+
+@given(
+    st.from_regex(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,41}(/[A-Za-z0-9][A-Za-z0-9._-]{0,96})?", fullmatch=True
+    ).filter(lambda name: name.lower() not in MEANT)
+)
 def test_names_by_the_rule_pass(name: str) -> None:
     assert check_adapter_name(name) == name
 
 
-@given(st.text())
+@given(st.text() | st.from_regex(r"[A-Za-z0-9._/-]{1,8}", fullmatch=True))
 def test_a_name_that_passes_needs_no_quoting(name: str) -> None:
     try:
         check_adapter_name(name)
     except InvalidAdapterName:
         return
-    assert re.fullmatch(r"[a-z0-9._-]+", name, re.ASCII)
-    assert name not in (".", "..")
+    assert re.fullmatch(r"[A-Za-z0-9._/-]+", name, re.ASCII)
+    assert len(name.split("/")) <= 2
+    assert {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 @pytest.mark.parametrize(
-    "name", ["", "NER", "a b", "-x", ".x", "a/b", "ner\n", "n\u00e9", "a" * 64]
+    "name",
+    [
+        *("", "a b", "-x", ".x", "ner\n", "n\u00e9", "a" * 141),
+        *("/", "/a", "a/", "a//b", "a/b/c", "a/.", "a/..", "../a", "a/-b", "a\\b", "C:/a"),
+    ],
 )
 def test_bad_names_are_told_the_rule(name: str) -> None:
     with pytest.raises(InvalidAdapterName) as caught:
@@ -39,15 +50,16 @@ def test_bad_names_are_told_the_rule(name: str) -> None:
     assert caught.value.field == "name"
 
 
-@pytest.mark.parametrize("name", ["base", "tiny-llama"])
-def test_names_of_the_base_are_reserved(name: str) -> None:
+@pytest.mark.parametrize("name", ["base", "Base", "tiny-llama", "Tiny-Llama", "ORG/tiny"])
+def test_names_of_the_base_are_reserved_in_any_case(name: str) -> None:
     with pytest.raises(InvalidAdapterName, match="means the base model"):
-        check_adapter_name(name, reserved=["Tiny-Llama"])
+        check_adapter_name(name, reserved=["Tiny-Llama", "org/Tiny"])
 
 
 def test_the_label_of_sums_in_the_metrics_is_nobodys_name() -> None:
-    with pytest.raises(InvalidAdapterName, match="what metrics count sums of adapters under"):
-        check_adapter_name("composition")
+    for name in ("composition", "Composition"):
+        with pytest.raises(InvalidAdapterName, match="what metrics count sums of adapters under"):
+            check_adapter_name(name)
     assert check_adapter_name("compositions")
 
 

@@ -194,6 +194,24 @@ def test_unknown_names_get_the_near_misses(registry: AdapterRegistry, adapter: P
         registry.resolve("zzz")
 
 
+def test_names_that_differ_in_case_are_two(
+    home: Path, geometry: BaseGeometry, adapter: Path
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        for name in ("SQL-Lora", "org/Name", "org/name"):
+            publish(registry, name, adapter)
+        with pytest.raises(AdapterNotFound, match="Did you mean 'SQL-Lora'"):
+            registry.resolve("sql-lora")
+        edit_config(adapter, lora_alpha=3)
+        publish(registry, "sql-lora", adapter)
+        assert registry.resolve("SQL-Lora").digest != registry.resolve("sql-lora").digest
+        registry.delete("org/Name")
+    with AdapterRegistry(home, geometry) as registry:
+        assert names(registry) == ["SQL-Lora", "org/name", "sql-lora"]
+        assert registry.resolve("SQL-Lora").digest == registry.resolve("org/name").digest
+        assert kinds(registry, "org/Name") == [EventKind.UPLOADED, EventKind.DELETED]
+
+
 def test_a_deleted_adapter_is_gone(registry: AdapterRegistry, adapter: Path, home: Path) -> None:
     digest = publish(registry, "ner", adapter).passport.version
     registry.delete("ner")
@@ -254,7 +272,7 @@ def test_a_refused_upload_changes_nothing(
     assert_clean(home, {kept.version})
 
 
-@pytest.mark.parametrize("name", ["NER", "", "a/b", "base", "tiny-llama", "org/tiny-llama"])
+@pytest.mark.parametrize("name", ["a b", "", "a/b/c", "base", "tiny-llama", "org/Tiny-Llama"])
 def test_bad_names_are_refused(name: str, registry: AdapterRegistry, adapter: Path) -> None:
     with pytest.raises(InvalidAdapterName):
         publish(registry, name, adapter)
@@ -353,6 +371,10 @@ def test_near_names_are_found_among_many(registry: AdapterRegistry, adapter: Pat
         publish(registry, name, adapter)
     with pytest.raises(AdapterNotFound, match="Did you mean 'sentiment'"):
         registry.resolve("sentimnt")
+    assert near_names("SENTIMENTS", ["sentiments", "Sentiments", "ner"]) == [
+        "Sentiments",
+        "sentiments",
+    ]
     many = [f"s-{number}" for number in range(5000)]
     assert near_names("sentimnt", [*many, "sentiment"])[0] == "sentiment"
 

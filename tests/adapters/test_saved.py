@@ -66,8 +66,8 @@ class Registry(AdapterRegistry):
     def has(self, name: str) -> bool:
         return name in self.digests
 
-    def list(self) -> list[Passport]:
-        return [Passport.model_construct(name=name) for name in self.digests]
+    def names(self) -> set[str]:
+        return set(self.digests)
 
 
 @pytest.fixture
@@ -175,6 +175,13 @@ def test_names_are_given_once(saved: SavedCompositions) -> None:
         save(saved, "News y", "tone*2")
     with pytest.raises(InvalidAdapterName, match="means the base model"):
         saved.save("m", parse_parts("ner"), reserved=("org/m", "m"))
+
+
+def test_a_name_is_known_in_any_case(saved: SavedCompositions) -> None:
+    save(saved, "org/Newsy", "tone*2")
+    assert saved.spelt_as("ORG/newsy") == "org/Newsy"
+    assert saved.spelt_as("Ner") == saved.spelt_as("ner") == "ner"
+    assert saved.spelt_as("org") is None
 
 
 def test_saved_ones_do_not_nest(saved: SavedCompositions) -> None:

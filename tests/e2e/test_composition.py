@@ -263,9 +263,9 @@ async def test_bad_texts(
 
 async def test_a_name_that_no_adapter_can_have(http: httpx.AsyncClient) -> None:
     """It may be that of the base, and is only then looked for; a sum has to be read."""
-    asked = (await ask(http, "NER")).json()
+    asked = (await ask(http, "a/b/c")).json()
     assert (asked["status"], asked["type"]) == (404, "/problems/adapter-not-found")
-    saved = (await http.put("/compositions/x", json={"adapter": "NER"})).json()
+    saved = (await http.put("/compositions/x", json={"adapter": "a/b/c"})).json()
     assert (saved["status"], saved["type"]) == (422, "/problems/invalid-composition")
 
 

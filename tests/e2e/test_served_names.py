@@ -1,12 +1,15 @@
 """The base model under other names than its own."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from dynamic_lora_server import runtime as module
+from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.errors import InvalidParameter
 from tests.support.adapters import make_adapter
 from tests.support.http_server import listening, tiny_app, tiny_config
@@ -85,9 +88,27 @@ async def test_names_that_something_has_are_refused_at_the_start(
 ) -> None:
     async with serving(tmp_path) as runtime:
         publish(runtime, "ner", adapter)
+        publish(runtime, "org/Tone", adapter)
         saved = runtime.residencies.saved
         saved.save("newsy", saved.resolve("ner*0.5").parts)
-    for name in ("ner", "NER", "newsy"):
-        with pytest.raises(InvalidParameter, match=f"{name!r}, but '{name.lower()}' is") as caught:
+    taken = (("ner", "ner"), ("NER", "ner"), ("newsy", "newsy"), ("org/tone", "org/Tone"))
+    for name, other in taken:
+        with pytest.raises(InvalidParameter, match=f"{name!r}, but {other!r} is") as caught:
             load_runtime(tmp_path, served_model_names=("house", name))
         assert caught.value.field == "served_model_names"
+
+
+async def test_an_id_that_an_adapter_has_is_refused_at_the_start(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was free while the same base was served from a folder."""
+    async with serving(tmp_path) as runtime:
+        publish(runtime, "org/Base", adapter)
+
+    def from_the_hub(model: str | None) -> BaseModel:
+        return replace(resolve_base(model), name="org/base")
+
+    monkeypatch.setattr(module, "resolve_base", from_the_hub)
+    with pytest.raises(InvalidParameter, match="'org/base', but 'org/Base' is") as caught:
+        load_runtime(tmp_path)
+    assert caught.value.field == "model"

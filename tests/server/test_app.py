@@ -130,8 +130,9 @@ def test_every_answer_is_counted_under_its_route(tmp_path: Path) -> None:
         ("GET", "/broken", key, "/broken", 500),
         ("GET", "/info", {}, "/info", 401),
         ("DELETE", "/adapters/ner", key, "/adapters/{name}", 403),
+        ("GET", "/adapters/org%2FName", key, "/adapters/{name}", 503),
         ("POST", "/generate", key | {"content-length": "200"}, "/generate", 413),
-        ("GET", "/v1/models/org/base", key, "/v1/models/{model:path}", 503),
+        ("GET", "/v1/models/org/base", key, "/v1/models/{model}", 503),
         ("GET", "/no-such-route", key, "unmatched", 404),
     ]
     for method, path, headers, route, status in asked:

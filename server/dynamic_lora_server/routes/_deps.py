@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
+from starlette.convertors import Convertor, register_url_convertor
 
 from dynamic_lora_adapters.json_file import unique_keys
 from dynamic_lora_server.errors import InvalidParameter
@@ -44,6 +45,24 @@ def _runtime(state: State) -> Any:
 
 # Loading the runtime's module imports torch; its name is enough here.
 Ready = Annotated["Runtime", Depends(_runtime)]
+
+
+class _NameConvertor(Convertor[str]):
+    """`{name:name}` in a path: an adapter's or a composition's, which may hold a slash.
+
+    A server hears `%2F` as a slash, so both spellings are one.
+    """
+
+    regex = "[^/]+(?:/[^/]+)?"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("name", _NameConvertor())
 
 
 def no_query(request: Request) -> None:

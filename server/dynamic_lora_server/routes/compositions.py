@@ -26,7 +26,7 @@ router = APIRouter(prefix="/compositions", tags=["compositions"], route_class=St
 
 
 @router.put(
-    "/{name}",
+    "/{name:name}",
     response_model=SavedComposition,
     responses={
         201: {"description": "The name is new", "model": SavedComposition},
@@ -60,14 +60,14 @@ async def list_compositions(runtime: Ready) -> CompositionList:
     return CompositionList(compositions=[_document(runtime, one) for one in saved])
 
 
-@router.get("/{name}", responses=problems(404, 503), summary="A saved composition")
+@router.get("/{name:name}", responses=problems(404, 503), summary="A saved composition")
 async def get_composition(name: str, runtime: Ready) -> SavedComposition:
     """Its text, its parts, and what they are now."""
     return _document(runtime, runtime.residencies.saved.get(name))
 
 
 @router.delete(
-    "/{name}", status_code=204, responses=problems(404, 503), summary="Delete a composition"
+    "/{name:name}", status_code=204, responses=problems(404, 503), summary="Delete a composition"
 )
 async def delete_composition(name: str, runtime: Ready) -> None:
     """Forget the name; its adapters stay, and requests that use it finish with it."""

@@ -13,8 +13,8 @@ from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_server.errors import InvalidParameter, ServerError
+from dynamic_lora_server.publishing import publish_source
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, openai_errors
-from dynamic_lora_server.routes.adapters import publish_source
 from dynamic_lora_server.schemas.adapters import (
     AdapterSource,
     LoadLoraAdapter,

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from dynamic_lora_adapters.names import MAX_NAME
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_server.schemas._base import (
     Answer,
@@ -109,7 +110,7 @@ UPLOAD_BODY: dict[str, Any] = {
                     "required": ["name", "files"],
                     "additionalProperties": False,
                     "properties": {
-                        "name": {"type": "string", "maxLength": 63},
+                        "name": {"type": "string", "maxLength": MAX_NAME},
                         "force": {"type": "string", "enum": ["true", "false"]},
                         "files": {
                             "type": "array",

@@ -17,8 +17,8 @@ import pytest
 from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_adapters.errors import UnsupportedAdapter
 from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
+from dynamic_lora_server import publishing
 from dynamic_lora_server.app import create_app
-from dynamic_lora_server.routes import adapters
 from dynamic_lora_server.sources import SourceUnavailable
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
@@ -150,7 +150,7 @@ async def test_four_sources_are_fetched_at_a_time(
             raise SourceUnavailable("The Hub is away.")
 
     async with serving(tmp_path) as client:
-        monkeypatch.setattr(adapters, "fetch_source", slowly)
+        monkeypatch.setattr(publishing, "fetch_source", slowly)
         body = {"name": "ner", "source": "hf://org/ner"}
         asked = (client.post("/adapters", json=body) for _ in range(8))
         assert {answer.status_code for answer in await asyncio.gather(*asked)} == {502}
@@ -164,7 +164,7 @@ async def test_a_name_that_cannot_be_given_is_refused_before_anything_is_fetched
         assert (await upload(client, "ner", adapter)).status_code == 201
         saved = await client.put("/compositions/half", json={"adapter": "ner*0.5"})
         assert saved.status_code == 201
-        monkeypatch.setattr(adapters, "fetch_source", None)
+        monkeypatch.setattr(publishing, "fetch_source", None)
         monkeypatch.setattr(Intake, "add", None)
         for name, status in (("Bad Name", 422), ("composition", 422), ("half", 409)):
             source = {"name": name, "source": "hf://org/ner"}
