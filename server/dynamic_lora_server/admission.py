@@ -1,5 +1,6 @@
 """What a request must be to be admitted: a prompt of known tokens that fits the context."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,6 +39,7 @@ class Admission:
     async def prompt_ids(self, spec: GenerationSpec) -> tuple[int, ...]:
         """The prompt's token ids. Raises InvalidParameter or ContextOverflow."""
         self._check_ids("stop_token_ids", spec.sampling.stop_token_ids)
+        self._check_ids("logit_bias", [token_id for token_id, _ in spec.sampling.logit_bias])
         ids = spec.prompt
         if isinstance(ids, str):
             if spec.keep_last is None:
@@ -88,7 +90,7 @@ class Admission:
             fix="Shorten the prompt.",
         )
 
-    def _check_ids(self, field: str, ids: tuple[int, ...]) -> None:
+    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
         if not all(0 <= token_id < self._view.vocab_size for token_id in ids):
             what = "The prompt" if field == "inputs" else field
             raise InvalidParameter(

@@ -12,6 +12,7 @@ BASE = "base"  # names the base model wherever an adapter can be named
 MIN_TEMPERATURE = 1e-5
 MAX_N = 32
 MAX_STOP_TOKENS = 32
+MAX_BIASES = 1024
 # Beyond any vocabulary, and within what a tensor's indices hold.
 MAX_TOP_K = 2**31 - 1
 
@@ -38,10 +39,10 @@ class SamplingParams:
     """How the next token is chosen. A `temperature` of 0 (below 1e-5) is greedy.
 
     Penalties and filters are applied in the order repetition, presence and
-    frequency penalty, grammar, temperature, top-k, top-p, min-p. `repetition_penalty`
+    frequency penalty, bias, grammar, temperature, top-k, top-p, min-p. `repetition_penalty`
     (Keskar et al. 2019) covers prompt and output, the other two the output
     only, as in OpenAI's API. Log-probabilities are those of the model before
-    any penalty, grammar, temperature or filter.
+    any penalty, bias, grammar, temperature or filter.
 
     Raises InvalidParameter, naming the field.
     """
@@ -55,6 +56,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added to their logits
+    min_new_tokens: int = 0  # before these no token ends the sequence
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False  # report the chosen token's log-probability
@@ -74,6 +77,13 @@ class SamplingParams:
         _check("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie between -2 and 2")
         _check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie between -2 and 2")
         _check("seed", self.seed is None or 0 <= self.seed < 2**64, "must fit in 64 bits")
+        few = self.min_new_tokens <= self.max_new_tokens
+        _check("min_new_tokens", self.min_new_tokens >= 0, "must not be negative")
+        _check("min_new_tokens", few, f"must not exceed max_new_tokens, {self.max_new_tokens}")
+        few = len(self.logit_bias) <= MAX_BIASES
+        _check("logit_bias", few, f"must not name more than {MAX_BIASES} tokens")
+        within = all(-100 <= bias <= 100 for _, bias in self.logit_bias)
+        _check("logit_bias", within, "must lie between -100 and 100 for each token")
         _check("top_logprobs", 0 <= self.top_logprobs <= 20, "must lie between 0 and 20")
 
     @property
@@ -82,13 +92,14 @@ class SamplingParams:
         return self.temperature < MIN_TEMPERATURE
 
     @property
+    def counts_output(self) -> bool:
+        """Whether tokens of the output are less likely to come again."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def penalised(self) -> bool:
         """Whether the choice depends on the tokens seen so far."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
+        return self.repetition_penalty != 1 or self.counts_output
 
 
 def _check(name: str, valid: bool, rule: str) -> None:
@@ -144,6 +155,8 @@ class GenerationSpec:
         _check("stop", few, f"must hold at most {MAX_STOP_STRINGS} strings")
         goes_on = self.grammar is not None and self.sampling.ignore_eos
         _check("ignore_eos", not goes_on, "cannot be: where a grammar ends, nothing may follow")
+        waits = self.grammar is not None and self.sampling.min_new_tokens > 0
+        _check("min_new_tokens", not waits, "cannot be: where a grammar ends, nothing may follow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,12 @@ from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
+from dynamic_lora_server.engine.adjustments import ScoredRow
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sampler import (
     Choice,
     Sampled,
-    ScoredRow,
     choose,
     taken,
     takes_highest,

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
@@ -13,14 +11,10 @@ from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.peaks import Peaks
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.transfer import to_device, to_host
+from dynamic_lora_server.engine.adjustments import ScoredRow, adjusted
 from dynamic_lora_server.engine.noise import draw_key, gumbel
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.unread import UnreadTokens
-
-# What each value of a mask's byte adds to the scores of its eight tokens, [256, 8].
-_ADDED = torch.tensor(
-    [[0.0 if byte >> bit & 1 else -math.inf for bit in range(8)] for byte in range(256)]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +72,11 @@ class Choice:
         ]
 
 
-class ScoredRow(NamedTuple):
-    """Whose next token a row of logits tells, and the drafted tokens that it takes to have come.
-
-    A sequence's rows are neighbours, each with one token more.
-    """
-
-    sequence: Sequence
-    ahead: tuple[int, ...] = ()
-
-
 def takes_highest(sequence: Sequence) -> bool:
     """Whether all that is wanted of a sequence's logits is where they are highest."""
     sampling = sequence.sampling
     reports = sampling.logprobs or sampling.top_logprobs
-    return sampling.greedy and not (sequence.follows_output or reports)
+    return sampling.greedy and not (sequence.adjusts_scores or reports)
 
 
 def taken(highest: Highest) -> Choice:
@@ -115,7 +99,7 @@ def choose(
     `unread` has the tokens of sequences whose last one is not read yet. Nothing here waits
     for a GPU.
     """
-    scores = _guide(_penalise(logits, owners, unread), owners)
+    scores = adjusted(logits, owners, unread)
     if native is not None and not native.serves(scores):
         native = None
     found = None if native is None else native.peaks(scores)
@@ -136,87 +120,11 @@ def choose(
     return Choice(chosen, to_host(torch.stack((chosen, sound.long()))), reports)
 
 
-def _penalise(
-    logits: torch.Tensor, owners: Seq[ScoredRow], unread: UnreadTokens | None
-) -> torch.Tensor:
-    rows = [row for row, (s, _) in enumerate(owners) if s.sampling.penalised]
-    if not rows:
-        return logits
-    scores = logits.clone()
-    for row in rows:
-        _penalise_row(scores[row], owners[row], unread)
-    return scores
-
-
-def _penalise_row(scores: torch.Tensor, owner: ScoredRow, unread: UnreadTokens | None) -> None:
-    """Repetition penalty as in CTRL (Keskar et al. 2019), the other two as in OpenAI's API.
-
-    A token that was seen twice is written twice, with the same value.
-    """
-    sequence, sampling = owner.sequence, owner.sequence.sampling
-    seen = _seen(owner, unread, scores.device)
-    if sampling.repetition_penalty != 1:
-        values = scores[seen]
-        penalty = sampling.repetition_penalty
-        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output = seen[sequence.num_prompt :]
-    if len(output) and (sampling.presence_penalty or sampling.frequency_penalty):
-        counts = torch.zeros_like(scores).index_add_(0, output, torch.ones_like(scores[output]))
-        less = sampling.presence_penalty + sampling.frequency_penalty * counts[output]
-        scores[output] = scores[output] - less
-
-
-def _seen(owner: ScoredRow, unread: UnreadTokens | None, device: torch.device) -> torch.Tensor:
-    """The ids of prompt and output, [num_tokens], int64, without virtual tokens: nobody wrote them.
-
-    Those of the prompt are brought to the device once.
-    """
-    sequence = owner.sequence
-    if sequence.prompt_tensor is None:
-        prompt = sequence.prompt_ids[sequence.num_virtual :]
-        sequence.prompt_tensor = to_device(prompt, device, torch.long)
-    parts = [sequence.prompt_tensor]
-    if output := (*sequence.output_ids, *owner.ahead):
-        parts.append(to_device(output, device, torch.long))
-    if sequence.num_unread:
-        assert unread is not None, "a token that nobody has"
-        parts.append(unread.of(sequence.id))
-    return torch.cat(parts)
-
-
-def _guide(scores: torch.Tensor, owners: Seq[ScoredRow]) -> torch.Tensor:
-    """Scores [num_rows, vocab] in which tokens that a row's grammar forbids are -inf.
-
-    They are added, so that a row which is no finite numbers remains one.
-    """
-    rows = [row for row, (s, _) in enumerate(owners) if s.guide is not None]
-    if not rows:
-        return scores
-    assert not any(owners[row].sequence.num_unread for row in rows), "a grammar on what is unknown"
-    device, vocab = scores.device, scores.shape[-1]
-    packed = torch.frombuffer(_masks([owners[row] for row in rows], vocab), dtype=torch.uint8)
-    places = to_device(packed.int(), device)
-    added = to_device(_ADDED, device).index_select(0, places).view(len(rows), -1)
-    return scores.index_add(0, to_device(rows, device, torch.long), added[:, :vocab])
-
-
-def _masks(owners: Seq[ScoredRow], vocab: int) -> bytearray:
-    """What guides allow in these rows, which all have one, one mask after the other."""
-    masks = bytearray()
-    for _, rows in groupby(owners, key=lambda owner: owner.sequence.id):
-        *_, last = rows
-        assert last.sequence.guide is not None
-        for mask in last.sequence.guide.allowed(vocab, last.ahead):
-            masks += mask
-    return masks
-
-
 def _draw_of(row: int, owner: ScoredRow) -> Draw:
-    sequence, ahead = owner
-    sampling = sequence.sampling
+    sampling = owner.sequence.sampling
     return Draw(
         row=row,
-        key=draw_key(sequence.seed, sequence.num_output + len(ahead)),
+        key=draw_key(owner.sequence.seed, owner.num_output),
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,

@@ -142,9 +142,11 @@ class Sequence:
         return ends if self.sampling.ignore_eos else ends | self.stop_ids
 
     @property
-    def follows_output(self) -> bool:
-        """Whether which token comes next depends on the output other than by the logits."""
-        return self.sampling.penalised or self.guide is not None
+    def adjusts_scores(self) -> bool:
+        """Whether which token comes next depends on more than the logits."""
+        sampling = self.sampling
+        biased = sampling.penalised or sampling.logit_bias or sampling.min_new_tokens
+        return bool(biased) or self.guide is not None
 
     def take(self, token_id: int) -> FinishReason | None:
         """Add a token to the output; why the sequence ends with it, or None if it goes on."""
