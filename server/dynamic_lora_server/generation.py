@@ -77,9 +77,13 @@ class SamplingParams:
         _check("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie between -2 and 2")
         _check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie between -2 and 2")
         _check("seed", self.seed is None or 0 <= self.seed < 2**64, "must fit in 64 bits")
-        few = self.min_new_tokens <= self.max_new_tokens
         _check("min_new_tokens", self.min_new_tokens >= 0, "must not be negative")
-        _check("min_new_tokens", few, f"must not exceed max_new_tokens, {self.max_new_tokens}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InvalidParameter(
+                f"The answer is to have at least {self.min_new_tokens} tokens, and at most "
+                f"{self.max_new_tokens}.",
+                field="min_new_tokens",
+            )
         few = len(self.logit_bias) <= MAX_BIASES
         _check("logit_bias", few, f"must not name more than {MAX_BIASES} tokens")
         within = all(-100 <= bias <= 100 for _, bias in self.logit_bias)

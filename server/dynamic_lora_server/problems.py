@@ -74,6 +74,7 @@ _OPENAI_FIELDS: Mapping[str, str] = {
     "adapter": "model",
     "inputs": "prompt",
     "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
 }
 _TEXTS = ("str", "constrained-str")  # what pydantic calls the texts of a union
 _CHAT_PATH = "/v1/chat/completions"

@@ -7,7 +7,7 @@ one adapter alone or the base model's, with OpenAI's defaults. A default of
 `max_new_tokens` gives way to the context; a number that the request names does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynamic_lora_adapters.card import CardParameters, TaskCard
@@ -58,6 +58,8 @@ def generate_spec(
             logprobs=bool(own.details) or body.stream,
             top_logprobs=own.top_n_tokens or 0,
             stop_token_ids=tuple(own.stop_token_ids or ()),
+            logit_bias=_biases(own.logit_bias),
+            min_new_tokens=own.min_new_tokens or 0,
             **_given(merged, ("max_new_tokens", "top_k", *_SAMPLING_FIELDS)),
         ),
         stop=tuple(merged.get("stop", ())),
@@ -227,8 +229,14 @@ def _openai_sampling(
         top_logprobs=top_logprobs,
         top_k=max(0, body.top_k or 0),  # vLLM's -1 is off
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        logit_bias=_biases(body.logit_bias),
+        min_new_tokens=body.min_tokens or 0,
         **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
     )
+
+
+def _biases(given: Mapping[str, float] | None) -> tuple[tuple[int, float], ...]:
+    return tuple((int(token_id), bias) for token_id, bias in (given or {}).items())
 
 
 def _check_stream_options(body: SamplingRequest) -> None:

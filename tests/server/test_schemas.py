@@ -103,7 +103,6 @@ def test_generate_bodies(body: dict[str, Any], place: str) -> None:
     "field",
     [
         {"tools": [{"type": "function"}]},
-        {"logit_bias": {"5": 1}},
         {"tool_choice": "required"},
         {"modalities": ["audio"]},
         {"store": True},
@@ -124,7 +123,6 @@ def test_chat_with_neutral_values() -> None:
     neutral = {
         "tools": [],
         "response_format": {"type": "text"},
-        "logit_bias": {},
         "tool_choice": "none",
         "modalities": ["text"],
         "store": False,

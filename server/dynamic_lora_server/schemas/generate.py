@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StringConstraints
 
 from dynamic_lora_adapters.card import MAX_STOP_STRINGS
-from dynamic_lora_server.generation import MAX_N, MAX_STOP_TOKENS, ServedMode
+from dynamic_lora_server.generation import MAX_BIASES, MAX_N, MAX_STOP_TOKENS, ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,
     NonEmptyText,
@@ -24,6 +24,13 @@ from dynamic_lora_server.schemas.structured import ResponseFormat, TgiGrammar
 StopStrings = Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 StopTokenIds = Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)]
+LogitBias = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")],
+        Annotated[float, Field(ge=-100, le=100)],
+    ],
+    Field(max_length=MAX_BIASES),
+]
 
 
 class GenerateParameters(Wire):
@@ -55,6 +62,12 @@ class GenerateParameters(Wire):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: LogitBias | None = Field(
+        default=None, description="What is added to the logits of tokens, by their ids."
+    )
+    min_new_tokens: int | None = Field(
+        default=None, ge=0, description="Before these neither the end nor a stop token comes."
+    )
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     stop: StopStrings | None = Field(
         default=None, description="Replaces the card's stop strings, unless it is empty."

@@ -21,7 +21,7 @@ from dynamic_lora_server.schemas._base import (
     UnsetOrOne,
     Wire,
 )
-from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
+from dynamic_lora_server.schemas.generate import LogitBias, StopStrings, StopTokenIds, TokenIds
 from dynamic_lora_server.schemas.structured import StructuredRequest
 from dynamic_lora_server.schemas.unserved import UnservedChat, UnservedCompletion
 
@@ -74,6 +74,14 @@ class SamplingRequest(StructuredRequest):
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: LogitBias | None = Field(
+        default=None, description="What is added to the logits of tokens, by their ids."
+    )
+    min_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Before these neither the end nor a stop token comes. Not in OpenAI's API.",
+    )
     seed: _Seed | None = Field(default=None, description="-1 is none.")
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     stop: NonEmptyText | StopStrings | None = None
@@ -91,7 +99,6 @@ class SamplingRequest(StructuredRequest):
     user: Text | None = Field(
         default=None, description="A label of the caller's own; changes nothing."
     )
-    logit_bias: UnsetOrEmptyMap = None
 
 
 class CompletionRequest(SamplingRequest, UnservedCompletion):

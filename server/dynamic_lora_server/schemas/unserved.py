@@ -24,7 +24,6 @@ class UnservedSampling(Wire):
     kv_transfer_params: Unset = None
     length_penalty: UnsetOrOne = None
     logits_processors: UnsetOrEmptyList = None
-    min_tokens: _UnsetOrZero = None
     priority: _UnsetOrZero = None
     prompt_logprobs: Unset = None
     return_token_ids: UnsetOrFalse = None

@@ -101,7 +101,7 @@ def test_nothing_is_copied_where_nothing_is_asked_for() -> None:
     ("wrong", "message"),
     [
         ({"min_new_tokens": -1}, "min_new_tokens must not be negative"),
-        ({"min_new_tokens": 5, "max_new_tokens": 4}, "must not exceed max_new_tokens, 4"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "at least 5 tokens, and at most 4"),
         ({"logit_bias": ((1, 101.0),)}, "between -100 and 100 for each"),
         ({"logit_bias": ((1, math.nan),)}, "between -100 and 100 for each"),
         ({"logit_bias": ((1, 0.0),) * (MAX_BIASES + 1)}, "more than 1024 tokens"),
