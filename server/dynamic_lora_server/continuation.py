@@ -1,10 +1,13 @@
 """One continuation on its way to its client: the text of its tokens, and its end."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from dynamic_lora_server.engine.engine import TokenEvent
+from dynamic_lora_server.engine.engine import PromptEvent, TokenEvent
+from dynamic_lora_server.engine.sampler import Sampled
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.generation import (
+    Echo,
     Finish,
     FinishReason,
     ServedMode,
@@ -22,18 +25,43 @@ class Continuation:
     sequence: Sequence
     view: TokenizerView
     detokenizer: Detokenizer
+    prompt_text: str | None = None  # where it is to be given back
     done: bool = False
+    _told: list[Sampled] = field(default_factory=list)
+
+    def hear_prompt(self, event: PromptEvent) -> None:
+        """The next tokens of the prompt, of which the first is not one."""
+        self._told += event.tokens
+
+    def echo(self) -> Echo | None:
+        """The prompt, if it is to be given back, once it has run: before the first piece."""
+        text, self.prompt_text = self.prompt_text, None
+        if text is None:
+            return None
+        return Echo(index=self.index, text=text, pieces=tuple(self._prompt_pieces()))
+
+    def _prompt_pieces(self) -> Iterator[TokenPiece]:
+        if not self.sequence.sampling.prompt_logprobs:
+            return
+        offset, first = 0, Sampled(self.sequence.prompt_ids[self.sequence.num_virtual])
+        for sampled in (first, *self._told):
+            piece = self._written(sampled, text="", offset=offset)
+            yield piece
+            offset += _num_characters(piece.token_bytes)
 
     def piece(self, event: TokenEvent) -> TokenPiece:
         """The next token as the client gets it."""
-        sampled, view = event.sampled, self.view
-        text = self.detokenizer.push(sampled.token_id, ends=self._only_ends(event))
+        text = self.detokenizer.push(event.sampled.token_id, ends=self._only_ends(event))
+        return self._written(event.sampled, text=text, offset=self.detokenizer.offset)
+
+    def _written(self, sampled: Sampled, *, text: str, offset: int) -> TokenPiece:
+        view = self.view
         return TokenPiece(
             index=self.index,
             token_id=sampled.token_id,
             text=text,
             token_bytes=view.bytes_of(sampled.token_id),
-            offset=self.detokenizer.offset,
+            offset=offset,
             special=view.is_special(sampled.token_id),
             logprob=sampled.logprob,
             top=tuple(
@@ -72,6 +100,11 @@ class Continuation:
             seed=None if sequence.sampling.greedy else sequence.seed,
             mode=_served_mode(sequence),
         )
+
+
+def _num_characters(utf8: bytes) -> int:
+    """The characters that begin in a part of a text."""
+    return sum(byte & 0xC0 != 0x80 for byte in utf8)
 
 
 def _served_mode(sequence: Sequence) -> ServedMode:

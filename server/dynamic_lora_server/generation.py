@@ -62,6 +62,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False  # report the chosen token's log-probability
     top_logprobs: int = 0  # and those of the n most likely tokens
+    prompt_logprobs: bool = False  # the same of the prompt's tokens
 
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
@@ -145,6 +146,7 @@ class GenerationSpec:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the stop string in the text
+    echo: bool = False  # give the prompt back before each answer
     add_special_tokens: bool = True
     keep_last: int | None = None
     clip_output: bool = False
@@ -206,6 +208,19 @@ class TokenPiece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Echo:
+    """The prompt of continuation `index`, before the first of its pieces.
+
+    `pieces` are its tokens where their log-probabilities were asked for; the first
+    has none, as nothing is before it.
+    """
+
+    index: int
+    text: str
+    pieces: tuple[TokenPiece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """The single successful end of continuation `index`.
 
@@ -240,4 +255,4 @@ class Started:
     name: str | None = None
 
 
-GenerationEvent = Started | TokenPiece | Finish
+GenerationEvent = Started | Echo | TokenPiece | Finish

@@ -8,6 +8,7 @@ one adapter alone or the base model's, with OpenAI's defaults. A default of
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynamic_lora_adapters.card import CardParameters, TaskCard
@@ -137,11 +138,21 @@ def _floored(temperature: float) -> float:
 
 def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[GenerationSpec]:
     """One spec for each prompt of a `/v1/completions` body."""
-    sampling = _openai_sampling(
-        body,
-        max_new_tokens=body.max_tokens or COMPLETION_TOKENS,
-        logprobs=body.logprobs is not None,
-        top_logprobs=body.logprobs or 0,
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidParameter(
+            "max_tokens is 0, and nothing else is asked for.",
+            field="max_tokens",
+            fix="Add echo=true to get the prompt back, with logprobs its log-probabilities.",
+        )
+    sampling = replace(
+        _openai_sampling(
+            body,
+            # Of none at all the answer leaves one out: what it costs is what the prompt costs.
+            max_new_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens or 1,
+            logprobs=body.logprobs is not None,
+            top_logprobs=body.logprobs or 0,
+        ),
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     grammar = openai_grammar(body)
     return [
@@ -153,6 +164,7 @@ def completion_specs(body: CompletionRequest, *, adapter: str | None) -> list[Ge
             grammar=grammar,
             clip_output=body.max_tokens is None,
             include_stop=bool(body.include_stop_str_in_output),
+            echo=bool(body.echo),
             n=body.n or 1,
         )
         for prompt in _prompts(body.prompt)

@@ -12,7 +12,7 @@ from llguidance import LLMatcher
 
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.continuation import Continuation
-from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent
+from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, PromptEvent
 from dynamic_lora_server.engine.grammars import Grammars, Guide
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
@@ -130,6 +130,8 @@ class GenerationService:
     async def stream(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
 
+        Where the prompt is to be given back, an Echo comes before the first piece of each.
+
         Closing the iterator ends the generation at once and frees its place. The adapter's slot
         is free once the engine is done, also where nobody reads what it made.
         Raises an AdapterError (not found, no composition, no room), ContextOverflow,
@@ -208,8 +210,16 @@ class GenerationService:
                 guide=Guide(matchers[index], ends=stop_ids, stops=stops) if matchers else None,
             )
             detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
-            continuations[sequence.id] = Continuation(index, sequence, self._view, detokenizer)
+            continuations[sequence.id] = Continuation(
+                index, sequence, self._view, detokenizer, self._echoed(spec)
+            )
         return continuations
+
+    def _echoed(self, spec: GenerationSpec) -> str | None:
+        """The text of the prompt, if it is to be given back."""
+        if not spec.echo:
+            return None
+        return spec.prompt if isinstance(spec.prompt, str) else self._view.decode(spec.prompt)
 
     def _stop_ids(self, held: Held | None) -> frozenset[int]:
         """What ends an answer: the base's end tokens, and an adapter's that the base knows."""
@@ -252,6 +262,11 @@ class GenerationService:
             if isinstance(event, FailedEvent):
                 continuation.done = True
                 raise self._ending or _failure(event)
+            if isinstance(event, PromptEvent):
+                continuation.hear_prompt(event)
+                continue
+            if (echo := continuation.echo()) is not None:
+                yield echo
             piece = continuation.piece(event)
             finish = continuation.finish(event)
             if finish is not None and event.reason is None:

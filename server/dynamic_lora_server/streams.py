@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from dynamic_lora_server.access_log import note_adapter
 from dynamic_lora_server.generation import (
     BASE,
+    Echo,
     Finish,
     GenerationEvent,
     GenerationSpec,
@@ -44,6 +45,17 @@ class WholeAnswer:
 
     finish: Finish
     pieces: list[TokenPiece] = field(default_factory=list)
+    echo: Echo | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The text of the prompt, if it is given back."""
+        return "" if self.echo is None else self.echo.text
+
+    @property
+    def prompt_pieces(self) -> tuple[TokenPiece, ...]:
+        """The prompt's tokens, if they are given back with their log-probabilities."""
+        return () if self.echo is None else self.echo.pieces
 
 
 async def begin(events: Events) -> Generation:
@@ -87,13 +99,17 @@ async def close_all(streams: Sequence[Events]) -> None:
 async def collect(generation: Generation) -> list[WholeAnswer]:
     """Run a generation to its end; its answers by index."""
     pieces: dict[int, list[TokenPiece]] = {}
+    echoes: dict[int, Echo] = {}
     done: dict[int, WholeAnswer] = {}
     async with aclosing(generation.events):
         async for event in generation.events:
             if isinstance(event, TokenPiece):
                 pieces.setdefault(event.index, []).append(event)
+            elif isinstance(event, Echo):
+                echoes[event.index] = event
             elif isinstance(event, Finish):
-                done[event.index] = WholeAnswer(event, pieces.get(event.index, []))
+                index = event.index
+                done[index] = WholeAnswer(event, pieces.get(index, []), echoes.get(index))
     return [done[index] for index in sorted(done)]
 
 

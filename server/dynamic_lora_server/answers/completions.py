@@ -1,28 +1,42 @@
 """Generation events as `/v1/completions` answers them."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
-from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
+from dynamic_lora_server.generation import Echo, Finish, FinishReason, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
 from dynamic_lora_server.streams import Generation, WholeAnswer, merge
 
 
 class CompletionAnswer:
-    """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p."""
+    """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p.
+
+    With `only_prompt` nothing is told of what follows the prompts that are given back.
+    """
 
     def __init__(
-        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: UsageTold
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        n: int,
+        logprobs: bool,
+        usage: UsageTold,
+        only_prompt: bool = False,
     ) -> None:
         self._stamp = Stamp.new("cmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
+        self._only_prompt = only_prompt
         self._usage = usage
 
     def whole(self, prompts: Sequence[Sequence[WholeAnswer]]) -> wire.Completion:
         """The answer that is sent at once."""
+        if self._only_prompt:
+            prompts = [[_without_answer(one) for one in each] for each in prompts]
         choices = [
             self._choice(position, continuation)
             for position, continuations in enumerate(prompts)
@@ -34,13 +48,19 @@ class CompletionAnswer:
     async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
         """A chunk for each piece of text, one for each end, and the usage if asked for."""
         count = UsageCount()
+        widths: dict[tuple[int, int], int] = {}  # of what was given back before each choice
         for position, generation in enumerate(generations):
             count.begin(position, generation.started)
         always = self._usage is UsageTold.ALWAYS
         async with aclosing(merge([generation.events for generation in generations])) as events:
-            async for position, current in events:
+            async for position, event_ in events:
+                current = _finish_alone(event_) if self._only_prompt else event_
+                if current is None:
+                    continue
                 count.note(position, current)
-                choice = self._piece(position, current)
+                if isinstance(current, Echo):
+                    widths[position, current.index] = len(current.text)
+                choice = self._piece(position, current, widths)
                 if choice is not None:
                     usage = count.so_far() if always else None
                     yield event(self._completion([choice], usage))
@@ -64,12 +84,22 @@ class CompletionAnswer:
         finish = continuation.finish
         return wire.CompletionChoice(
             index=position * self._n + finish.index,
-            text=finish.text,
-            logprobs=self._logprobs(continuation.pieces),
+            text=continuation.prompt + finish.text,
+            logprobs=self._logprobs(
+                continuation.prompt_pieces, continuation.pieces, len(continuation.prompt)
+            ),
             finish_reason=FINISH[finish.reason],
         )
 
-    def _piece(self, position: int, current: GenerationEvent) -> wire.CompletionChoice | None:
+    def _piece(
+        self, position: int, current: GenerationEvent, widths: Mapping[tuple[int, int], int]
+    ) -> wire.CompletionChoice | None:
+        if isinstance(current, Echo):
+            return wire.CompletionChoice(
+                index=position * self._n + current.index,
+                text=current.text,
+                logprobs=self._logprobs(current.pieces, (), 0),
+            )
         if isinstance(current, Finish):
             return wire.CompletionChoice(
                 index=position * self._n + current.index,
@@ -81,23 +111,44 @@ class CompletionAnswer:
         return wire.CompletionChoice(
             index=position * self._n + current.index,
             text=current.text,
-            logprobs=self._logprobs([current]),
+            logprobs=self._logprobs((), [current], widths.get((position, current.index), 0)),
         )
 
-    def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.CompletionLogprobs | None:
+    def _logprobs(
+        self, prompt: Sequence[TokenPiece], answer: Sequence[TokenPiece], width: int
+    ) -> wire.CompletionLogprobs | None:
+        """Of a prompt's tokens and of an answer's, which comes behind `width` characters."""
         if not self._with_logprobs:
             return None
+        pieces = [*prompt, *answer]
+        offsets = [piece.offset for piece in prompt]
         return wire.CompletionLogprobs(
             tokens=[piece.token_text for piece in pieces],
             token_logprobs=[piece.logprob for piece in pieces],
             top_logprobs=[_top(piece) for piece in pieces],
-            text_offset=[piece.offset for piece in pieces],
+            text_offset=[*offsets, *(width + piece.offset for piece in answer)],
         )
 
 
-def _top(piece: TokenPiece) -> dict[str, float]:
-    """The sampled token and the most likely ones, at most one more than asked for."""
-    assert piece.logprob is not None
+def _without_answer(whole: WholeAnswer) -> WholeAnswer:
+    return replace(whole, finish=_emptied(whole.finish), pieces=[])
+
+
+def _finish_alone(event: GenerationEvent) -> GenerationEvent | None:
+    """What is left of a stream of which only the prompt is wanted."""
+    if isinstance(event, TokenPiece):
+        return None
+    return _emptied(event) if isinstance(event, Finish) else event
+
+
+def _emptied(finish: Finish) -> Finish:
+    return replace(finish, reason=FinishReason.LENGTH, text="", tail="", num_output_tokens=0)
+
+
+def _top(piece: TokenPiece) -> dict[str, float] | None:
+    """The token and the most likely ones, at most one more than asked for."""
+    if piece.logprob is None:
+        return None
     top = {piece.token_text: piece.logprob}
     for token in piece.top:
         # Two tokens may read the same; the sampled one keeps the key, or else the likelier.

@@ -23,11 +23,13 @@ _ADDED = torch.tensor(
 class ScoredRow(NamedTuple):
     """Whose next token a row of logits tells, and the drafted tokens that it takes to have come.
 
-    A sequence's rows are neighbours, each with one token more.
+    A sequence's rows are neighbours, each with one token more. The next token may be known
+    already, of a row of the prompt: it was `told`.
     """
 
     sequence: Sequence
     ahead: tuple[int, ...] = ()
+    told: int | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -74,7 +76,11 @@ def adjusted(
     grammar forbids. -inf is added to these, so that a row which is no finite numbers remains
     one. `unread` has the tokens of sequences whose last one is not read yet.
     """
-    adjusting = [(row, owner) for row, owner in enumerate(owners) if owner.sequence.adjusts_scores]
+    adjusting = [
+        (row, owner)
+        for row, owner in enumerate(owners)
+        if owner.sequence.adjusts_scores and owner.told is None
+    ]
     if not adjusting:
         return logits
     scores = logits.clone()

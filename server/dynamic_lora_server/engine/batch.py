@@ -38,13 +38,13 @@ class Batch:
     """One packed row of tokens, sorted by adapter slot.
 
     Shapes: input_ids, position_ids [1, num_tokens]; cells [num_tokens], the
-    KV cell each token is written to; logit_rows [num_sampled], the rows whose
-    logits are needed, for each of `sampled` as many as it samples, in their order. `plan` is
+    KV cell each token is written to; logit_rows [num_scored], the rows whose
+    logits are needed, for each of `scored` as many as it scores, in their order. `plan` is
     for all rows, `head_plan` for those of `logit_rows`.
     """
 
     pieces: list[Piece]
-    sampled: list[Piece]
+    scored: list[Piece]
     spans: list[Span]
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -69,7 +69,7 @@ class Batch:
         """
         ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter, merged))
         owners = [owner for piece in ordered for owner in _owners(piece)]
-        sampled = [piece for piece in ordered if piece.samples]
+        scored = [piece for piece in ordered if piece.num_scored]
         tokens: list[int] = []
         positions: list[int] = []
         cells: list[int] = []
@@ -91,14 +91,14 @@ class Batch:
                 tokens += [*sequence.tokens(start, start + piece.num_pending), *piece.draft]
             positions += range(start, stop)
             cells += allocation.cells(start, stop)
-            logit_rows += range(len(tokens) - piece.num_sampled, len(tokens))
+            logit_rows += range(len(tokens) - piece.num_scored, len(tokens))
         input_ids = to_device(tokens, device)
         if unread_rows:
             assert unread is not None, "a token that nobody has"
             unread.put(input_ids, unread_rows)
         return cls(
             pieces=ordered,
-            sampled=sampled,
+            scored=scored,
             spans=spans,
             input_ids=input_ids[None],
             position_ids=to_device([positions], device),
@@ -106,7 +106,7 @@ class Batch:
             logit_rows=to_device(logit_rows, device, torch.long),
             plan=DeltaPlan.of(owners, merged),
             head_plan=DeltaPlan.of(
-                [(_owners(piece)[-1][0], piece.num_sampled) for piece in sampled], merged
+                [owner for piece in scored for owner in _owners_of_scored(piece)], merged
             ),
             segments=_segments(ordered, spans),
         )
@@ -119,6 +119,17 @@ def _owners(piece: Piece) -> list[tuple[ResidentAdapter | None, int]]:
     owners: list[tuple[ResidentAdapter | None, int]] = [(None, idle)] if idle else []
     if idle < piece.num_tokens:
         owners.append((sequence.adapter, piece.num_tokens - idle))
+    return owners
+
+
+def _owners_of_scored(piece: Piece) -> list[tuple[ResidentAdapter | None, int]]:
+    """The same for the rows at its end whose logits are needed."""
+    owners: list[tuple[ResidentAdapter | None, int]] = []
+    left = piece.num_scored
+    for owner, count in reversed(_owners(piece)):
+        if min(count, left):
+            owners.insert(0, (owner, min(count, left)))
+        left -= min(count, left)
     return owners
 
 

@@ -11,9 +11,10 @@ that chooses one by a grammar is read before the next is scheduled.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -54,6 +55,14 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """The next tokens of a sequence's prompt, with their log-probabilities; not the first one."""
+
+    sequence_id: int
+    tokens: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FailedEvent:
     """A sequence ended because its step broke, or its grammar can be followed no further."""
 
@@ -62,20 +71,29 @@ class FailedEvent:
     by_grammar: bool = False
 
 
-EngineEvent = TokenEvent | FailedEvent
+EngineEvent = TokenEvent | PromptEvent | FailedEvent
+
+
+class _Outcome(NamedTuple):
+    """What came of a piece: tokens of the prompt, and those that were sampled."""
+
+    piece: Piece
+    told: Seq[Sampled | None]
+    sampled: Seq[Sampled | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Started:
     """A step that was given to the device.
 
-    `choice` is for the sequences of `places`, by id: the first of their rows in it. `merged`
-    was in the weights.
+    `choice` is for the sequences of `places`, by id: the first of their rows in it that is
+    sampled. Those of `told` are of their prompts. `merged` was in the weights.
     """
 
     pieces: Seq[Piece]
     choice: Choice | None
     places: dict[int, int]
+    told: dict[int, slice]
     merged: ResidentAdapter | None
     wait: Callable[[], None]
 
@@ -90,17 +108,18 @@ class _Started:
         sequences = (piece.sequence for piece in self.pieces)
         return any(one.guide is not None and one.id in self.places for one in sequences)
 
-    def read(self) -> dict[int, list[Sampled | None]]:
-        """The tokens of those that sample, by sequence id, once the step was waited for.
+    def read(self) -> list[_Outcome]:
+        """What came of each piece, once the step was waited for.
 
-        Of those that were chosen after a draft's tokens, the ones whose draft is right.
+        Of tokens that were chosen after a draft's, there are those whose draft is right.
         """
         tokens = [] if self.choice is None else self.choice.read()
-        pieces = {piece.sequence.id: piece for piece in self.pieces}
-        return {
-            sequence_id: _borne_out(tokens[place:], pieces[sequence_id])
-            for sequence_id, place in self.places.items()
-        }
+        outcomes = []
+        for piece in self.pieces:
+            place, told = self.places.get(piece.sequence.id), self.told.get(piece.sequence.id)
+            sampled = [] if place is None else _borne_out(tokens[place:], piece)
+            outcomes.append(_Outcome(piece, [] if told is None else tokens[told], sampled))
+        return outcomes
 
 
 def _borne_out(tokens: Seq[Sampled | None], piece: Piece) -> list[Sampled | None]:
@@ -201,7 +220,7 @@ class Engine:
         unread = None if self._started is None else self._started.unread
         self.modes.before_step(pieces, self.scheduler.num_by_adapter)
         self.runner.cache.copy(self.scheduler.take_copies())
-        places, choice = self._run(pieces, unread)
+        places, told, choice = self._run(pieces, unread)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece)
@@ -209,29 +228,33 @@ class Engine:
             pieces=pieces,
             choice=choice,
             places=places,
+            told=told,
             merged=self.runner.merger.merged,
             wait=wait,
         )
 
     def _run(
         self, pieces: list[Piece], unread: UnreadTokens | None
-    ) -> tuple[dict[int, int], Choice | None]:
-        """The tokens chosen, and where those of each sequence that samples begin."""
+    ) -> tuple[dict[int, int], dict[int, slice], Choice | None]:
+        """The tokens chosen, where those of each sequence that samples begin, and of prompts."""
         plain = self._sampling is not None and all(
-            takes_highest(piece.sequence) for piece in pieces if piece.samples
+            takes_highest(piece.sequence) for piece in pieces if piece.num_scored
         )
-        sampled, scores = self.runner.run(pieces, unread, greedily=plain)
-        rows = [
-            ScoredRow(piece.sequence, piece.draft[:ahead])
-            for piece in sampled
-            for ahead in range(piece.num_sampled)
-        ]
-        places = {row.sequence.id: place for place, row in enumerate(rows) if not row.ahead}
+        scored, scores = self.runner.run(pieces, unread, greedily=plain)
+        rows: list[ScoredRow] = []
+        places, told = {}, {}
+        for piece in scored:
+            sequence, begin = piece.sequence, len(rows)
+            rows += [ScoredRow(sequence, told=token_id) for token_id in piece.told_ids]
+            told[sequence.id] = slice(begin, len(rows))
+            if piece.samples:
+                places[sequence.id] = len(rows)
+            rows += [ScoredRow(sequence, piece.draft[:n]) for n in range(piece.num_sampled)]
         if not rows:
-            return places, None
+            return places, told, None
         if isinstance(scores, Highest):
-            return places, taken(scores)
-        return places, choose(scores, rows, self._sampling, unread)
+            return places, told, taken(scores)
+        return places, told, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:
         """Wait for the step under way, if there is one, and return what came of it.
@@ -245,27 +268,22 @@ class Engine:
         try:
             started.wait()
             self.waited_s += time.perf_counter() - begin
-            tokens = started.read()
+            outcomes = started.read()
         except _FATAL:
             raise
         except Exception as error:
             return self._fail(started.pieces, error)
         events: list[EngineEvent] = []
-        for piece in started.pieces:
-            if piece.sequence.phase is not Phase.ENDED:
-                events += self._settle(piece, tokens, started.merged)
+        for outcome in outcomes:
+            if outcome.piece.sequence.phase is not Phase.ENDED:
+                events += self._settle(outcome, started.merged)
         return events
 
-    def _settle(
-        self,
-        piece: Piece,
-        tokens: Mapping[int, Seq[Sampled | None]],
-        merged: ResidentAdapter | None,
-    ) -> list[EngineEvent]:
-        sequence = piece.sequence
-        chosen = tokens.get(sequence.id, ())
-        sampled = [token for token in chosen if token is not None]
-        if len(sampled) < len(chosen):
+    def _settle(self, outcome: _Outcome, merged: ResidentAdapter | None) -> list[EngineEvent]:
+        piece, sequence = outcome.piece, outcome.piece.sequence
+        told = tuple(token for token in outcome.told if token is not None)
+        sampled = [token for token in outcome.sampled if token is not None]
+        if len(told) + len(sampled) < len(outcome.told) + len(outcome.sampled):
             return self._give_up(piece)
         num_run = sequence.num_run
         num_taken, reason = self.scheduler.settle(piece, [token.token_id for token in sampled])
@@ -274,7 +292,7 @@ class Engine:
         events = [TokenEvent(sequence.id, token, None) for token in sampled[:num_taken]]
         if reason is not None:
             events[-1] = replace(events[-1], reason=reason)
-        return list(events)
+        return [*([PromptEvent(sequence.id, told)] if told else []), *events]
 
     def _give_up(self, piece: Piece) -> list[EngineEvent]:
         """End a sequence for which no token could be chosen."""

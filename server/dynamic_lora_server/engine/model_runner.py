@@ -68,7 +68,7 @@ class ModelRunner:
         """Run the pieces; on CUDA, start to.
 
         `unread` has the tokens of sequences whose last one is not read yet. Returns the
-        pieces that sample and their logits [num_sampled, vocab] in float32, which the
+        pieces that score and their logits [num_scored, vocab] in float32, which the
         next step may overwrite. `greedily` says that all of these take their highest
         logit: where that is known without logits, it is returned in their place.
         """
@@ -101,7 +101,7 @@ class ModelRunner:
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()
-        return batch.sampled, found
+        return batch.scored, found
 
     def _write_given(self, pieces: Sequence[Piece]) -> None:
         """Put the keys and values that an adapter gives into the cache, before the first piece."""

@@ -33,7 +33,8 @@ class PrefixReuse:
 
     def add(self, sequence: Sequence) -> None:
         """Compute the keys of the blocks of a sequence's tokens, as many as are read by now."""
-        if self.cache.enabled:
+        # Where the prompt's log-probabilities are wanted, all of it must run.
+        if self.cache.enabled and not sequence.sampling.prompt_logprobs:
             sequence.block_keys = block_keys(
                 sequence.tokens(0, sequence.num_tokens),
                 block_size=self.cache.block_size,

@@ -95,6 +95,7 @@ def choose(
     Draws depend on a sequence's seed and on how many tokens it has, on nothing
     else in the batch. Of a sequence with a guide, a token that it allows is chosen;
     where it allows none behind a draft, the choice is not sound.
+    Of a row that was told its token, it is that one.
     Log-probabilities are those of the untouched logits. `native` is used where it can be;
     `unread` has the tokens of sequences whose last one is not read yet. Nothing here waits
     for a GPU.
@@ -107,11 +108,15 @@ def choose(
     draws = [
         _draw_of(row, owner)
         for row, owner in enumerate(owners)
-        if not owner.sequence.sampling.greedy
+        if not owner.sequence.sampling.greedy and owner.told is None
     ]
     if draws:
         rows = to_device([draw.row for draw in draws], logits.device)
         chosen[rows] = _draw(scores[rows], draws) if native is None else native.draws(scores, draws)
+    told = {row: owner.told for row, owner in enumerate(owners) if owner.told is not None}
+    if told:
+        rows = to_device(list(told), logits.device)
+        chosen[rows] = to_device(list(told.values()), logits.device, chosen.dtype)
     # The largest of numbers among which one is NaN is NaN to torch, so the chosen score tells, as
     # the log mass does.
     telling = scores.gather(1, chosen[:, None])[:, 0] if found is None else found.log_masses

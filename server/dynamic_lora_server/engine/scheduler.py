@@ -12,6 +12,9 @@ from dynamic_lora_server.engine.prefix_reuse import PrefixReuse
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.generation import FinishReason
 
+# Rows of prompts with logits in one step: each has as many numbers as there are tokens.
+_MAX_SCORED = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -36,8 +39,25 @@ class Piece:
 
     @property
     def num_sampled(self) -> int:
-        """Rows whose answers are wanted: the last pending token's, and those of the draft."""
+        """Rows that tell what comes next: the last pending token's, and those of the draft."""
         return 1 + len(self.draft) if self.samples else 0
+
+    @property
+    def told_ids(self) -> tuple[int, ...]:
+        """The tokens of the prompt whose log-probabilities are wanted of the rows before them.
+
+        These rows are neighbours, and before those that are sampled.
+        """
+        sequence = self.sequence
+        if not sequence.sampling.prompt_logprobs:
+            return ()
+        first = max(sequence.num_computed, sequence.num_virtual) + 1
+        return sequence.prompt_ids[first : sequence.num_computed + self.num_pending + 1]
+
+    @property
+    def num_scored(self) -> int:
+        """Rows whose logits are wanted, at the end of the piece."""
+        return len(self.told_ids) + self.num_sampled
 
 
 class Scheduler:
@@ -130,6 +150,7 @@ class Scheduler:
         prompts = [s for s in self._running.values() if s.phase is Phase.PREFILL]
         self._prefixes.begin_step()
         taken: dict[int, int] = {}
+        scored = _MAX_SCORED
         for sequence, most in self._turns(prompts, budget):
             if not budget:
                 break
@@ -137,6 +158,11 @@ class Scheduler:
                 continue
             before = taken.get(sequence.id, 0)
             num_tokens = min(budget, most, sequence.num_pending - before)
+            if sequence.sampling.prompt_logprobs:
+                num_tokens = min(num_tokens, scored)
+                scored -= num_tokens
+                if not num_tokens:
+                    continue
             taken[sequence.id] = before + num_tokens
             budget -= num_tokens
         return [Piece(s, taken[s.id]) for s in prompts if s.id in taken]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent
+from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Worker:
             if isinstance(event, FailedEvent):
                 logger.error("sequence %d failed: %s", event.sequence_id, event.message)
                 self._let_go(event.sequence_id)
-            elif event.reason is not None:
+            elif isinstance(event, TokenEvent) and event.reason is not None:
                 self._let_go(event.sequence_id)
         if events:
             self._sink(events)

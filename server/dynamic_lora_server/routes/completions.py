@@ -94,6 +94,7 @@ async def _begun(
         fingerprint=runtime.fingerprint,
         n=body.n or 1,
         logprobs=body.logprobs is not None,
+        only_prompt=body.max_tokens == 0,
         usage=UsageTold.of(body.stream_options),
     )
     return generations, answer

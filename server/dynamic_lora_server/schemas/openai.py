@@ -117,11 +117,17 @@ class CompletionRequest(SamplingRequest, UnservedCompletion):
         | Annotated[list[_PromptIds], Field(min_length=1, max_length=64)]
     ) = Field(description="Text, token ids, or up to 64 of either.")
     max_tokens: int | None = Field(
-        default=None, ge=1, description="Default 16, or what the context has left."
+        default=None,
+        ge=0,
+        description="Default 16, or what the context has left. 0 needs `echo`.",
     )
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool | None = Field(
+        default=None,
+        description="Give the prompt back before each answer; with `logprobs`, those of its "
+        "tokens too.",
+    )
     best_of: UnsetOrOne = None
-    echo: UnsetOrFalse = None
     suffix: Annotated[Any, Neutral(None, "")] = None
 
 

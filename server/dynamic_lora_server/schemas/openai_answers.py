@@ -30,11 +30,14 @@ FinishName = Literal["stop", "length"]
 
 
 class CompletionLogprobs(Answer):
-    """Log-probabilities in the shape of completions: parallel lists, one entry per token."""
+    """Log-probabilities in the shape of completions: parallel lists, one entry per token.
+
+    The first token of a prompt that is given back has none.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
