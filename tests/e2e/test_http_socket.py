@@ -160,6 +160,17 @@ def test_tgis_client(address: str) -> None:
         client.text_generation("the rain", top_p=7.0)
 
 
+def test_the_hubs_client_in_a_chat(address: str) -> None:
+    client = InferenceClient(address)
+    turns: list[Any] = [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"max_tokens": 5, "temperature": 0}
+    chat = client.chat_completion(turns, **asked)
+    turns += [chat.choices[0].message, {"role": "user", "content": "and then?"}]
+    whole = client.chat_completion(turns, **asked).choices[0].message.content
+    chunks = client.chat_completion(turns, **asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
 def test_official_clients_send_a_key(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, api_keys=("sk-1",), admin_keys=("sk-0",))
     with listening(tiny_app(config)) as address:

@@ -251,7 +251,8 @@ async def test_completion_streams() -> None:
 
 async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> None:
     chunks = await documents(framed(completion().stream([generation(EngineFailed("it broke"))])))
-    assert [chunk["error"]["message"] for chunk in chunks] == ["it broke"]
+    (last,) = chunks
+    assert (last["error"]["message"], last["error_type"]) == ("it broke", "generation")
 
 
 def chat(*, n: int = 1, logprobs: bool = False, usage: UsageTold = UsageTold.NEVER) -> ChatAnswer:

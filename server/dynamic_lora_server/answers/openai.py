@@ -125,6 +125,8 @@ async def framed(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, N
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            yield json_event(openai_error(stream_fault(error)))
+            fault = stream_fault(error)
+            # The Hub's client reads a stream of OpenAI's as one of TGI's.
+            yield json_event({**openai_error(fault), "error_type": fault.kind.error_type})
         else:
             yield DONE
