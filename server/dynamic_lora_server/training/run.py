@@ -93,7 +93,7 @@ def _enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the GPU's memory is too small; lower batch_size or max_length: {error}"
+            f"the GPU's memory is too small; lower micro_batch_size or max_length: {error}"
         ) from error
 
 
