@@ -184,7 +184,11 @@ def test_a_batch_in_parts_gives_the_same_adapter(data: Path, share_prompts: bool
     texts = ["short", "and a much longer one", "a", "in the middle"]
     lines = [json.dumps({"input": f"n {len(text)}", "output": text}) for text in texts * 3]
     (data / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    settings = {"epochs": 2, "share_prompts": share_prompts, "optimizer": {"lr": 1e-3}}
+    settings: dict[str, Any] = {
+        "epochs": 2,
+        "share_prompts": share_prompts,
+        "optimizer": {"lr": 1e-3},
+    }
     whole, _ = run(data, "whole", **settings)
     parts, _ = run(data, "parts", micro_batch_size=3, **settings)
     assert parts.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
