@@ -1,6 +1,7 @@
 """`POST /tokenize` and `POST /detokenize`: texts and conversations as tokens, and back."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -21,13 +22,14 @@ from dynamic_lora_server.schemas.tokenize import (
     TokenizeRequest,
 )
 from dynamic_lora_server.selection import adapter_name, select_chat
+from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
 router = APIRouter(tags=["tokens"], route_class=StrictRoute, dependencies=[NoQuery])
 
-_ERRORS = problems(400, 404, 413, 415, 422, 429, 503)
+_ERRORS = problems(400, 404, 413, 415, 422, 429, 502, 503)
 _SLICE = 1000  # tokens that are written at once: meanwhile the event loop stands still
 
 
@@ -45,7 +47,9 @@ async def tokenize(
     Messages go through the chat template as `/v1/chat/completions` has it; nothing applies a task
     card.
     """
-    work = state.tokenize(partial(_tokenized, body, runtime))
+    asked = body.root
+    model = None if isinstance(asked, TokenizeInputs) else asked.model
+    work = _worked(model, partial(_tokenized, body, runtime), state, runtime)
     return _json(await until_disconnect(request.receive, work))
 
 
@@ -59,8 +63,16 @@ async def detokenize(
     body: DetokenizeRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """Special tokens read as their names, bytes that are no characters as U+FFFD."""
-    work = state.tokenize(partial(_detokenized, body, runtime))
+    work = _worked(body.model, partial(_detokenized, body, runtime), state, runtime)
     return _json(await until_disconnect(request.receive, work))
+
+
+async def _worked(
+    model: str | None, work: Callable[[], bytes], state: ServerState, runtime: "Runtime"
+) -> bytes:
+    """What `work` makes, once the adapter that `model` names is here."""
+    await state.hub.found(partial(_check_model, model, runtime))
+    return await state.tokenize(work)
 
 
 def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
@@ -68,7 +80,6 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
     if isinstance(asked, TokenizeInputs):
         return _places(asked, runtime)
     if isinstance(asked, TokenizePrompt):
-        _check_model(asked.model, runtime)
         ids = view.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
     else:
         saved = runtime.residencies.saved
@@ -98,7 +109,6 @@ def _places(asked: TokenizeInputs, runtime: "Runtime") -> bytes:
 
 
 def _detokenized(body: DetokenizeRequest, runtime: "Runtime") -> bytes:
-    _check_model(body.model, runtime)
     vocab_size = runtime.view.vocab_size
     if max(body.tokens, default=0) >= vocab_size:
         raise InvalidParameter(
