@@ -37,11 +37,11 @@ class ServerState:
         self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
         capacity = config.max_running + config.max_waiting
+        self.hub = HubAdapters(config.fetch_from_hub, self._publish_from_hub, max_waiting=capacity)
         self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
         self._tokenizing = WorkPool(
             "tokenize", num_threads=_NUM_TOKENIZING, max_waiting=_MAX_TO_TOKENIZE
         )
-        self.hub = HubAdapters(config.fetch_from_hub, self._publish_from_hub, max_waiting=capacity)
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
 

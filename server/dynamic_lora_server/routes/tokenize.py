@@ -21,7 +21,7 @@ from dynamic_lora_server.schemas.tokenize import (
     TokenizePrompt,
     TokenizeRequest,
 )
-from dynamic_lora_server.selection import adapter_name, select_chat
+from dynamic_lora_server.selection import ChatAdapter, adapter_name, select_chat
 from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ async def tokenize(
     Messages go through the chat template as `/v1/chat/completions` has it; nothing applies a task
     card.
     """
-    asked = body.root
-    model = None if isinstance(asked, TokenizeInputs) else asked.model
-    work = _worked(model, partial(_tokenized, body, runtime), state, runtime)
+    check = partial(_check_named, body, runtime)
+    work = _worked(check, partial(_tokenized, body, runtime), state)
     return _json(await until_disconnect(request.receive, work))
 
 
@@ -63,16 +62,30 @@ async def detokenize(
     body: DetokenizeRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """Special tokens read as their names, bytes that are no characters as U+FFFD."""
-    work = _worked(body.model, partial(_detokenized, body, runtime), state, runtime)
+    check = partial(_check_model, body.model, runtime)
+    work = _worked(check, partial(_detokenized, body, runtime), state)
     return _json(await until_disconnect(request.receive, work))
 
 
 async def _worked(
-    model: str | None, work: Callable[[], bytes], state: ServerState, runtime: "Runtime"
+    check: Callable[[], None], work: Callable[[], bytes], state: ServerState
 ) -> bytes:
-    """What `work` makes, once the adapter that `model` names is here."""
-    await state.hub.found(partial(_check_model, model, runtime))
+    """What `work` makes, once the adapters that `check` misses are here."""
+    await state.hub.found(check)
     return await state.tokenize(work)
+
+
+def _check_named(body: TokenizeRequest, runtime: "Runtime") -> None:
+    asked = body.root
+    if isinstance(asked, TokenizePrompt):
+        _check_model(asked.model, runtime)
+    elif not isinstance(asked, TokenizeInputs):
+        _chat_adapter(asked.model, runtime)
+
+
+def _chat_adapter(model: str | None, runtime: "Runtime") -> ChatAdapter:
+    saved = runtime.residencies.saved
+    return select_chat(model, saved=saved, base_names=runtime.base_names)
 
 
 def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
@@ -82,8 +95,7 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
     if isinstance(asked, TokenizePrompt):
         ids = view.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
     else:
-        saved = runtime.residencies.saved
-        chat = select_chat(asked.model, saved=saved, base_names=runtime.base_names).chat
+        chat = _chat_adapter(asked.model, runtime).chat
         variables = asked.chat_template_kwargs or {}
         text = render(asked.messages, variables, runtime.tokenizer, chat)
         ids = view.encode(text, add_special_tokens=False)
