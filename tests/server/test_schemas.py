@@ -42,7 +42,9 @@ def refused(model: type[BaseModel], body: dict[str, Any]) -> tuple[str, str]:
         ("best_of", True),
         ("watermark", True),
         ("decoder_input_details", True),
-        ("adapter_source", "hub"),
+        ("adapter_source", "local"),
+        ("adapter_source", "s3"),
+        ("adapter_source", "pbase"),
         ("api_token", "x"),
         ("return_k_alternatives", 2),
     ],
@@ -60,7 +62,7 @@ def test_neutral_values_of_the_same_fields_pass() -> None:
         "watermark": False,
         "decoder_input_details": False,
         "grammar": None,
-        "adapter_source": None,
+        "adapter_source": "hub",
         "stop_sequences": [],
     }
     request = GenerateRequest.model_validate({"inputs": "x", "parameters": parameters})

@@ -49,6 +49,15 @@ AdapterRoot = Annotated[
     list[Path] | None,
     typer.Option(help="Folder below which POST /adapters may read a source. Repeatable."),
 ]
+FetchFromHub = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORGANISATION",
+        help="Fetch adapters of this organisation from the Hub when a request names their id; "
+        "'*' for all. Repeatable.",
+        show_default="none is fetched",
+    ),
+]
 ApiKey = Annotated[
     list[str] | None,
     typer.Option(

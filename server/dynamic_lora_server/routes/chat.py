@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, depen
     response_model=ChatCompletion,
     responses={
         200: {"content": event_stream("ChatChunk")},
-        **openai_errors(400, 404, 413, 415, 429, 500, 503),
+        **openai_errors(400, 404, 413, 415, 429, 500, 502, 503),
     },
     summary="Answer a conversation",
 )
@@ -68,7 +68,9 @@ async def _prepare(
 ) -> Prepared[ChatAnswer]:
     saved = runtime.residencies.saved
     runtime.service.check_room(body.n or 1)
-    asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
+    asked = await state.hub.found(
+        partial(select_chat, body.model, saved=saved, base_names=runtime.base_names)
+    )
     make = partial(
         chat_spec, body, adapter=asked.adapter, tokenizer=runtime.tokenizer, chat=asked.chat
     )

@@ -1,6 +1,7 @@
 """`POST /v1/completions`: OpenAI's completions."""
 
 from collections.abc import Awaitable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
@@ -37,7 +38,7 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, depen
     response_model=Completion,
     responses={
         200: {"content": event_stream("Completion")},
-        **openai_errors(400, 404, 413, 415, 429, 500, 503),
+        **openai_errors(400, 404, 413, 415, 429, 500, 502, 503),
     },
     summary="Complete prompts",
 )
@@ -87,6 +88,10 @@ async def _begun(
     body: CompletionRequest, specs: list[GenerationSpec], state: ServerState, runtime: "Runtime"
 ) -> tuple[list[Generation], CompletionAnswer]:
     """Generations that were admitted, one for each prompt."""
+    runtime.service.check_room(sum(spec.n for spec in specs))
+    adapter = specs[0].adapter
+    if isinstance(adapter, str):
+        await state.hub.found(partial(runtime.residencies.saved.resolve, adapter))
     generations = await begin_all([state.generate(spec) for spec in specs])
     is_base = generations[0].started.adapter is None  # also where a sum cancels out
     answer = CompletionAnswer(
