@@ -17,8 +17,7 @@ _MIN_SHARED = 64
 
 
 class PrefixReuse:
-    """Looks prompts up when their first piece is due, keeps blocks as pieces of them are done,
-    and those of an answer when it has ended.
+    """Looks prompts up when their first piece is due, keeps blocks as pieces and answers are done.
 
     So of a burst of prompts with one beginning, the first computes it and the
     others find it: they wait for as long as its pieces, one in each step, are of that
