@@ -262,7 +262,9 @@ def test_what_was_computed_merged_serves_the_bypass(
 def test_what_a_merge_of_others_has_rounded_is_not_kept(
     paged: bool, dtype: torch.dtype, folders: dict[str, Path]
 ) -> None:
-    built = make_engine(tiny_llama().to(dtype), paged=paged, mode=Mode.MERGED)
+    base = tiny_llama()
+    torch.nn.Module.to(base, dtype)
+    built = make_engine(base, paged=paged, mode=Mode.MERGED)
     prompt = random_prompt(60, seed=12)
     merged = admit(built, folders["all"])
     beside = make_sequence(prompt)
