@@ -46,7 +46,9 @@ def readings_of(stats: "EngineStats") -> list[Reading]:
 
 def _of_prefixes(prefixes: "PrefixStats") -> list[Reading]:
     return [
-        Reading("prefix_blocks", "Blocks of prompts that are kept.", prefixes.num_blocks),
+        Reading(
+            "prefix_blocks", "Blocks of prompts and answers that are kept.", prefixes.num_blocks
+        ),
         Reading(
             "prefix_lookup_tokens",
             "Prompt tokens that were looked up in the prefix cache.",

@@ -72,10 +72,10 @@ class KVSpace(ABC):
         """Reserve cells for `num_tokens` positions."""
 
     def make_gap(self, num_tokens: int) -> list[Move]:
-        """Have `num_tokens` be allocated if so many cells are free, wherever they are.
+        """Make `allocate(num_tokens)` possible if so many cells are free, wherever they are.
 
-        What moves for it, in this order, all of it towards lower cells: the caller's allocations
-        must follow.
+        Returns what moved for it, in this order, all of it towards lower cells. Allocations
+        of the caller's must follow.
         """
         del num_tokens  # free pages are as good anywhere
         return []

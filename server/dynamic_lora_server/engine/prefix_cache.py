@@ -144,7 +144,7 @@ class PrefixCache:
         self._num_reused += num_reused
 
     def num_known(self, keys: Sequence[bytes]) -> int:
-        """How many of these blocks, from the first on, are held; or less, or more.
+        """About how many of these blocks, from the first on, are held.
 
         By a few lookups: where a block is held, so are nearly always those before it.
         """
