@@ -168,4 +168,4 @@ def _plain(terms: Sequence[GroupTerms], group: ProjectionGroup, index: int) -> G
 def _terms(adapter: ResidentAdapter) -> Sequence[GroupTerms]:
     if adapter.exact is not None:
         return adapter.exact
-    return [adapter.slab.terms(i, adapter.slot) for i in range(len(adapter.slab.signature))]
+    return adapter.slab.places(adapter.slot)

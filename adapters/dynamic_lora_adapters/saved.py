@@ -5,7 +5,7 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 
-from dynamic_lora_adapters.compose import compose, merge
+from dynamic_lora_adapters.compose import GivenUp, compose, merge
 from dynamic_lora_adapters.composition import (
     Composition,
     InvalidComposition,
@@ -103,11 +103,17 @@ class SavedCompositions:
         check_version(part, version.digest)
         return version
 
-    def terms(self, composition: Composition, digests: Sequence[str]) -> AdapterTerms:
+    def terms(
+        self,
+        composition: Composition,
+        digests: Sequence[str],
+        given_up: GivenUp = lambda: False,
+    ) -> AdapterTerms:
         """What a composition computes; `digests` are its parts', leased by the caller.
 
         Raises UnsupportedAdapter, naming the adapter, for parts that have no sum, and
-        AdapterCapacityError for merged deltas that are larger than all room.
+        AdapterCapacityError for merged deltas that are larger than all room. A merge that is
+        `given_up` ends with NobodyWaits.
         """
         # In the order that the composition's digest has them, not in that of their
         # names: one digest means the same numbers to the last bit.
@@ -124,6 +130,7 @@ class SavedCompositions:
                 names=names,
                 dtype=dtype,
                 room_bytes=self._room_bytes,
+                given_up=given_up,
             )
         return compose(weighted, names=names, dtype=dtype)
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.chat import ChatFormat
+from dynamic_lora_adapters.compose import GivenUp
 from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.incoming import Incoming
 from dynamic_lora_adapters.lease import Lease
@@ -205,11 +206,17 @@ class Residency:
             self._ask_for_room()
             await self._line.wait()
 
-    async def _read(self, readers: Executor, read: Callable[[], AdapterTerms]) -> Incoming:
+    async def _read(self, readers: Executor, read: Callable[[GivenUp], AdapterTerms]) -> Incoming:
         """The terms, and the room they need; AdapterCapacityError for more than there is."""
         loop = asyncio.get_running_loop()
-        prepare = self._pool.prepare
-        incoming, seconds = await loop.run_in_executor(readers, _timed, lambda: prepare(read()))
+        prepare, given_up = self._pool.prepare, threading.Event()
+        try:
+            incoming, seconds = await loop.run_in_executor(
+                readers, _timed, lambda: prepare(read(given_up.is_set))
+            )
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
         self.reads.num_reads += 1
         self.reads.seconds += seconds
         return incoming

@@ -740,6 +740,9 @@ def test_a_registry_is_closed_once_what_changes_it_is_done(
         for change in (lambda: publish(registry, "late", changed), lambda: registry.delete("ner")):
             with pytest.raises(StoreFailed, match="shutting down"):
                 change()
+        with pytest.raises(StoreFailed, match="shutting down"):
+            registry.index.put_composition("late", "ner*2")
+        registry.close()
         assert names(other) == ["ner"]
 
 

@@ -554,6 +554,12 @@ async def test_bad_requests_are_problems(
     assert (await client.post("/generate", json={"inputs": "x"})).status_code == 200
 
 
+PICKLED: dict[str, bytes | None] = {
+    "adapter_model.bin": b"x",
+    "adapter_model.safetensors": None,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "status", "slug", "text"),
     [
@@ -561,7 +567,7 @@ async def test_bad_requests_are_problems(
         ("base", {}, 422, "invalid-adapter-name", "means the base model"),
         ("a", {"adapter_config.json": b"{"}, 422, "invalid-adapter", "adapter_config.json"),
         ("a", {"adapter_config.json": None}, 422, "invalid-adapter", "adapter_config.json"),
-        ("a", {"adapter_model.bin": b"x"}, 422, "unsafe-archive", "pickle"),
+        ("a", PICKLED, 422, "unsafe-archive", "pickle"),
         ("a", {"other.txt": b"x"}, 422, "invalid-adapter", "other.txt"),
         ("a", {"chat_template.jinja": b"{% if %}"}, 422, "invalid-adapter", "chat template"),
         ("a", {"big.zip": b"x" * 200_000}, 413, "adapter-too-large", "larger than 100,000"),

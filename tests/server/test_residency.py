@@ -2,9 +2,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -312,10 +312,10 @@ async def test_compositions_that_are_computed_hold_up_no_adapter(
             publish(runtime, name, make_adapter(tmp_path / name, tiny_llama(), seed=seed))
         terms, alone = runtime.residencies.saved.terms, names(2)[0]
 
-        def slowly(composition: Composition, digests: Sequence[str]) -> AdapterTerms:
+        def slowly(composition: Composition, *args: Any) -> AdapterTerms:
             if composition.plain is None:
                 assert go_on.wait(60)
-            return terms(composition, digests)
+            return terms(composition, *args)
 
         monkeypatch.setattr(runtime.residencies.saved, "terms", slowly)
         texts = [f"{alone}*0.{number}" for number in range(1, 4)]
@@ -326,6 +326,36 @@ async def test_compositions_that_are_computed_hold_up_no_adapter(
         finally:
             go_on.set()
         assert all(map(finishes, await asyncio.gather(*waiting)))
+
+
+async def test_a_merge_that_nobody_waits_for_ends_with_the_layer_that_it_is_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing, go_on, computed = threading.Event(), threading.Event(), Counter[str]()
+    merge_layer = compose._merged
+
+    def slowly(deltas: Any, weights: Any, how: Merge, path: str) -> Any:
+        computed[path] += 1
+        computing.set()
+        assert go_on.wait(60)
+        return merge_layer(deltas, weights, how, path)
+
+    async with serving(tmp_path) as runtime:
+        for seed, name in enumerate(names(2)):
+            publish(runtime, name, make_adapter(tmp_path / name, tiny_llama(), seed=seed))
+        monkeypatch.setattr(compose, "_merged", slowly)
+        merged = Composition.of(
+            [Part(name) for name in names(2)], merge=Merge(strategy=Strategy.TIES, density=0.5)
+        )
+        request = asyncio.create_task(collect(runtime, spec(adapter=merged)))
+        assert await asyncio.to_thread(computing.wait, 60)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        go_on.set()
+        # Its thread is free for the next one.
+        assert finishes(await asyncio.wait_for(collect(runtime, spec(adapter="task-0*0.5")), 60))
+        assert computed.total() == 1
 
 
 async def test_a_merge_larger_than_all_room_is_refused_before_it_is_computed(

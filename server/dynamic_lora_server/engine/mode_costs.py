@@ -95,6 +95,7 @@ def _switch_s(
         dtype=dtype,
         factor_dtype=factor_dtype,
         slab_slots=1,
+        merges=True,
     )
     adapter = pool.admit("probe", AdapterTerms(linears=linears))
     assert adapter is not None
