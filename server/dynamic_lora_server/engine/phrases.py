@@ -215,8 +215,8 @@ class Text:
             self._places = Places()
             for place in range(len(self._tokens) - 1):
                 self._places.add(self._tokens, place)
-        length, place = self._places.latest(self._tokens, end)
-        return length, None if place is None else self._tokens[place + 1]
+        length, last = self._places.latest(self._tokens, end)
+        return length, None if last is None else self._tokens[last + 1]
 
 
 class Places:
