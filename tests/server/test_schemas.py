@@ -101,9 +101,9 @@ def test_generate_bodies(body: dict[str, Any], place: str) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"tools": [{"type": "function"}]},
+        {"functions": [{"name": "f"}]},
+        {"function_call": {"name": "f"}},
         {"logit_bias": {"5": 1}},
-        {"tool_choice": "required"},
         {"modalities": ["audio"]},
         {"store": True},
         {"reasoning_effort": "high"},
@@ -193,7 +193,31 @@ def test_a_message_is_text_or_text_parts() -> None:
     assert Message.model_validate({"role": "user", "content": parts}).text == "ab"
     with pytest.raises(ValidationError):
         Message.model_validate({"role": "user", "content": [{"type": "image_url"}]})
-    assert refused(Message, {"role": "tool", "content": "x"})[0] == "role"
+    assert refused(Message, {"role": "function", "content": "x"})[0] == "role"
+
+
+@pytest.mark.parametrize(
+    ("field", "place"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "x", "function": {"name": "f"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]},
+            "tools.0.function.x",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
+        ({"tool_choice": "any"}, "tool_choice.ToolChoiceWord"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.NamedTool.function"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}]},
+            "messages.0.tool_calls.0.function",
+        ),
+    ],
+)
+def test_tools_that_are_written_badly(field: dict[str, Any], place: str) -> None:
+    assert refused(ChatRequest, CHAT | field)[0] == place
 
 
 def test_an_answer_of_openais_client_is_a_turn_of_the_next_request() -> None:

@@ -74,7 +74,7 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
         saved = runtime.residencies.saved
         chat = select_chat(asked.model, saved=saved, base_names=runtime.base_names).chat
         variables = asked.chat_template_kwargs or {}
-        text = render(asked.messages, variables, runtime.tokenizer, chat)
+        text = render(asked.messages, variables, runtime.tokenizer, chat, asked)
         ids = view.encode(text, add_special_tokens=False)
     count = TokenCount.model_construct(
         count=len(ids), max_model_len=runtime.context_length, tokens=list(ids)

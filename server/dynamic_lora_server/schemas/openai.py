@@ -23,6 +23,7 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
 from dynamic_lora_server.schemas.structured import StructuredRequest
+from dynamic_lora_server.schemas.tools import TemplateRequest, ToolCalls, ToolChoice
 
 # OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
@@ -110,14 +111,19 @@ class TextPart(Wire):
 class Message(Wire):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is `system`."
     )
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        default=None, description="Needed, unless there are `tool_calls`."
+    )
     name: Unset = None
     refusal: Unset = None
     annotations: UnsetOrEmptyList = None
-    tool_calls: UnsetOrEmptyList = None
+    tool_calls: ToolCalls | None = Field(default=None, description="The assistant's.")
+    tool_call_id: NonEmptyText | None = Field(
+        default=None, description="Of the role `tool`: which call the content is the result of."
+    )
     function_call: Unset = None
     audio: Unset = None
 
@@ -126,13 +132,13 @@ class Message(Wire):
         """The content as one string."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(SamplingRequest, TemplateRequest):
     """The body of `POST /v1/chat/completions`. The chat template of the
     adapter is applied, if it is one alone and has one, or that of the base model.
 
@@ -167,9 +173,12 @@ class ChatRequest(SamplingRequest):
     )
     prompt_cache_key: Text | None = Field(default=None, description="As `user`.")
     safety_identifier: Text | None = Field(default=None, description="As `user`.")
-    tools: UnsetOrEmptyList = None
-    tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Neutral(None, True, False)] = None
+    tool_choice: ToolChoice | None = Field(
+        default=None, description="Default `auto` where there are `tools`."
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="False: one call at most. Default true."
+    )
     functions: UnsetOrEmptyList = None
     function_call: Annotated[Any, Neutral(None, "none", "auto")] = None
     modalities: Annotated[Any, Neutral(None, ["text"])] = None
