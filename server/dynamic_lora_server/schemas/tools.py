@@ -69,6 +69,9 @@ class CalledFunction(Wire):
 
     name: NonEmptyText
     arguments: Text
+    description: Text | None = Field(
+        default=None, description="The Hub's client sends one; changes nothing."
+    )
     parsed_arguments: Any = Field(
         default=None, description="What OpenAI's client read the arguments as; changes nothing."
     )
@@ -80,6 +83,9 @@ class ToolCall(Wire):
     id: NonEmptyText
     type: Literal["function"]
     function: CalledFunction
+    index: int | None = Field(
+        default=None, description="Where a stream had it; changes nothing: the order counts."
+    )
 
 
 ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)]

@@ -138,16 +138,18 @@ class FreeReader:
     def _inside(self, call: "_HeldCall", final: bool) -> list[Part] | None:
         """A call, or the text that it was not; None where more must come first."""
         held = self._held
+        if call.end is None:
+            call.value = len(held) - len(held[call.value :].lstrip())
+            if call.value == len(held):
+                return self._no_call(call.value) if final else None
+            if held[call.value] not in "{[":
+                return self._no_call(call.value)
+            call.end = ValueEnd(call.value)
         if call.found is None:
-            value = len(held) - len(held[call.value :].lstrip())
-            if value == len(held):
-                return self._no_call(value) if final else None
-            if held[value] not in "{[":
-                return self._no_call(value)
-            end = call.end_from(value).find(held)
+            end = call.end.find(held)
             if end is None:
                 return self._no_call(len(held)) if final else None
-            call.found, call.behind = self._parsed(held[value:end]), end
+            call.found, call.behind = self._parsed(held[call.value : end]), end
         if not call.found:
             return self._no_call(call.behind)
         closing = self._notation.closing
@@ -202,20 +204,14 @@ class FreeReader:
         return name, arguments[0][1]
 
 
+@dataclass(slots=True)
 class _HeldCall:
-    """What may become a call: its value begins at `value` or behind white space there."""
+    """What may become a call: its value begins at `value`, behind white space there at first."""
 
-    def __init__(self, value: int) -> None:
-        self.value = value
-        self.found: list[tuple[str, str]] | None = None
-        self.behind = 0
-        self._end: ValueEnd | None = None
-
-    def end_from(self, begin: int) -> ValueEnd:
-        """What looks for the value's end."""
-        if self._end is None:
-            self._end = ValueEnd(begin)
-        return self._end
+    value: int
+    end: ValueEnd | None = None
+    found: list[tuple[str, str]] | None = None
+    behind: int = 0
 
 
 class GuidedReader:

@@ -70,6 +70,12 @@ def test_a_result_is_told_its_function_and_its_call() -> None:
     assert prompt(template, [USER, CALLED, RESULT]).endswith("[assistant] weather call_00001 |")
 
 
+def test_what_clients_add_to_a_call_changes_nothing() -> None:
+    own = {**CALL["function"], "description": None, "parsed_arguments": {"city": 1}}
+    added = {**CALLED, "tool_calls": [{**CALL, "index": 0, "function": own}]}
+    assert prompt(HERMES, [USER, added, RESULT]) == prompt(HERMES, [USER, CALLED, RESULT])
+
+
 def test_a_call_without_arguments() -> None:
     called = {**CALLED, "content": "So.", "tool_calls": [call("time.now", "")]}
     text = prompt(HERMES, [USER, called, RESULT])
