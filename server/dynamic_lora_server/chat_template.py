@@ -73,7 +73,7 @@ def render(
     _check_variables(variables)
     if chat is not None and own is not None:
         variables = {**chat.special_tokens, **variables}
-    conversation = [{"role": _role(message), "content": message.text} for message in messages]
+    conversation = [_turn(message) for message in messages]
     ending = _ending(asked, messages)
     tools = described(asked.tools or ())
     if tools or has_calls(messages) or has_results(messages):
@@ -183,9 +183,17 @@ def _ending(asked: TemplateRequest, messages: Sequence[Message]) -> Ending:
     return Ending.LAST_TURN
 
 
-def _role(message: Message) -> str:
-    """What OpenAI renamed for its newer models; templates know the old name."""
-    return "system" if message.role == "developer" else message.role
+def _turn(message: Message) -> dict[str, str]:
+    """A message as templates know it: without what it does not say."""
+    # OpenAI renamed the system for its newer models; templates know the old name.
+    role = "system" if message.role == "developer" else message.role
+    turn = {"role": role, "content": message.text}
+    if message.name is not None:
+        turn["name"] = message.name
+    thought = message.reasoning_content if message.reasoning is None else message.reasoning
+    if thought is not None:
+        turn |= {"reasoning": thought, "reasoning_content": thought}  # templates read either
+    return turn
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:

@@ -27,9 +27,7 @@ class Continuation:
     def piece(self, event: TokenEvent) -> TokenPiece:
         """The next token as the client gets it."""
         sampled, view = event.sampled, self.view
-        # A grammar may end an answer with a token of its own, which is a part of the text.
-        ends = event.reason is FinishReason.EOS and sampled.token_id in self.sequence.stop_ids
-        text = self.detokenizer.push(sampled.token_id, ends=ends)
+        text = self.detokenizer.push(sampled.token_id, ends=self._only_ends(event))
         return TokenPiece(
             index=self.index,
             token_id=sampled.token_id,
@@ -45,6 +43,13 @@ class Continuation:
                 for token_id, logprob in sampled.top
             ),
         )
+
+    def _only_ends(self, event: TokenEvent) -> bool:
+        """Whether the token ends the answer without being a part of its text."""
+        if event.reason is FinishReason.STOP:
+            return not self.detokenizer.include_stop
+        # A grammar may end an answer with a token of its own, which is a part of the text.
+        return event.reason is FinishReason.EOS and event.sampled.token_id in self.sequence.stop_ids
 
     def finish(self, event: TokenEvent) -> Finish | None:
         """The end, if it has come with this token, whose `piece` has been taken."""

@@ -11,6 +11,14 @@ from dynamic_lora_server import errors
 from dynamic_lora_server.disconnect import ClientDisconnected
 from dynamic_lora_server.sources import SourceUnavailable
 
+_TGI_TYPES: Mapping[int, str] = {
+    400: "validation",
+    413: "validation",
+    415: "validation",
+    422: "validation",
+    429: "overloaded",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -23,6 +31,16 @@ class Kind:
     title: str
     status: int
     code: str | None = None
+
+    @property
+    def error_type(self) -> str | None:
+        """The class of errors by which TGI's and the Hub's clients choose an exception.
+
+        None where they have none of their own and go by the status, as with a missing adapter.
+        """
+        if self.status >= 500:
+            return "generation"
+        return _TGI_TYPES.get(self.status)
 
 
 # An error takes the row of its nearest class; a test asks that every class has one.

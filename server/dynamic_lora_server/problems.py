@@ -182,6 +182,7 @@ def problem(fault: Fault) -> dict[str, Any]:
         field=fault.field,
         fix=fault.fix,
         error=_sentence(fault),
+        error_type=fault.kind.error_type,
         near=list(fault.near) or None,
     ).model_dump(exclude_none=True)
 

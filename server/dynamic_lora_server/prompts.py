@@ -105,7 +105,10 @@ def _needs_details(name: str) -> InvalidParameter:
 
 def _merge(own: GenerateParameters, card: TaskCard | None) -> dict[str, Any]:
     defaults = {} if card is None else card.parameters.model_dump(exclude_none=True)
-    return defaults | own.model_dump(exclude_none=True)
+    asked = own.model_dump(exclude_none=True)
+    if not own.stop:
+        asked.pop("stop", None)  # TGI's and LoRAX's clients send an empty list where none is given
+    return defaults | asked
 
 
 def _given(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -117,19 +120,16 @@ def _temperature(own: GenerateParameters, card: TaskCard | None) -> float:
 
     The request's temperature counts before its `do_sample`, and both before the card's. Its
     filters count where neither says anything; those of a card alone, and a seed, ask for nothing.
+    Nor does a `do_sample` of false: TGI's and LoRAX's clients send it where none is given.
     """
     if own.temperature is not None:
         return _floored(own.temperature)
-    if own.do_sample is False:
-        return 0.0
     defaults = CardParameters() if card is None else card.parameters
     if own.do_sample:
         return _floored(defaults.temperature or 0.0) or 1.0
     if defaults.temperature is not None:
         return _floored(defaults.temperature)
-    if defaults.do_sample is None:
-        return 1.0 if _filters(own) else 0.0
-    return float(defaults.do_sample)
+    return 1.0 if defaults.do_sample or _filters(own) else 0.0
 
 
 def _filters(own: GenerateParameters) -> bool:
@@ -271,10 +271,7 @@ def _top_logprobs(body: ChatRequest) -> int:
 def _openai_sampling(
     body: SamplingRequest, *, max_new_tokens: int, logprobs: bool, top_logprobs: int
 ) -> SamplingParams:
-    if body.stream_options is not None and not body.stream:
-        raise InvalidParameter(
-            "stream_options needs stream.", field="stream_options", fix="Add stream=true."
-        )
+    _check_stream_options(body)
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=1.0 if body.temperature is None else _floored(body.temperature),
@@ -284,6 +281,20 @@ def _openai_sampling(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
     )
+
+
+def _check_stream_options(body: SamplingRequest) -> None:
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise InvalidParameter(
+            "stream_options needs stream.", field="stream_options", fix="Add stream=true."
+        )
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise InvalidParameter(
+            "continuous_usage_stats needs include_usage.",
+            field="stream_options.continuous_usage_stats",
+            fix="Add include_usage=true.",
+        )
 
 
 def _stop(body: SamplingRequest) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ from dynamic_lora_server.engine.mode_controller import ModeStats
 from dynamic_lora_server.engine.prefix_cache import PrefixStats
 from dynamic_lora_server.engine.processors import within_quota
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.fingerprint import fingerprint
 from dynamic_lora_server.loading import load_model, num_embeddings, pick_device
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.recorder import TraceRecorder
@@ -97,6 +98,7 @@ class Runtime:
     residencies: Residency
     device: str
     dtype: str
+    fingerprint: str  # of the base model, as it is served
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_CHECKS))
     unpacking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_UNPACKINGS))
     fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_FETCHES))
@@ -176,6 +178,7 @@ class Runtime:
             residencies=residencies,
             device=str(device),
             dtype=str(model.dtype).removeprefix("torch."),
+            fingerprint=_fingerprint(config, base, model),
         )
 
     @property
@@ -309,6 +312,11 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype, *, dr
     )
     key = sha256(repr(conditions).encode()).hexdigest()[:16]
     return config.home / "costs" / f"{key}.json"
+
+
+def _fingerprint(config: ServerConfig, base: BaseModel, model: PreTrainedModel) -> str:
+    precision = (str(model.dtype), config.quantize, config.kv_dtype, model.device.type)
+    return fingerprint(base.path, (version("dynamic-lora"), *precision))
 
 
 def _limits(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamic_lora_adapters.saved import SavedCompositions
 
 
-# What TGI's and the Hub's clients send as a chat's model where their caller named none.
+# What TGI's and the Hub's clients send as the model where their caller named none.
 _UNNAMED = frozenset({"tgi", "dummy"})
 
 
@@ -33,10 +33,10 @@ def adapter_name(name: str | None, *, base_names: Collection[str]) -> str | None
     return None if name is None or name == BASE or name in base_names else name
 
 
-def chat_adapter_name(
+def openai_adapter_name(
     name: str | None, *, base_names: Collection[str], known: Callable[[str], bool]
 ) -> str | None:
-    """As `adapter_name`, for a chat: a client's stand-in for a name is one if `known` has it."""
+    """As `adapter_name`, for `model`: a client's stand-in for a name is one if `known` has it."""
     if name is None or (name in _UNNAMED and not known(name)):
         return None
     return adapter_name(name, base_names=base_names)
@@ -92,7 +92,7 @@ def select_chat(
 
     Raises what `SavedCompositions.resolve` does.
     """
-    name = chat_adapter_name(model, base_names=base_names, known=saved.has)
+    name = openai_adapter_name(model, base_names=base_names, known=saved.has)
     adapter = Composition() if name is None else saved.resolve(name)
     return ChatAdapter(adapter, [saved.version(part) for part in adapter.parts])
 

@@ -20,13 +20,18 @@ _NEVER_STORED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"  # OpenAI's end of a stream
 # What a client may take to read on once the buffers between are full: its place is wanted.
 _STALLED_SECONDS = 120.0
+# They end a line for clients that split lines as Unicode does. JSON holds them inside texts alone.
+_LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 _log = logging.getLogger(__name__)
 
 
 def event(data: BaseModel) -> bytes:
     """One event: a model as JSON on one `data:` line."""
-    return f"data: {data.model_dump_json()}\n\n".encode()
+    document = data.model_dump_json()
+    for end, escaped in _LINE_ENDS.items():
+        document = document.replace(end, escaped)
+    return f"data: {document}\n\n".encode()
 
 
 def json_event(data: Mapping[str, Any]) -> bytes:

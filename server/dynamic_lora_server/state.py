@@ -21,6 +21,7 @@ Load = Callable[[], "Runtime"]
 
 _NUM_RENDERING = 2
 _NUM_TOKENIZING = 2
+_NUM_WRITING = 2
 _MAX_TO_TOKENIZE = 64  # that wait, each with a body of up to `max_body_bytes`
 
 
@@ -37,6 +38,8 @@ class ServerState:
         self._tokenizing = WorkPool(
             "tokenize", num_threads=_NUM_TOKENIZING, max_waiting=_MAX_TO_TOKENIZE
         )
+        # What waits here was generated already, so that refusing it would save nothing.
+        self._writing = WorkPool("write", num_threads=_NUM_WRITING, max_waiting=None)
         self._runtime: Runtime | None = None
         self._why_not = "The model is still loading."
 
@@ -66,6 +69,14 @@ class ServerState:
         generation's prompt is to wait for it. Raises QueueFull where too many wait.
         """
         return await self._tokenizing.run(work)
+
+    async def write(self, work: Callable[[], T]) -> T:
+        """Run `work`, which writes an answer with the log-probabilities of all its tokens, on one
+        of a few threads.
+
+        A long one would hold up everybody's streams for seconds.
+        """
+        return await self._writing.run(work)
 
     async def come_up(self, load: Load) -> None:
         """Load the runtime on a thread of its own, and start it on this event loop.

@@ -15,6 +15,15 @@ from dynamic_lora_server.schemas.structured import (
 )
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+# The fields of a response format that say more of its type.
+_SAID_IN: Mapping[str, Sequence[str]] = {
+    "text": (),
+    "json_object": ("schema", "value"),
+    "json_schema": ("json_schema", "value"),
+    "json": ("value",),
+    "regex": ("value",),
+}
+_SAY_ENOUGH = ("text", "json_object")  # types that need none of them
 
 
 def openai_grammar(body: StructuredRequest) -> Grammar | None:
@@ -38,7 +47,7 @@ def openai_grammar(body: StructuredRequest) -> Grammar | None:
 def generate_grammar(own: GenerateParameters) -> Grammar | None:
     """What the parameters of `/generate` ask for. Raises as `openai_grammar` does."""
     return _only(
-        _of_tgi("parameters.grammar", own.grammar),
+        None if own.grammar is None else _of_tgi("parameters.grammar", own.grammar),
         _of_format("parameters.response_format", own.response_format),
     )
 
@@ -46,31 +55,42 @@ def generate_grammar(own: GenerateParameters) -> Grammar | None:
 def _of_format(field: str, asked: ResponseFormat | None) -> Grammar | None:
     if asked is None:
         return None
-    schema = asked.schema_
-    wanted = {"json_schema": asked.json_schema, "json_object": schema}
-    for kind, value in wanted.items():
-        if value is not None and asked.type != kind:
-            name = "json_schema" if kind == "json_schema" else "schema"
+    _check_format(field, asked)
+    if asked.value is not None:
+        return _of_tgi(field, asked)
+    if asked.json_schema is not None:
+        return _grammar(GrammarKind.JSON_SCHEMA, asked.json_schema.schema_, field)
+    if asked.type == "text":
+        return None
+    schema = _ANY_OBJECT if asked.schema_ is None else asked.schema_
+    return _grammar(GrammarKind.JSON_SCHEMA, schema, field)
+
+
+def _check_format(field: str, asked: ResponseFormat) -> None:
+    """Raise InvalidParameter unless a type comes with what says more of it, and with that once."""
+    given = {"json_schema": asked.json_schema, "schema": asked.schema_, "value": asked.value}
+    names = [name for name, value in given.items() if value is not None]
+    taken = _SAID_IN[asked.type]
+    for name in names:
+        if name not in taken:
             raise InvalidParameter(
-                f"{name} is for the type {kind}, but the type is {asked.type}.",
+                f"{name} says nothing of the type {asked.type}.",
                 field=f"{field}.{name}",
-                fix=f"Set type to {kind}, or leave {name} out.",
+                fix=f"Leave {name} out, or set type to "
+                f"{' or '.join(kind for kind, names in _SAID_IN.items() if name in names)}.",
             )
-    match asked.type:
-        case "text":
-            return None
-        case "json_object":
-            return _grammar(
-                GrammarKind.JSON_SCHEMA, _ANY_OBJECT if schema is None else schema, field
-            )
-        case "json_schema":
-            if asked.json_schema is None:
-                raise InvalidParameter(
-                    "The type json_schema needs one.",
-                    field=f"{field}.json_schema",
-                    fix="Add json_schema, with schema in it.",
-                )
-            return _grammar(GrammarKind.JSON_SCHEMA, asked.json_schema.schema_, field)
+    if len(names) > 1:
+        raise InvalidParameter(
+            f"{names[0]} and {names[1]} both say what the answer must be like.",
+            field=f"{field}.{names[1]}",
+            fix="Give one of the two.",
+        )
+    if not names and asked.type not in _SAY_ENOUGH:
+        raise InvalidParameter(
+            f"The type {asked.type} needs {taken[0]}, which says more of it.",
+            field=f"{field}.{taken[0]}",
+            fix=f"Add {taken[0]}.",
+        )
 
 
 def _of_outputs(field: str, asked: StructuredOutputs | None) -> Grammar | None:
@@ -93,9 +113,7 @@ def _of_outputs(field: str, asked: StructuredOutputs | None) -> Grammar | None:
     return found
 
 
-def _of_tgi(field: str, asked: TgiGrammar | None) -> Grammar | None:
-    if asked is None:
-        return None
+def _of_tgi(field: str, asked: TgiGrammar | ResponseFormat) -> Grammar | None:
     value = asked.value
     match asked.type:
         case "regex":

@@ -151,7 +151,7 @@ class Detokenizer:
         self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = [_StopString(one) for one in stop]
-        self._include_stop = include_stop
+        self.include_stop = include_stop
         self._decoded = ""
         self._num_shown = 0
         self.offset = 0  # where the last token's own text begins in all text
@@ -201,7 +201,7 @@ class Detokenizer:
         found = [one for one in self._stops if one.is_in(self._decoded)]
         if found:
             first = min(found, key=lambda one: one.begin)
-            end = first.begin + (len(first.stop) if self._include_stop else 0)
+            end = first.begin + (len(first.stop) if self.include_stop else 0)
             self._decoded = self._decoded[:end]
             self.stopped = True
 

@@ -1,4 +1,4 @@
-"""A few threads for work on texts, and a line before them that has an end."""
+"""A few threads for work on texts, and a line before them that may have an end."""
 
 import asyncio
 import time
@@ -15,11 +15,11 @@ T = TypeVar("T")
 class WorkPool:
     """Runs one piece of work on each thread, while others wait. Lives on one event loop.
 
-    Who gives up while it waits leaves nothing behind; work that has begun keeps its thread to its
-    end, whether or not anybody waits for it.
+    Where `max_waiting` is None the line has no end. Who gives up while it waits leaves nothing
+    behind; work that has begun keeps its thread to its end, whether or not anybody waits for it.
     """
 
-    def __init__(self, name: str, *, num_threads: int, max_waiting: int) -> None:
+    def __init__(self, name: str, *, num_threads: int, max_waiting: int | None) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._num_threads = num_threads
         self._max_waiting = max_waiting
@@ -46,7 +46,8 @@ class WorkPool:
 
     async def _thread(self) -> None:
         """Wait until one is free; it is taken then."""
-        if self._free.locked() and self._num_waiting >= self._max_waiting:
+        full = self._max_waiting is not None and self._num_waiting >= self._max_waiting
+        if full and self._free.locked():
             raise QueueFull(
                 f"{self._num_waiting} texts wait for their turn; the server takes no more.",
                 retry_after=self._pace.retry_after(self._num_waiting / self._num_threads),

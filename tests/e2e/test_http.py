@@ -317,6 +317,10 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
     )
     assert streamed.pop() == "[DONE]"
     assert streamed.pop()["usage"] == answer["usage"]
+    prints = {chunk["system_fingerprint"] for chunk in (answer, *streamed)}
+    assert len(prints) == 1
+    completion = await client.post("/v1/completions", json={"model": "ner", "prompt": "hi"})
+    assert prints == {completion.json()["system_fingerprint"]}
     deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
     assert "".join(d.get("content", "") for d in deltas) == expected["generated_text"]
 
@@ -397,14 +401,17 @@ async def test_an_adapters_end_token_ends_its_answers(
     assert (await details("ended*0.5+endless*0.5"))["finish_reason"] == "length"
 
 
-async def test_a_chat_whose_client_names_no_model(
-    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+@pytest.mark.parametrize("chats", [True, False])
+async def test_a_client_that_names_no_model(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes], chats: bool
 ) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
+    path = "/v1/chat/completions" if chats else "/v1/completions"
+    text = {"messages": [{"role": "user", "content": "hi"}]} if chats else {"prompt": "hi"}
+    body = {**text, "max_tokens": 5, "temperature": 0}
 
-    async def ask(model: str) -> str:
-        answer = await client.post("/v1/chat/completions", json=body | {"model": model})
-        return str(answer.json()["choices"][0]["message"]["content"])
+    async def ask(model: str) -> Any:
+        (choice,) = (await client.post(path, json=body | {"model": model})).json()["choices"]
+        return choice["message"]["content"] if chats else choice["text"]
 
     assert await ask("tgi") == await ask("dummy") == await ask("base")
     await upload(client, "tgi", adapter_files)

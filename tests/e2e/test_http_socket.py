@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
 from openai import AuthenticationError, NotFoundError, OpenAI
 
 from dynamic_lora_client import AccessDenied, AdapterNotFound, Client
@@ -157,6 +158,19 @@ def test_tgis_client(address: str) -> None:
     assert answer.details.generated_tokens == len(answer.details.tokens)
     streamed = client.text_generation("the rain", max_new_tokens=5, stream=True, details=True)
     assert list(streamed)[-1].generated_text == answer.generated_text
+    with pytest.raises(ValidationError, match="parameters.top_p"):
+        client.text_generation("the rain", top_p=7.0)
+
+
+def test_the_hubs_client_in_a_chat(address: str) -> None:
+    client = InferenceClient(address)
+    turns: list[Any] = [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"max_tokens": 5, "temperature": 0}
+    chat = client.chat_completion(turns, **asked)
+    turns += [chat.choices[0].message, {"role": "user", "content": "and then?"}]
+    whole = client.chat_completion(turns, **asked).choices[0].message.content
+    chunks = client.chat_completion(turns, **asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
 
 
 def test_official_clients_send_a_key(tmp_path: Path) -> None:

@@ -142,6 +142,14 @@ def test_tgis_client(address: str) -> None:
     assert re.fullmatch(r"\d{3}-\d{4}", number)
 
 
+@pytest.mark.parametrize("asked", [FORMAT, {"type": "json", "value": SCHEMA}])
+def test_the_hubs_client_in_a_chat(address: str, asked: Any) -> None:
+    """It sends the first as `{"type": "json_object", "value": ...}`, the second as it is."""
+    client = InferenceClient(address)
+    chat = client.chat_completion(MESSAGES, response_format=asked, max_tokens=300, seed=1)
+    assert is_of(SCHEMA, chat.choices[0].message.content)
+
+
 def test_loraxs_response_format(address: str) -> None:
     asked = {"type": "json_object", "schema": SCHEMA}
     answer = generate(address, response_format=asked, temperature=1.0, seed=4)

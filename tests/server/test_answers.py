@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.completions import CompletionAnswer
-from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.errors import EngineFailed
 from dynamic_lora_server.generation import (
@@ -84,6 +85,10 @@ async def documents(stream: AsyncGenerator[bytes, None]) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
+def written(answer: BaseModel) -> Any:
+    return json.loads(answer.model_dump_json())
+
+
 def tgi(*, prefix: str = "", num_top: int = 0) -> TgiAnswer:
     return TgiAnswer(prefix=prefix, num_top=num_top, special_ids=[8])
 
@@ -96,16 +101,15 @@ WHOLE = WholeAnswer(
 def test_tgi_whole() -> None:
     plain = tgi(prefix="say ").whole([WHOLE], details=False)
     assert plain.model_dump(exclude_none=True) == {"generated_text": "say hi"}
-    details = tgi(num_top=1).whole([WHOLE, WHOLE], details=True).details
-    assert details is not None
-    assert details.finish_reason == "eos_token"
-    assert (details.generated_tokens, details.prompt_tokens, details.seed) == (2, 3, 11)
-    assert details.cached_tokens == 2
-    assert [token.text for token in details.tokens] == ["hi", "</s>"]
-    assert details.top_tokens is not None
-    assert details.top_tokens[0][0].special
-    assert details.best_of_sequences is not None
-    assert details.best_of_sequences[0].generated_text == "hi"
+    details = written(tgi(num_top=1).whole([WHOLE, WHOLE], details=True))["details"]
+    assert details["finish_reason"] == "eos_token"
+    counts = ("generated_tokens", "prompt_tokens", "seed", "cached_tokens")
+    assert [details[name] for name in counts] == [2, 3, 11, 2]
+    (other,) = details["best_of_sequences"]
+    assert other["generated_text"] == "hi"
+    for one in (details, other):
+        assert [token["text"] for token in one["tokens"]] == ["hi", "</s>"]
+        assert [token["special"] for (token,) in one["top_tokens"]] == [True, True]
 
 
 async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
@@ -125,13 +129,52 @@ async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
     assert events[1]["details"]["finish_reason"] == "stop_sequence"
 
 
+async def test_tgi_stream_shows_text_that_a_special_token_lets_go() -> None:
+    events = await documents(
+        tgi().stream(
+            generation(
+                piece("", token="h"),
+                piece("h", token="<|x|>", special=True),
+                piece("", token="i"),
+                piece("", token="</s>", special=True, is_last=True),
+                finish(FinishReason.EOS, "hi", tail="i"),
+            )
+        )
+    )
+    shown = [event["token"]["text"] for event in events if not event["token"]["special"]]
+    assert "".join(shown) == "hi"
+    bare = await documents(
+        tgi().stream(
+            generation(
+                piece("hi"),
+                piece("", token="</s>", special=True, is_last=True),
+                finish(FinishReason.EOS, "hi"),
+            )
+        )
+    )
+    assert [event["token"]["special"] for event in bare] == [False, True]
+
+
 async def test_tgi_stream_says_what_broke_it() -> None:
     events = await documents(tgi().stream(generation(piece("h"), EngineFailed("it broke"))))
-    assert events[-1] == {"error": "it broke", "error_type": "engine-failed"}
+    assert events[-1] == {
+        "type": "/problems/engine-failed",
+        "title": "The engine failed",
+        "status": 500,
+        "detail": "it broke",
+        "error": "it broke",
+        "error_type": "generation",
+    }
 
 
 def completion(**options: Any) -> CompletionAnswer:
-    defaults: dict[str, Any] = {"model": "ner", "n": 1, "logprobs": False, "usage": False}
+    defaults: dict[str, Any] = {
+        "model": "ner",
+        "fingerprint": "fp_1",
+        "n": 1,
+        "logprobs": False,
+        "usage": UsageTold.NEVER,
+    }
     return CompletionAnswer(**(defaults | options))
 
 
@@ -190,7 +233,7 @@ def test_of_tokens_that_read_the_same_the_sampled_one_is_named_else_the_likelier
 async def test_completion_streams() -> None:
     chunks = await documents(
         framed(
-            completion(usage=True, logprobs=True).stream(
+            completion(usage=UsageTold.AT_THE_END, logprobs=True).stream(
                 [
                     generation(
                         piece("ab"),
@@ -213,23 +256,30 @@ async def test_completion_streams() -> None:
 
 async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> None:
     chunks = await documents(framed(completion().stream([generation(EngineFailed("it broke"))])))
-    assert [chunk["error"]["message"] for chunk in chunks] == ["it broke"]
+    (last,) = chunks
+    assert (last["error"]["message"], last["error_type"]) == ("it broke", "generation")
 
 
 def chat(
-    *, n: int = 1, logprobs: bool = False, usage: bool = False, offer: Offer | None = None
+    *,
+    n: int = 1,
+    logprobs: bool = False,
+    usage: UsageTold = UsageTold.NEVER,
+    offer: Offer | None = None,
 ) -> ChatAnswer:
-    return ChatAnswer(model="ner", n=n, logprobs=logprobs, usage=usage, offer=offer)
+    return ChatAnswer(
+        model="ner", fingerprint="fp_1", n=n, logprobs=logprobs, usage=usage, offer=offer
+    )
 
 
 def test_chat_whole() -> None:
-    answer = chat(logprobs=True).whole([WHOLE])
-    (choice,) = answer.choices
-    assert (choice.message.content, choice.finish_reason) == ("hi", "stop")
-    assert choice.logprobs is not None
-    assert choice.logprobs.content[0].bytes == list(b"hi")
-    assert choice.logprobs.content[0].top_logprobs[0].token == " a"
-    assert answer.usage.total_tokens == 5
+    answer = written(chat(logprobs=True).whole([WHOLE]))
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("hi", "stop")
+    first, second = choice["logprobs"]["content"]
+    assert (first["bytes"], second["token"]) == (list(b"hi"), "</s>")
+    assert first["top_logprobs"] == [{"token": " a", "logprob": -0.5, "bytes": [32, 97]}]
+    assert answer["usage"]["total_tokens"] == 5
 
 
 def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
@@ -237,16 +287,15 @@ def test_bytes_of_a_part_of_a_character_can_be_joined() -> None:
     likely = (TokenLogprob(token_id=7, token_bytes=whole[:1], logprob=-0.1),)
     pieces = [piece("", token=whole[:1], top=likely), piece("é", token=whole[1:], top=likely)]
     answer = chat(logprobs=True).whole([WholeAnswer(finish(FinishReason.LENGTH, "é"), pieces)])
-    logprobs = answer.choices[0].logprobs
-    assert logprobs is not None
-    assert [token.token for token in logprobs.content] == ["\ufffd", "\ufffd"]
-    assert bytes(byte for token in logprobs.content for byte in token.bytes).decode() == "é"
-    assert logprobs.content[0].top_logprobs[0].bytes == list(whole[:1])
+    first, second = written(answer)["choices"][0]["logprobs"]["content"]
+    assert first["token"] == second["token"] == "\ufffd"
+    assert bytes(first["bytes"] + second["bytes"]).decode() == "é"
+    assert first["top_logprobs"][0]["bytes"] == list(whole[:1])
 
 
 async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
     chunks = await documents(
-        chat(n=2, usage=True).stream(
+        chat(n=2, usage=UsageTold.AT_THE_END).stream(
             generation(
                 piece("a", index=1),
                 finish(FinishReason.LENGTH, "a", index=1),
@@ -269,6 +318,29 @@ async def test_chat_streams_begin_with_a_role_for_each_choice() -> None:
         "total_tokens": 7,
         "prompt_tokens_details": {"cached_tokens": 2},
     }
+
+
+@pytest.mark.parametrize("chats", [True, False])
+async def test_every_chunk_has_the_counts_so_far(chats: bool) -> None:
+    events = generation(
+        piece("a", index=1),
+        piece("", token="b"),
+        piece("b"),
+        finish(FinishReason.LENGTH, "a", index=1),
+        finish(FinishReason.EOS, "b"),
+    )
+    always = UsageTold.ALWAYS
+    stream = (
+        chat(n=2, usage=always).stream(events)
+        if chats
+        else completion(n=2, usage=always).stream([events])
+    )
+    *chunks, last = [chunk["usage"] for chunk in await documents(stream)]
+    counts = [(u["prompt_tokens"], u["completion_tokens"], u["total_tokens"]) for u in chunks]
+    roles = [(3, 0, 3)] * 2 if chats else []
+    assert counts == [*roles, (3, 1, 4), (3, 3, 6), (3, 3, 6), (3, 3, 6)]
+    assert {usage["prompt_tokens_details"] for usage in chunks} == {None}
+    assert last["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
 OFFER = Offer(notation=HERMES, names=frozenset({"f", "g"}), forced=False, grammar=None)
@@ -312,7 +384,7 @@ async def test_calls_in_a_chat(
 ) -> None:
     pieces = [piece(text[at : at + size]) for at in range(0, len(text), size)]
     end = finish(FinishReason.EOS, text)
-    answer = chat(offer=offer, usage=True, logprobs=logprobs)
+    answer = chat(offer=offer, usage=UsageTold.AT_THE_END, logprobs=logprobs)
     whole = ChatCompletion.model_validate_json(
         answer.whole([WholeAnswer(end, pieces)]).model_dump_json()
     )

@@ -66,6 +66,22 @@ def test_a_problem_document_has_no_empty_members() -> None:
     assert "near" not in problems.problem(problems.fault_of(errors.NotReady("loading")))
 
 
+@pytest.mark.parametrize(
+    ("error", "error_type"),
+    [
+        (errors.InvalidParameter("bad"), "validation"),
+        (errors.ContextOverflow("long"), "validation"),
+        (errors.QueueFull("full", retry_after=3), "overloaded"),
+        (errors.EngineFailed("broke"), "generation"),
+        (errors.NotReady("loading"), "generation"),
+        (adapter_errors.AdapterNotFound("nre", []), None),
+        (errors.Unauthorized("no key", given=False), None),
+    ],
+)
+def test_tgis_clients_find_their_exception(error: Exception, error_type: str | None) -> None:
+    assert problems.problem(problems.fault_of(error)).get("error_type") == error_type
+
+
 def test_openai_errors_use_openais_names() -> None:
     fault = problems.fault_of(errors.ContextOverflow("long", field="max_new_tokens", fix="Less."))
     answer = problems.answer(fault, path="/v1/completions")

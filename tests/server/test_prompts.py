@@ -61,6 +61,12 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
     assert spec.sampling.top_k == 3
 
 
+def test_no_stop_string_is_none_that_is_given() -> None:
+    """TGI's and LoRAX's clients always send a list."""
+    assert generate({"stop": []}, card=CARD).stop == ("\n",)
+    assert generate({"stop": []}).stop == ()
+
+
 @pytest.mark.parametrize(
     ("parameters", "card_parameters", "temperature"),
     [
@@ -70,7 +76,9 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
         ({"temperature": 0.7, "do_sample": False}, {}, 0.7),
         ({}, {"do_sample": True}, 1.0),
         ({}, {"temperature": 0.3}, 0.3),
-        ({"do_sample": False}, {"temperature": 0.3}, 0.0),
+        ({"do_sample": False}, {"temperature": 0.3}, 0.3),
+        ({"do_sample": False}, {"do_sample": True}, 1.0),
+        ({"do_sample": False}, {}, 0.0),
         ({"do_sample": True}, {"temperature": 0.3}, 0.3),
         ({"do_sample": True}, {"temperature": 0.0}, 1.0),
         ({"temperature": 0.0}, {"do_sample": True}, 0.0),
@@ -81,10 +89,10 @@ def test_the_request_wins_over_the_card_and_null_does_not() -> None:
         ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {}, 0.0),
         ({"seed": 3}, {}, 0.0),
         ({"top_p": 0.9, "temperature": 0.0}, {}, 0.0),
-        ({"top_p": 0.9, "do_sample": False}, {}, 0.0),
+        ({"top_p": 0.9, "do_sample": False}, {}, 1.0),
         ({"top_p": 0.9}, {"temperature": 0.3}, 0.3),
         ({"top_p": 0.9}, {"temperature": 0.0}, 0.0),
-        ({"top_p": 0.9}, {"do_sample": False}, 0.0),
+        ({"top_p": 0.9}, {"do_sample": False}, 1.0),
         ({}, {"top_p": 0.9}, 0.0),
     ],
 )
@@ -187,6 +195,22 @@ def test_a_developer_speaks_as_the_system() -> None:
     assert spec.prompt == "[system] be brief\n[assistant]"
 
 
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_a_template_gets_names_and_thoughts(field: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.name or m.role }}: "
+        "{{ m.reasoning }}{{ m.reasoning_content }}{{ m.content }} {% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {"role": "assistant", "content": "ho", field: "(hm)", "name": None},
+    ]
+    body = ChatRequest.model_validate({"model": "m", "messages": messages})
+    spec = chat_spec(body, adapter=None, tokenizer=tokenizer)
+    assert spec.prompt == "ann: hi assistant: (hm)(hm)ho "
+
+
 @pytest.mark.parametrize(("asked", "top_k"), [(-1, 0), (0, 0), (5, 5), (None, 0)])
 def test_top_k_is_off_by_two_numbers(asked: int | None, top_k: int) -> None:
     assert chat(top_k=asked).sampling.top_k == top_k
@@ -220,6 +244,10 @@ def test_a_setting_is_no_variable_of_the_template(name: str) -> None:
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        (
+            {"stream_options": {"continuous_usage_stats": True}, "stream": True},
+            "stream_options.continuous_usage_stats",
+        ),
     ],
 )
 def test_chat_contradictions_are_refused_by_name(fields: dict[str, Any], field: str) -> None:

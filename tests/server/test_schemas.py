@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from openai.types.chat import ChatCompletionMessage
+from huggingface_hub import ChatCompletionOutputMessage
+from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import BaseModel, ValidationError
@@ -138,6 +139,55 @@ def test_chat_with_neutral_values() -> None:
     assert ChatRequest.model_validate(CHAT | neutral).n == 1
 
 
+VLLM: dict[str, Any] = {
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "priority": 0,
+    "prompt_logprobs": None,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "stop_token_ids": [],
+    "top_k": 0,
+    "truncate_prompt_tokens": None,
+    "use_beam_search": False,
+    "vllm_xargs": None,
+}
+VLLM_CHAT = VLLM | {
+    "add_generation_prompt": True,
+    "add_special_tokens": False,
+    "best_of": 1,
+    "chat_template": None,
+    "documents": None,
+    "echo": False,
+    "include_reasoning": True,
+}
+
+
+def test_vllms_fields_at_its_defaults() -> None:
+    ChatRequest.model_validate(CHAT | VLLM_CHAT)
+    CompletionRequest.model_validate(COMPLETION | VLLM | {"add_special_tokens": True})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"allowed_token_ids": [1]},
+        {"length_penalty": 0.5},
+        {"priority": 1},
+        {"skip_special_tokens": False},
+        {"truncate_prompt_tokens": 5},
+        {"use_beam_search": True},
+    ],
+)
+def test_what_vllm_has_and_this_server_has_not(field: dict[str, Any]) -> None:
+    for model, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION)):
+        place, text = refused(model, body | field)
+        assert place == next(iter(field))
+        assert "not supported" in text
+
+
 @pytest.mark.parametrize(
     ("field", "place"),
     [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of")],
@@ -190,7 +240,7 @@ def test_a_list_in_the_place_of_a_text_is_not_looked_into() -> None:
 
 def test_a_message_is_text_or_text_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert Message.model_validate({"role": "user", "content": parts}).text == "ab"
+    assert Message.model_validate({"role": "user", "content": parts}).text == "a\nb"
     with pytest.raises(ValidationError):
         Message.model_validate({"role": "user", "content": [{"type": "image_url"}]})
     assert refused(Message, {"role": "function", "content": "x"})[0] == "role"
@@ -220,9 +270,20 @@ def test_tools_that_are_written_badly(field: dict[str, Any], place: str) -> None
     assert refused(ChatRequest, CHAT | field)[0] == place
 
 
-def test_an_answer_of_openais_client_is_a_turn_of_the_next_request() -> None:
-    answer = ChatCompletionMessage(role="assistant", content="hello")
-    assert Message.model_validate(answer.model_dump()).text == "hello"
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ChatCompletionMessage(role="assistant", content="hello").model_dump(),
+        ParsedChatCompletionMessage(
+            role="assistant", content="hello", parsed={"a": 1}
+        ).model_dump(),
+        dict(ChatCompletionOutputMessage(role="assistant", content="hello")),
+        {"role": "assistant", "content": "hello", "reasoning_content": None},
+        {"role": "assistant", "content": "hello", "reasoning_content": "Let me greet."},
+    ],
+)
+def test_an_answer_of_a_client_is_a_turn_of_the_next_request(answer: dict[str, Any]) -> None:
+    assert Message.model_validate(answer).text == "hello"
 
 
 @pytest.mark.parametrize(
@@ -236,9 +297,10 @@ def test_every_parameter_of_openais_client_has_its_field(
 
 
 @pytest.mark.parametrize(
-    ("sent", "used"), [(7, 7), (-1, 2**64 - 1), (-(2**63), 2**63), (2**64 - 1, 2**64 - 1)]
+    ("sent", "used"),
+    [(7, 7), (-1, None), (-2, 2**64 - 2), (-(2**63), 2**63), (2**64 - 1, 2**64 - 1)],
 )
-def test_a_seed_is_any_number_of_64_bits(sent: int, used: int) -> None:
+def test_a_seed_is_any_number_of_64_bits(sent: int, used: int | None) -> None:
     for model, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION)):
         assert model.model_validate(body | {"seed": sent}).seed == used
         for beyond in (2**64, -(2**63) - 1):

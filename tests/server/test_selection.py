@@ -17,7 +17,7 @@ from dynamic_lora_adapters.registry import AdapterRegistry
 from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.schemas.generate import GenerateRequest
-from dynamic_lora_server.selection import adapter_name, card_of, chat_adapter_name, select
+from dynamic_lora_server.selection import adapter_name, card_of, openai_adapter_name, select
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import load_runtime, publish
@@ -236,7 +236,7 @@ def test_the_card_of_a_composition(
 @pytest.mark.parametrize("name", ["tgi", "dummy"])
 def test_what_clients_send_where_no_model_is_named(name: str) -> None:
     def called(known: set[str]) -> str | None:
-        return chat_adapter_name(name, base_names=["org/m"], known=known.__contains__)
+        return openai_adapter_name(name, base_names=["org/m"], known=known.__contains__)
 
     assert called({"ner"}) is None
     assert called({name}) == name
@@ -244,7 +244,7 @@ def test_what_clients_send_where_no_model_is_named(name: str) -> None:
 
 def test_a_chats_model_is_otherwise_a_name_like_any() -> None:
     names = {
-        name: chat_adapter_name(name, base_names=["org/m"], known=lambda _: False)
+        name: openai_adapter_name(name, base_names=["org/m"], known=lambda _: False)
         for name in ("base", "org/m", "ner")
     }
     assert names == {"base": None, "org/m": None, "ner": "ner"}

@@ -163,7 +163,11 @@ async def test_stop_token_ends_the_sequence(runtime: Runtime) -> None:
     free = token_ids(await collect(runtime, spec()))
     events = await collect(runtime, spec(stop_token_ids=(free[3],)))
     assert finishes(events)[0].reason is FinishReason.STOP
-    assert token_ids(events) == free[: free.index(free[3]) + 1]
+    taken = free[: free.index(free[3]) + 1]
+    assert token_ids(events) == taken
+    assert finishes(events)[0].text == runtime.view.decode(taken[:-1])
+    kept = await collect(runtime, spec(stop_token_ids=(free[3],), include_stop=True))
+    assert finishes(kept)[0].text == runtime.view.decode(taken)
 
 
 async def test_a_special_token_that_is_asked_for_by_name_ends_the_sequence(

@@ -1,6 +1,7 @@
 """Event streams: framing, and closing the generator when the client goes."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -34,6 +35,16 @@ class Client:
 def test_an_event_is_one_line_whatever_the_text() -> None:
     assert event(Line(text="a\nb")) == b'data: {"text":"a\\nb"}\n\n'
     assert json_event({"error": "é\n"}) == b'data: {"error": "\\u00e9\\n"}\n\n'
+
+
+@pytest.mark.parametrize(
+    "end", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x7f", "\x85", "\u2028", "\u2029"]
+)
+def test_an_event_is_one_line_also_to_python(end: str) -> None:
+    text = f"a{end}é"
+    line, *others = event(Line(text=text)).decode().splitlines()
+    assert others == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
 
 
 async def test_all_events_are_sent() -> None:

@@ -48,6 +48,16 @@ def of_generate(**fields: Any) -> Grammar | None:
             TEXT,
             "response_format",
         ),
+        *(
+            ({"response_format": asked}, kind, source, "response_format")
+            for asked, kind, source in (
+                ({"type": "json_object", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, TEXT),
+                ({"type": "json", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, TEXT),
+                ({"type": "json", "value": TEXT}, GrammarKind.JSON_SCHEMA, TEXT),
+                ({"type": "json_schema", "value": NAMED}, GrammarKind.JSON_SCHEMA, TEXT),
+                ({"type": "regex", "value": "a+"}, GrammarKind.REGEX, "a+"),
+            )
+        ),
         (
             {"structured_outputs": {"json": SCHEMA}},
             GrammarKind.JSON_SCHEMA,
@@ -143,6 +153,14 @@ def test_nothing_is_asked_for() -> None:
             "response_format.json_schema",
         ),
         ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "text", "value": {}}}, "response_format.value"),
+        ({"response_format": {"type": "json"}}, "response_format.value"),
+        ({"response_format": {"type": "regex", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),
+        (
+            {"response_format": {"type": "json_object", "schema": {}, "value": {}}},
+            "response_format.value",
+        ),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
         ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "guided_regex"),

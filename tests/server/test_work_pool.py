@@ -90,3 +90,11 @@ async def test_work_that_nobody_waits_for_keeps_its_thread_to_its_end(
         await pool.run(lambda: None)
     go_on.set()
     assert await next_one == 3
+
+
+async def test_a_line_without_an_end_refuses_nobody(go_on: threading.Event) -> None:
+    pool = WorkPool("test", num_threads=1, max_waiting=None)
+    tasks = [asyncio.create_task(pool.run(lambda: go_on.wait(10))) for _ in range(100)]
+    await asyncio.sleep(0.01)
+    go_on.set()
+    assert await asyncio.gather(*tasks) == [True] * 100

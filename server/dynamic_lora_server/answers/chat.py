@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
 from dynamic_lora_server.answers.calls import delta_of, finish_name, first_delta, whole_message
-from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_of
+from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
@@ -17,12 +17,20 @@ class ChatAnswer:
     """Writes the answers to one request."""
 
     def __init__(
-        self, *, model: str, n: int, logprobs: bool, usage: bool, offer: Offer | None = None
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        n: int,
+        logprobs: bool,
+        usage: UsageTold,
+        offer: Offer | None = None,
     ) -> None:
-        self._stamp = Stamp.new("chatcmpl", model)
+        self._stamp = Stamp.new("chatcmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
+        self._count = UsageCount()
         self._offer = offer
 
     def whole(self, continuations: Sequence[WholeAnswer]) -> wire.ChatCompletion:
@@ -32,6 +40,7 @@ class ChatAnswer:
             id=stamp.id,
             created=stamp.created,
             model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
             choices=[self._choice(continuation) for continuation in continuations],
             usage=usage_of((0, continuation.finish) for continuation in continuations),
         )
@@ -39,21 +48,20 @@ class ChatAnswer:
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The role of each choice, its pieces of text and calls, its end, and the usage if asked
         for."""
-        usage = UsageCount()
         readers = [] if self._offer is None else [self._offer.reader() for _ in range(self._n)]
+        self._count.begin(0, generation.started)
         async with aclosing(generation.events) as events:
             for index in range(self._n):
                 yield self._chunk(index, first_delta(self._offer))
             async for current in events:
-                if isinstance(current, Finish):
-                    usage.add(0, current)
+                self._count.note(0, current)
                 if readers and isinstance(current, TokenPiece | Finish):
                     for part in self._with_calls(current, readers[current.index]):
                         yield part
                 elif (chunk := self._piece(current)) is not None:
                     yield chunk
-        if self._usage:
-            yield event(self._document([], usage.answer()))
+        if self._usage is not UsageTold.NEVER:
+            yield event(self._document([], self._count.answer()))
 
     def _choice(self, continuation: WholeAnswer) -> wire.ChatChoice:
         finish = continuation.finish
@@ -103,20 +111,26 @@ class ChatAnswer:
         finish: wire.FinishName | None = None,
     ) -> bytes:
         choice = wire.ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return event(self._document([choice], None))
+        told = self._usage is UsageTold.ALWAYS
+        return event(self._document([choice], self._count.so_far() if told else None))
 
     def _document(
         self, choices: list[wire.ChunkChoice], usage: wire.Usage | None
     ) -> wire.ChatChunk:
         stamp = self._stamp
         return wire.ChatChunk(
-            id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
+            id=stamp.id,
+            created=stamp.created,
+            model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return wire.ChatLogprobs(content=[_logprob(piece) for piece in pieces])
+        return wire.ChatLogprobs(content=(_logprob(piece) for piece in pieces))
 
 
 def _logprob(piece: TokenPiece) -> wire.ChatLogprob:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, usage_of
+from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
@@ -13,8 +13,10 @@ from dynamic_lora_server.streams import Generation, WholeAnswer, merge
 class CompletionAnswer:
     """Writes the answers to one request: choice `p * n + i` is continuation i of prompt p."""
 
-    def __init__(self, *, model: str, n: int, logprobs: bool, usage: bool) -> None:
-        self._stamp = Stamp.new("cmpl", model)
+    def __init__(
+        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: UsageTold
+    ) -> None:
+        self._stamp = Stamp.new("cmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
@@ -31,23 +33,31 @@ class CompletionAnswer:
 
     async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
         """A chunk for each piece of text, one for each end, and the usage if asked for."""
-        usage = UsageCount()
+        count = UsageCount()
+        for position, generation in enumerate(generations):
+            count.begin(position, generation.started)
+        always = self._usage is UsageTold.ALWAYS
         async with aclosing(merge([generation.events for generation in generations])) as events:
             async for position, current in events:
-                if isinstance(current, Finish):
-                    usage.add(position, current)
+                count.note(position, current)
                 choice = self._piece(position, current)
                 if choice is not None:
-                    yield event(self._completion([choice], None))
-        if self._usage:
-            yield event(self._completion([], usage.answer()))
+                    usage = count.so_far() if always else None
+                    yield event(self._completion([choice], usage))
+        if self._usage is not UsageTold.NEVER:
+            yield event(self._completion([], count.answer()))
 
     def _completion(
         self, choices: list[wire.CompletionChoice], usage: wire.Usage | None
     ) -> wire.Completion:
         stamp = self._stamp
         return wire.Completion(
-            id=stamp.id, created=stamp.created, model=stamp.model, choices=choices, usage=usage
+            id=stamp.id,
+            created=stamp.created,
+            model=stamp.model,
+            system_fingerprint=stamp.fingerprint,
+            choices=choices,
+            usage=usage,
         )
 
     def _choice(self, position: int, continuation: WholeAnswer) -> wire.CompletionChoice:

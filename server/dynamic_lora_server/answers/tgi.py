@@ -1,10 +1,10 @@
 """Generation events as `/generate` answers them, in TGI's shapes."""
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing
 
 from dynamic_lora_server.generation import Finish, FinishReason, TokenPiece
-from dynamic_lora_server.problems import stream_fault
+from dynamic_lora_server.problems import problem, stream_fault
 from dynamic_lora_server.schemas import generate as wire
 from dynamic_lora_server.sse import event, json_event
 from dynamic_lora_server.streams import Generation, WholeAnswer
@@ -50,8 +50,7 @@ class TgiAnswer:
                     assert finish is None or isinstance(finish, Finish)
                     yield event(self._event(index, piece, finish))
             except Exception as error:
-                fault = stream_fault(error)
-                yield json_event({"error": fault.detail, "error_type": fault.kind.slug})
+                yield json_event(problem(stream_fault(error)))
 
     def _details(self, first: WholeAnswer, others: Sequence[WholeAnswer]) -> wire.Details:
         return wire.Details(
@@ -62,7 +61,7 @@ class TgiAnswer:
             seed=first.finish.seed,
             mode=first.finish.mode,
             prefill=[],
-            tokens=[_token(piece, piece.token_text) for piece in first.pieces],
+            tokens=_tokens(first.pieces),
             top_tokens=self._top_tokens(first.pieces),
             best_of_sequences=[self._sequence(other) for other in others] or None,
         )
@@ -75,7 +74,7 @@ class TgiAnswer:
             generated_tokens=finish.num_output_tokens,
             seed=finish.seed,
             prefill=[],
-            tokens=[_token(piece, piece.token_text) for piece in continuation.pieces],
+            tokens=_tokens(continuation.pieces),
             top_tokens=self._top_tokens(continuation.pieces),
         )
 
@@ -83,14 +82,15 @@ class TgiAnswer:
         text = piece.text if finish is None else piece.text + finish.tail
         return wire.StreamEvent(
             index=index,
-            token=_token(piece, text),
+            # TGI's clients drop the text of a special token, and this may be other tokens' text.
+            token=_token(piece, text, special=piece.special and not text),
             top_tokens=self._top(piece) if self._num_top else None,
             generated_text=None if finish is None else self._prefix + finish.text,
             details=None if finish is None else _stream_details(finish),
         )
 
-    def _top_tokens(self, pieces: Sequence[TokenPiece]) -> list[list[wire.Token]] | None:
-        return [self._top(piece) for piece in pieces] if self._num_top else None
+    def _top_tokens(self, pieces: Sequence[TokenPiece]) -> Iterator[list[wire.Token]] | None:
+        return (self._top(piece) for piece in pieces) if self._num_top else None
 
     def _top(self, piece: TokenPiece) -> list[wire.Token]:
         return [
@@ -104,8 +104,12 @@ class TgiAnswer:
         ]
 
 
-def _token(piece: TokenPiece, text: str) -> wire.Token:
-    return wire.Token(id=piece.token_id, text=text, logprob=piece.logprob, special=piece.special)
+def _tokens(pieces: Sequence[TokenPiece]) -> Iterator[wire.Token]:
+    return (_token(piece, piece.token_text, special=piece.special) for piece in pieces)
+
+
+def _token(piece: TokenPiece, text: str, *, special: bool) -> wire.Token:
+    return wire.Token(id=piece.token_id, text=text, logprob=piece.logprob, special=special)
 
 
 def _stream_details(finish: Finish) -> wire.StreamDetails:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.chat import ChatAnswer
-from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.prompts import chat_offer, chat_spec
@@ -55,8 +55,13 @@ async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> R
     generation, answer = await begin_prepared(
         partial(_prepare, body, state, runtime), state.generate
     )
-    whole = answer.whole(await collect(generation))
-    return Response(whole.model_dump_json(), media_type="application/json")
+    continuations = await collect(generation)
+
+    def written() -> str:
+        return answer.whole(continuations).model_dump_json()
+
+    content = await state.write(written) if body.logprobs else written()
+    return Response(content, media_type="application/json")
 
 
 async def _prepare(
@@ -67,7 +72,8 @@ async def _prepare(
     asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
     spec, offer = await state.render(partial(_rendered, body, asked, runtime))
     name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
-    return Prepared(spec, _answer(body, spec, offer, name), asked.digest)
+    answer = _answer(body, spec, offer, model=name, fingerprint=runtime.fingerprint)
+    return Prepared(spec, answer, asked.digest)
 
 
 def _rendered(
@@ -85,11 +91,19 @@ def _rendered(
     return spec, offer
 
 
-def _answer(body: ChatRequest, spec: GenerationSpec, offer: Offer | None, model: str) -> ChatAnswer:
+def _answer(
+    body: ChatRequest,
+    spec: GenerationSpec,
+    offer: Offer | None,
+    *,
+    model: str,
+    fingerprint: str,
+) -> ChatAnswer:
     return ChatAnswer(
         offer=offer,
         model=model,
+        fingerprint=fingerprint,
         n=spec.n,
         logprobs=spec.sampling.logprobs,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
+        usage=UsageTold.of(body.stream_options),
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.completions import CompletionAnswer
-from dynamic_lora_server.answers.openai import framed
+from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
@@ -21,7 +21,7 @@ from dynamic_lora_server.routes._deps import (
 )
 from dynamic_lora_server.schemas.openai import CompletionRequest
 from dynamic_lora_server.schemas.openai_answers import Completion
-from dynamic_lora_server.selection import adapter_name
+from dynamic_lora_server.selection import openai_adapter_name
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Generation, begin_all, collect_all
@@ -45,12 +45,13 @@ async def complete(
     body: CompletionRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
-    adapter = adapter_name(body.model, base_names=runtime.base_names)
+    known = runtime.residencies.saved.has
+    adapter = openai_adapter_name(body.model, base_names=runtime.base_names, known=known)
     specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.capacity)
     begun = _begun(body, specs, state, runtime)
     if not body.stream:
-        return await until_disconnect(request.receive, _whole(begun))
+        return await until_disconnect(request.receive, _whole(body, begun, state))
     generations, answer = await until_disconnect(request.receive, begun)
     return EventStream(framed(answer.stream(generations)))
 
@@ -67,10 +68,19 @@ def _check_room(specs: list[GenerationSpec], capacity: int) -> None:
         )
 
 
-async def _whole(begun: Awaitable[tuple[list[Generation], CompletionAnswer]]) -> Response:
+async def _whole(
+    body: CompletionRequest,
+    begun: Awaitable[tuple[list[Generation], CompletionAnswer]],
+    state: ServerState,
+) -> Response:
     generations, answer = await begun
     continuations = await collect_all(generations)
-    return Response(answer.whole(continuations).model_dump_json(), media_type="application/json")
+
+    def written() -> str:
+        return answer.whole(continuations).model_dump_json()
+
+    content = written() if body.logprobs is None else await state.write(written)
+    return Response(content, media_type="application/json")
 
 
 async def _begun(
@@ -81,8 +91,9 @@ async def _begun(
     is_base = generations[0].started.adapter is None  # also where a sum cancels out
     answer = CompletionAnswer(
         model=runtime.name_of_base(body.model) if is_base else body.model,
+        fingerprint=runtime.fingerprint,
         n=body.n or 1,
         logprobs=body.logprobs is not None,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
+        usage=UsageTold.of(body.stream_options),
     )
     return generations, answer

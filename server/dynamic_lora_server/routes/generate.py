@@ -138,12 +138,15 @@ def _rendered(body: GenerateRequest, card: "TaskCard | None") -> str:
 
 async def _whole(state: ServerState, prepare: _Prepare, *, details: bool) -> Response:
     generation, answer = await begin_prepared(prepare, state.generate)
-    whole = answer.whole(await collect(generation), details=details)
-    return Response(
-        whole.model_dump_json(exclude_none=not details),
-        media_type="application/json",
-        headers=_headers(generation.started),
-    )
+    continuations = await collect(generation)
+
+    def written() -> str:
+        whole = answer.whole(continuations, details=details)
+        return whole.model_dump_json(exclude_none=not details)
+
+    content = await state.write(written) if details else written()
+    headers = _headers(generation.started)
+    return Response(content, media_type="application/json", headers=headers)
 
 
 async def _stream(request: Request, state: ServerState, prepare: _Prepare) -> Response:

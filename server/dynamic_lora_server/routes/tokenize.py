@@ -20,7 +20,7 @@ from dynamic_lora_server.schemas.tokenize import (
     TokenizePrompt,
     TokenizeRequest,
 )
-from dynamic_lora_server.selection import adapter_name, select_chat
+from dynamic_lora_server.selection import openai_adapter_name, select_chat
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -109,9 +109,10 @@ def _detokenized(body: DetokenizeRequest, runtime: "Runtime") -> bytes:
 
 def _check_model(model: str | None, runtime: "Runtime") -> None:
     """The tokenizer is the base's for all; a name that nothing has is refused all the same."""
-    name = adapter_name(model, base_names=runtime.base_names)
+    saved = runtime.residencies.saved
+    name = openai_adapter_name(model, base_names=runtime.base_names, known=saved.has)
     if name is not None:
-        runtime.residencies.saved.resolve(name)
+        saved.resolve(name)
 
 
 def _json(content: bytes) -> Response:

@@ -1,5 +1,6 @@
 """The body and answers of `/generate` and `/generate_stream`, in TGI's and LoRAX's shapes."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -44,7 +45,8 @@ class GenerateParameters(Wire):
         default=None, ge=1, description="Default 100, or what the context has left."
     )
     do_sample: bool | None = Field(
-        default=None, description="True: sample, at temperature 1 if none set."
+        default=None,
+        description="True: sample, at temperature 1 if none set. False is the same as left out.",
     )
     temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy.")
     top_k: int | None = Field(default=None, ge=0, description="0 is off.")
@@ -54,8 +56,12 @@ class GenerateParameters(Wire):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    stop: StopStrings | None = Field(default=None, description="Replaces the card's stop strings.")
-    stop_token_ids: StopTokenIds | None = None
+    stop: StopStrings | None = Field(
+        default=None, description="Replaces the card's stop strings, unless it is empty."
+    )
+    stop_token_ids: StopTokenIds | None = Field(
+        default=None, description="End the text before them."
+    )
     ignore_eos: bool | None = Field(
         default=None, description="Go on after the end-of-sequence token."
     )
@@ -128,15 +134,18 @@ FinishName = Literal["length", "eos_token", "stop_sequence"]
 
 
 class Sequence(Answer):
-    """One more continuation of the same prompt (`n` above 1)."""
+    """One more continuation of the same prompt (`n` above 1).
+
+    Its tokens, as those of `Details`, are made when they are written.
+    """
 
     generated_text: str
     finish_reason: FinishName
     generated_tokens: int
     seed: int | None
     prefill: list[Token]
-    tokens: list[Token]
-    top_tokens: list[list[Token]] | None = None
+    tokens: Iterable[Token]
+    top_tokens: Iterable[list[Token]] | None = None
 
 
 class Details(Answer):
@@ -152,8 +161,8 @@ class Details(Answer):
     seed: int | None
     mode: ServedMode
     prefill: list[Token]
-    tokens: list[Token]
-    top_tokens: list[list[Token]] | None = None
+    tokens: Iterable[Token]
+    top_tokens: Iterable[list[Token]] | None = None
     best_of_sequences: list[Sequence] | None = None
 
 
@@ -180,7 +189,7 @@ class StreamEvent(Answer):
 
     The texts of all events together are `generated_text`. The text of a special token, and of the
     end token that ends the answer, is empty, unless it releases text that was held back as the
-    possible start of a stop string.
+    possible start of a stop string; `special` is false then, as clients drop what is special.
     """
 
     index: int

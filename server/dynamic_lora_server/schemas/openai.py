@@ -24,9 +24,18 @@ from dynamic_lora_server.schemas._base import (
 from dynamic_lora_server.schemas.generate import StopStrings, StopTokenIds, TokenIds
 from dynamic_lora_server.schemas.structured import StructuredRequest
 from dynamic_lora_server.schemas.tools import TemplateRequest, ToolCalls, ToolChoice
+from dynamic_lora_server.schemas.unserved import UnservedChat, UnservedCompletion
 
-# OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
-_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda seed: int(seed) % 2**64)]
+
+def _unsigned(seed: int) -> int | None:
+    """OpenAI's are signed; below 0 stands the unsigned number of the same 64 bits.
+
+    But -1 is none, as in vLLM.
+    """
+    return None if seed == -1 else seed % 2**64
+
+
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(_unsigned)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
 _AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
@@ -37,6 +46,11 @@ class StreamOptions(Wire):
     include_usage: bool | None = Field(
         default=None, description="End with one chunk that has `usage`."
     )
+    continuous_usage_stats: bool | None = Field(
+        default=None,
+        description="Every chunk has the `usage` so far. Needs `include_usage`. Not in OpenAI's "
+        "API.",
+    )
     include_obfuscation: UnsetOrFalse = None
 
 
@@ -45,7 +59,8 @@ class SamplingRequest(StructuredRequest):
 
     model: NonEmptyText = Field(
         description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or a name of "
-        "the base model."
+        "the base model. `tgi` and `dummy`, which TGI's and the Hub's clients send where none is "
+        "given, mean the base model too unless something has that name."
     )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Default 1; 0 is greedy."
@@ -60,13 +75,16 @@ class SamplingRequest(StructuredRequest):
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: _Seed | None = None
+    seed: _Seed | None = Field(default=None, description="-1 is none.")
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     stop: NonEmptyText | StopStrings | None = None
-    stop_token_ids: StopTokenIds | None = Field(default=None, description="Not in OpenAI's API.")
+    stop_token_ids: StopTokenIds | None = Field(
+        default=None, description="End the text before them. Not in OpenAI's API."
+    )
     include_stop_str_in_output: bool | None = Field(
         default=None,
-        description="Keep the stop string at the end of the text. Not in OpenAI's API.",
+        description="Keep the stop string, or the stop token, at the end of the text. Not in "
+        "OpenAI's API.",
     )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
@@ -77,7 +95,7 @@ class SamplingRequest(StructuredRequest):
     logit_bias: UnsetOrEmptyMap = None
 
 
-class CompletionRequest(SamplingRequest):
+class CompletionRequest(SamplingRequest, UnservedCompletion):
     """The body of `POST /v1/completions`. The prompt goes to the model as it is."""
 
     model_config = ConfigDict(
@@ -117,7 +135,17 @@ class Message(Wire):
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="Needed, unless there are `tool_calls`."
     )
-    name: Unset = None
+    name: Text | None = Field(default=None, description="Of who speaks, for the chat template.")
+    reasoning: Text | None = Field(
+        default=None,
+        description="What a model thought before this turn, for the chat template, as "
+        "`reasoning_content`. Most templates leave it out. Not in OpenAI's API.",
+    )
+    reasoning_content: Text | None = Field(default=None, description="As `reasoning`.")
+    parsed: Any = Field(
+        default=None,
+        description="What OpenAI's client read the content as; changes nothing.",
+    )
     refusal: Unset = None
     annotations: UnsetOrEmptyList = None
     tool_calls: ToolCalls | None = Field(default=None, description="The assistant's.")
@@ -129,21 +157,18 @@ class Message(Wire):
 
     @property
     def text(self) -> str:
-        """The content as one string."""
+        """The content as one string: several parts are lines, as in vLLM."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content or ())
+        return "\n".join(part.text for part in self.content or ())
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-class ChatRequest(SamplingRequest, TemplateRequest):
+class ChatRequest(SamplingRequest, TemplateRequest, UnservedChat):
     """The body of `POST /v1/chat/completions`. The chat template of the
     adapter is applied, if it is one alone and has one, or that of the base model.
-
-    As `model`, `tgi` and `dummy` are the base model too unless something has that name: TGI's
-    and the Hub's clients send them where none is given.
     """
 
     model_config = ConfigDict(

@@ -1,5 +1,6 @@
 """The answers of `/v1`, in the shapes of OpenAI's API."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
@@ -14,12 +15,15 @@ class PromptTokensDetails(Answer):
 
 
 class Usage(Answer):
-    """Token counts of one request. A prompt is counted once, whatever `n` is."""
+    """Token counts of one request. A prompt is counted once, whatever `n` is.
+
+    Counts of a stream that goes on have no details.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 FinishName = Literal["stop", "length", "tool_calls"]
@@ -50,6 +54,7 @@ class Completion(Answer):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -70,9 +75,9 @@ class ChatLogprob(TopLogprob):
 
 
 class ChatLogprobs(Answer):
-    """Log-probabilities in the shape of chat completions."""
+    """Log-probabilities in the shape of chat completions; each is made when it is written."""
 
-    content: list[ChatLogprob]
+    content: Iterable[ChatLogprob]
     refusal: None = None
 
 
@@ -123,6 +128,7 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -179,6 +185,7 @@ class ChatChunk(Answer):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
 

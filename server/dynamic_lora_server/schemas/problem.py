@@ -19,6 +19,11 @@ class Problem(Answer):
     error: str = Field(
         description="`detail` and `fix` in one, where clients of TGI and LoRAX read the message."
     )
+    error_type: str | None = Field(
+        default=None,
+        description="`validation`, `overloaded` or `generation`, by which clients of TGI choose "
+        "an exception.",
+    )
     near: list[str] | None = Field(
         default=None, description="Adapter names close to the unknown one."
     )

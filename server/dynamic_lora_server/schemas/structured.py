@@ -14,6 +14,10 @@ from dynamic_lora_server.schemas._base import (
 )
 
 _Choices = Annotated[list[NonEmptyText], Field(min_length=1, max_length=1000)]
+_VALUE = (
+    "Of `regex` the expression, of `json_schema` an object with `schema`, of the other types of "
+    "JSON the schema or its text."
+)
 
 
 class NamedSchema(Wire):
@@ -26,12 +30,15 @@ class NamedSchema(Wire):
 
 
 class ResponseFormat(Wire):
-    """Any text, any JSON object, or JSON of a schema."""
+    """Any text, any JSON object, JSON of a schema, or, as TGI has it, what a `value` says."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
     json_schema: NamedSchema | None = Field(default=None, description="With that type alone.")
     schema_: JsonObject | None = Field(
         default=None, alias="schema", description="With `json_object`, as LoRAX has it."
+    )
+    value: JsonObject | NonEmptyText | None = Field(
+        default=None, description=f"As TGI and the Hub's client have it. {_VALUE}"
     )
 
 
@@ -79,7 +86,4 @@ class TgiGrammar(Wire):
     """TGI's: JSON of a schema, or a text that a regular expression matches from end to end."""
 
     type: Literal["json", "json_object", "regex", "json_schema"]
-    value: JsonObject | NonEmptyText = Field(
-        description="Of `regex` the expression, of `json_schema` an object with `schema`, of the "
-        "others the JSON schema or its text."
-    )
+    value: JsonObject | NonEmptyText = Field(description=_VALUE)

@@ -136,7 +136,8 @@ def test_on_sigterm_a_stream_ends_with_its_answer_or_with_the_reason(
     assert process.returncode == -signal.SIGTERM, errors
     assert "Traceback" not in errors
     if grace == "0":
-        assert last == {"error": "The server is shutting down.", "error_type": "not-ready"}
+        assert (last["type"], last["error_type"]) == ("/problems/not-ready", "generation")
+        assert last["error"].startswith("The server is shutting down.")
     else:
         assert last["details"]["generated_tokens"] == 400
 

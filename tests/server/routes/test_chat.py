@@ -1,6 +1,7 @@
 """`/v1/chat/completions` on a server in this process: what is refused before a chat costs much."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 
 from dynamic_lora_server import prompts
 from dynamic_lora_server.app import create_app
+from dynamic_lora_server.generation import TokenLogprob
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
 from tests.support.runtimes import load_runtime, spec, tiny_config
@@ -51,6 +53,32 @@ async def test_a_chat_that_has_no_place_is_not_rendered(
         await taken.aclose()
         answer = await client.post("/v1/chat/completions", json=body("hi"))
         assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", body("hi") | {"logprobs": True, "top_logprobs": 2}),
+        ("/v1/completions", {"model": "base", "prompt": "hi", "logprobs": 2}),
+        ("/generate", {"inputs": "hi", "parameters": {"details": True, "top_n_tokens": 2}}),
+    ],
+)
+async def test_log_probabilities_are_written_on_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, asked: dict[str, Any]
+) -> None:
+    """Those of a long answer take seconds, in which no stream would go on."""
+    threads: set[str] = set()
+
+    def text(self: TokenLogprob) -> str:
+        threads.add(threading.current_thread().name)
+        return self.token_bytes.decode(errors="replace")
+
+    async with serving(tmp_path) as (client, _):
+        monkeypatch.setattr(TokenLogprob, "text", property(text))
+        answer = await client.post(path, json=asked)
+    assert answer.status_code == 200, answer.text
+    assert threads
+    assert all(name.startswith("write") for name in threads)
 
 
 async def test_a_chat_far_over_the_context_is_not_tokenised(
