@@ -8,6 +8,7 @@ from platformdirs import user_data_dir
 
 from dynamic_lora_server.engine.drafts import MAX_DRAFT
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.tools.notation import NOTATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -15,6 +16,7 @@ MODES = ("auto", "bypass", "merged")
 RESTORES = ("copy", "subtract")
 QUANTIZATIONS = ("none", "bf16", "int8")
 BASE_PRODUCTS = ("auto", "plain", "packed", "native")
+TOOL_CALL_FORMATS = ("auto", *NOTATIONS)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -81,6 +83,8 @@ class ServerConfig:
     many as can be there, and none on a GPU. `quantize`
     rounds the base's weights to "bf16" or "int8"; nothing is merged into eight bits. `mode` says
     whether adapters are merged into the weights, `restore` how the base comes back afterwards.
+    `tool_call_format` is the notation in which models write calls where their chat template does
+    not tell it.
     `record_trace` names a file for who asked for what and when, without any text; where there is
     a trace already, its name gets a number.
 
@@ -120,6 +124,7 @@ class ServerConfig:
     quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"
+    tool_call_format: str = "auto"
     record_trace: Path | None = None
     log_level: str = "warning"
 
@@ -145,6 +150,7 @@ class ServerConfig:
             ("quantize", QUANTIZATIONS),
             ("mode", MODES),
             ("restore", RESTORES),
+            ("tool_call_format", TOOL_CALL_FORMATS),
             ("log_level", LOG_LEVELS),
         ):
             _check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")

@@ -196,6 +196,7 @@ class GenerationService:
         first = secrets.randbits(64) if seed is None else seed
         stop_ids = self._stop_ids(held)
         stops = spec.sampling.stop_token_ids
+        shown = self._view.known_ids(spec.shown_tokens, ())
         continuations = {}
         for index in range(spec.n):
             sequence = Sequence(
@@ -207,7 +208,9 @@ class GenerationService:
                 adapter=None if held is None else held.adapter,
                 guide=Guide(matchers[index], ends=stop_ids, stops=stops) if matchers else None,
             )
-            detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
+            detokenizer = Detokenizer(
+                self._view, stop=spec.stop, include_stop=spec.include_stop, shown=shown
+            )
             continuations[sequence.id] = Continuation(index, sequence, self._view, detokenizer)
         return continuations
 

@@ -60,6 +60,7 @@ def test_the_defaults_are_valid() -> None:
         ({"allowed_origins": ("example.org",)}, "allowed_origins names 'example.org'"),
         ({"allowed_origins": ("https://example.org/a",)}, "with no path"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
+        ({"tool_call_format": "xml"}, "tool_call_format must be one of auto, hermes"),
         ({"log_level": "loud"}, "log_level must be one of"),
         (
             {"record_trace": Path("/")},

@@ -78,6 +78,7 @@ def serve(
     quantize: options.Quantize = _DEFAULT.quantize,
     mode: options.Mode = _DEFAULT.mode,
     restore: options.Restore = _DEFAULT.restore,
+    tool_call_format: options.ToolCallFormat = _DEFAULT.tool_call_format,
     record_trace: options.RecordTrace = None,
     log_level: options.LogLevel = _DEFAULT.log_level,
 ) -> None:

@@ -13,6 +13,7 @@ from dynamic_lora_server.config import (
     MODES,
     QUANTIZATIONS,
     RESTORES,
+    TOOL_CALL_FORMATS,
 )
 from dynamic_lora_server.engine.drafts import MAX_DRAFT
 
@@ -178,6 +179,13 @@ Mode = Annotated[
 Restore = Annotated[
     str,
     typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),
+]
+ToolCallFormat = Annotated[
+    str,
+    typer.Option(
+        help=f"How models write calls of tools: {', '.join(TOOL_CALL_FORMATS)}; what a chat "
+        "template tells counts before it."
+    ),
 ]
 RecordTrace = Annotated[
     Path | None,

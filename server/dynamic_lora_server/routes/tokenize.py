@@ -97,7 +97,7 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
     else:
         chat = _chat_adapter(asked.model, runtime).chat
         variables = asked.chat_template_kwargs or {}
-        text = render(asked.messages, variables, runtime.tokenizer, chat)
+        text = render(asked.messages, variables, runtime.tokenizer, chat, asked)
         ids = view.encode(text, add_special_tokens=False)
     count = TokenCount.model_construct(
         count=len(ids), max_model_len=runtime.context_length, tokens=list(ids)
