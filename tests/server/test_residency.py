@@ -190,7 +190,7 @@ async def test_who_waits_for_room_is_told_that_the_server_shuts_down(tmp_path: P
         stream = runtime.service.stream(spec(adapter=first, max_new_tokens=400))
         await anext(stream)
         waiting = asyncio.create_task(collect(runtime, spec(adapter=second)))
-        await eventually(lambda: runtime.residencies.reads.num_reads == 2, "the second is read")
+        await eventually(lambda: runtime.residencies.reads.num_reads >= 2, "the second is read")
         runtime.service.refuse()
         await asyncio.to_thread(runtime.service.close)
         with pytest.raises(NotReady, match="shutting down"):
