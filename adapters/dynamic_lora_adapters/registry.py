@@ -19,7 +19,6 @@ from dynamic_lora_adapters.errors import (
 )
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.index import (
-    AdapterEvent,
     AdapterIndex,
     EventKind,
     shipped_digests,
@@ -230,10 +229,6 @@ class AdapterRegistry:
         if not folder.is_dir():
             raise AdapterNotFound(digest)
         return self._inspector.read(folder)
-
-    def history(self, name: str | None = None) -> Sequence[AdapterEvent]:
-        """What happened to a name, or to all, oldest first; deleted names included."""
-        return self._index.history(name)
 
     def import_shipped(self, folder: Path) -> Sequence[str]:
         """Publish the adapters that come with the package, under their folders' names.

@@ -62,12 +62,9 @@ class Residency:
     """
 
     def __init__(
-        self,
-        registry: AdapterRegistry,
-        pool: AdapterPool,
-        saved: SavedCompositions | None = None,
+        self, registry: AdapterRegistry, pool: AdapterPool, saved: SavedCompositions
     ) -> None:
-        self.saved = saved or SavedCompositions(registry)
+        self.saved = saved
         self.reads = ReadStats()
         self._registry = registry
         self._pool = pool

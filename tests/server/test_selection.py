@@ -35,7 +35,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterRegist
 
 @pytest.fixture(scope="module")
 def saved(registry: AdapterRegistry) -> SavedCompositions:
-    return SavedCompositions(registry)
+    return SavedCompositions(registry, registry.index)
 
 
 def selected(saved: SavedCompositions, query: str | None = None, **body: Any) -> Composition:

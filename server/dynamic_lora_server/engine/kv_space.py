@@ -49,10 +49,6 @@ class KVSpace(ABC):
         """Whether `allocate(num_tokens)` would succeed now."""
 
     @abstractmethod
-    def fits_empty(self, num_tokens: int) -> bool:
-        """Whether that many tokens would fit if nothing else ran."""
-
-    @abstractmethod
     def allocate(self, num_tokens: int) -> Allocation:
         """Reserve cells for `num_tokens` positions."""
 
@@ -79,9 +75,6 @@ class ContiguousSpace(KVSpace):
 
     def can_allocate(self, num_tokens: int) -> bool:
         return any(length >= num_tokens for _, length in self._gaps)
-
-    def fits_empty(self, num_tokens: int) -> bool:
-        return num_tokens <= self.num_cells
 
     def allocate(self, num_tokens: int) -> Allocation:
         for index, (start, length) in enumerate(self._gaps):
@@ -139,9 +132,6 @@ class PagedSpace(KVSpace):
     def num_missing(self, num_tokens: int) -> int:
         """Pages that must become free before `num_tokens` can be allocated."""
         return max(self._pages_for(num_tokens) - len(self._free), 0)
-
-    def fits_empty(self, num_tokens: int) -> bool:
-        return self._pages_for(num_tokens) <= len(self._pages)
 
     def allocate(self, num_tokens: int) -> Allocation:
         count = self._pages_for(num_tokens)
