@@ -12,8 +12,8 @@ from dynamic_lora_adapters.composition import (
     Part,
     VersionNotFound,
 )
+from dynamic_lora_adapters.composition_text import is_expression, parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
-from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
 from dynamic_lora_adapters.index import AdapterIndex, StoredComposition
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.names import check_adapter_name

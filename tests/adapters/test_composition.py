@@ -16,7 +16,7 @@ from dynamic_lora_adapters.composition import (
     SignMethod,
     Strategy,
 )
-from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
+from dynamic_lora_adapters.composition_text import is_expression, parse, parse_parts
 
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(lambda n: n != "base")
 versions = st.none() | st.from_regex(r"[0-9a-f]{8,64}", fullmatch=True)

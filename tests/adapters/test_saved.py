@@ -14,12 +14,12 @@ from dynamic_lora_adapters.composition import (
     Strategy,
     VersionNotFound,
 )
+from dynamic_lora_adapters.composition_text import parse_parts
 from dynamic_lora_adapters.errors import (
     AdapterNotFound,
     InvalidAdapterName,
     UnsupportedAdapter,
 )
-from dynamic_lora_adapters.grammar import parse_parts
 from dynamic_lora_adapters.index import AdapterIndex
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.lease import Lease

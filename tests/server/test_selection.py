@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from dynamic_lora_adapters.card import TaskCard
 from dynamic_lora_adapters.composition import Composition, InvalidComposition
+from dynamic_lora_adapters.composition_text import parse
 from dynamic_lora_adapters.errors import AdapterNotFound
-from dynamic_lora_adapters.grammar import parse
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import AdapterRegistry

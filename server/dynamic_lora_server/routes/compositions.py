@@ -6,8 +6,8 @@ from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.composition import Part
+from dynamic_lora_adapters.composition_text import parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterNotFound
-from dynamic_lora_adapters.grammar import parse, parse_parts
 from dynamic_lora_adapters.index import StoredComposition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.routes._deps import Ready, StrictRoute, problems
