@@ -57,7 +57,7 @@ class AdapterRegistry:
     """Names to adapter versions, kept on disk under `home` and fitted to one base.
 
     All methods may be called from any thread; they block, `publish` for as long
-    as reading the weights takes. `resolve`, `lease`, `let_go` and `list` touch no disk. Opening
+    as reading the weights takes. `resolve`, `lease`, `end_lease` and `list` touch no disk. Opening
     cleans up after a crash, and raises `AdapterError` while another process
     uses the home, unless it is given the home's `store`, which it then closes.
     Use `close`, or the registry as a context manager.
@@ -192,10 +192,10 @@ class AdapterRegistry:
 
     def release(self, lease: Lease) -> None:
         """End a lease; the last one of a forgotten version removes its files."""
-        if self.let_go(lease):
+        if self.end_lease(lease):
             self.collect(lease.version.digest)
 
-    def let_go(self, lease: Lease) -> bool:
+    def end_lease(self, lease: Lease) -> bool:
         """End a lease without waiting for the disk; whether to `collect` its version now."""
         with self._lock:
             if lease.released:

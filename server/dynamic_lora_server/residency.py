@@ -122,8 +122,8 @@ class Residency:
 
         return end
 
-    def give_up(self, why: Exception) -> None:
-        """No more room will be made: who waits for some, now or later, gets this error."""
+    def fail_waiters(self, why: Exception) -> None:
+        """No more room will be made: whoever waits for some, now or later, gets this error."""
         self._why_none = why
         self._line.announce()
 
@@ -148,7 +148,7 @@ class Residency:
             check_version(part, lease.version.digest)
             yield lease
         finally:
-            if self._registry.let_go(lease):
+            if self._registry.end_lease(lease):
                 # Removing the files of a deleted version waits for the disk.
                 collecting = asyncio.to_thread(self._registry.collect, lease.version.digest)
                 await asyncio.shield(collecting)
@@ -205,13 +205,13 @@ class Residency:
     async def _admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
         """On the device; None if all room is leased."""
         try:
-            return await _acquire(lambda: self._pool.admit(digest, terms), self._give_up)
+            return await _acquire(lambda: self._pool.admit(digest, terms), self._undo_admission)
         except Exception:
             self._line.announce()  # the room that it had taken
             raise
 
-    def _give_up(self, admitted: ResidentAdapter | None) -> None:
-        """What was brought, or failed to be, for a request that has gone."""
+    def _undo_admission(self, admitted: ResidentAdapter | None) -> None:
+        """Take back what was brought, or failed to be, for a request that has gone."""
         if admitted is not None:
             self._pool.release(admitted)
         self._announce_soon()

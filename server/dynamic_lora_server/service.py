@@ -66,7 +66,7 @@ class GenerationService:
     def refuse(self) -> None:
         """Begin no more generations, not even of waiting requests. Call it on the event loop."""
         self._ending = NotReady("The server is shutting down.", fix="Send the request again.")
-        self._residency.give_up(self._ending)
+        self._residency.fail_waiters(self._ending)
 
     def close(self) -> None:
         """Refuse, fail what runs and end the engine thread.
@@ -278,7 +278,7 @@ class GenerationService:
     def _give_up(self) -> None:
         self._broken.set()
         assert self._worker.failure is not None
-        self._residency.give_up(EngineFailed(f"{self._worker.failure}."))
+        self._residency.fail_waiters(EngineFailed(f"{self._worker.failure}."))
 
     def _receive(self, events: list[EngineEvent]) -> None:
         """Called on the engine thread with the events of a step."""
