@@ -25,6 +25,7 @@ from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
 from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.targets import import_peft
+from dynamic_lora_server.adapter_loader import AdapterLoader, ReadStats
 from dynamic_lora_server.admission import ServiceLimits
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
@@ -39,7 +40,6 @@ from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.loading import load_model, num_embeddings, pick_device
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.recorder import TraceRecorder
-from dynamic_lora_server.residency import ReadStats, Residency
 from dynamic_lora_server.service import GenerationService
 from dynamic_lora_server.text import TokenizerView
 
@@ -95,7 +95,7 @@ class Runtime:
     registry: AdapterRegistry
     service: GenerationService
     built: BuiltEngine
-    residencies: Residency
+    loader: AdapterLoader
     device: str
     dtype: str
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_CHECKS))
@@ -163,9 +163,9 @@ class Runtime:
             import_peft()
         saved = SavedCompositions(registry, registry.index)
         _check_free(config.served_model_names, saved)
-        residencies = Residency(registry, built.pool, saved)
+        loader = AdapterLoader(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)
-        service = GenerationService(built.engine, residencies, view, limits, recorder)
+        service = GenerationService(built.engine, loader, view, limits, recorder)
         return cls(
             config=config,
             model_id=base.name,
@@ -174,7 +174,7 @@ class Runtime:
             registry=registry,
             service=service,
             built=built,
-            residencies=residencies,
+            loader=loader,
             device=str(device),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -200,7 +200,7 @@ class Runtime:
     def close(self) -> None:
         """Fail what runs, end the engine thread and let the store go."""
         self.service.close()
-        self.residencies.close()
+        self.loader.close()
         self.registry.close()
 
     def tier(self, digest: str) -> Tier:
@@ -222,7 +222,7 @@ class Runtime:
             prefixes=scheduler.prefix_stats(),
             drafts=scheduler.draft_stats(),
             adapters=self.built.pool.stats(),
-            reads=replace(self.residencies.reads),
+            reads=replace(self.loader.reads),
             modes=self.built.modes.stats(),
             drift=engine.runner.merger.drift,
         )

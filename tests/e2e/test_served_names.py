@@ -85,7 +85,7 @@ async def test_names_that_something_has_are_refused_at_the_start(
 ) -> None:
     async with serving(tmp_path) as runtime:
         publish(runtime, "ner", adapter)
-        saved = runtime.residencies.saved
+        saved = runtime.loader.saved
         saved.save("newsy", saved.resolve("ner*0.5").parts)
     for name in ("ner", "NER", "newsy"):
         with pytest.raises(InvalidParameter, match=f"{name!r}, but '{name.lower()}' is") as caught:

@@ -118,7 +118,7 @@ _Prepare = Callable[[], Awaitable[Prepared[TgiAnswer]]]
 async def _prepare(
     body: GenerateRequest, query: GenerateQuery, runtime: "Runtime"
 ) -> Prepared[TgiAnswer]:
-    saved = runtime.residencies.saved
+    saved = runtime.loader.saved
     adapter = select(query.adapter, body, saved=saved, base_names=runtime.base_names)
     versions = [saved.version(part) for part in adapter.parts]
     card = None if body.raw or query.raw else card_of(adapter, versions)

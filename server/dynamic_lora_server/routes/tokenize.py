@@ -71,7 +71,7 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
         _check_model(asked.model, runtime)
         ids = view.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
     else:
-        saved = runtime.residencies.saved
+        saved = runtime.loader.saved
         chat = select_chat(asked.model, saved=saved, base_names=runtime.base_names).chat
         variables = asked.chat_template_kwargs or {}
         text = render(asked.messages, variables, runtime.tokenizer, chat)
@@ -111,7 +111,7 @@ def _check_model(model: str | None, runtime: "Runtime") -> None:
     """The tokenizer is the base's for all; a name that nothing has is refused all the same."""
     name = adapter_name(model, base_names=runtime.base_names)
     if name is not None:
-        runtime.residencies.saved.resolve(name)
+        runtime.loader.saved.resolve(name)
 
 
 def _json(content: bytes) -> Response:

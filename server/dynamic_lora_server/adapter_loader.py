@@ -49,7 +49,7 @@ class ReadStats:
     seconds: float = 0.0
 
 
-class Residency:
+class AdapterLoader:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
     A request holds leases until its sequences are with the engine: one on each
