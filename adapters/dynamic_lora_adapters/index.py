@@ -134,11 +134,6 @@ class AdapterIndex:
             event.listen(self._engine, "do_connect", _refuse)
         self._engine.dispose()
 
-    @property
-    def engine(self) -> Engine:
-        """The database engine, for tools that read the tables."""
-        return self._engine
-
     def names(self) -> dict[str, str]:
         """The digest of each name of this base."""
         with Session(self._engine) as session:

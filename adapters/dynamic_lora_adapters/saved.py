@@ -13,8 +13,8 @@ from dynamic_lora_adapters.composition import (
     Part,
     VersionNotFound,
 )
+from dynamic_lora_adapters.composition_text import is_expression, parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
-from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
 from dynamic_lora_adapters.index import AdapterIndex, StoredComposition
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.names import check_adapter_name
@@ -47,14 +47,14 @@ class SavedCompositions:
     part without a version follows its adapter. Adapters and compositions share
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
-    no disk. `index` is where they are kept; without one none can be saved.
+    no disk. `index` is where they are kept.
     What would take more than `room_bytes` on the device is not computed.
     """
 
     def __init__(
         self,
         registry: AdapterRegistry,
-        index: AdapterIndex | None = None,
+        index: AdapterIndex,
         *,
         room_bytes: float = math.inf,
     ) -> None:
@@ -62,7 +62,7 @@ class SavedCompositions:
         self._index = index
         self._room_bytes = room_bytes
         self._lock = threading.Lock()
-        self._saved = {one.name: one for one in ([] if index is None else index.compositions())}
+        self._saved = {one.name: one for one in index.compositions()}
 
     def has(self, name: str) -> bool:
         """Whether a name is an adapter's or a saved composition's."""
@@ -152,8 +152,6 @@ class SavedCompositions:
         composition = self.combine(parts)
         if composition.is_base:
             raise InvalidComposition("The weights add up to nothing.")
-        if self._index is None:
-            raise AdapterError("This server keeps no index that compositions are saved in.")
         if composition.plain is None:
             self._try(composition)
         with self._lock:
@@ -192,7 +190,6 @@ class SavedCompositions:
         """Forget a saved composition; what runs goes on. Raises CompositionNotFound."""
         with self._lock:
             self.get(name)
-            assert self._index is not None
             self._index.drop_composition(name)
             del self._saved[name]
 

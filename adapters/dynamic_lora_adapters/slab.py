@@ -159,7 +159,7 @@ class ResidentAdapter:
     num_leases: int = 0
     last_used: int = 0
     doomed: bool = False
-    kept: bool = False
+    pinned: bool = False
 
     def await_upload(self) -> None:
         """Have the current stream wait for the slot's content. The engine's thread calls this."""

@@ -50,8 +50,8 @@ class PoolStats:
 class AdapterPool:
     """Device memory for adapters, within `budget_bytes`. Safe to call from any thread.
 
-    A lease pins an adapter; only adapters without leases are evicted, the
-    least recently used first. A new slab has `slab_slots` places where the budget allows, and
+    Only adapters that are neither leased nor pinned are evicted, the least
+    recently used first. A new slab has `slab_slots` places where the budget allows, and
     gives up those that nobody has reached before anybody is evicted.
     Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
     and laid out by `layout`, of which TILES are for bfloat16 beside float32. With `shortens`,
@@ -214,19 +214,19 @@ class AdapterPool:
         with self._lock:
             assert adapter.num_leases > 0, "lease released twice"
             adapter.num_leases -= 1
-            if adapter.doomed and not adapter.num_leases and not adapter.kept:
+            if adapter.doomed and not adapter.num_leases and not adapter.pinned:
                 self._vacate(adapter)
 
-    def keep(self, adapter: ResidentAdapter) -> bool:
-        """Keep an adapter's slot beyond its last lease, until `let_go`; False if it has left."""
+    def pin(self, adapter: ResidentAdapter) -> bool:
+        """Keep an adapter's slot beyond its last lease, until `unpin`; False if it has left."""
         with self._lock:
-            adapter.kept = adapter.slab.tenants[adapter.slot] is adapter
-            return adapter.kept
+            adapter.pinned = adapter.slab.tenants[adapter.slot] is adapter
+            return adapter.pinned
 
-    def let_go(self, adapter: ResidentAdapter) -> None:
-        """End `keep`; an adapter that was dropped meanwhile leaves with its last lease."""
+    def unpin(self, adapter: ResidentAdapter) -> None:
+        """Undo `pin`; an adapter that was dropped meanwhile leaves with its last lease."""
         with self._lock:
-            adapter.kept = False
+            adapter.pinned = False
             if adapter.doomed and not adapter.num_leases:
                 self._vacate(adapter)
 
@@ -240,7 +240,7 @@ class AdapterPool:
                     tenant.doomed |= tenant.digest == digest
                 return
             adapter.doomed = True
-            if not adapter.num_leases and not adapter.kept:
+            if not adapter.num_leases and not adapter.pinned:
                 self._vacate(adapter)
 
     def is_resident(self, digest: str) -> bool:
@@ -270,7 +270,7 @@ class AdapterPool:
             for adapter in self._resident.values():
                 if adapter.slab.tenants[adapter.slot] is not adapter:
                     raise RuntimeError(f"adapter {adapter.digest} does not hold its slot")
-            ghosts = [a for a in self._tenants() if a.doomed and not a.num_leases and not a.kept]
+            ghosts = [a for a in self._tenants() if a.doomed and not a.num_leases and not a.pinned]
             if ghosts:
                 raise RuntimeError(f"unleased doomed adapters remain: {ghosts}")
             if self._used_bytes() > self._budget_bytes:
@@ -335,7 +335,7 @@ class AdapterPool:
 
     def _idle(self) -> list[ResidentAdapter]:
         by_use = sorted(self._resident.values(), key=lambda adapter: adapter.last_used)
-        return [one for one in by_use if not one.num_leases and not one.kept]
+        return [one for one in by_use if not one.num_leases and not one.pinned]
 
     def _evict(self, victim: ResidentAdapter) -> None:
         del self._resident[victim.digest]

@@ -6,11 +6,11 @@ from dynamic_lora_server.metrics import Reading
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.slots import PoolStats
+    from dynamic_lora_server.adapter_loader import ReadStats
     from dynamic_lora_server.engine.decode_graphs import GraphStats
     from dynamic_lora_server.engine.drafts import DraftStats
     from dynamic_lora_server.engine.mode_controller import ModeStats
     from dynamic_lora_server.engine.prefix_cache import PrefixStats
-    from dynamic_lora_server.residency import ReadStats
     from dynamic_lora_server.runtime import EngineStats
 
 

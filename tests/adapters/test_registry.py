@@ -88,7 +88,7 @@ def names(registry: AdapterRegistry) -> list[str]:
 
 
 def kinds(registry: AdapterRegistry, name: str) -> list[EventKind]:
-    return [event.kind for event in registry.history(name)]
+    return [event.kind for event in registry.index.history(name)]
 
 
 def test_published_adapters_can_be_listed_resolved_and_loaded(

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamic_lora_server.residency import Residency
+from dynamic_lora_server.adapter_loader import AdapterLoader
 from tests.support.adapters import make_adapter
 from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
@@ -167,18 +167,18 @@ async def test_a_prompt_is_rendered_as_the_version_wants_that_answers(
     await upload(client, "echo", newer)
     expected = await ask()
     await upload(client, "echo", adapter_files)
-    hold = Residency.hold
+    hold = AdapterLoader.hold
     replaced: list[httpx.Response] = []
 
     @asynccontextmanager
-    async def late(self: Residency, adapter: Any) -> AsyncIterator[Any]:
+    async def late(self: AdapterLoader, adapter: Any) -> AsyncIterator[Any]:
         if not replaced:  # here on the server's event loop
             async with httpx.AsyncClient(base_url=client.base_url) as other:
                 replaced.append(await upload(other, "echo", newer))
         async with hold(self, adapter) as held:
             yield held
 
-    monkeypatch.setattr(Residency, "hold", late)
+    monkeypatch.setattr(AdapterLoader, "hold", late)
     assert await ask() == expected
     assert replaced[0].status_code == 201
 

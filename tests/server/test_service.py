@@ -366,7 +366,7 @@ async def test_a_deleted_adapter_serves_out_its_requests(runtime: Runtime) -> No
     events = [await anext(stream), await anext(stream)]
     digest = runtime.registry.resolve("ner").digest
     runtime.registry.delete("ner")
-    runtime.residencies.forget(digest)
+    runtime.loader.forget(digest)
     events += [event async for event in stream]
     assert token_ids(events) == expected
     with pytest.raises(AdapterNotFound):

@@ -46,7 +46,7 @@ async def complete(
     body: CompletionRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
-    known = runtime.residencies.saved.has
+    known = runtime.loader.saved.has
     adapter = openai_adapter_name(body.model, base_names=runtime.base_names, known=known)
     specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.capacity)
@@ -91,7 +91,7 @@ async def _begun(
     runtime.service.check_room(sum(spec.n for spec in specs))
     adapter = specs[0].adapter
     if isinstance(adapter, str):
-        await state.hub.found(partial(runtime.residencies.saved.resolve, adapter))
+        await state.hub.found(partial(runtime.loader.saved.resolve, adapter))
     generations = await begin_all([state.generate(spec) for spec in specs])
     is_base = generations[0].started.adapter is None  # also where a sum cancels out
     answer = CompletionAnswer(
