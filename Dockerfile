@@ -6,7 +6,7 @@ FROM ${BASE} AS build
 # cpu: the CPU build of torch, or, where no index has one, the general build (larger; it
 # serves on CPUs as well). cuda: a build with CUDA, checked to be one.
 ARG TORCH=cpu
-# Where the CPU build is, besides pip's own index.
+# Where the CPU build is, besides pip's own index. Asked for torch alone.
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # Where pip finds everything else, and a build with CUDA. Predefined names of pip.
 ARG PIP_INDEX_URL
@@ -20,7 +20,7 @@ RUN set -eu; \
     torch="$(grep '^torch==' constraints.txt)"; \
     pip="/opt/dynamic-lora/bin/pip install -c constraints.txt"; \
     case "$TORCH" in \
-      cpu) $pip ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} "$torch+cpu" || { \
+      cpu) $pip --no-deps ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} "$torch+cpu" || { \
 echo "No index has a CPU build of $torch: taking the general build. Name one that has it with \
 --build-arg TORCH_CPU_INDEX."; $pip "$torch"; } ;; \
       cuda) $pip "$torch"; /opt/dynamic-lora/bin/python -c 'import sys, torch; \

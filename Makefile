@@ -4,6 +4,7 @@ PYTHON ?= python3
 HOST := $(or $(DYNAMIC_LORA_LISTEN_HOST),127.0.0.1)
 PORT := $(or $(DYNAMIC_LORA_LISTEN_PORT),8000)
 # TORCH=cpu takes PyTorch's CPU build; otherwise pip's index gives its own, PyPI's on Linux with CUDA.
+# PyTorch's index is asked for torch alone: where it cannot be reached, each package would wait.
 TORCH :=
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 VENV := .venv
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(if $(filter-out cpu,$(TORCH)),$(error TORCH=$(TORCH): expected cpu or nothing))
-	$(if $(TORCH),$(VENV)/bin/python -m pip install -c constraints.txt \
+	$(if $(TORCH),$(VENV)/bin/python -m pip install -c constraints.txt --no-deps \
 	  --extra-index-url $(TORCH_CPU_INDEX) torch)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@

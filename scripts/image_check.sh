@@ -22,6 +22,12 @@ need() {
   command -v "$1" >/dev/null || { echo "$1 is missing: apt-get install buildah debootstrap" >&2; exit 1; }
 }
 
+# Another server there would answer in the image's place.
+need_port() {
+  "$PYTHON" -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.argv[1]))).close()' \
+    "$PORT" 2>/dev/null || { echo "port $PORT is taken: PORT=... names another" >&2; exit 1; }
+}
+
 store() {
   buildah --root "$WORK/storage" --runroot "$WORK/run" --storage-driver vfs "$@"
 }
@@ -46,6 +52,7 @@ main() {
   [ "$(id -u)" = 0 ] || { echo "root is needed: debootstrap and chroot isolation" >&2; exit 1; }
   need buildah
   need debootstrap
+  need_port
   mkdir -p "$WORK"
   base_image
 

@@ -19,8 +19,15 @@ from dynamic_lora_adapters.value_range import find_too_large
 if TYPE_CHECKING:
     import torch
 
+GivenUp = Callable[[], bool]
+"""Whether nobody waits for it any more."""
+
 T = TypeVar("T", LinearTerms, EmbeddingTerms)
 Weighted = Sequence[tuple[T, float]]
+
+
+class NobodyWaits(Exception):
+    """What was being computed is wanted no more."""
 
 
 @single_threaded()
@@ -58,6 +65,7 @@ def merge(
     names: Sequence[str] = (),
     dtype: "torch.dtype | None" = None,
     room_bytes: float = math.inf,
+    given_up: GivenUp = lambda: False,
 ) -> AdapterTerms:
     """The deltas merged by a strategy, as dense terms in `dtype`; needs PEFT.
 
@@ -65,7 +73,7 @@ def merge(
     `add_weighted_adapter`. DARE's draws are seeded by the layer's path. Raises
     UnsupportedAdapter, naming the adapter, where it has more than deltas, and
     as `compose` does for values that are too large; AdapterCapacityError, before anything is
-    computed, for more than `room_bytes`.
+    computed, for more than `room_bytes`; NobodyWaits between two layers once it is `given_up`.
     """
     for index, (terms, _) in enumerate(parts):
         _refuse_more_than_deltas(terms, _name(names, index), how)
@@ -76,6 +84,8 @@ def merge(
     _refuse_above(room_bytes, [own[0][0] for own in by_path.values()], dtype)
     linears = {}
     for path in sorted(by_path):
+        if given_up():
+            raise NobodyWaits
         deltas = [_delta(linear) for linear, _ in by_path[path]]
         dense = _merged(deltas, [weight for _, weight in by_path[path]], how, path)
         _refuse_overflow(AdapterTerms(linears={path: LinearTerms(dense=dense)}), dtype)

@@ -129,13 +129,10 @@ class AdapterIndex:
         SQLModel.metadata.create_all(self._engine, tables=tables)
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; none is made again."""
+        if not event.contains(self._engine, "do_connect", _refuse):
+            event.listen(self._engine, "do_connect", _refuse)
         self._engine.dispose()
-
-    @property
-    def engine(self) -> Engine:
-        """The database engine, for tools that read the tables."""
-        return self._engine
 
     def names(self) -> dict[str, str]:
         """The digest of each name of this base."""
@@ -317,6 +314,14 @@ def _engine(url: str) -> Engine:
             field="database_url",
             fix="Write the URL as SQLAlchemy does, and install the driver that it names.",
         ) from error
+
+
+def _refuse(*_: object) -> None:
+    raise StoreFailed(
+        "The server is shutting down; its index of adapters is closed.",
+        field="database_url",
+        fix="Send the request again once it has started.",
+    )
 
 
 def _say_what_failed(context: ExceptionContext) -> StoreFailed | None:

@@ -8,12 +8,13 @@ restoring happen between two steps, so no step sees half-folded weights.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from dynamic_lora_adapters.groups import GroupTerms, ProjectionGroup
 from dynamic_lora_adapters.layers import GroupedProjection
-from dynamic_lora_adapters.native.product import NativeProduct
+from dynamic_lora_adapters.native.product import Bfloat16Product, NativeProduct
 from dynamic_lora_adapters.pristine import Pristine
 from dynamic_lora_adapters.slab import ResidentAdapter
 
@@ -51,6 +52,14 @@ class Merger:
     def drift(self) -> float:
         """Largest known difference between a restored weight and the checkpoint's; 0 if exact."""
         return self._pristine.drift
+
+    @cached_property
+    def rounds(self) -> bool:
+        """Whether merged weights have fewer bits than float32; the rows of others notice then."""
+        return any(
+            projection.weight.dtype != torch.float32 or isinstance(projection.base, Bfloat16Product)
+            for projection in self._projections
+        )
 
     @torch.inference_mode()
     def spares_others(self, adapter: ResidentAdapter) -> bool:
@@ -159,4 +168,4 @@ def _plain(terms: Sequence[GroupTerms], group: ProjectionGroup, index: int) -> G
 def _terms(adapter: ResidentAdapter) -> Sequence[GroupTerms]:
     if adapter.exact is not None:
         return adapter.exact
-    return [adapter.slab.terms(i, adapter.slot) for i in range(len(adapter.slab.signature))]
+    return adapter.slab.places(adapter.slot)

@@ -1,4 +1,4 @@
-"""Commits host memory ahead of its first use.
+"""Commits host memory ahead of its first use, and gives back what is not used any more.
 
 A page that was never written costs its first writer a fault, and on a virtual machine
 one of the host's too: as much, for a whole adapter, as joining and copying it.
@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import torch
 
+_DONT_NEED = 4
 _POPULATE_WRITE = 23
 
 
@@ -23,16 +24,27 @@ def populate(tensors: Sequence[torch.Tensor]) -> int:
 
     Others may read and write them meanwhile. 0 where the system cannot.
     """
+    return _advise([_pages(tensor) for tensor in tensors], _POPULATE_WRITE)
+
+
+def release(tensors: Sequence[torch.Tensor]) -> int:
+    """Give back the pages that nothing but these tensors lies on; the number of bytes.
+
+    Their content is lost, gaps between rows included. 0 where the system cannot.
+    """
+    return _advise([_inner_pages(tensor) for tensor in tensors], _DONT_NEED)
+
+
+def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> int:
     if not sys.platform.startswith("linux"):
         return 0
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     total = 0
-    for tensor in tensors:
-        start, num_bytes = _pages(tensor)
-        if num_bytes and madvise(start, num_bytes, _POPULATE_WRITE) != 0:
+    for start, num_bytes in ranges:
+        if num_bytes > 0 and madvise(start, num_bytes, advice) != 0:
             return total  # an older kernel, or no memory left: nothing that anybody has to know
-        total += num_bytes
+        total += max(num_bytes, 0)
     return total
 
 
@@ -49,12 +61,23 @@ def populate_soon(find: Callable[[], Sequence[torch.Tensor]], *, delay_s: float 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:
     """Address and length of the pages that hold a tensor, gaps between its rows included."""
+    start, stop = _reach(tensor)
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    return first, -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE - first
+
+
+def _inner_pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """The same of the pages that lie within; the length is below 0 where there are none."""
+    start, stop = _reach(tensor)
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    return first, stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+
+
+def _reach(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends in memory."""
     if not tensor.numel():
         return 0, 0
     reach = 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    start = tensor.data_ptr()
-    stop = start + reach * tensor.itemsize
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    return first, -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE - first
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.itemsize

@@ -20,7 +20,6 @@ from dynamic_lora_adapters.errors import (
 )
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.index import (
-    AdapterEvent,
     AdapterIndex,
     EventKind,
     shipped_digests,
@@ -59,7 +58,7 @@ class AdapterRegistry:
     """Names to adapter versions, kept on disk under `home` and fitted to one base.
 
     All methods may be called from any thread; they block, `publish` for as long
-    as reading the weights takes. `resolve`, `lease`, `let_go` and `list` touch no disk. Opening
+    as reading the weights takes. `resolve`, `lease`, `end_lease` and `list` touch no disk. Opening
     cleans up after a crash, and raises `AdapterError` while another process
     uses the home, unless it is given the home's `store`, which it then closes.
     Use `close`, or the registry as a context manager.
@@ -197,10 +196,10 @@ class AdapterRegistry:
 
     def release(self, lease: Lease) -> None:
         """End a lease; the last one of a forgotten version removes its files."""
-        if self.let_go(lease):
+        if self.end_lease(lease):
             self.collect(lease.version.digest)
 
-    def let_go(self, lease: Lease) -> bool:
+    def end_lease(self, lease: Lease) -> bool:
         """End a lease without waiting for the disk; whether to `collect` its version now."""
         with self._lock:
             if lease.released:
@@ -230,10 +229,6 @@ class AdapterRegistry:
         if not folder.is_dir():
             raise AdapterNotFound(digest)
         return self._inspector.read(folder)
-
-    def history(self, name: str | None = None) -> Sequence[AdapterEvent]:
-        """What happened to a name, or to all, oldest first; deleted names included."""
-        return self._index.history(name)
 
     def import_shipped(self, folder: Path) -> Sequence[str]:
         """Publish the adapters that come with the package, under their folders' names.

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 
-from dynamic_lora_adapters.compose import compose, merge
+from dynamic_lora_adapters.compose import GivenUp, compose, merge
 from dynamic_lora_adapters.composition import (
     Composition,
     InvalidComposition,
@@ -13,8 +13,8 @@ from dynamic_lora_adapters.composition import (
     Part,
     VersionNotFound,
 )
+from dynamic_lora_adapters.composition_text import is_expression, parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
-from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
 from dynamic_lora_adapters.index import AdapterIndex, StoredComposition
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.names import check_adapter_name
@@ -47,14 +47,14 @@ class SavedCompositions:
     part without a version follows its adapter. Adapters and compositions share
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
-    no disk. `index` is where they are kept; without one none can be saved.
+    no disk. `index` is where they are kept.
     What would take more than `room_bytes` on the device is not computed.
     """
 
     def __init__(
         self,
         registry: AdapterRegistry,
-        index: AdapterIndex | None = None,
+        index: AdapterIndex,
         *,
         room_bytes: float = math.inf,
     ) -> None:
@@ -62,7 +62,7 @@ class SavedCompositions:
         self._index = index
         self._room_bytes = room_bytes
         self._lock = threading.Lock()
-        self._saved = {one.name: one for one in ([] if index is None else index.compositions())}
+        self._saved = {one.name: one for one in index.compositions()}
 
     def has(self, name: str) -> bool:
         """Whether a name is an adapter's or a saved composition's."""
@@ -103,11 +103,17 @@ class SavedCompositions:
         check_version(part, version.digest)
         return version
 
-    def terms(self, composition: Composition, digests: Sequence[str]) -> AdapterTerms:
+    def terms(
+        self,
+        composition: Composition,
+        digests: Sequence[str],
+        given_up: GivenUp = lambda: False,
+    ) -> AdapterTerms:
         """What a composition computes; `digests` are its parts', leased by the caller.
 
         Raises UnsupportedAdapter, naming the adapter, for parts that have no sum, and
-        AdapterCapacityError for merged deltas that are larger than all room.
+        AdapterCapacityError for merged deltas that are larger than all room. A merge that is
+        `given_up` ends with NobodyWaits.
         """
         # In the order that the composition's digest has them, not in that of their
         # names: one digest means the same numbers to the last bit.
@@ -124,6 +130,7 @@ class SavedCompositions:
                 names=names,
                 dtype=dtype,
                 room_bytes=self._room_bytes,
+                given_up=given_up,
             )
         return compose(weighted, names=names, dtype=dtype)
 
@@ -145,8 +152,6 @@ class SavedCompositions:
         composition = self.combine(parts)
         if composition.is_base:
             raise InvalidComposition("The weights add up to nothing.")
-        if self._index is None:
-            raise AdapterError("This server keeps no index that compositions are saved in.")
         if composition.plain is None:
             self._try(composition)
         with self._lock:
@@ -185,7 +190,6 @@ class SavedCompositions:
         """Forget a saved composition; what runs goes on. Raises CompositionNotFound."""
         with self._lock:
             self.get(name)
-            assert self._index is not None
             self._index.drop_composition(name)
             del self._saved[name]
 

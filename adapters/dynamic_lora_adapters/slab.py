@@ -101,6 +101,28 @@ class Slab:
             tiled=self.tiled,
         )
 
+    def places(self, slot: int) -> list[GroupTerms]:
+        """The same for every group."""
+        return [self.terms(group, slot) for group in range(len(self.signature))]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self.num_bytes // len(self.tenants)
+
+    @property
+    def num_reached(self) -> int:
+        """How many slots there are up to the last that has an adapter."""
+        return max(
+            (i + 1 for i, tenant in enumerate(self.tenants) if tenant is not None), default=0
+        )
+
+    def cut(self, num_slots: int) -> None:
+        """Give up the slots behind the first so many, which are empty; tables stay."""
+        self.num_bytes = self.slot_bytes * num_slots
+        del self.tenants[num_slots:]
+        self.num_prepared = min(self.num_prepared, num_slots)
+
     @property
     def num_taken(self) -> int:
         """How many slots have an adapter."""
@@ -137,7 +159,7 @@ class ResidentAdapter:
     num_leases: int = 0
     last_used: int = 0
     doomed: bool = False
-    kept: bool = False
+    pinned: bool = False
 
     def await_upload(self) -> None:
         """Have the current stream wait for the slot's content. The engine's thread calls this."""

@@ -38,6 +38,7 @@ class SlabLayout:
         self._factor_dtype = factor_dtype
         self._layout = layout
         self._num_slots = num_slots
+        self._at_once = device.type != "cpu"
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -54,9 +55,14 @@ class SlabLayout:
         return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
 
     def num_slots_for(self, signature: Signature, free_bytes: int) -> int:
-        """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one."""
+        """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one.
+
+        Where memory is taken at once, and for as long as there is the slab, other shapes are left
+        half of the room.
+        """
+        possible = free_bytes // max(self.slot_bytes(signature), 1)
         wanted = 1 if _is_large(signature) else self._num_slots
-        return min(free_bytes // max(self.slot_bytes(signature), 1), wanted)
+        return min(possible, wanted, max(possible // 2, 1) if self._at_once else wanted)
 
     def new_slab(self, number: int, signature: Signature, num_slots: int) -> Slab:
         """Empty tables; their memory is not committed before it is written."""

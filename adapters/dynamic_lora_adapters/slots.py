@@ -19,12 +19,13 @@ import torch
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.eviction import Wanted
 from dynamic_lora_adapters.factor_layout import FactorLayout
-from dynamic_lora_adapters.groups import GroupTerms, ProjectionGroup, probe_shape
+from dynamic_lora_adapters.groups import ProjectionGroup, probe_shape
 from dynamic_lora_adapters.incoming import Incoming, Reckoner
 from dynamic_lora_adapters.populate import populate_soon
 from dynamic_lora_adapters.rows import RowTerms
 from dynamic_lora_adapters.slab import ResidentAdapter, Slab
 from dynamic_lora_adapters.slab_layout import SlabKind, SlabLayout
+from dynamic_lora_adapters.slack import cut_slack
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.upload import upload_for
@@ -49,8 +50,9 @@ class PoolStats:
 class AdapterPool:
     """Device memory for adapters, within `budget_bytes`. Safe to call from any thread.
 
-    A lease pins an adapter; only adapters without leases are evicted, the
-    least recently used first. A new slab has `slab_slots` places, where the budget allows.
+    Only adapters that are neither leased nor pinned are evicted, the least
+    recently used first. A new slab has `slab_slots` places where the budget allows, and
+    gives up those that nobody has reached before anybody is evicted.
     Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
     and laid out by `layout`, of which TILES are for bfloat16 beside float32. With `shortens`,
     factors that one of SHORT_DTYPES holds without loss are kept in that. With `merges`, terms
@@ -73,6 +75,7 @@ class AdapterPool:
         self._groups = list(groups)
         self._budget_bytes = budget_bytes
         self._device = device
+        self._on_host = device.type == "cpu"
         self._dtype = dtype
 
         layouts = [
@@ -139,8 +142,7 @@ class AdapterPool:
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 return self._pin(known)
-            place = self._make_room(kind, incoming.own_bytes)
-            if place is None:
+            if (place := self._make_room(kind, incoming.own_bytes)) is None:
                 return None
             slab, slot = place
             adapter = ResidentAdapter(
@@ -177,14 +179,11 @@ class AdapterPool:
         if incoming.keeps_exact:
             adapter.exact = [one.joined() for one in incoming.members]
             sources = [one.fitted(self._dtype) for one in adapter.exact]
-        adapter.uploaded = self._upload.write(sources, self._places(adapter.slab, adapter.slot))
-
-    def _places(self, slab: Slab, slot: int) -> list[GroupTerms]:
-        return [slab.terms(index, slot) for index in range(len(self._groups))]
+        adapter.uploaded = self._upload.write(sources, adapter.slab.places(adapter.slot))
 
     def _prepare_next(self, kind: SlabKind) -> None:
         """Have the memory of the slot that the next adapter of this shape gets committed."""
-        if self._device.type != "cpu":
+        if not self._on_host:
             return
         with self._lock:
             place = self._free_place(kind) or self._spare_place(kind)
@@ -198,9 +197,9 @@ class AdapterPool:
         def tables() -> list[torch.Tensor]:
             with self._lock:
                 known = slab is self._spare or slab in self._slabs
-                if not known or slab.tenants[slot] is not None:
+                if not known or slab.tenants[slot : slot + 1] != [None]:
                     return []
-            return [one for place in self._places(slab, slot) for one in place.tensors()]
+            return [one for place in slab.places(slot) for one in place.tensors()]
 
         populate_soon(tables)
 
@@ -215,19 +214,19 @@ class AdapterPool:
         with self._lock:
             assert adapter.num_leases > 0, "lease released twice"
             adapter.num_leases -= 1
-            if adapter.doomed and not adapter.num_leases and not adapter.kept:
+            if adapter.doomed and not adapter.num_leases and not adapter.pinned:
                 self._vacate(adapter)
 
-    def keep(self, adapter: ResidentAdapter) -> bool:
-        """Keep an adapter's slot beyond its last lease, until `let_go`; False if it has left."""
+    def pin(self, adapter: ResidentAdapter) -> bool:
+        """Keep an adapter's slot beyond its last lease, until `unpin`; False if it has left."""
         with self._lock:
-            adapter.kept = adapter.slab.tenants[adapter.slot] is adapter
-            return adapter.kept
+            adapter.pinned = adapter.slab.tenants[adapter.slot] is adapter
+            return adapter.pinned
 
-    def let_go(self, adapter: ResidentAdapter) -> None:
-        """End `keep`; an adapter that was dropped meanwhile leaves with its last lease."""
+    def unpin(self, adapter: ResidentAdapter) -> None:
+        """Undo `pin`; an adapter that was dropped meanwhile leaves with its last lease."""
         with self._lock:
-            adapter.kept = False
+            adapter.pinned = False
             if adapter.doomed and not adapter.num_leases:
                 self._vacate(adapter)
 
@@ -241,7 +240,7 @@ class AdapterPool:
                     tenant.doomed |= tenant.digest == digest
                 return
             adapter.doomed = True
-            if not adapter.num_leases and not adapter.kept:
+            if not adapter.num_leases and not adapter.pinned:
                 self._vacate(adapter)
 
     def is_resident(self, digest: str) -> bool:
@@ -271,7 +270,7 @@ class AdapterPool:
             for adapter in self._resident.values():
                 if adapter.slab.tenants[adapter.slot] is not adapter:
                     raise RuntimeError(f"adapter {adapter.digest} does not hold its slot")
-            ghosts = [a for a in self._tenants() if a.doomed and not a.num_leases and not a.kept]
+            ghosts = [a for a in self._tenants() if a.doomed and not a.num_leases and not a.pinned]
             if ghosts:
                 raise RuntimeError(f"unleased doomed adapters remain: {ghosts}")
             if self._used_bytes() > self._budget_bytes:
@@ -299,6 +298,9 @@ class AdapterPool:
                 return place
             if (num_slots := kind.num_slots_for(free)) >= 1:
                 return self._add_slab(kind, num_slots), 0
+            missing = (kind.slot_bytes if place is None else 0) - free
+            if self._on_host and cut_slack(self._slabs, missing, place):
+                continue
             victims = Wanted(kind, free, place is not None).victims(self._idle())
             if not victims:
                 return None
@@ -333,7 +335,7 @@ class AdapterPool:
 
     def _idle(self) -> list[ResidentAdapter]:
         by_use = sorted(self._resident.values(), key=lambda adapter: adapter.last_used)
-        return [one for one in by_use if not one.num_leases and not one.kept]
+        return [one for one in by_use if not one.num_leases and not one.pinned]
 
     def _evict(self, victim: ResidentAdapter) -> None:
         del self._resident[victim.digest]

@@ -19,7 +19,7 @@ def httpx_options(
     `network` is httpx's own transport, which asks no proxy: no other machine reaches what
     listens on this one's loopback addresses. Elsewhere the environment's proxies hold.
     """
-    if transport is None and _is_loopback(config.url):
+    if transport is None and _is_this_machine(config.url):
         transport = network(limits=config.limits)
     return {
         "base_url": config.url,
@@ -81,9 +81,10 @@ def _reason(error: Exception) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _is_loopback(url: str) -> bool:
+def _is_this_machine(url: str) -> bool:
     host = httpx.URL(url).host
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
+        return address.is_loopback or address.is_unspecified  # 0.0.0.0, as servers print it
     except ValueError:  # a name: these two are this machine everywhere (RFC 6761, 6.3)
         return host == "localhost" or host.endswith(".localhost")

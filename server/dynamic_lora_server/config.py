@@ -8,6 +8,7 @@ from platformdirs import user_data_dir
 
 from dynamic_lora_server.engine.drafts import MAX_DRAFT
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.tools.notation import NOTATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -15,6 +16,7 @@ MODES = ("auto", "bypass", "merged")
 RESTORES = ("copy", "subtract")
 QUANTIZATIONS = ("none", "bf16", "int8")
 BASE_PRODUCTS = ("auto", "plain", "packed", "native")
+TOOL_CALL_FORMATS = ("auto", *NOTATIONS)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -30,6 +32,7 @@ _UNITS = {
     "tib": 2**40,
 }
 _KEY = re.compile(r"[!-~]+")
+_ORGANISATION = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._-]*")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
@@ -61,7 +64,9 @@ class ServerConfig:
     names of it, the first of which answers and lists use. `adapter_roots`
     are the folders below which `POST /adapters` may read a `source` path; with
     none of them, a path on the server's disk is refused. `max_body_bytes`
-    bounds every request except uploads, which `max_upload_bytes` bounds. With `api_keys` all
+    bounds every request except uploads, which `max_upload_bytes` bounds. An adapter of one of the
+    organisations `fetch_from_hub`, "*" for all, is fetched from the Hub when a request names its
+    id. With `api_keys` all
     routes but those of probes and of the documentation want one of them, with `admin_keys` what
     changes adapters and compositions wants one of those. Pages of the `allowed_origins`, as
     "https://example.org" or "*" for all, may call the server from a browser.
@@ -78,6 +83,8 @@ class ServerConfig:
     many as can be there, and none on a GPU. `quantize`
     rounds the base's weights to "bf16" or "int8"; nothing is merged into eight bits. `mode` says
     whether adapters are merged into the weights, `restore` how the base comes back afterwards.
+    `tool_call_format` is the notation in which models write calls where their chat template does
+    not tell it.
     `record_trace` names a file for who asked for what and when, without any text; where there is
     a trace already, its name gets a number.
 
@@ -91,6 +98,7 @@ class ServerConfig:
     home: Path = field(default_factory=default_home)
     database_url: str | None = None
     adapter_roots: tuple[Path, ...] = ()
+    fetch_from_hub: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_origins: tuple[str, ...] = ()
@@ -116,6 +124,7 @@ class ServerConfig:
     quantize: str = "none"
     mode: str = "auto"
     restore: str = "copy"
+    tool_call_format: str = "auto"
     record_trace: Path | None = None
     log_level: str = "warning"
 
@@ -141,6 +150,7 @@ class ServerConfig:
             ("quantize", QUANTIZATIONS),
             ("mode", MODES),
             ("restore", RESTORES),
+            ("tool_call_format", TOOL_CALL_FORMATS),
             ("log_level", LOG_LEVELS),
         ):
             _check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
@@ -172,6 +182,9 @@ class ServerConfig:
         for name in ("api_keys", "admin_keys"):
             sendable = all(_KEY.fullmatch(key) for key in getattr(self, name))
             _check(name, sendable, "must be of visible ASCII characters, as headers carry them")
+        for name in self.fetch_from_hub:
+            rule = f"names {name!r}; give organisations of the Hub one by one, or * for all"
+            _check("fetch_from_hub", bool(_ORGANISATION.fullmatch(name)), rule)
         for origin in self.allowed_origins:
             rule = f"names {origin!r}; an origin is *, or as https://example.org, with no path"
             _check("allowed_origins", bool(_ORIGIN.fullmatch(origin)), rule)

@@ -119,6 +119,7 @@ class GrammarKind(StrEnum):
     REGEX = "regular expression"
     CHOICE = "list of texts"  # as JSON; the answer is one of them
     RULES = "context-free grammar"  # in Lark's notation or in llama.cpp's (GBNF)
+    CALLS = "grammar of calls"  # in llguidance's Lark
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class GenerationSpec:
     are kept, if that is given. `adapter` is a composition, or the text of one: in the simplest
     case a task name. None is the base model. `n` asks for that many independent continuations;
     where a seed is given, continuation i uses seed + i. Each keeps to the `grammar`, if there is
-    one.
+    one. Of special tokens, those named in `shown_tokens` are part of the text.
     """
 
     prompt: str | tuple[int, ...]
@@ -152,6 +153,7 @@ class GenerationSpec:
     clip_output: bool = False
     n: int = 1
     grammar: Grammar | None = None
+    shown_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check("keep_last", self.keep_last is None or self.keep_last > 0, "must be above 0")

@@ -107,7 +107,7 @@ class _Observation:
             self._start(event)
         elif isinstance(event, TokenPiece):
             self._token(event)
-        else:
+        elif isinstance(event, Finish):
             self._finish(event)
 
     @property

@@ -37,6 +37,7 @@ from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.schemas.openai_answers import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
 from dynamic_lora_server.schemas.tokenize import FORMS
+from dynamic_lora_server.schemas.tools import CHOICES
 from dynamic_lora_server.uploads import JSON, media_type
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -321,4 +322,4 @@ def _reason(fault: Mapping[str, Any]) -> str:
 def _path(location: Sequence[str | int]) -> str:
     """`parameters.stop.0` from pydantic's location, without its names for a union's members."""
     names = takewhile(lambda name: name not in _TEXTS and "[" not in name, map(str, location[1:]))
-    return ".".join(name for name in names if name not in FORMS) or str(location[0])
+    return ".".join(name for name in names if name not in FORMS | CHOICES) or str(location[0])

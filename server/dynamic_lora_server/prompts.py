@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from dynamic_lora_adapters.card import CardParameters, TaskCard
 from dynamic_lora_adapters.composition import Composition
-from dynamic_lora_server.chat_template import Tokenizer, render
+from dynamic_lora_server.chat_template import Tokenizer, check_written, render
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.generation import MIN_TEMPERATURE, GenerationSpec, SamplingParams
+from dynamic_lora_server.generation import (
+    MIN_TEMPERATURE,
+    GenerationSpec,
+    Grammar,
+    SamplingParams,
+)
 from dynamic_lora_server.schemas.generate import GenerateParameters, GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, SamplingRequest
 from dynamic_lora_server.structured import generate_grammar, openai_grammar
+from dynamic_lora_server.tools.notation import NOTATIONS
+from dynamic_lora_server.tools.offer import Offer, check_choice, offer_of
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.chat import ChatFormat
+    from dynamic_lora_server.text import TokenizerView
 
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 1024
@@ -186,15 +194,17 @@ def chat_spec(
     adapter: str | Composition | None,
     tokenizer: Tokenizer,
     chat: "ChatFormat | None" = None,
+    offer: Offer | None = None,
 ) -> GenerationSpec:
     """The spec of a `/v1/chat/completions` body: the messages through the chat template.
 
-    `chat` is the adapter's, if it is one alone; its template goes before the base model's.
-    Raises what `render` does, and InvalidParameter for fields that contradict each other.
+    `chat` is the adapter's, if it is one alone; its template goes before the base model's. `offer`
+    is what the model may call. Raises what `render` does, and InvalidParameter for fields that
+    contradict each other.
     """
     limit = _chat_limit(body)
     return GenerationSpec(
-        prompt=render(body.messages, body.chat_template_kwargs or {}, tokenizer, chat),
+        prompt=render(body.messages, body.chat_template_kwargs or {}, tokenizer, chat, body),
         add_special_tokens=False,  # the template writes those that it wants
         adapter=adapter,
         sampling=_openai_sampling(
@@ -204,11 +214,53 @@ def chat_spec(
             top_logprobs=_top_logprobs(body),
         ),
         stop=_stop(body),
-        grammar=openai_grammar(body),
+        grammar=_chat_grammar(body, offer),
+        shown_tokens=() if offer is None else offer.notation.markers,
         clip_output=limit is None,
         include_stop=bool(body.include_stop_str_in_output),
         n=body.n or 1,
     )
+
+
+def chat_offer(
+    body: ChatRequest,
+    *,
+    tokenizer: Tokenizer,
+    view: "TokenizerView",
+    otherwise: str,
+    chat: "ChatFormat | None" = None,
+) -> Offer | None:
+    """What the model may call, in the notation of its chat template, or `otherwise` in that one.
+
+    Raises InvalidParameter where the template does not write tools, where it cannot be told
+    how calls are written, and what `offer_of` and `check_choice` raise.
+    """
+    check_choice(body)
+    if not body.tools or body.tool_choice == "none":
+        return None
+    found = check_written(body.messages, tokenizer, chat, with_tools=True)
+    notation = found.notation or NOTATIONS.get(otherwise)
+    if notation is None:
+        raise InvalidParameter(
+            "The chat template does not tell in which notation the model writes calls.",
+            field="tools",
+            fix="Start the server with --tool-call-format, or set tool_choice to none.",
+        )
+    return offer_of(body, notation, view)
+
+
+def _chat_grammar(body: ChatRequest, offer: Offer | None) -> Grammar | None:
+    asked = openai_grammar(body)
+    if offer is None:
+        return asked
+    if asked is not None:
+        raise InvalidParameter(
+            f"{asked.field} says what the text of an answer must be like, and tools that it may "
+            "be a call.",
+            field=asked.field,
+            fix="Leave one of the two out, or set tool_choice to none.",
+        )
+    return offer.grammar
 
 
 def _chat_limit(body: ChatRequest) -> int | None:

@@ -48,7 +48,7 @@ def _staging(runtime: "Runtime") -> AbstractAsyncContextManager[Path]:
 def _check_name(name: str, runtime: "Runtime") -> None:
     """Before what takes long; once more when it is published, as it may be given meanwhile."""
     check_adapter_name(name, reserved=runtime.registry.reserved)
-    runtime.residencies.saved.check_free(name)
+    runtime.loader.saved.check_free(name)
 
 
 async def _receive(
@@ -90,7 +90,7 @@ async def _publish(
     runtime: "Runtime", wanted: Upload | AdapterSource, folder: Path, intake: Intake
 ) -> Publication:
     def publish() -> Publication:
-        runtime.residencies.saved.check_free(wanted.name)
+        runtime.loader.saved.check_free(wanted.name)
         return runtime.registry.publish(
             wanted.name, folder, force=wanted.force, ignored_files=intake.ignored_files
         )

@@ -6,11 +6,11 @@ from dynamic_lora_server.metrics import Reading
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.slots import PoolStats
+    from dynamic_lora_server.adapter_loader import ReadStats
     from dynamic_lora_server.engine.decode_graphs import GraphStats
     from dynamic_lora_server.engine.drafts import DraftStats
     from dynamic_lora_server.engine.mode_controller import ModeStats
     from dynamic_lora_server.engine.prefix_cache import PrefixStats
-    from dynamic_lora_server.residency import ReadStats
     from dynamic_lora_server.runtime import EngineStats
 
 
@@ -46,7 +46,9 @@ def readings_of(stats: "EngineStats") -> list[Reading]:
 
 def _of_prefixes(prefixes: "PrefixStats") -> list[Reading]:
     return [
-        Reading("prefix_blocks", "Blocks of prompts that are kept.", prefixes.num_blocks),
+        Reading(
+            "prefix_blocks", "Blocks of prompts and answers that are kept.", prefixes.num_blocks
+        ),
         Reading(
             "prefix_lookup_tokens",
             "Prompt tokens that were looked up in the prefix cache.",

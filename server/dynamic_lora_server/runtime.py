@@ -25,6 +25,7 @@ from dynamic_lora_adapters.saved import SavedCompositions
 from dynamic_lora_adapters.slots import PoolStats
 from dynamic_lora_adapters.store import BlobStore
 from dynamic_lora_adapters.targets import import_peft
+from dynamic_lora_server.adapter_loader import AdapterLoader, ReadStats
 from dynamic_lora_server.admission import ServiceLimits
 from dynamic_lora_server.base_model import BaseModel, resolve_base
 from dynamic_lora_server.config import ServerConfig
@@ -40,7 +41,6 @@ from dynamic_lora_server.fingerprint import fingerprint
 from dynamic_lora_server.loading import load_model, num_embeddings, pick_device
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.recorder import TraceRecorder
-from dynamic_lora_server.residency import ReadStats, Residency
 from dynamic_lora_server.service import GenerationService
 from dynamic_lora_server.text import TokenizerView
 
@@ -98,7 +98,7 @@ class Runtime:
     registry: AdapterRegistry
     service: GenerationService
     built: BuiltEngine
-    residencies: Residency
+    loader: AdapterLoader
     device: str
     dtype: str
     fingerprint: str  # of the base model, as it is served
@@ -169,9 +169,9 @@ class Runtime:
             registry, registry.index, room_bytes=built.pool.stats().budget_bytes
         )
         _check_free(base.name, config.served_model_names, saved)
-        residencies = Residency(registry, built.pool, saved)
+        loader = AdapterLoader(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)
-        service = GenerationService(built.engine, residencies, view, limits, recorder)
+        service = GenerationService(built.engine, loader, view, limits, recorder)
         return cls(
             config=config,
             model_id=base.name,
@@ -181,7 +181,7 @@ class Runtime:
             registry=registry,
             service=service,
             built=built,
-            residencies=residencies,
+            loader=loader,
             device=str(device),
             dtype=str(model.dtype).removeprefix("torch."),
             fingerprint=_fingerprint(config, base, model),
@@ -208,7 +208,7 @@ class Runtime:
     def close(self) -> None:
         """Fail what runs, end the engine thread and let the store go."""
         self.service.close()
-        self.residencies.close()
+        self.loader.close()
         self.registry.close()
 
     def tier(self, digest: str) -> Tier:
@@ -231,7 +231,7 @@ class Runtime:
             prefixes=scheduler.prefix_stats(),
             drafts=scheduler.draft_stats(),
             adapters=self.built.pool.stats(),
-            reads=replace(self.residencies.reads),
+            reads=replace(self.loader.reads),
             modes=self.built.modes.stats(),
             drift=engine.runner.merger.drift,
         )

@@ -12,7 +12,7 @@ from dynamic_lora_adapters.composition import (
     SignMethod,
     Strategy,
 )
-from dynamic_lora_adapters.grammar import parse_label
+from dynamic_lora_adapters.composition_text import parse_label
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import BASE
 from dynamic_lora_server.schemas.compositions import MergedAdapters, WeightedAdapter

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from llguidance import LLMatcher
 
+from dynamic_lora_server.adapter_loader import AdapterLoader, Held
 from dynamic_lora_server.admission import Admission, ServiceLimits
 from dynamic_lora_server.continuation import Continuation
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, PromptEvent
@@ -32,7 +33,6 @@ from dynamic_lora_server.generation import (
 )
 from dynamic_lora_server.pace import Pace
 from dynamic_lora_server.recorder import Arrival, TraceRecorder
-from dynamic_lora_server.residency import Held, Residency
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
 _SEED_SPACE = 2**64
@@ -44,12 +44,12 @@ class GenerationService:
     def __init__(
         self,
         engine: Engine,
-        residency: Residency,
+        loader: AdapterLoader,
         view: TokenizerView,
         limits: ServiceLimits,
         recorder: TraceRecorder | None = None,
     ) -> None:
-        self._residency = residency
+        self._loader = loader
         self._recorder = recorder
         self._view = view
         self._limits = limits
@@ -63,7 +63,7 @@ class GenerationService:
         self._broken = asyncio.Event()
         self._ending: NotReady | None = None
         self._worker = Worker(engine, self._receive, self._on_broken)
-        residency.make_room = self._make_room
+        loader.make_room = self._make_room
 
     def start(self) -> None:
         """Start the engine thread; call it on the event loop that will serve."""
@@ -73,7 +73,7 @@ class GenerationService:
     def refuse(self) -> None:
         """Begin no more generations, not even of waiting requests. Call it on the event loop."""
         self._ending = NotReady("The server is shutting down.", fix="Send the request again.")
-        self._residency.give_up(self._ending)
+        self._loader.fail_waiters(self._ending)
 
     def close(self) -> None:
         """Refuse, fail what runs and end the engine thread.
@@ -146,7 +146,7 @@ class GenerationService:
             async with AsyncExitStack() as until_submitted:
                 held = None
                 if spec.adapter is not None:
-                    hold = self._residency.hold(spec.adapter)
+                    hold = self._loader.hold(spec.adapter)
                     held = await until_submitted.enter_async_context(hold)
                 continuations = self._continuations(spec, prompt_ids, held, matchers)
                 self._fit(spec, continuations.values())
@@ -198,6 +198,7 @@ class GenerationService:
         first = secrets.randbits(64) if seed is None else seed
         stop_ids = self._stop_ids(held)
         stops = spec.sampling.stop_token_ids
+        shown = self._view.known_ids(spec.shown_tokens, ())
         continuations = {}
         for index in range(spec.n):
             sequence = Sequence(
@@ -209,7 +210,9 @@ class GenerationService:
                 adapter=None if held is None else held.adapter,
                 guide=Guide(matchers[index], ends=stop_ids, stops=stops) if matchers else None,
             )
-            detokenizer = Detokenizer(self._view, stop=spec.stop, include_stop=spec.include_stop)
+            detokenizer = Detokenizer(
+                self._view, stop=spec.stop, include_stop=spec.include_stop, shown=shown
+            )
             continuations[sequence.id] = Continuation(
                 index, sequence, self._view, detokenizer, self._echoed(spec)
             )
@@ -248,7 +251,7 @@ class GenerationService:
         if sequence.adapter is None:
             self._worker.send(Submit(sequence))
         else:
-            self._worker.send(Submit(sequence, self._residency.share(sequence.adapter)))
+            self._worker.send(Submit(sequence, self._loader.share(sequence.adapter)))
 
     async def _events(
         self, inbox: "asyncio.Queue[EngineEvent]", continuations: dict[int, Continuation]
@@ -300,7 +303,7 @@ class GenerationService:
     def _give_up(self) -> None:
         self._broken.set()
         assert self._worker.failure is not None
-        self._residency.give_up(EngineFailed(f"{self._worker.failure}."))
+        self._loader.fail_waiters(EngineFailed(f"{self._worker.failure}."))
 
     def _receive(self, events: list[EngineEvent]) -> None:
         """Called on the engine thread with the events of a step."""

@@ -21,6 +21,10 @@ class SourceUnavailable(ServerError):
     """The Hub could not be reached or would not give the adapter."""
 
 
+class NotOnHub(InvalidParameter):
+    """The Hub has no such repository, or does not show it to this server."""
+
+
 def fetch_source(
     source: str,
     intake: Intake,
@@ -35,7 +39,8 @@ def fetch_source(
     `source` is a folder or archive below one of `roots`, or `hf://org/repo`,
     with `@revision` if need be; downloads pass through the folder `inbox`.
     `endpoint` is the Hub's address if not the usual one. Blocking. Raises
-    InvalidParameter naming `source`, SourceUnavailable, and what `intake` raises.
+    InvalidParameter naming `source`, of the Hub NotOnHub, SourceUnavailable, and what `intake`
+    raises.
     """
     if source.startswith(HUB_SCHEME):
         repo, _, revision = source.removeprefix(HUB_SCHEME).partition("@")
@@ -152,7 +157,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InvalidParameter(
+        raise NotOnHub(
             f"The Hub has no model {repo!r}, or not this revision, or not for this server.",
             field="source",
             fix="Check the name; a private model needs HF_TOKEN in the server's environment.",

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.errors import NotReady
 from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
+from dynamic_lora_server.hub_adapters import HubAdapters
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
+from dynamic_lora_server.publishing import publish_source
 from dynamic_lora_server.readings import readings_of
+from dynamic_lora_server.schemas.adapters import AdapterSource
+from dynamic_lora_server.sources import HUB_SCHEME
 from dynamic_lora_server.work_pool import WorkPool
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ class ServerState:
         self.metrics = Metrics(knows=self._knows)
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
         capacity = config.max_running + config.max_waiting
+        self.hub = HubAdapters(config.fetch_from_hub, self._publish_from_hub, max_waiting=capacity)
         self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
         self._tokenizing = WorkPool(
             "tokenize", num_threads=_NUM_TOKENIZING, max_waiting=_MAX_TO_TOKENIZE
@@ -96,6 +101,7 @@ class ServerState:
         """Refuse new ones and fail those that run, so that their answers end; all else goes on."""
         if self._runtime is not None:
             self._runtime.service.refuse()
+            self.hub.give_up()
             await asyncio.to_thread(self._runtime.service.close)
 
     async def go_down(self) -> None:
@@ -104,7 +110,11 @@ class ServerState:
         self._why_not = "The server is shutting down."
         if runtime is not None:
             runtime.service.refuse()
+            self.hub.give_up()
             await asyncio.to_thread(runtime.close)
+
+    async def _publish_from_hub(self, name: str) -> None:
+        await publish_source(self.runtime, AdapterSource(name=name, source=f"{HUB_SCHEME}{name}"))
 
     def _readings(self) -> list[Reading]:
         if self._runtime is None:

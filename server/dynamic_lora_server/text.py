@@ -1,7 +1,7 @@
 """From token ids to visible text, as they come."""
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -34,6 +34,7 @@ class TokenizerView:
         self._tokenizer = tokenizer
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = frozenset(added)
         self._bytes = TokenBytes(backend)
         self._longest = _longest_token(backend)
         known = len(tokenizer)
@@ -43,6 +44,12 @@ class TokenizerView:
     def vocab_size(self) -> int:
         """Number of token ids that may be sent, added tokens included."""
         return self._vocab_size
+
+    @property
+    def word_ids(self) -> frozenset[int]:
+        """Ids of tokens that were added to the vocabulary and are shown as text."""
+        words = self._added - self.special_ids
+        return frozenset(one for one in words if one < self._vocab_size)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text."""
@@ -123,8 +130,9 @@ class Detokenizer:
     """The visible text of one continuation, stop strings cut off.
 
     It is text that goes on: a space at its beginning belongs to it, as the prompt stands before.
-    Bytes that are no characters are U+FFFD. A special token is no part of it, nor is the end token
-    with which the answer ends, but one whose name is a stop string ends it.
+    Bytes that are no characters are U+FFFD. A special token is no part of it, unless it is one of
+    those `shown`, nor is the end token with which the answer ends, but one whose name is a stop
+    string ends it.
 
     `push` returns the text that a token makes certain: a character that is
     still incomplete waits for its other bytes, and text that may turn out to
@@ -132,9 +140,15 @@ class Detokenizer:
     """
 
     def __init__(
-        self, view: TokenizerView, *, stop: Sequence[str] = (), include_stop: bool = False
+        self,
+        view: TokenizerView,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        shown: Collection[int] = (),
     ) -> None:
         self._view = view
+        self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = [_StopString(one) for one in stop]
         self.include_stop = include_stop
@@ -174,7 +188,7 @@ class Detokenizer:
     def _visible(self, token_id: int, *, ends: bool) -> bytes:
         """What a token adds to the text; that of one that is not shown only to be found there."""
         data = self._view.bytes_of(token_id)
-        if not ends and not self._view.is_special(token_id):
+        if not ends and (token_id in self._shown or not self._view.is_special(token_id)):
             return data
         name = data.decode(errors="replace")
         return data if any(one.stop == name for one in self._stops) else b""

@@ -16,7 +16,7 @@ from dynamic_lora_adapters.composition import (
     SignMethod,
     Strategy,
 )
-from dynamic_lora_adapters.grammar import is_expression, parse, parse_parts
+from dynamic_lora_adapters.composition_text import is_expression, parse, parse_parts
 
 names = st.from_regex(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}(/[A-Za-z0-9][A-Za-z0-9._-]{0,9})?", fullmatch=True

@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlmodel import Session, select
+from sqlmodel import Session, create_engine, select
 
 from dynamic_lora_adapters.errors import StoreFailed
 from dynamic_lora_adapters.index import (
@@ -93,14 +93,16 @@ def test_each_base_has_its_own_names(index: AdapterIndex, url: str) -> None:
     other.close()
 
 
-def test_times_are_utc_and_creation_survives_a_move(index: AdapterIndex) -> None:
+def test_times_are_utc_and_creation_survives_a_move(index: AdapterIndex, url: str) -> None:
     put(index, "ner", "d1")
     put(index, "ner", "d2")
     (event, _) = index.history("ner")
     assert event.at.utcoffset() == timedelta(0)
     assert abs(datetime.now(UTC) - event.at) < timedelta(minutes=5)
-    with Session(index.engine) as session:
+    engine = create_engine(url)
+    with Session(engine) as session:
         row = session.exec(select(NameRow)).one()
+    engine.dispose()
     assert row.created_at < row.updated_at
 
 

@@ -1,5 +1,6 @@
 """The C++ against torch's operators, and what is said where it cannot be had."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dynamic_lora_adapters.native import NativeUnavailable, library, load_library
 from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.native.norm import NativeRmsNorm, adopt_native_norms
+from dynamic_lora_adapters.products import ProductKind, obstacle
 from tests.support.models import TINY_MODELS, tiny_llama
 
 
@@ -22,6 +24,14 @@ def unavailable() -> str:
     except NativeUnavailable as reason:
         return str(reason)
     return ""
+
+
+@pytest.mark.skipif(
+    os.environ.get("DYNAMIC_LORA_REQUIRE_CPP") != "1", reason="DYNAMIC_LORA_REQUIRE_CPP is not 1"
+)
+def test_where_cpp_is_required_it_can_be_had() -> None:
+    """The tests that need it are skipped where it cannot."""
+    assert obstacle(ProductKind.NATIVE, torch.ones(8, 8)) is None
 
 
 needs_compiler = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynamic_lora_adapters.populate import populate, populate_soon
+from dynamic_lora_adapters.populate import populate, populate_soon, release
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="memory is populated on Linux alone"
@@ -40,6 +40,16 @@ def test_only_what_a_tensor_covers_is_committed() -> None:
     if not populate([table[:8, 100:]]):
         pytest.skip("this kernel cannot populate memory")
     assert SIZE / 9 < resident_bytes() - before < SIZE / 4
+
+
+def test_what_a_tensor_covers_alone_is_given_back() -> None:
+    table = untouched().fill_(1)
+    committed = resident_bytes()
+    middle = table[table.numel() // 4 + 1 : -1]
+    if not release([middle, table[:1]]):
+        pytest.skip("this system gives nothing back")
+    assert committed - resident_bytes() > SIZE / 2
+    assert bool(table[: table.numel() // 4 + 1].all()) and table[-1] == 1
 
 
 def test_what_is_there_stays_while_it_is_populated() -> None:

@@ -88,7 +88,7 @@ def names(registry: AdapterRegistry) -> list[str]:
 
 
 def kinds(registry: AdapterRegistry, name: str) -> list[EventKind]:
-    return [event.kind for event in registry.history(name)]
+    return [event.kind for event in registry.index.history(name)]
 
 
 def test_published_adapters_can_be_listed_resolved_and_loaded(
@@ -740,6 +740,9 @@ def test_a_registry_is_closed_once_what_changes_it_is_done(
         for change in (lambda: publish(registry, "late", changed), lambda: registry.delete("ner")):
             with pytest.raises(StoreFailed, match="shutting down"):
                 change()
+        with pytest.raises(StoreFailed, match="shutting down"):
+            registry.index.put_composition("late", "ner*2")
+        registry.close()
         assert names(other) == ["ner"]
 
 

@@ -315,6 +315,66 @@ def test_who_is_in_nobodys_way_stays() -> None:
     pool.check_integrity()
 
 
+def test_room_that_nobody_has_reached_is_given_up_before_anybody_leaves() -> None:
+    """Also by slabs whose adapters are leased, which stay where they are."""
+    pool = make_pool(3 * SLAB_SLOTS)
+    ranks = [8 * number for number in range(1, 7)]  # 21 slots of rank 8 in all
+    adapters = [admit(pool, str(rank), rank) for rank in ranks]
+    assert pool.stats().num_evictions == 0 and pool.stats().num_resident == len(ranks)
+    pool.check_integrity()
+    assert pool.stats().used_bytes >= 21 * SLOT_BYTES
+    for rank, adapter in zip(ranks, adapters, strict=True):
+        found, expected = adapter.slab.terms(0, adapter.slot), factors(rank).linears["q"]
+        assert found.a is not None and expected.a is not None
+        assert torch.equal(found.a, expected.a)
+    assert pool.admit("more", factors(32)) is None
+    pool.release(adapters[-1])
+    admit(pool, "more", 32)
+    assert pool.stats().num_evictions == 1
+    pool.check_integrity()
+
+
+def test_as_many_of_one_shape_lie_in_one_slab() -> None:
+    pool = make_pool(2 * SLAB_SLOTS)
+    first = admit(pool, "0")
+    for number, rank in enumerate((16, 24, 32)):
+        pool.release(admit(pool, f"other {number}", rank))
+        pool.drop(f"other {number}")
+    assert all(admit(pool, str(number)).slab is first.slab for number in range(1, SLAB_SLOTS))
+
+
+def test_nothing_is_given_up_in_vain() -> None:
+    pool = make_pool(SLAB_SLOTS)
+    slab = admit(pool, "a").slab
+    assert pool.admit("large", factors(8 * SLAB_SLOTS)) is None
+    assert len(slab.tenants) == SLAB_SLOTS
+
+
+def test_rows_have_the_room_of_empty_slots_but_that_of_their_adapter() -> None:
+    pool = make_pool(4)
+    terms = factors()
+    pool.release(admit(pool, "first"))
+    norm = torch.ones(2 * SLOT_BYTES // 4)
+    both = replace(terms, overrides={"norm": ModuleOverride(parameters={"weight": norm})})
+    adapter = pool.admit("rows", both)
+    assert adapter is not None and adapter.slot == 1
+    assert pool.stats().num_evictions == 0
+    assert pool.stats().used_bytes == 4 * SLOT_BYTES
+    pool.check_integrity()
+
+
+def test_where_memory_is_taken_at_once_half_of_it_is_left_to_other_shapes() -> None:
+    pool = AdapterPool(
+        GROUPS,
+        budget_bytes=4 * SLAB_SLOTS * SLOT_BYTES,
+        device=torch.device("meta"),
+        dtype=torch.float32,
+    )
+    sizes = [len(admit(pool, str(rank), rank).slab.tenants) for rank in (8, 16, 24, 32)]
+    assert sizes == [8, 6, 2, 1]
+    pool.check_integrity()
+
+
 def test_adapter_over_the_whole_budget_is_refused_with_both_numbers() -> None:
     pool = make_pool(1)
     with pytest.raises(AdapterCapacityError, match=f"needs {2 * SLOT_BYTES} bytes.*{SLOT_BYTES}"):

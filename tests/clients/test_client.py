@@ -561,7 +561,9 @@ def test_an_environment_that_cannot_be_used(
         kind("https://lora.example.org")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost", "a.localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.9.9.9", "0.0.0.0", "[::1]", "localhost", "a.localhost"]
+)
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_no_proxy_is_needed_for_this_machine(
     kind: Any, host: str, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamic_lora_server.residency import Residency
+from dynamic_lora_server.adapter_loader import AdapterLoader
 from tests.support.adapters import make_adapter
 from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
@@ -167,18 +167,18 @@ async def test_a_prompt_is_rendered_as_the_version_wants_that_answers(
     await upload(client, "echo", newer)
     expected = await ask()
     await upload(client, "echo", adapter_files)
-    hold = Residency.hold
+    hold = AdapterLoader.hold
     replaced: list[httpx.Response] = []
 
     @asynccontextmanager
-    async def late(self: Residency, adapter: Any) -> AsyncIterator[Any]:
+    async def late(self: AdapterLoader, adapter: Any) -> AsyncIterator[Any]:
         if not replaced:  # here on the server's event loop
             async with httpx.AsyncClient(base_url=client.base_url) as other:
                 replaced.append(await upload(other, "echo", newer))
         async with hold(self, adapter) as held:
             yield held
 
-    monkeypatch.setattr(Residency, "hold", late)
+    monkeypatch.setattr(AdapterLoader, "hold", late)
     assert await ask() == expected
     assert replaced[0].status_code == 201
 
@@ -554,6 +554,12 @@ async def test_bad_requests_are_problems(
     assert (await client.post("/generate", json={"inputs": "x"})).status_code == 200
 
 
+PICKLED: dict[str, bytes | None] = {
+    "adapter_model.bin": b"x",
+    "adapter_model.safetensors": None,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "status", "slug", "text"),
     [
@@ -561,7 +567,7 @@ async def test_bad_requests_are_problems(
         ("base", {}, 422, "invalid-adapter-name", "means the base model"),
         ("a", {"adapter_config.json": b"{"}, 422, "invalid-adapter", "adapter_config.json"),
         ("a", {"adapter_config.json": None}, 422, "invalid-adapter", "adapter_config.json"),
-        ("a", {"adapter_model.bin": b"x"}, 422, "unsafe-archive", "pickle"),
+        ("a", PICKLED, 422, "unsafe-archive", "pickle"),
         ("a", {"other.txt": b"x"}, 422, "invalid-adapter", "other.txt"),
         ("a", {"chat_template.jinja": b"{% if %}"}, 422, "invalid-adapter", "chat template"),
         ("a", {"big.zip": b"x" * 200_000}, 413, "adapter-too-large", "larger than 100,000"),

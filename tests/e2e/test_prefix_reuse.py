@@ -21,7 +21,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def complete(client: httpx.Client, prompt: str, **fields: Any) -> Any:
+def complete(client: httpx.Client, prompt: str | list[int], **fields: Any) -> Any:
     body = {"model": "base", "prompt": prompt, "max_tokens": 5, "temperature": 0, **fields}
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -70,3 +70,13 @@ def test_details_count_them_too(client: httpx.Client, stream: bool) -> None:
     (cold, num_prompt), (warm, _) = counts
     assert cold == 0
     assert warm == (num_prompt - 1) // 16 * 16
+
+
+def test_the_next_turn_finds_the_answer_before(client: httpx.Client) -> None:
+    prompt = f"three {TEMPLATE}"
+    ids = client.post("/tokenize", json={"prompt": prompt}).json()["tokens"]
+    parameters = {"max_new_tokens": 40, "ignore_eos": True, "details": True}
+    answer = client.post("/generate", json={"inputs": prompt, "parameters": parameters}).json()
+    said = [*ids, *(token["id"] for token in answer["details"]["tokens"])]
+    usage = complete(client, [*said, 5, 6, 7])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == (len(said) - 1) // 16 * 16

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dynamic_lora_client import AsyncClient, Client
 from dynamic_lora_server.base_model import DEFAULT_BASE, resolve_base
 from dynamic_lora_server.runtime import shipped_adapters
 
+README = Path(__file__).parents[2] / "README.md"
 READY = re.compile(r"http://127\.0\.0\.1:\d+")
 REVIEWS = {
     "a warm , funny and moving film that i would happily see again": "positive",
@@ -144,6 +146,40 @@ def test_hugging_face_clients_are_served(address: str) -> None:
         "The capital of France is", max_new_tokens=8
     )
     assert "Paris" in text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_ten_lines_of_the_readme_work(address: str) -> None:
+    block = re.search(r"## Ten lines that work\n+```\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    variables, *commands = block[1].splitlines()
+    assert len(commands) == 10
+    environment = os.environ | {"DYNAMIC_LORA_URL": address}
+    answers = []
+    try:
+        for command in commands:
+            # As written, but that a status of 400 and more is an error.
+            command = command.replace("curl -s", "curl --fail-with-body -s")
+            command = command.replace("127.0.0.1:8000", address.removeprefix("http://"))
+            command = command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+            done = subprocess.run(
+                ["bash", "-c", f"{variables}\n{command}"],
+                cwd=README.parent,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, (command, done.stdout, done.stderr)
+            answers.append(done.stdout)
+    finally:
+        httpx.delete(f"{address}/adapters/mine")
+    assert "positive" in answers[0]
+    assert "Emma" in answers[1]
+    assert "Paris" in answers[3]
+    assert json.loads(answers[5])["name"] == "mine"
+    assert all(name in answers[7] for name in ("describe", "mine", "ner", "sentiment"))
+    assert "Ada Lovelace" in answers[8]
+    assert answers[9].strip() == "negative"
 
 
 def test_metrics_name_the_adapters(address: str) -> None:

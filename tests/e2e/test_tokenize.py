@@ -87,6 +87,18 @@ async def test_without_a_model_messages_are_the_bases(client: httpx.AsyncClient)
     assert await tokenize(client, messages=MESSAGES, add_generation_prompt=True) == named
 
 
+async def test_where_the_text_of_a_conversation_ends(client: httpx.AsyncClient) -> None:
+    async def text(**body: Any) -> str:
+        found = await tokenize(client, **body)
+        answer = await client.post("/detokenize", json={"tokens": found["tokens"]})
+        return str(answer.json()["prompt"])
+
+    assert await text(messages=MESSAGES, add_generation_prompt=False) == "[user] the rain\n"
+    begun = [*MESSAGES, {"role": "assistant", "content": "It "}]
+    on = await text(messages=begun, continue_final_message=True, add_generation_prompt=False)
+    assert on == "[user] the rain\n[assistant] It "
+
+
 async def test_tokens_become_the_text_again(client: httpx.AsyncClient) -> None:
     for text in (TEXT, "", "</s> the end"):
         tokens = (await tokenize(client, prompt=text))["tokens"]
@@ -104,13 +116,13 @@ async def test_tokens_become_the_text_again(client: httpx.AsyncClient) -> None:
         ("tokenize", {"inputs": ["x"]}, "inputs", "valid string"),
         ("tokenize", {"prompt": "\ud800"}, "prompt", "half of a character"),
         ("tokenize", {"prompt": "x", "return_token_strs": True}, "return_token_strs", "supported"),
+        ("tokenize", {"messages": MESSAGES, "tools": [{}]}, "tools.0.type", "required"),
         (
             "tokenize",
-            {"messages": MESSAGES, "add_generation_prompt": False},
-            "add_generation_prompt",
-            "not supported",
+            {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools",
+            "does not write tools",
         ),
-        ("tokenize", {"messages": MESSAGES, "tools": [{}]}, "tools", "not supported"),
         ("tokenize", {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (
             "tokenize",

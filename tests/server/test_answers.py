@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from dynamic_lora_server.answers.chat import ChatAnswer
@@ -22,6 +25,8 @@ from dynamic_lora_server.generation import (
     TokenPiece,
 )
 from dynamic_lora_server.streams import Generation, WholeAnswer
+from dynamic_lora_server.tools.notation import HERMES
+from dynamic_lora_server.tools.offer import Offer
 
 STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
 TOP = (TokenLogprob(token_id=8, token_bytes=b" a", logprob=-0.5),)
@@ -198,7 +203,7 @@ def test_completions_number_their_choices_by_prompt_and_count_prompts_once() -> 
     }
 
 
-def top_logprobs(*pieces: TokenPiece) -> list[dict[str, float]]:
+def top_logprobs(*pieces: TokenPiece) -> list[dict[str, float] | None]:
     answer = completion(logprobs=True).whole(
         [[WholeAnswer(finish(FinishReason.LENGTH, "ab"), list(pieces))]]
     )
@@ -255,8 +260,16 @@ async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> 
     assert (last["error"]["message"], last["error_type"]) == ("it broke", "generation")
 
 
-def chat(*, n: int = 1, logprobs: bool = False, usage: UsageTold = UsageTold.NEVER) -> ChatAnswer:
-    return ChatAnswer(model="ner", fingerprint="fp_1", n=n, logprobs=logprobs, usage=usage)
+def chat(
+    *,
+    n: int = 1,
+    logprobs: bool = False,
+    usage: UsageTold = UsageTold.NEVER,
+    offer: Offer | None = None,
+) -> ChatAnswer:
+    return ChatAnswer(
+        model="ner", fingerprint="fp_1", n=n, logprobs=logprobs, usage=usage, offer=offer
+    )
 
 
 def test_chat_whole() -> None:
@@ -328,3 +341,123 @@ async def test_every_chunk_has_the_counts_so_far(chats: bool) -> None:
     assert counts == [*roles, (3, 1, 4), (3, 3, 6), (3, 3, 6), (3, 3, 6)]
     assert {usage["prompt_tokens_details"] for usage in chunks} == {None}
     assert last["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+OFFER = Offer(notation=HERMES, names=frozenset({"f", "g"}), forced=False, grammar=None)
+FORCED = replace(OFFER, forced=True)
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+CALLS = CALL + '\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+
+
+def message_of(choice: Any) -> Any:
+    """What a choice says, but for the ids of its calls."""
+    calls = [
+        (call.type, call.function.name, call.function.arguments)
+        for call in choice.message.tool_calls or ()
+    ]
+    return choice.message.role, choice.message.content or "", calls, choice.finish_reason
+
+
+async def streamed(answer: ChatAnswer, *events: GenerationEvent) -> Any:
+    """What OpenAI's client makes of a stream."""
+    state = ChatCompletionStreamState()
+    for document in await documents(answer.stream(generation(*events))):
+        state.handle_chunk(ChatCompletionChunk.model_validate(document))
+    return state.current_completion_snapshot
+
+
+@pytest.mark.parametrize(
+    ("offer", "text", "content", "calls"),
+    [
+        (OFFER, CALL, None, [("f", '{"a": "é"}')]),
+        (OFFER, f"I look. {CALLS}", "I look.", [("f", '{"a": "é"}'), ("g", "{}")]),
+        (OFFER, "It rains.", "It rains.", []),
+        (OFFER, "", "", []),
+        (OFFER, CALL[:-30], CALL[:-30], []),
+        (FORCED, CALLS, None, [("f", '{"a": "é"}'), ("g", "{}")]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("logprobs", [True, False])
+async def test_calls_in_a_chat(
+    offer: Offer, text: str, content: str | None, calls: list[Any], size: int, logprobs: bool
+) -> None:
+    pieces = [piece(text[at : at + size]) for at in range(0, len(text), size)]
+    end = finish(FinishReason.EOS, text)
+    answer = chat(offer=offer, usage=UsageTold.AT_THE_END, logprobs=logprobs)
+    whole = ChatCompletion.model_validate_json(
+        answer.whole([WholeAnswer(end, pieces)]).model_dump_json()
+    )
+    choice: Any = whole.choices[0]
+    assert choice.message.content == content
+    assert choice.finish_reason == ("tool_calls" if calls else "stop")
+    found = choice.message.tool_calls or []
+    assert [(one.function.name, one.function.arguments) for one in found] == calls
+    snapshot = await streamed(answer, *pieces, end)
+    assert message_of(snapshot.choices[0]) == message_of(choice)
+    assert snapshot.choices[0].message.content == (content or None)
+    assert snapshot.usage == whole.usage
+    if logprobs and text:
+        assert len(snapshot.choices[0].logprobs.content) == len(pieces)
+
+
+async def test_the_deltas_of_a_call() -> None:
+    """As OpenAI streams them: the name with an id, then the arguments, and at last the end."""
+    text = '<tool_call>{"name": "f", "arguments": {"a": 1}}'
+    pieces = [piece(text[at : at + 40]) for at in range(0, len(text), 40)]
+    chunks = await documents(
+        chat(offer=FORCED).stream(generation(*pieces, finish(FinishReason.STOP, text)))
+    )
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    (named,) = deltas[1]["tool_calls"]
+    assert deltas[0] == {"role": "assistant"}
+    assert named.pop("id").startswith("call_")
+    assert named == {"index": 0, "type": "function", "function": {"name": "f", "arguments": ""}}
+    assert [delta["tool_calls"][0]["function"] for delta in deltas[2:-1]] == [
+        {"arguments": '{"'},
+        {"arguments": 'a": 1}'},
+    ]
+    assert deltas[-1] == {}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_each_choice_has_calls_of_its_own() -> None:
+    ends = [finish(FinishReason.EOS, text, index=i) for i, text in enumerate((CALL, "no", CALLS))]
+    events: list[GenerationEvent] = []
+    for at in range(0, len(CALLS), 7):
+        for one in ends:
+            if text := one.text[at : at + 7]:
+                events.append(piece(text, index=one.index))
+    answer = chat(n=3, offer=OFFER)
+    whole = answer.whole([WholeAnswer(one) for one in ends])
+    snapshot = await streamed(answer, *events, *ends)
+    assert list(map(message_of, snapshot.choices)) == list(map(message_of, whole.choices))
+    assert [choice.finish_reason for choice in whole.choices] == [
+        "tool_calls",
+        "stop",
+        "tool_calls",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "text", "end"),
+    [
+        (FinishReason.LENGTH, CALL, "length"),  # another call might have come
+        (FinishReason.LENGTH, CALL[:-16], "length"),
+        (FinishReason.STOP, CALL[:-16], "stop"),  # a stop string within the arguments
+    ],
+)
+async def test_a_call_that_is_cut_off(reason: FinishReason, text: str, end: str) -> None:
+    answer = chat(offer=FORCED)
+    whole = answer.whole([WholeAnswer(finish(reason, text))])
+    assert whole.choices[0].message.tool_calls is not None
+    (call,) = whole.choices[0].message.tool_calls
+    assert '{"a": "é"}'.startswith(call.function.arguments)
+    assert whole.choices[0].finish_reason == end
+    snapshot = await streamed(answer, *map(piece, text), finish(reason, text))
+    assert message_of(snapshot.choices[0]) == message_of(whole.choices[0])
+
+
+def test_without_calls_an_answer_does_not_speak_of_them() -> None:
+    message = chat().whole([WHOLE]).model_dump()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "hi", "refusal": None}

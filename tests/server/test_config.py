@@ -55,9 +55,12 @@ def test_the_defaults_are_valid() -> None:
         ({"restore": "subtract", "base_product": "packed"}, "restore must be copy"),
         ({"api_keys": ("two words",)}, "api_keys must be of visible ASCII characters"),
         ({"admin_keys": ("",)}, "admin_keys must be of visible ASCII characters"),
+        ({"fetch_from_hub": ("one,two",)}, "fetch_from_hub names 'one,two'; give organisations"),
+        ({"fetch_from_hub": ("one/two",)}, "fetch_from_hub names 'one/two'"),
         ({"allowed_origins": ("example.org",)}, "allowed_origins names 'example.org'"),
         ({"allowed_origins": ("https://example.org/a",)}, "with no path"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
+        ({"tool_call_format": "xml"}, "tool_call_format must be one of auto, hermes"),
         ({"log_level": "loud"}, "log_level must be one of"),
         (
             {"record_trace": Path("/")},

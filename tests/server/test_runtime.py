@@ -1,9 +1,11 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.products import ProductKind, obstacle
@@ -18,6 +20,7 @@ from tests.support.adapters import make_adapter
 from tests.support.models import (
     VOCAB_SIZE,
     save_tiny_base,
+    tiny_bloom,
     tiny_falcon,
     tiny_llama,
     tiny_tokenizer,
@@ -76,11 +79,16 @@ def test_shipped_adapters_of_another_base_are_skipped(tmp_path: Path) -> None:
     runtime.registry.close()
 
 
-def test_a_model_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
-    tiny_falcon().save_pretrained(tmp_path / "falcon")
-    tiny_tokenizer().save_pretrained(tmp_path / "falcon")
-    with pytest.raises(UnsupportedModel, match="FalconForCausalLM"):
-        load_runtime(tmp_path, model=str(tmp_path / "falcon"))
+@pytest.mark.parametrize(
+    ("make", "name"), [(tiny_falcon, "FalconForCausalLM"), (tiny_bloom, "BloomForCausalLM")]
+)
+def test_a_model_that_cannot_be_served_is_refused_by_name(
+    make: Callable[[], PreTrainedModel], name: str, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UnsupportedModel, match=rf"{name} .*AttentionInterface"):
+        load_runtime(tmp_path, model=str(tmp_path / "other"))
 
 
 def test_compiled_layers_without_a_gpu_are_refused(tmp_path: Path) -> None:

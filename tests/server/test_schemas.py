@@ -42,7 +42,9 @@ def refused(model: type[BaseModel], body: dict[str, Any]) -> tuple[str, str]:
         ("best_of", True),
         ("watermark", True),
         ("decoder_input_details", True),
-        ("adapter_source", "hub"),
+        ("adapter_source", "local"),
+        ("adapter_source", "s3"),
+        ("adapter_source", "pbase"),
         ("api_token", "x"),
         ("return_k_alternatives", 2),
     ],
@@ -60,7 +62,7 @@ def test_neutral_values_of_the_same_fields_pass() -> None:
         "watermark": False,
         "decoder_input_details": False,
         "grammar": None,
-        "adapter_source": None,
+        "adapter_source": "hub",
         "stop_sequences": [],
     }
     request = GenerateRequest.model_validate({"inputs": "x", "parameters": parameters})
@@ -102,8 +104,8 @@ def test_generate_bodies(body: dict[str, Any], place: str) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
+        {"function_call": {"name": "f"}},
         {"modalities": ["audio"]},
         {"store": True},
         {"reasoning_effort": "high"},
@@ -241,7 +243,31 @@ def test_a_message_is_text_or_text_parts() -> None:
     assert Message.model_validate({"role": "user", "content": parts}).text == "a\nb"
     with pytest.raises(ValidationError):
         Message.model_validate({"role": "user", "content": [{"type": "image_url"}]})
-    assert refused(Message, {"role": "tool", "content": "x"})[0] == "role"
+    assert refused(Message, {"role": "function", "content": "x"})[0] == "role"
+
+
+@pytest.mark.parametrize(
+    ("field", "place"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "x", "function": {"name": "f"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]},
+            "tools.0.function.x",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
+        ({"tool_choice": "any"}, "tool_choice.ToolChoiceWord"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.NamedTool.function"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}]},
+            "messages.0.tool_calls.0.function",
+        ),
+    ],
+)
+def test_tools_that_are_written_badly(field: dict[str, Any], place: str) -> None:
+    assert refused(ChatRequest, CHAT | field)[0] == place
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from dynamic_lora_adapters.card import TaskCard
 from dynamic_lora_adapters.composition import Composition, InvalidComposition
+from dynamic_lora_adapters.composition_text import parse
 from dynamic_lora_adapters.errors import AdapterNotFound
-from dynamic_lora_adapters.grammar import parse
 from dynamic_lora_adapters.inspection import AdapterVersion
 from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_adapters.registry import AdapterRegistry
@@ -35,7 +35,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterRegist
 
 @pytest.fixture(scope="module")
 def saved(registry: AdapterRegistry) -> SavedCompositions:
-    return SavedCompositions(registry)
+    return SavedCompositions(registry, registry.index)
 
 
 def selected(saved: SavedCompositions, query: str | None = None, **body: Any) -> Composition:

@@ -20,7 +20,13 @@ from dynamic_lora_server.errors import (
     NotReady,
     QueueFull,
 )
-from dynamic_lora_server.generation import FinishReason, Started, TokenPiece
+from dynamic_lora_server.generation import (
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Started,
+    TokenPiece,
+)
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
@@ -32,6 +38,7 @@ from tests.support.models import (
     EOS,
     EOS_ID,
     PAD,
+    PAD_ID,
     save_tiny_base,
     sentencepiece_tokenizer,
     tiny_llama,
@@ -177,6 +184,13 @@ async def test_a_special_token_that_is_asked_for_by_name_ends_the_sequence(
         by_eos = first == EOS_ID and not ignore_eos
         assert finishes(events)[0].reason is (FinishReason.EOS if by_eos else FinishReason.STOP)
     await quiet(runtime)
+
+
+async def test_special_tokens_that_are_to_be_shown_are_text(runtime: Runtime) -> None:
+    grammar = Grammar(GrammarKind.CALLS, f'start: "a" <[{PAD_ID}]> "b"', "tools")
+    for shown, text in ((), "ab"), ((PAD, "<none>"), f"a{PAD}b"):
+        request = spec(grammar=grammar, ignore_eos=False, shown_tokens=shown)
+        assert finishes(await collect(runtime, request))[0].text == text
 
 
 async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> None:
@@ -352,7 +366,7 @@ async def test_a_deleted_adapter_serves_out_its_requests(runtime: Runtime) -> No
     events = [await anext(stream), await anext(stream)]
     digest = runtime.registry.resolve("ner").digest
     runtime.registry.delete("ner")
-    runtime.residencies.forget(digest)
+    runtime.loader.forget(digest)
     events += [event async for event in stream]
     assert token_ids(events) == expected
     with pytest.raises(AdapterNotFound):

@@ -255,3 +255,19 @@ def test_a_tokenizer_without_a_fast_version_is_refused_by_name() -> None:
 
     with pytest.raises(UnsupportedModel, match="Slow has no fast"):
         TokenizerView(Slow())  # type: ignore[no-untyped-call]
+
+
+def test_special_tokens_that_are_shown_are_text() -> None:
+    tokens = [*encode("a"), EOS_ID, *encode("b"), EOS_ID]
+    for shown, text in ((), "ab"), ((EOS_ID,), "a</s>b"):
+        detokenizer = Detokenizer(VIEW, shown=shown)
+        pushed = [detokenizer.push(one, ends=i == 3) for i, one in enumerate(tokens)]
+        assert "".join(pushed) + detokenizer.finish() == text
+
+
+def test_added_tokens_that_are_words() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_tokens(["<end>"], special_tokens=True)
+    assert TokenizerView(tokenizer).word_ids == {300}
+    assert TokenizerView(tokenizer, num_embeddings=300).word_ids == frozenset()

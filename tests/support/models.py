@@ -14,6 +14,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -218,6 +220,22 @@ def tiny_falcon(seed: int = 0) -> FalconForCausalLM:
     )
     model = _build(FalconForCausalLM, config, seed)
     assert isinstance(model, FalconForCausalLM)
+    return model
+
+
+def tiny_bloom(seed: int = 0) -> BloomForCausalLM:
+    """A BLOOM, whose attention does not go through it either."""
+    config = BloomConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+    model = _build(BloomForCausalLM, config, seed)
+    assert isinstance(model, BloomForCausalLM)
     return model
 
 

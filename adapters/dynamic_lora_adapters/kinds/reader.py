@@ -27,6 +27,7 @@ from dynamic_lora_adapters.targets import find_targets
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 
 _Fold = Callable[[str, Any, PristineLinears], LinearTerms]
+_Reader = Callable[[Path, KindSpec, BaseGeometry, BaseWeights], AdapterTerms]
 
 # How a layer of PEFT's becomes terms.
 _FOLDS: Mapping[str, _Fold] = {
@@ -70,27 +71,50 @@ def read_kind(
     `IncompatibleAdapter` for an adapter of another base model.
     """
     spec = KindSpec.parse(config)
-    if spec.peft_type in ("PROMPT_TUNING", "P_TUNING"):
-        return read_prompt(folder, spec, geometry)
-    if spec.peft_type == "PREFIX_TUNING":
-        return read_prefix(folder, spec, geometry)
-    if spec.peft_type == "LN_TUNING":
-        return read_norms(folder, spec, geometry)
-    if spec.peft_type == "TRAINABLE_TOKENS":
-        return read_tokens(folder, spec, geometry, base)
-    return AdapterTerms(linears=_read_linears(folder, spec, PristineLinears(geometry, base)))
+    return READERS[spec.peft_type](folder, spec, geometry, base)
 
 
-def _read_linears(folder: Path, spec: KindSpec, linears: PristineLinears) -> dict[str, LinearTerms]:
-    shapes = _target_shapes(spec, linears.geometry)
-    if spec.peft_type == "BOFT":
-        return read_boft(folder, spec, list(shapes), linears)
-    if spec.peft_type == "VBLORA":
-        _check_bank(folder, spec, shapes)
-    fold = _FOLDS[spec.peft_type]
-    layers = build_replica(folder, spec, shapes)
+def _without_base(read: Callable[[Path, KindSpec, BaseGeometry], AdapterTerms]) -> _Reader:
+    """A reader that needs nothing of the base but its geometry."""
+    return lambda folder, spec, geometry, _: read(folder, spec, geometry)
+
+
+def _read_layers(
+    folder: Path, spec: KindSpec, geometry: BaseGeometry, base: BaseWeights
+) -> AdapterTerms:
+    """The terms of PEFT's own layers, as `_FOLDS` says."""
+    linears, fold = PristineLinears(geometry, base), _FOLDS[spec.peft_type]
+    layers = build_replica(folder, spec, _target_shapes(spec, geometry))
     with calling_peft(spec):
-        return {path: fold(path, layer, linears) for path, layer in layers.items()}
+        terms = {path: fold(path, layer, linears) for path, layer in layers.items()}
+    return AdapterTerms(linears=terms)
+
+
+def _read_vblora(
+    folder: Path, spec: KindSpec, geometry: BaseGeometry, base: BaseWeights
+) -> AdapterTerms:
+    _check_bank(folder, spec, _target_shapes(spec, geometry))
+    return _read_layers(folder, spec, geometry, base)
+
+
+def _read_boft(
+    folder: Path, spec: KindSpec, geometry: BaseGeometry, base: BaseWeights
+) -> AdapterTerms:
+    paths = list(_target_shapes(spec, geometry))
+    return AdapterTerms(linears=read_boft(folder, spec, paths, PristineLinears(geometry, base)))
+
+
+READERS: Mapping[str, _Reader] = {
+    **dict.fromkeys(_FOLDS, _read_layers),
+    "BOFT": _read_boft,
+    "LN_TUNING": _without_base(read_norms),
+    "PREFIX_TUNING": _without_base(read_prefix),
+    "PROMPT_TUNING": _without_base(read_prompt),
+    "P_TUNING": _without_base(read_prompt),
+    "TRAINABLE_TOKENS": read_tokens,
+    "VBLORA": _read_vblora,
+}
+"""What reads each kind of the table."""
 
 
 def _target_shapes(spec: KindSpec, geometry: BaseGeometry) -> dict[str, LinearShape]:

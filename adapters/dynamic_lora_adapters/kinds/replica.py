@@ -47,15 +47,13 @@ def build_replica(
     from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
     with calling_peft(spec):
-        # First without memory: the config may ask for far more than the file has.
-        shells = _wrap(spec, shapes, empty=True)
-        expected = get_peft_model_state_dict(shells, save_embedding_layers=False)
+        model = _wrap(spec, shapes)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         integers = frozenset(n for n, tensor in expected.items() if not tensor.is_floating_point())
     tensors = read_tensors(folder, wanted, integers)
     with calling_peft(spec):
-        model = _wrap(spec, shapes)
-        set_peft_model_state_dict(model, tensors)
+        set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     model.train(False)
     return {path: model.base_model.model.get_submodule(path) for path in shapes}
 
@@ -117,15 +115,15 @@ def _compilers_kept() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _wrap(spec: KindSpec, shapes: Mapping[str, LinearShape], *, empty: bool = False) -> Any:
-    """PEFT's model; its parameters have shapes and no values if it is to be `empty`."""
+def _wrap(spec: KindSpec, shapes: Mapping[str, LinearShape]) -> Any:
+    """PEFT's model, whose parameters take no memory yet: a config may ask for any sizes."""
     from peft import PeftModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import PeftType
 
     config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(spec.peft_type)]
     config = config_class(target_modules=list(shapes), inference_mode=True, **_values(spec, shapes))
-    return PeftModel(_skeleton(shapes), config, ADAPTER, low_cpu_mem_usage=empty)
+    return PeftModel(_skeleton(shapes), config, ADAPTER, low_cpu_mem_usage=True)
 
 
 def _values(spec: KindSpec, paths: Iterable[str]) -> dict[str, Any]:

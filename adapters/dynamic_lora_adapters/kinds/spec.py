@@ -73,14 +73,6 @@ class KindSpec:
         }
 
 
-def canonical_kind(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The result-changing values of a config in one spelling, for the content digest.
-
-    Raises what `KindSpec.parse` raises.
-    """
-    return KindSpec.parse(config).canonical()
-
-
 def _one_spelling(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)

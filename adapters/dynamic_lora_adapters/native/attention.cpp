@@ -40,12 +40,12 @@ int64_t attend_all(const float* q, const void* keys, const void* values, float* 
 extern "C" {
 
 // Writes x [heads, tokens, dim] of new tokens to the table [cells, heads, dim], of floats or, where
-// `brains` says so, in bfloat16.
+// `in_bfloat16` says so, in bfloat16.
 // sizes: heads, tokens, dim; strides of x: head, token (in floats).
 void dynamic_lora_write(const float* x, void* table, const int64_t* cells, const int64_t* sizes,
-                        int64_t brains) {
-  if (brains)
-    write(x, static_cast<Brain*>(table), cells, sizes);
+                        int64_t in_bfloat16) {
+  if (in_bfloat16)
+    write(x, static_cast<BFloat16*>(table), cells, sizes);
   else
     write(x, static_cast<float*>(table), cells, sizes);
 }
@@ -55,8 +55,9 @@ void dynamic_lora_write(const float* x, void* table, const int64_t* cells, const
 // Returns what `Memory` says, as all do that need some.
 int64_t dynamic_lora_attend(const float* q, const void* keys, const void* values, float* out,
                             const float* sinks, const Item* items, int64_t num_items,
-                            const int64_t* sizes, float scaling, float softcap, int64_t brains) {
-  const auto attend = brains ? attend_all<Brain> : attend_all<float>;
+                            const int64_t* sizes, float scaling, float softcap,
+                            int64_t in_bfloat16) {
+  const auto attend = in_bfloat16 ? attend_all<BFloat16> : attend_all<float>;
   return attend(q, keys, values, out, sinks, items, num_items, sizes, scaling, softcap);
 }
 

@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "brain.h"
+#include "bfloat16.h"
 #include "room.h"
 #include "team.h"
 #include "vectors.h"
@@ -26,7 +26,7 @@ constexpr int kValueVecs = 4;  // vectors of the value's width that are summed t
 constexpr int64_t kBlockTokens = 16;  // cached tokens in a block, while which the next is asked for
 constexpr int64_t kManyItems = 8;  // from so many tokens on there is work enough for all threads
 
-// How one layer attends. Cached is what keys and values are kept in: float or Brain.
+// How one layer attends. Cached is what keys and values are kept in: float or BFloat16.
 template <typename Cached>
 struct Attention {
   const float* q;        // [heads, tokens, dim]
@@ -42,8 +42,8 @@ struct Attention {
 inline void keep(const float* values, int64_t count, float* cell) {
   std::memcpy(cell, values, count * sizeof(float));
 }
-inline void keep(const float* values, int64_t count, Brain* cell) {
-  for (int64_t i = 0; i < count; i++) cell[i] = to_brain(values[i]);
+inline void keep(const float* values, int64_t count, BFloat16* cell) {
+  for (int64_t i = 0; i < count; i++) cell[i] = to_bfloat16(values[i]);
 }
 
 // The largest of so many values, a multiple of kLanes; one that is no number may be passed over.

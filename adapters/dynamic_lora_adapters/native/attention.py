@@ -47,7 +47,7 @@ class NativeAttention:
         if x.stride(2) != 1:
             x = x.contiguous()
         sizes = _WriteSizes(heads, num_tokens, dim, x.stride(0), x.stride(1))
-        self._write(x.data_ptr(), table.data_ptr(), cells.data_ptr(), sizes, _brains(table))
+        self._write(x.data_ptr(), table.data_ptr(), cells.data_ptr(), sizes, _in_bfloat16(table))
 
     def attend(
         self,
@@ -84,10 +84,10 @@ class NativeAttention:
             sizes,
             scaling,
             softcap or 0.0,
-            _brains(keys),
+            _in_bfloat16(keys),
         )
 
 
-def _brains(table: torch.Tensor) -> int:
+def _in_bfloat16(table: torch.Tensor) -> int:
     """Whether a table is in bfloat16."""
     return int(table.dtype == torch.bfloat16)

@@ -33,10 +33,10 @@ inline int64_t tiled_outs(int64_t outs) { return (outs + kTileOuts - 1) / kTileO
 
 // Neighbouring rows of one adapter, and its factors in tiles.
 struct TiledSegment {
-  const Brain* a;
-  const Brain* b;
+  const BFloat16* a;
+  const BFloat16* b;
   const int64_t* columns;  // [rank, 2]: where a rank of b is not zero; null: anywhere
-  Brain* shrunk;           // [rows, rank]: what is kept between the two products
+  BFloat16* shrunk;        // [rows, rank]: what is kept between the two products
   int64_t rank, row, rows;
   float sign;
   int64_t first_part, last_part;
@@ -44,8 +44,8 @@ struct TiledSegment {
 
 // A tile of ranks, and the whole tiles of outputs that some of them reach.
 struct TilePart {
-  const Brain* b;
-  const Brain* shrunk;  // [rows, rank], from the first of these ranks on
+  const BFloat16* b;
+  const BFloat16* shrunk;  // [rows, rank], from the first of these ranks on
   int64_t rank, from, to;
 };
 
@@ -133,12 +133,12 @@ class UnitCut {
 
 // What a unit cut for shrinking sums up: in tiles 0 and 1 the upper rows, in 2 and 3 the lower ones
 // or, where there are none, more of the upper ones, so that no sum waits for the one before it.
-inline void sum_two_blocks(const int16_t* x, int64_t ldx, const Brain* a, int64_t depth) {
+inline void sum_two_blocks(const int16_t* x, int64_t ldx, const BFloat16* a, int64_t depth) {
   const int64_t stride = ldx * sizeof(int16_t), line = kTileRanks * sizeof(float);
   const int16_t* lower = x + kUnitRows * ldx;
   int64_t i = 0;
   for (; i + 2 * kUnitDepth <= depth; i += 2 * kUnitDepth) {
-    const Brain* factors = a + i * kTileRanks;
+    const BFloat16* factors = a + i * kTileRanks;
     ask_lines(reinterpret_cast<const char*>(factors) + kAheadInA, 2 * kUnitDepth * kTileRanks * 2);
     _tile_loadd(6, factors, line);
     _tile_loadd(7, factors + kUnitDepth * kTileRanks, line);
@@ -159,11 +159,11 @@ inline void sum_two_blocks(const int16_t* x, int64_t ldx, const Brain* a, int64_
   _tile_dpbf16ps(2, 5, 6);
 }
 
-inline void sum_one_block(const int16_t* x, int64_t ldx, const Brain* a, int64_t depth) {
+inline void sum_one_block(const int16_t* x, int64_t ldx, const BFloat16* a, int64_t depth) {
   const int64_t stride = ldx * sizeof(int16_t), line = kTileRanks * sizeof(float);
   int64_t i = 0;
   for (; i + 4 * kUnitDepth <= depth; i += 4 * kUnitDepth) {
-    const Brain* factors = a + i * kTileRanks;
+    const BFloat16* factors = a + i * kTileRanks;
     ask_lines(reinterpret_cast<const char*>(factors) + kAheadInA, 4 * kUnitDepth * kTileRanks * 2);
     _tile_loadd(6, factors, line);
     _tile_loadd(4, x + i, stride);
@@ -187,8 +187,8 @@ inline void sum_one_block(const int16_t* x, int64_t ldx, const Brain* a, int64_t
 
 // To shrunk [rows, rank], what x [rows, depth] gives with one tile of ranks, times `sign`; for up
 // to kUnitBlock rows, which the unit is cut for.
-inline void shrink_on_unit(const int16_t* x, int64_t ldx, int64_t rows, const Brain* a,
-                           int64_t depth, float sign, Brain* shrunk, int64_t rank) {
+inline void shrink_on_unit(const int16_t* x, int64_t ldx, int64_t rows, const BFloat16* a,
+                           int64_t depth, float sign, BFloat16* shrunk, int64_t rank) {
   constexpr int64_t kLine = kTileRanks * sizeof(float);
   alignas(64) float sums[4][kUnitRows][kTileRanks];
   begin_unit();
@@ -227,14 +227,14 @@ inline void expand_tile_on_unit(const TilePart* part, const TilePart* last, int6
       _tile_loadd(0, out, stride);
       if (Both) _tile_loadd(1, lower, stride);
     }
-    const Brain* factors = part->b + column * kTileRanks;
-    const Brain* shrunk = part->shrunk + row * part->rank;
+    const BFloat16* factors = part->b + column * kTileRanks;
+    const BFloat16* shrunk = part->shrunk + row * part->rank;
     ask_lines(reinterpret_cast<const char*>(factors) + kAheadInB, kTileRanks * kUnitBytes / 2);
     _tile_loadd(6, factors, kUnitBytes);
-    _tile_loadd(4, shrunk, part->rank * sizeof(Brain));
+    _tile_loadd(4, shrunk, part->rank * sizeof(BFloat16));
     _tile_dpbf16ps(0, 4, 6);
     if (!Both) continue;
-    _tile_loadd(5, shrunk + kUnitRows * part->rank, part->rank * sizeof(Brain));
+    _tile_loadd(5, shrunk + kUnitRows * part->rank, part->rank * sizeof(BFloat16));
     _tile_dpbf16ps(1, 5, 6);
   }
   if (!begun) return;
@@ -275,7 +275,7 @@ inline void shrink_tiled_item(const TiledSegment& s, int64_t item, const int16_t
 }
 
 // The shrinking of all segments, which is done for sure behind the next barrier, for x [rows, in]
-// in bfloat16 as `round_row_to_brains` lays it out. Called by a whole team of threads.
+// in bfloat16 as `round_row_to_bfloat16` lays it out. Called by a whole team of threads.
 inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, int64_t in) {
   Walk walk(deltas.segments, [](const TiledSegment& s) {
     return shrinks_by_rows(s) ? (s.rows + kUnitBlock - 1) / kUnitBlock : s.rank / kTileRanks;

@@ -47,7 +47,7 @@ struct Scratch {
 extern "C" {
 
 // Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
-void dynamic_lora_round_to_bfloat16(int64_t wanted) { brain_inputs = wanted && kBrainInputs; }
+void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && kBFloat16Inputs; }
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
 // outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Returns

@@ -33,9 +33,9 @@ struct Site {
 struct Layer {
   Norm input_norm, middle_norm, q_norm, k_norm;
   Site qkv, o, gate_up, down;
-  void* keys;    // [cells, kv_heads, dim], of floats or, with `brains`, in bfloat16
+  void* keys;    // [cells, kv_heads, dim], of floats or, with `in_bfloat16`, in bfloat16
   void* values;  // [cells, kv_heads, dim]
-  int64_t brains;
+  int64_t in_bfloat16;
   int64_t heads, kv_heads, dim;
   int64_t q, k, v, gate, up;  // first columns in the outputs of qkv and gate_up
   float scaling;
@@ -50,7 +50,7 @@ struct SlabFactors {
   int64_t rank, ldb, format, tiled;
 
   Factors kind(const Projection& base, const Batch& batch) const {
-    const bool paired = format == kBrainFactors && base.rounds_to_brains(batch);
+    const bool paired = format == kBFloat16Factors && base.rounds_to_bfloat16(batch);
     return paired ? Factors::kPaired : widened_factors(format);
   }
 };
@@ -145,9 +145,9 @@ void find_segments(const Site& site, const Step& step, const Batch& batch, SiteD
     deltas.once &= run.sign > 0;
     const int64_t* columns = factors.columns + first * 2;
     if (factors.tiled) {
-      const auto *a = reinterpret_cast<const Brain*>(factors.a) + first * tiled_inputs(in),
-                 *b = reinterpret_cast<const Brain*>(factors.b) + first * tiled_outs(outs);
-      deltas.tiled.add({a, b, columns, reinterpret_cast<Brain*>(shrunk), factors.rank, row, rows,
+      const auto *a = reinterpret_cast<const BFloat16*>(factors.a) + first * tiled_inputs(in),
+                 *b = reinterpret_cast<const BFloat16*>(factors.b) + first * tiled_outs(outs);
+      deltas.tiled.add({a, b, columns, reinterpret_cast<BFloat16*>(shrunk), factors.rank, row, rows,
                         run.sign, 0, 0},
                        outs);
     } else {
@@ -189,8 +189,8 @@ void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x,
                  const Batch& batch) {
   InputCopies& copies = scratch.copies_for(number);
   copy_row(x, site.base, batch, row, copies);
-  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_brains(batch))
-    round_row_to_brains(x, site.base.k, row, copies);
+  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_bfloat16(batch))
+    round_row_to_bfloat16(x, site.base.k, row, copies);
 }
 
 // The same for all rows of x [rows, k].
@@ -334,7 +334,7 @@ Gated activated_to(const Layer& layer, Scratch& scratch, const Batch& batch) {
   const SiteDeltas& deltas = scratch.deltas[kDown];
   InputCopies& copies = scratch.copies_for(kDown);
   Gated to{};
-  if (down.rounds_to_brains(batch) && down.k % (2 * kLanes) == 0)
+  if (down.rounds_to_bfloat16(batch) && down.k % (2 * kLanes) == 0)
     to.rounded = copies.values.data();
   else if (down.spreads(batch) && down.k % kLanes == 0 && !deltas.any_tiled())
     to.spread = copies.spread.data();
@@ -405,8 +405,8 @@ void share_attending(const Layer& layer, const Step& step, const Batch& batch, S
                      const float* hidden, float* qkv, float* attended) {
   share_norm(layer.input_norm, layer.qkv, scratch, kQkv, hidden, batch);
   share_site(layer.qkv, scratch, kQkv, scratch.normed.data(), {nullptr, qkv}, batch);
-  if (layer.brains)
-    share_cached<Brain>(layer, step, batch, scratch, qkv, attended);
+  if (layer.in_bfloat16)
+    share_cached<BFloat16>(layer, step, batch, scratch, qkv, attended);
   else
     share_cached<float>(layer, step, batch, scratch, qkv, attended);
 }
@@ -461,7 +461,7 @@ bool prepared(const Layer& layer, const Step& step, const Batch& batch, Scratch&
 extern "C" {
 
 // Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
-void dynamic_lora_round_to_bfloat16(int64_t wanted) { brain_inputs = wanted && kBrainInputs; }
+void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && kBFloat16Inputs; }
 
 // Layers one after the other, for a step whose tokens all are among its items.
 // hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are

@@ -24,7 +24,7 @@ class _Layer(ctypes.Structure):
         *[(name, NormParts) for name in ("input_norm", "middle_norm", "q_norm", "k_norm")],
         *[(name, _Site) for name in ("qkv", "o", "gate_up", "down")],
         *[(name, _POINTER) for name in ("keys", "values")],
-        ("brains", _SIZE),
+        ("in_bfloat16", _SIZE),
         *[(name, _SIZE) for name in ("heads", "kv_heads", "dim", "q", "k", "v", "gate", "up")],
         ("scaling", ctypes.c_float),
     ]
@@ -256,7 +256,7 @@ def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _Laye
         down=_site(parts.down),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
-        brains=keys.dtype == torch.bfloat16,
+        in_bfloat16=keys.dtype == torch.bfloat16,
         heads=parts.heads,
         kv_heads=parts.kv_heads,
         dim=parts.dim,

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "brain.h"
+#include "bfloat16.h"
 #include "rounded.h"
 #include "vectors.h"
 
@@ -97,13 +97,13 @@ inline void end_unit(float* y, bool both) {
 // y [rows, 2 * kUnitRows] = x [rows, depth] times a panel [depth / 2, 2 * kUnitRows, 2], for up to
 // kUnitBlock rows. x has whole tiles of rows, which go on with zeros to a whole tile; y has room
 // for whole tiles. `step` bytes are asked for from `ahead` on for each kUnitDepth inputs.
-inline void unit_tile(const int16_t* x, int64_t ldx, int64_t rows, const Brain* panel,
+inline void unit_tile(const int16_t* x, int64_t ldx, int64_t rows, const BFloat16* panel,
                       int64_t depth, float* y, const char* ahead, int64_t step) {
   constexpr int64_t kWide = 2 * kUnitRows, kStride = kWide * sizeof(float);
   const int64_t x_stride = ldx * sizeof(int16_t);
   const bool both = rows > kUnitRows;
   begin_unit();
-  const auto multiply = [&](int64_t i, const Brain* weights) __attribute__((always_inline)) {
+  const auto multiply = [&](int64_t i, const BFloat16* weights) __attribute__((always_inline)) {
     _tile_loadd(4, weights, kStride);
     _tile_loadd(5, weights + kWide, kStride);
     _tile_loadd(6, x + i, x_stride);
@@ -122,8 +122,8 @@ inline void unit_tile(const int16_t* x, int64_t ldx, int64_t rows, const Brain* 
   }
   if (i < depth) {
     // What is behind the panel is somebody else's, and no number times nothing is no number.
-    alignas(64) Brain last[kUnitDepth * kWide] = {};
-    std::memcpy(last, panel + i * kWide, (depth - i) * kWide * sizeof(Brain));
+    alignas(64) BFloat16 last[kUnitDepth * kWide] = {};
+    std::memcpy(last, panel + i * kWide, (depth - i) * kWide * sizeof(BFloat16));
     written();
     multiply(i, last);
   }
@@ -192,8 +192,8 @@ inline void round_row_to_bytes(const float* x, int64_t k, int64_t plane, int64_t
 struct MatrixUnit {};
 
 // Never called.
-inline void unit_tile(const int16_t*, int64_t, int64_t, const Brain*, int64_t, float*, const char*,
-                      int64_t) {}
+inline void unit_tile(const int16_t*, int64_t, int64_t, const BFloat16*, int64_t, float*,
+                      const char*, int64_t) {}
 inline void bytes_tile(const int8_t*, int64_t, int64_t, const float*, int64_t, int64_t,
                        const int8_t*, int64_t, bool, float*, const char*, int64_t) {}
 inline void round_row_to_bytes(const float*, int64_t, int64_t, int64_t, InputCopies&) {}

@@ -156,15 +156,15 @@ void put_block(const float* block, int64_t count, float* to) {
   write_past_caches(block, count * kWidth * sizeof(float), to);
 }
 
-void put_block(const float* block, int64_t count, Brain* to) {
-  alignas(64) Brain rounded[kBlock * kWidth];
+void put_block(const float* block, int64_t count, BFloat16* to) {
+  alignas(64) BFloat16 rounded[kBlock * kWidth];
   for (int64_t i = 0; i < even(count); i += 2)
     for (int64_t c = 0; c < kWidth; c++) {
       const float* first = block + i * kWidth + c;
-      rounded[i * kWidth + c * 2] = to_brain(*first);
-      rounded[i * kWidth + c * 2 + 1] = i + 1 < count ? to_brain(first[kWidth]) : Brain{};
+      rounded[i * kWidth + c * 2] = to_bfloat16(*first);
+      rounded[i * kWidth + c * 2 + 1] = i + 1 < count ? to_bfloat16(first[kWidth]) : BFloat16{};
     }
-  write_past_caches(rounded, even(count) * kWidth * sizeof(Brain), to);
+  write_past_caches(rounded, even(count) * kWidth * sizeof(BFloat16), to);
 }
 
 // weight [n, k] + b^T a, with rows ldw apart; a panel of `packed` has `depth` inputs. See
@@ -212,10 +212,10 @@ int64_t dynamic_lora_panel_depth(int64_t format, int64_t k) {
 }
 
 // Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
-void dynamic_lora_round_to_bfloat16(int64_t wanted) { brain_inputs = wanted && kBrainInputs; }
+void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && kBFloat16Inputs; }
 
 // Whether they can be rounded to it.
-int64_t dynamic_lora_rounds_to_bfloat16() { return kBrainInputs; }
+int64_t dynamic_lora_rounds_to_bfloat16() { return kBFloat16Inputs; }
 
 // weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
 // rounded up to whole panels. With a rank of 0, the weight alone. Returns what `Memory` says.
@@ -226,7 +226,7 @@ int64_t dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64
 }
 
 // The same, rounded to bfloat16.
-int64_t dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, Brain* packed, int64_t n,
+int64_t dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, BFloat16* packed, int64_t n,
                                    int64_t k, int64_t halves, const float* a, int64_t lda,
                                    const float* b, int64_t ldb, int64_t rank) {
   return pack(weight, ldw, packed, n, k, even(k), halves, Factors{a, b, lda, ldb, rank});

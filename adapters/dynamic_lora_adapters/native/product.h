@@ -1,5 +1,5 @@
 // y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32, for a W in
-// bfloat16 (`brain.h`), or, for one in eight bits, in integers (`rounded.h`); these two on the
+// bfloat16 (`bfloat16.h`), or, for one in eight bits, in integers (`rounded.h`); these two on the
 // processor's matrix unit where it has one (`matrix_unit.h`).
 //
 // W [n, k] is packed in panels of kWidth outputs (see `Projection`), so that a
@@ -21,7 +21,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "brain.h"
+#include "bfloat16.h"
 #include "matrix_unit.h"
 #include "rounded.h"
 #include "team.h"
@@ -42,7 +42,7 @@ constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-l
 
 // What the panels of a weight hold: [k][kWidth] of floats, [ceil(k / n)][kWidth][n] of the others,
 // with n = 2, or, for bytes on the matrix unit, 4.
-enum Format : int64_t { kFloats, kBytes, kBrains };
+enum Format : int64_t { kFloats, kBytes, kBFloat16 };
 constexpr int64_t kBytesTogether = kMatrixUnit ? 4 : 2;
 
 // Inputs that a panel has room for, zeros behind the last.
@@ -61,10 +61,10 @@ inline int64_t panel_column(int64_t number, int64_t n, bool halves) {
 // once, for all of a call must agree on what lies where.
 struct Batch {
   int64_t rows;
-  bool brains;
+  bool in_bfloat16;
 
   explicit Batch(int64_t rows)
-      : rows(rows), brains(brain_inputs.load(std::memory_order_relaxed)) {}
+      : rows(rows), in_bfloat16(bfloat16_inputs.load(std::memory_order_relaxed)) {}
 };
 
 // The weight of a linear layer, in panels.
@@ -77,10 +77,12 @@ struct Projection {
   int64_t halves;  // whether panels are of either half of the outputs, in turns
 
   // Whether products round their inputs to bfloat16 first.
-  bool rounds_to_brains(const Batch& batch) const { return format == kBrains && batch.brains; }
+  bool rounds_to_bfloat16(const Batch& batch) const {
+    return format == kBFloat16 && batch.in_bfloat16;
+  }
 
   // Whether products round their inputs first.
-  bool rounds(const Batch& batch) const { return format == kBytes || rounds_to_brains(batch); }
+  bool rounds(const Batch& batch) const { return format == kBytes || rounds_to_bfloat16(batch); }
 
   // Whether products of rows of floats spread them first. With AVX-512 they gain by it, else
   // where a column of a tile's rows falls into one set of the first-level cache, which it is too
@@ -232,16 +234,16 @@ struct ByteInputs {
 };
 
 // x [m, k] in float32, for panels in bfloat16.
-struct WholeBrainInputs {
+struct WholeBFloat16Inputs {
   using Way = InRegisters;
-  using Weight = Brain;
+  using Weight = BFloat16;
   static constexpr int64_t kSlice = 2048;
   const float* x;
   int64_t k, ldx;
 
   int64_t depth() const { return even(k); }
 
-  void add(int64_t rows, int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t i, const BFloat16* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     with_rows<kTileRows>(rows, [&](auto count) {
       widening_tile<count(), kPanelVecs>(x + row * ldx + i, ldx, slice, std::min(depth, k - i),
@@ -251,21 +253,21 @@ struct WholeBrainInputs {
 };
 
 // x [m, k] in bfloat16 too, where the processor multiplies that.
-struct BrainInputs {
+struct BFloat16Inputs {
   using Way = InRegisters;
-  using Weight = Brain;
+  using Weight = BFloat16;
   static constexpr int64_t kSlice = 2048;
   const int16_t* values;
   int64_t k;
 
   int64_t depth() const { return even(k); }
 
-  void add(int64_t rows, int64_t row, int64_t i, const Brain* slice, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t i, const BFloat16* slice, int64_t depth, float* sums,
            Ahead ahead) const {
     const int64_t ldx = row_stride<int16_t>(k);
     with_rows<kTileRows>(rows, [&](auto count) {
-      brain_tile<count(), kPanelVecs>(values + row * ldx + i, ldx, slice, depth, i == 0, sums,
-                                      kWidth, {ahead.line, 2 * ahead.step});
+      bfloat16_tile<count(), kPanelVecs>(values + row * ldx + i, ldx, slice, depth, i == 0, sums,
+                                         kWidth, {ahead.line, 2 * ahead.step});
     });
   }
 };
@@ -273,14 +275,14 @@ struct BrainInputs {
 // The same on the matrix unit.
 struct UnitInputs {
   using Way = OnUnit;
-  using Weight = Brain;
+  using Weight = BFloat16;
   static constexpr int64_t kSlice = INT64_MAX / 2;  // all inputs: sums stay in the unit
   const int16_t* values;
   int64_t k;
 
   int64_t depth() const { return even(k); }
 
-  void add(int64_t rows, int64_t row, int64_t, const Brain* panel, int64_t depth, float* sums,
+  void add(int64_t rows, int64_t row, int64_t, const BFloat16* panel, int64_t depth, float* sums,
            Ahead ahead) const {
     const int64_t ldx = row_stride<int16_t>(k);
     unit_tile(values + row * ldx, ldx, rows, panel, depth, sums, ahead.line,
@@ -312,7 +314,7 @@ struct Gated {
   void put(int64_t row, int64_t width, int64_t column, Vecs... activated) const {
     if (y) store_each(y + row * width + column, activated...);
     if (spread) store_each(spread + row * spread_stride(width) + column, activated...);
-    if (rounded) store_brains(rounded + row * row_stride<int16_t>(width) + column, activated...);
+    if (rounded) store_bfloat16(rounded + row * row_stride<int16_t>(width) + column, activated...);
   }
 };
 
@@ -548,8 +550,8 @@ inline void copy_row(const float* x, const Projection& p, const Batch& batch, in
     round_row_to_bytes(x, p.k, p.plane(batch.rows), row, copies);
   else if (p.format == kBytes)
     round_row(x, p.k, row, copies);
-  else if (p.rounds_to_brains(batch))
-    round_row_to_brains(x, p.k, row, copies);
+  else if (p.rounds_to_bfloat16(batch))
+    round_row_to_bfloat16(x, p.k, row, copies);
   else if (p.spreads(batch))
     std::memcpy(copies.spread.data() + row * spread_stride(p.k), x, p.k * sizeof(float));
 }
@@ -581,14 +583,14 @@ void share_product(const float* x, const Projection& p, const To& to, const Batc
     else
       return multiply(RoundedInputs{copies.values.data(), scales, p.k});
   }
-  if (p.rounds_to_brains(batch)) {
-    using Inputs = std::conditional_t<kMatrixUnit, UnitInputs, BrainInputs>;
+  if (p.rounds_to_bfloat16(batch)) {
+    using Inputs = std::conditional_t<kMatrixUnit, UnitInputs, BFloat16Inputs>;
     return multiply(Inputs{copies.values.data(), p.k});
   }
   int64_t ldx = p.k;
   if (p.spreads(batch)) x = copies.spread.data(), ldx = spread_stride(p.k);
   if (p.format == kFloats) return multiply(WholeInputs{x, p.k, ldx});
-  multiply(WholeBrainInputs{x, p.k, ldx});
+  multiply(WholeBFloat16Inputs{x, p.k, ldx});
 }
 
 }  // namespace dynamic_lora

@@ -6,29 +6,29 @@
 #include <cstring>
 #include <type_traits>
 
-#include "brain.h"
+#include "bfloat16.h"
 #include "half.h"
 #include "vectors.h"
 
 namespace dynamic_lora {
 
 // What tables of factors are kept in.
-enum FactorFormat : int64_t { kFloatFactors, kBrainFactors, kHalfFactors };
+enum FactorFormat : int64_t { kFloatFactors, kBFloat16Factors, kHalfFactors };
 
 inline int64_t factor_bytes(int64_t format) {
-  return format == kFloatFactors ? sizeof(float) : sizeof(Brain);
+  return format == kFloatFactors ? sizeof(float) : sizeof(BFloat16);
 }
 
 // What the factors of a segment are kept in, and how they are multiplied: in sixteen bits they are
 // widened in registers or, those in bfloat16, multiplied in pairs (AVX-512-BF16) by inputs that are
 // rounded too, as is what they are shrunk to. Sums are float32.
-enum class Factors { kFloats, kBrains, kHalves, kPaired };
+enum class Factors { kFloats, kBFloat16, kHalves, kPaired };
 
 // Of tables that are not multiplied in pairs.
 inline Factors widened_factors(int64_t format) {
   return format == kFloatFactors ? Factors::kFloats
          : format == kHalfFactors ? Factors::kHalves
-                                  : Factors::kBrains;
+                                  : Factors::kBFloat16;
 }
 
 template <typename Kept>
@@ -43,19 +43,19 @@ struct FactorTypes;
 template <>
 struct FactorTypes<Factors::kFloats> : WidenedTypes<float> {};
 template <>
-struct FactorTypes<Factors::kBrains> : WidenedTypes<Brain> {};
+struct FactorTypes<Factors::kBFloat16> : WidenedTypes<BFloat16> {};
 template <>
 struct FactorTypes<Factors::kHalves> : WidenedTypes<Half> {};
 
 template <>
 struct FactorTypes<Factors::kPaired> {
-  using Factor = Brain;
+  using Factor = BFloat16;
   using Input = int16_t;
-  using Shrunk = Brain;
+  using Shrunk = BFloat16;
 };
 
 inline void put(float value, float* to) { *to = value; }
-inline void put(float value, Brain* to) { *to = to_brain(value); }
+inline void put(float value, BFloat16* to) { *to = to_bfloat16(value); }
 
 // Sums of products of rows of x, ldx apart, and of rows of a, `in` apart; asks for the next rows
 // of a. Returns how many inputs are in the sums: what is left is fewer than kLanes.
@@ -211,7 +211,7 @@ inline void pair_ranks(const __m512i one, const __m512i other, __m512i* pairs) {
 
 // The same in pairs of ranks.
 template <int Rows, int Vecs, typename Factor>
-void expand_tile(const Brain* shrunk, int64_t rank, const Factor* b, int64_t ldb, int64_t ranks,
+void expand_tile(const BFloat16* shrunk, int64_t rank, const Factor* b, int64_t ldb, int64_t ranks,
                  float* out, int64_t ldo) {
   static_assert(Vecs % 2 == 0, "factors are read two vectors at a time");
   Vec sums[Rows][Vecs];
@@ -253,7 +253,7 @@ int64_t add_products(const int16_t*, int64_t, const Factor*, int64_t in, Vec (&)
   return in;
 }
 template <int Rows, int Vecs, typename Factor>
-void expand_tile(const Brain*, int64_t, const Factor*, int64_t, int64_t, float*, int64_t) {}
+void expand_tile(const BFloat16*, int64_t, const Factor*, int64_t, int64_t, float*, int64_t) {}
 
 #endif
 

@@ -61,7 +61,7 @@ int64_t dynamic_lora_segments(const float* x, float* out, const char* a, const c
 
 // The same for factors in tiles, whose slots follow each other; x [rows, in], out [rows, out].
 // sizes: slots, rank, inputs, outputs, row stride of out.
-int64_t dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, const Brain* b,
+int64_t dynamic_lora_tiled_segments(const float* x, float* out, const BFloat16* a, const BFloat16* b,
                                     const int64_t* lengths, const int64_t* columns,
                                     const int64_t* sizes, float sign) {
   static thread_local Scratch own;
@@ -74,7 +74,7 @@ int64_t dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, 
     have_room(scratch.shrunk, rows * rank);
     scratch.copies.make_room(rows, in);
     scratch.tiled.clear();
-    auto* shrunk = reinterpret_cast<Brain*>(scratch.shrunk.data());
+    auto* shrunk = reinterpret_cast<BFloat16*>(scratch.shrunk.data());
     for (int64_t i = 0, row = 0; i < slots; row += lengths[i++])
       scratch.tiled.add({a + i * rank * tiled_inputs(in), b + i * rank * tiled_outs(outs),
                          columns ? columns + i * rank * 2 : nullptr, shrunk + row * rank, rank,
@@ -88,7 +88,7 @@ int64_t dynamic_lora_tiled_segments(const float* x, float* out, const Brain* a, 
     const Member member(team);
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
-      round_row_to_brains(x + row * in, in, row, scratch.copies);
+      round_row_to_bfloat16(x + row * in, in, row, scratch.copies);
     meet();
     share_tiled_shrinking(scratch.tiled, scratch.copies.values.data(), in);
     meet();

@@ -78,7 +78,7 @@ template <typename Act>
 void with_kind(Factors kind, const Act& act) {
   switch (kind) {
     case Factors::kFloats: return act(OfKind<Factors::kFloats>{});
-    case Factors::kBrains: return act(OfKind<Factors::kBrains>{});
+    case Factors::kBFloat16: return act(OfKind<Factors::kBFloat16>{});
     case Factors::kHalves: return act(OfKind<Factors::kHalves>{});
     case Factors::kPaired: return act(OfKind<Factors::kPaired>{});
   }

@@ -1,26 +1,37 @@
 """Generation events as `/v1/chat/completions` answers them."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
+from dynamic_lora_server.answers.calls import delta_of, finish_name, first_delta, whole_message
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
 from dynamic_lora_server.streams import Generation, WholeAnswer
+from dynamic_lora_server.tools.calls import Reader
+from dynamic_lora_server.tools.offer import Offer
 
 
 class ChatAnswer:
     """Writes the answers to one request."""
 
     def __init__(
-        self, *, model: str, fingerprint: str, n: int, logprobs: bool, usage: UsageTold
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        n: int,
+        logprobs: bool,
+        usage: UsageTold,
+        offer: Offer | None = None,
     ) -> None:
         self._stamp = Stamp.new("chatcmpl", model=model, fingerprint=fingerprint)
         self._n = n
         self._with_logprobs = logprobs
         self._usage = usage
         self._count = UsageCount()
+        self._offer = offer
 
     def whole(self, continuations: Sequence[WholeAnswer]) -> wire.ChatCompletion:
         """The answer that is sent at once."""
@@ -35,26 +46,33 @@ class ChatAnswer:
         )
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
-        """The role of each choice, its pieces of text, its end, and the usage if asked for."""
+        """The role of each choice, its pieces of text and calls, its end, and the usage if asked
+        for."""
+        readers = [] if self._offer is None else [self._offer.reader() for _ in range(self._n)]
         self._count.begin(0, generation.started)
         async with aclosing(generation.events) as events:
             for index in range(self._n):
-                yield self._chunk(index, wire.ChatDelta(role="assistant", content=""))
+                yield self._chunk(index, first_delta(self._offer))
             async for current in events:
                 self._count.note(0, current)
-                chunk = self._piece(current)
-                if chunk is not None:
+                if readers and isinstance(current, TokenPiece | Finish):
+                    for part in self._with_calls(current, readers[current.index]):
+                        yield part
+                elif (chunk := self._piece(current)) is not None:
                     yield chunk
         if self._usage is not UsageTold.NEVER:
             yield event(self._document([], self._count.answer()))
 
     def _choice(self, continuation: WholeAnswer) -> wire.ChatChoice:
         finish = continuation.finish
+        message, called = wire.ChatMessage(content=finish.text), False
+        if self._offer is not None:
+            message, called = whole_message(finish.text, self._offer.reader())
         return wire.ChatChoice(
             index=finish.index,
-            message=wire.ChatMessage(content=finish.text),
+            message=message,
             logprobs=self._logprobs(continuation.pieces),
-            finish_reason=FINISH[finish.reason],
+            finish_reason=finish_name(finish.reason, called=called),
         )
 
     def _piece(self, current: GenerationEvent) -> bytes | None:
@@ -68,6 +86,21 @@ class ChatAnswer:
             wire.ChatDelta(content=current.text),
             logprobs=self._logprobs([current]),
         )
+
+    def _with_calls(self, current: TokenPiece | Finish, reader: Reader) -> Iterator[bytes]:
+        """Chunks of one delta each; clients add up the deltas of a call one by one."""
+        if isinstance(current, Finish):
+            for part in [*reader.push(current.tail), *reader.finish()]:
+                yield self._chunk(current.index, delta_of(part))
+            end = finish_name(current.reason, called=reader.called)
+            yield self._chunk(current.index, wire.ChatDelta(), finish=end)
+            return
+        deltas = [delta_of(part) for part in reader.push(current.text)]
+        if self._with_logprobs and not deltas:
+            deltas = [wire.ChatDelta()]
+        for number, delta in enumerate(deltas):
+            logprobs = None if number else self._logprobs([current])
+            yield self._chunk(current.index, delta, logprobs=logprobs)
 
     def _chunk(
         self,

@@ -37,6 +37,7 @@ _SIZES = (
 _REPEATABLE = {
     "served_model_name": "served_model_names",
     "adapter_root": "adapter_roots",
+    "fetch_from_hub": "fetch_from_hub",
     "api_key": "api_keys",
     "admin_key": "admin_keys",
     "allowed_origin": "allowed_origins",
@@ -51,6 +52,7 @@ def serve(
     home: options.Home = None,
     database_url: options.DatabaseUrl = None,
     adapter_root: options.AdapterRoot = None,
+    fetch_from_hub: options.FetchFromHub = None,
     api_key: options.ApiKey = None,
     admin_key: options.AdminKey = None,
     allowed_origin: options.AllowedOrigin = None,
@@ -76,6 +78,7 @@ def serve(
     quantize: options.Quantize = _DEFAULT.quantize,
     mode: options.Mode = _DEFAULT.mode,
     restore: options.Restore = _DEFAULT.restore,
+    tool_call_format: options.ToolCallFormat = _DEFAULT.tool_call_format,
     record_trace: options.RecordTrace = None,
     log_level: options.LogLevel = _DEFAULT.log_level,
 ) -> None:

@@ -13,6 +13,7 @@ from dynamic_lora_server.config import (
     MODES,
     QUANTIZATIONS,
     RESTORES,
+    TOOL_CALL_FORMATS,
 )
 from dynamic_lora_server.engine.drafts import MAX_DRAFT
 
@@ -48,6 +49,15 @@ DatabaseUrl = Annotated[
 AdapterRoot = Annotated[
     list[Path] | None,
     typer.Option(help="Folder below which POST /adapters may read a source. Repeatable."),
+]
+FetchFromHub = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORGANISATION",
+        help="Fetch adapters of this organisation from the Hub when a request names their id; "
+        "'*' for all. Repeatable.",
+        show_default="none is fetched",
+    ),
 ]
 ApiKey = Annotated[
     list[str] | None,
@@ -169,6 +179,13 @@ Mode = Annotated[
 Restore = Annotated[
     str,
     typer.Option(help=f"How the base comes back from a merge: {', '.join(RESTORES)}."),
+]
+ToolCallFormat = Annotated[
+    str,
+    typer.Option(
+        help=f"How models write calls of tools: {', '.join(TOOL_CALL_FORMATS)}; what a chat "
+        "template tells counts before it."
+    ),
 ]
 RecordTrace = Annotated[
     Path | None,

@@ -10,6 +10,7 @@ from dynamic_lora_server.engine.attention import CACHED_BYTES, AttentionStep, Ru
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.kv_cache import KVCache
 from dynamic_lora_server.engine.llama_layers import Unsuited
+from dynamic_lora_server.engine.probe import random_tokens
 
 # A long sequence whose prompt comes in two pieces, the first of more than
 # attention.FEW_TOKENS, and a short one.
@@ -33,13 +34,9 @@ class DecoderProbe:
         # Whatever depends on the position beside the rotary tables shows at the window's end.
         window = int(model.config.max_position_embeddings)
         self._offsets = [max(window - sum(_PIECES[0]), 0), 0]
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, torch.Tensor)
-        generator = torch.Generator().manual_seed(0)
-        lengths = [sum(pieces) for pieces in _PIECES]
-        if sum(lengths) > len(cache.keys[0]):
+        if len(cache.keys[0]) < PROBE_CELLS:
             raise Unsuited("the KV cache is too small for a probe")
-        self._ids = [torch.randint(len(embedding), (n,), generator=generator) for n in lengths]
+        self._ids = random_tokens(model, PROBE_CELLS).split([sum(pieces) for pieces in _PIECES])
 
     def run(self, logits_of: Logits, cached_bytes: int = CACHED_BYTES) -> torch.Tensor:
         """What `logits_of` gives for all tokens, [num_tokens, vocab].

@@ -223,7 +223,7 @@ class Engine:
         places, told, choice = self._run(pieces, unread)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
-            self.scheduler.begin(piece)
+            self.scheduler.begin(piece, lasting=self.runner.lasts(piece.sequence))
         return _Started(
             pieces=pieces,
             choice=choice,

@@ -180,17 +180,22 @@ def _written(kind: GrammarKind, source: str) -> str:
             return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
         case GrammarKind.RULES:
             return grammar_from("grammar", source)
+        case GrammarKind.CALLS:
+            return LLMatcher.grammar_from_lark(source)
 
 
 def _json(source: str) -> str:
     """JSON of a schema, behind a space or not: many models go on from a prompt with one."""
+    return LLMatcher.grammar_from_lark(f'start: " "? answer\nanswer: {json_rule(source)}')
+
+
+def json_rule(source: str) -> str:
+    """What a rule of llguidance's Lark says for JSON of a schema. Raises ValueError."""
     grammar = LLMatcher.grammar_from_json_schema(
         source, defaults={"whitespace_pattern": _WHITESPACE}
     )
     (schema,) = (one["json_schema"] for one in json.loads(grammar)["grammars"])
-    return LLMatcher.grammar_from_lark(
-        f'start: " "? answer\nanswer: %json {json.dumps(schema, ensure_ascii=False)}'
-    )
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 
 def _unusable(grammar: Grammar, reason: str) -> InvalidParameter:

@@ -64,18 +64,14 @@ class KVSpace(ABC):
         """Whether `allocate(num_tokens)` would succeed now."""
 
     @abstractmethod
-    def fits_empty(self, num_tokens: int) -> bool:
-        """Whether that many tokens would fit if nothing else ran."""
-
-    @abstractmethod
     def allocate(self, num_tokens: int) -> Allocation:
         """Reserve cells for `num_tokens` positions."""
 
     def make_gap(self, num_tokens: int) -> list[Move]:
-        """Have `num_tokens` be allocated if so many cells are free, wherever they are.
+        """Make `allocate(num_tokens)` possible if so many cells are free, wherever they are.
 
-        What moves for it, in this order, all of it towards lower cells: the caller's allocations
-        must follow.
+        Returns what moved for it, in this order, all of it towards lower cells. Allocations
+        of the caller's must follow.
         """
         del num_tokens  # free pages are as good anywhere
         return []
@@ -103,9 +99,6 @@ class ContiguousSpace(KVSpace):
 
     def can_allocate(self, num_tokens: int) -> bool:
         return any(length >= num_tokens for _, length in self._gaps)
-
-    def fits_empty(self, num_tokens: int) -> bool:
-        return num_tokens <= self.num_cells
 
     def allocate(self, num_tokens: int) -> Allocation:
         for index, (start, length) in enumerate(self._gaps):
@@ -195,9 +188,6 @@ class PagedSpace(KVSpace):
         The first `num_shared` of theirs are there already.
         """
         return max(self._pages_for(num_tokens) - num_shared - len(self._free), 0)
-
-    def fits_empty(self, num_tokens: int) -> bool:
-        return self._pages_for(num_tokens) <= len(self._pages)
 
     def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> Allocation:
         """Reserve cells for `num_tokens` positions, the first in `shared` pages that others hold.

@@ -140,7 +140,7 @@ class ModeController:
         before = self._merger.merged
         if adapter is before:
             return
-        if adapter is not None and not self._pool.keep(adapter):
+        if adapter is not None and not self._pool.pin(adapter):
             return  # its request was cancelled and its slot given away in this moment
         try:
             if adapter is not None and not self._merger.spares_others(adapter):
@@ -153,9 +153,9 @@ class ModeController:
             self._bar(adapter, error)
             return
         finally:  # a switch that failed has left the base
-            for kept in (before, adapter):
-                if kept is not None and kept is not self._merger.merged:
-                    self._pool.let_go(kept)
+            for pinned in (before, adapter):
+                if pinned is not None and pinned is not self._merger.merged:
+                    self._pool.unpin(pinned)
         self._counts.num_switches += 1
         self._counts.last_switch_s = time.perf_counter() - begin
         self._counts.switch_s += self._counts.last_switch_s

@@ -44,7 +44,7 @@ def measure_mode_costs(
     """Time steps of the base model and a switch, and add up what the kernels cost.
 
     `trial` runs a step of so many rows, one new token for each sequence. The
-    switch is one to an adapter of rank 16 on every layer; without `merges` there is
+    switch is the merge of an adapter of rank 16 on every layer; without `merges` there is
     none: on plain weights even one would leave a copy of the base in host memory. Takes a few
     steps' time: one to two seconds for a small model on a CPU. Layers that run
     whole in C++ add their deltas for somewhat less than the kernels alone take.
@@ -95,15 +95,18 @@ def _switch_s(
         dtype=dtype,
         factor_dtype=factor_dtype,
         slab_slots=1,
+        merges=True,
     )
     adapter = pool.admit("probe", AdapterTerms(linears=linears))
     assert adapter is not None
-    seconds = []
-    for _ in range(_SAMPLES):
-        seconds.append(_timed(device, lambda: merger.switch(adapter)))
-        seconds.append(_timed(device, lambda: merger.switch(None)))
+
+    def merge() -> float:
+        seconds = _timed(device, lambda: merger.switch(adapter))
+        merger.switch(None)
+        return seconds
+
     # The first merge may also copy the weights to the host, which happens once.
-    return min(seconds[0::2]) if len(seconds) > 2 else max(seconds)
+    return min(merge() for _ in range(_SAMPLES))
 
 
 def _timed(device: torch.device, run: Callable[[], object]) -> float:

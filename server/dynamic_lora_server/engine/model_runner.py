@@ -1,6 +1,6 @@
 """The only caller of the model."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import overload
 
@@ -25,6 +25,7 @@ from dynamic_lora_server.engine.paged_attention import (
     paged_kernel_available,
 )
 from dynamic_lora_server.engine.scheduler import Piece
+from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.unread import UnreadTokens
 
 
@@ -49,22 +50,22 @@ class ModelRunner:
 
     @overload
     def run(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None = None
-    ) -> tuple[Sequence[Piece], torch.Tensor]: ...
+        self, pieces: Seq[Piece], unread: UnreadTokens | None = None
+    ) -> tuple[Seq[Piece], torch.Tensor]: ...
 
     @overload
     def run(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None = None, *, greedily: bool
-    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]: ...
+        self, pieces: Seq[Piece], unread: UnreadTokens | None = None, *, greedily: bool
+    ) -> tuple[Seq[Piece], torch.Tensor | Highest]: ...
 
     @torch.inference_mode()
     def run(
         self,
-        pieces: Sequence[Piece],
+        pieces: Seq[Piece],
         unread: UnreadTokens | None = None,
         *,
         greedily: bool = False,
-    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
+    ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         """Run the pieces; on CUDA, start to.
 
         `unread` has the tokens of sequences whose last one is not read yet. Returns the
@@ -83,9 +84,18 @@ class ModelRunner:
                 return ordered, logits
         return self._run_packed(pieces, unread, greedily=greedily)
 
+    def lasts(self, sequence: Sequence) -> bool:
+        """Whether keys and values that are computed for a sequence now are as good in any step.
+
+        Not where the weights hold somebody else's adapter and are rounded: taking it away from
+        the sequence's rows leaves what the rounding was.
+        """
+        merged = self.merger.merged
+        return merged is None or sequence.adapter is merged or not self.merger.rounds
+
     def _run_packed(
-        self, pieces: Sequence[Piece], unread: UnreadTokens | None, *, greedily: bool
-    ) -> tuple[Sequence[Piece], torch.Tensor | Highest]:
+        self, pieces: Seq[Piece], unread: UnreadTokens | None, *, greedily: bool
+    ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
         self._write_given(pieces)
         self.site.plan = self.chooser.assign(batch.plan)
@@ -103,7 +113,7 @@ class ModelRunner:
             self.site.segments = ()
         return batch.scored, found
 
-    def _write_given(self, pieces: Sequence[Piece]) -> None:
+    def _write_given(self, pieces: Seq[Piece]) -> None:
         """Put the keys and values that an adapter gives into the cache, before the first piece."""
         for piece in pieces:
             sequence = piece.sequence

@@ -215,8 +215,8 @@ class Text:
             self._places = Places()
             for place in range(len(self._tokens) - 1):
                 self._places.add(self._tokens, place)
-        length, place = self._places.latest(self._tokens, end)
-        return length, None if place is None else self._tokens[place + 1]
+        length, last = self._places.latest(self._tokens, end)
+        return length, None if last is None else self._tokens[last + 1]
 
 
 class Places:
@@ -237,7 +237,7 @@ class Places:
     def latest(self, tokens: Sequence[int], end: Sequence[int]) -> tuple[int, int | None]:
         """How long an end of `end` there is in the text, and the last place where it is."""
         pairs = self._pairs.get((end[-2], end[-1]), ()) if len(end) > 1 else ()
-        best, found = 0, None
+        best, found = 0, -1
         for place in reversed(pairs[-_MAX_LOOKED_AT:]):
             length, most = 2, min(len(end), place + 1)
             while length < most and tokens[place - length] == end[-1 - length]:
@@ -246,9 +246,10 @@ class Places:
                 best, found = length, place
             if length == len(end):
                 break
-        if found is None and end and end[-1] in self._latest:
-            return 1, self._latest[end[-1]]
-        return best, found
+        if best:
+            return best, found
+        alone = self._latest.get(end[-1]) if end else None
+        return (0, None) if alone is None else (1, alone)
 
 
 def _on_path(guess: Guess | None, path: Path) -> Guess | None:

@@ -98,7 +98,6 @@ class PrefixCache:
         assert pages.page_size % block_size == 0, "blocks fill pages"
         assert shared or pages.page_size == block_size, "pages set aside hold one block each"
         self.block_size = block_size
-        self.num_own_cells = 0 if shared else pages.num_cells
         self._pages = pages
         self.shared = shared
         self._max_pages = pages.num_cells // pages.page_size if max_pages is None else max_pages
@@ -144,7 +143,7 @@ class PrefixCache:
         self._num_reused += num_reused
 
     def num_known(self, keys: Sequence[bytes]) -> int:
-        """How many of these blocks, from the first on, are held; or less, or more.
+        """About how many of these blocks, from the first on, are held.
 
         By a few lookups: where a block is held, so are nearly always those before it.
         """

@@ -17,8 +17,7 @@ _MIN_SHARED = 64
 
 
 class PrefixReuse:
-    """Looks prompts up when their first piece is due, keeps blocks as pieces of them are done,
-    and those of an answer when it has ended.
+    """Looks prompts up when their first piece is due, keeps blocks as pieces and answers are done.
 
     So of a burst of prompts with one beginning, the first computes it and the
     others find it: they wait for as long as its pieces, one in each step, are of that
@@ -30,6 +29,9 @@ class PrefixReuse:
         self.cache = cache
         self._copies: list[CellCopy] = []
         self._under_way: set[bytes] = set()
+        # Adapters whose blocks were spoilt, in this step and in the one before.
+        self._spoilt: set[str | None] = set()
+        self._just_spoilt: set[str | None] = set()
 
     def add(self, sequence: Sequence) -> None:
         """Compute the keys of the blocks of a sequence's tokens, as many as are read by now."""
@@ -58,6 +60,7 @@ class PrefixReuse:
     def begin_step(self) -> None:
         """Nothing is being computed in this step yet."""
         self._under_way.clear()
+        self._spoilt, self._just_spoilt = set(), self._spoilt
 
     def begin(self, sequence: Sequence) -> bool:
         """Look a sequence up before it gets a piece; False if it should wait one step."""
@@ -67,9 +70,16 @@ class PrefixReuse:
             if self._soon_known(keys[num_known:], sequence, num_known):
                 return False
             self._reuse(sequence, self.cache.find(keys))
-        first = sequence.num_computed // self.cache.block_size
-        self._under_way.update(sequence.block_keys[first:])
+        if sequence.num_lasting is None and sequence.adapter_digest not in self._just_spoilt:
+            first = sequence.num_computed // self.cache.block_size
+            self._under_way.update(sequence.block_keys[first:])
         return True
+
+    def spoil(self, sequence: Sequence) -> None:
+        """Keep nothing that is computed of a sequence from now on, nor have others wait for it."""
+        self._spoilt.add(sequence.adapter_digest)
+        if sequence.num_lasting is None:
+            sequence.num_lasting = sequence.num_computed
 
     def num_left(self, sequence: Sequence) -> int:
         """Tokens of a prompt that are not computed, nor found when it begins, as far as is seen."""
@@ -88,7 +98,10 @@ class PrefixReuse:
 
     def keep(self, sequence: Sequence) -> None:
         """Keep the blocks with a key that are complete by now."""
-        done = min(sequence.num_computed // self.cache.block_size, len(sequence.block_keys))
+        num_tokens = sequence.num_computed
+        if sequence.num_lasting is not None:
+            num_tokens = sequence.num_lasting
+        done = min(num_tokens // self.cache.block_size, len(sequence.block_keys))
         new = range(sequence.num_kept, done)
         if new:
             assert sequence.allocation is not None

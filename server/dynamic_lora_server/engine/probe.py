@@ -112,9 +112,9 @@ def trial_run(model: PreTrainedModel) -> Callable[[], object]:
     return run
 
 
-def random_tokens(model: PreTrainedModel, number: int, *, seed: int = 0) -> torch.Tensor:
-    """Token ids [number] of the model's vocabulary, on its device; the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
+def random_tokens(model: PreTrainedModel, number: int) -> torch.Tensor:
+    """Token ids [number] of the model's vocabulary, on its device; always the same."""
+    generator = torch.Generator().manual_seed(0)
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return torch.randint(weight.shape[0], (number,), generator=generator).to(model.device)

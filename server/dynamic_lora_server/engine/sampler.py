@@ -189,9 +189,8 @@ def _reports(
     logits: torch.Tensor, owners: Seq[ScoredRow], chosen: torch.Tensor, peaks: Peaks | None
 ) -> _Reports | None:
     """What the rows that ask for log-probabilities get; `peaks` of the logits if they are known."""
-    wanted = [
-        row for row, (s, _) in enumerate(owners) if s.sampling.logprobs or s.sampling.top_logprobs
-    ]
+    asked = [owner.sequence.sampling for owner in owners]
+    wanted = [row for row, one in enumerate(asked) if one.logprobs or one.top_logprobs]
     if not wanted:
         return None
     if len(wanted) < len(owners):

@@ -212,9 +212,14 @@ class Scheduler:
         if self.drafter is not None and pieces and not self._num_prompts:
             self.drafter.observe(sum(piece.num_tokens for piece in pieces), seconds)
 
-    def begin(self, piece: Piece) -> None:
-        """Record that a piece is on its way: later steps find its KV entries."""
+    def begin(self, piece: Piece, *, lasting: bool = True) -> None:
+        """Record that a piece is on its way: later steps find its KV entries.
+
+        Unless they are `lasting`, neither they nor those behind them are kept for other sequences.
+        """
         sequence, samples = piece.sequence, piece.samples
+        if not lasting:
+            self._prefixes.spoil(sequence)
         sequence.num_computed += piece.num_tokens
         if sequence.phase is Phase.PREFILL:
             self._prefixes.keep(sequence)

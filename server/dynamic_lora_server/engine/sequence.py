@@ -60,6 +60,7 @@ class Sequence:
     num_reused: int = 0
     block_keys: tuple[bytes, ...] = ()  # where prefixes are kept
     num_kept: int = 0  # blocks that were offered to the prefix cache
+    num_lasting: int | None = None  # leading tokens whose KV entries others may take; None: all
     prompt_tensor: "torch.Tensor | None" = None  # of its ids, where the sampler needs them
     phase: Phase = Phase.WAITING
     allocation: Allocation | None = None

@@ -129,9 +129,9 @@ class Worker:
         for event in events:
             if isinstance(event, FailedEvent):
                 logger.error("sequence %d failed: %s", event.sequence_id, event.message)
-                self._let_go(event.sequence_id)
+                self._finish(event.sequence_id)
             elif isinstance(event, TokenEvent) and event.reason is not None:
-                self._let_go(event.sequence_id)
+                self._finish(event.sequence_id)
         if events:
             self._sink(events)
 
@@ -148,14 +148,14 @@ class Worker:
                     self._engine.add(sequence)
                 case Cancel(sequence):
                     self._engine.cancel(sequence)
-                    self._let_go(sequence.id)
+                    self._finish(sequence.id)
                 case MakeRoom(doomed_only, done):
                     if self._engine.modes.make_room(doomed_only=doomed_only):
                         done()
                 case Stop():
                     return False
 
-    def _let_go(self, sequence_id: int) -> None:
+    def _finish(self, sequence_id: int) -> None:
         if (submitted := self._live.pop(sequence_id, None)) is not None:
             submitted.left()
 
@@ -181,7 +181,7 @@ class Worker:
     def _fail(self, why: str) -> None:
         ended = list(self._live)
         for sequence_id in ended:
-            self._let_go(sequence_id)
+            self._finish(sequence_id)
         if ended:
             self._sink([FailedEvent(sequence_id, why) for sequence_id in ended])
 

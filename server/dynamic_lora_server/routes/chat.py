@@ -9,7 +9,7 @@ from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import chat_spec
+from dynamic_lora_server.prompts import chat_offer, chat_spec
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -20,10 +20,11 @@ from dynamic_lora_server.routes._deps import (
 )
 from dynamic_lora_server.schemas.openai import ChatRequest
 from dynamic_lora_server.schemas.openai_answers import ChatCompletion
-from dynamic_lora_server.selection import select_chat
+from dynamic_lora_server.selection import ChatAdapter, select_chat
 from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
 from dynamic_lora_server.streams import Prepared, begin_prepared, collect
+from dynamic_lora_server.tools.offer import Offer
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -36,7 +37,7 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, depen
     response_model=ChatCompletion,
     responses={
         200: {"content": event_stream("ChatChunk")},
-        **openai_errors(400, 404, 413, 415, 429, 500, 503),
+        **openai_errors(400, 404, 413, 415, 429, 500, 502, 503),
     },
     summary="Answer a conversation",
 )
@@ -66,19 +67,42 @@ async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> R
 async def _prepare(
     body: ChatRequest, state: ServerState, runtime: "Runtime"
 ) -> Prepared[ChatAnswer]:
-    saved = runtime.residencies.saved
+    saved = runtime.loader.saved
     runtime.service.check_room(body.n or 1)
-    asked = select_chat(body.model, saved=saved, base_names=runtime.base_names)
-    make = partial(
-        chat_spec, body, adapter=asked.adapter, tokenizer=runtime.tokenizer, chat=asked.chat
+    asked = await state.hub.found(
+        partial(select_chat, body.model, saved=saved, base_names=runtime.base_names)
     )
-    spec = await state.render(make)
+    spec, offer = await state.render(partial(_rendered, body, asked, runtime))
     name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
-    return Prepared(spec, _answer(body, spec, name, runtime.fingerprint), asked.digest)
+    answer = _answer(body, spec, offer, model=name, fingerprint=runtime.fingerprint)
+    return Prepared(spec, answer, asked.digest)
 
 
-def _answer(body: ChatRequest, spec: GenerationSpec, model: str, fingerprint: str) -> ChatAnswer:
+def _rendered(
+    body: ChatRequest, asked: ChatAdapter, runtime: "Runtime"
+) -> tuple[GenerationSpec, Offer | None]:
+    tokenizer, chat = runtime.tokenizer, asked.chat
+    offer = chat_offer(
+        body,
+        tokenizer=tokenizer,
+        view=runtime.view,
+        otherwise=runtime.config.tool_call_format,
+        chat=chat,
+    )
+    spec = chat_spec(body, adapter=asked.adapter, tokenizer=tokenizer, chat=chat, offer=offer)
+    return spec, offer
+
+
+def _answer(
+    body: ChatRequest,
+    spec: GenerationSpec,
+    offer: Offer | None,
+    *,
+    model: str,
+    fingerprint: str,
+) -> ChatAnswer:
     return ChatAnswer(
+        offer=offer,
         model=model,
         fingerprint=fingerprint,
         n=spec.n,

@@ -1,6 +1,7 @@
 """`POST /v1/completions`: OpenAI's completions."""
 
 from collections.abc import Awaitable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
@@ -37,7 +38,7 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, depen
     response_model=Completion,
     responses={
         200: {"content": event_stream("Completion")},
-        **openai_errors(400, 404, 413, 415, 429, 500, 503),
+        **openai_errors(400, 404, 413, 415, 429, 500, 502, 503),
     },
     summary="Complete prompts",
 )
@@ -45,7 +46,7 @@ async def complete(
     body: CompletionRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
-    known = runtime.residencies.saved.has
+    known = runtime.loader.saved.has
     adapter = openai_adapter_name(body.model, base_names=runtime.base_names, known=known)
     specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.capacity)
@@ -87,6 +88,10 @@ async def _begun(
     body: CompletionRequest, specs: list[GenerationSpec], state: ServerState, runtime: "Runtime"
 ) -> tuple[list[Generation], CompletionAnswer]:
     """Generations that were admitted, one for each prompt."""
+    runtime.service.check_room(sum(spec.n for spec in specs))
+    adapter = specs[0].adapter
+    if isinstance(adapter, str):
+        await state.hub.found(partial(runtime.loader.saved.resolve, adapter))
     generations = await begin_all([state.generate(spec) for spec in specs])
     is_base = generations[0].started.adapter is None  # also where a sum cancels out
     answer = CompletionAnswer(

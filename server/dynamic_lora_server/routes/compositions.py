@@ -6,8 +6,8 @@ from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.composition import Part
+from dynamic_lora_adapters.composition_text import parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterNotFound
-from dynamic_lora_adapters.grammar import parse, parse_parts
 from dynamic_lora_adapters.index import StoredComposition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.routes._deps import Ready, StrictRoute, problems
@@ -43,7 +43,7 @@ async def save(name: str, body: NewComposition, runtime: Ready) -> Response:
     """
     async with runtime.checking:
         stored, created = await run_in_threadpool(
-            runtime.residencies.saved.save, name, _parts(body), reserved=runtime.registry.reserved
+            runtime.loader.saved.save, name, _parts(body), reserved=runtime.registry.reserved
         )
     return Response(
         _document(runtime, stored).model_dump_json(),
@@ -56,14 +56,14 @@ async def save(name: str, body: NewComposition, runtime: Ready) -> Response:
 @router.get("", responses=problems(503), summary="List the saved compositions")
 async def list_compositions(runtime: Ready) -> CompositionList:
     """All saved compositions, by name."""
-    saved = runtime.residencies.saved.list()
+    saved = runtime.loader.saved.list()
     return CompositionList(compositions=[_document(runtime, one) for one in saved])
 
 
 @router.get("/{name:name}", responses=problems(404, 503), summary="A saved composition")
 async def get_composition(name: str, runtime: Ready) -> SavedComposition:
     """Its text, its parts, and what they are now."""
-    return _document(runtime, runtime.residencies.saved.get(name))
+    return _document(runtime, runtime.loader.saved.get(name))
 
 
 @router.delete(
@@ -71,7 +71,7 @@ async def get_composition(name: str, runtime: Ready) -> SavedComposition:
 )
 async def delete_composition(name: str, runtime: Ready) -> None:
     """Forget the name; its adapters stay, and requests that use it finish with it."""
-    await run_in_threadpool(runtime.residencies.saved.delete, name)
+    await run_in_threadpool(runtime.loader.saved.delete, name)
 
 
 def _parts(body: NewComposition) -> list[Part]:
@@ -106,6 +106,6 @@ def _document(runtime: "Runtime", stored: StoredComposition) -> SavedComposition
 
 def _version(runtime: "Runtime", part: Part) -> str | None:
     try:
-        return runtime.residencies.saved.version(part).digest
+        return runtime.loader.saved.version(part).digest
     except AdapterNotFound:
         return None

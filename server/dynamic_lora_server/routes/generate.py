@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["generate"], route_class=StrictRoute)
 
-_ERRORS = problems(400, 404, 413, 415, 422, 429, 500, 503)
+_ERRORS = problems(400, 404, 413, 415, 422, 429, 500, 502, 503)
 
 
 class GenerateQuery(BaseModel):
@@ -55,7 +55,7 @@ async def generate(
 ) -> Response:
     """The whole text at once, or with `stream` as server-sent events, one for each token."""
     _refuse_repeated(request)
-    prepare = partial(_prepare, body, query, runtime)
+    prepare = partial(_prepare, body, query, state, runtime)
     if body.stream:
         return await _stream(request, state, prepare)
     return await until_disconnect(
@@ -96,7 +96,7 @@ async def generate_stream(
     """As `/generate` with `stream`; the last event has the whole text."""
     _refuse_repeated(request)
     streamed = body.model_copy(update={"stream": True})
-    return await _stream(request, state, partial(_prepare, streamed, query, runtime))
+    return await _stream(request, state, partial(_prepare, streamed, query, state, runtime))
 
 
 def _refuse_repeated(request: Request) -> None:
@@ -116,10 +116,13 @@ _Prepare = Callable[[], Awaitable[Prepared[TgiAnswer]]]
 
 
 async def _prepare(
-    body: GenerateRequest, query: GenerateQuery, runtime: "Runtime"
+    body: GenerateRequest, query: GenerateQuery, state: ServerState, runtime: "Runtime"
 ) -> Prepared[TgiAnswer]:
-    saved = runtime.residencies.saved
-    adapter = select(query.adapter, body, saved=saved, base_names=runtime.base_names)
+    saved = runtime.loader.saved
+    adapter = await state.hub.found(
+        partial(select, query.adapter, body, saved=saved, base_names=runtime.base_names),
+        wanted=body.parameters.adapter_source is not None,
+    )
     versions = [saved.version(part) for part in adapter.parts]
     card = None if body.raw or query.raw else card_of(adapter, versions)
     spec = generate_spec(body, adapter=adapter, card=card)

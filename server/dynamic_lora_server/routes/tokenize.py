@@ -1,6 +1,7 @@
 """`POST /tokenize` and `POST /detokenize`: texts and conversations as tokens, and back."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -20,14 +21,15 @@ from dynamic_lora_server.schemas.tokenize import (
     TokenizePrompt,
     TokenizeRequest,
 )
-from dynamic_lora_server.selection import openai_adapter_name, select_chat
+from dynamic_lora_server.selection import ChatAdapter, openai_adapter_name, select_chat
+from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
 router = APIRouter(tags=["tokens"], route_class=StrictRoute, dependencies=[NoQuery])
 
-_ERRORS = problems(400, 404, 413, 415, 422, 429, 503)
+_ERRORS = problems(400, 404, 413, 415, 422, 429, 502, 503)
 _SLICE = 1000  # tokens that are written at once: meanwhile the event loop stands still
 
 
@@ -45,7 +47,8 @@ async def tokenize(
     Messages go through the chat template as `/v1/chat/completions` has it; nothing applies a task
     card.
     """
-    work = state.tokenize(partial(_tokenized, body, runtime))
+    check = partial(_check_named, body, runtime)
+    work = _worked(check, partial(_tokenized, body, runtime), state)
     return _json(await until_disconnect(request.receive, work))
 
 
@@ -59,8 +62,30 @@ async def detokenize(
     body: DetokenizeRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """Special tokens read as their names, bytes that are no characters as U+FFFD."""
-    work = state.tokenize(partial(_detokenized, body, runtime))
+    check = partial(_check_model, body.model, runtime)
+    work = _worked(check, partial(_detokenized, body, runtime), state)
     return _json(await until_disconnect(request.receive, work))
+
+
+async def _worked(
+    check: Callable[[], None], work: Callable[[], bytes], state: ServerState
+) -> bytes:
+    """What `work` makes, once the adapters that `check` misses are here."""
+    await state.hub.found(check)
+    return await state.tokenize(work)
+
+
+def _check_named(body: TokenizeRequest, runtime: "Runtime") -> None:
+    asked = body.root
+    if isinstance(asked, TokenizePrompt):
+        _check_model(asked.model, runtime)
+    elif not isinstance(asked, TokenizeInputs):
+        _chat_adapter(asked.model, runtime)
+
+
+def _chat_adapter(model: str | None, runtime: "Runtime") -> ChatAdapter:
+    saved = runtime.loader.saved
+    return select_chat(model, saved=saved, base_names=runtime.base_names)
 
 
 def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
@@ -68,13 +93,11 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
     if isinstance(asked, TokenizeInputs):
         return _places(asked, runtime)
     if isinstance(asked, TokenizePrompt):
-        _check_model(asked.model, runtime)
         ids = view.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
     else:
-        saved = runtime.residencies.saved
-        chat = select_chat(asked.model, saved=saved, base_names=runtime.base_names).chat
+        chat = _chat_adapter(asked.model, runtime).chat
         variables = asked.chat_template_kwargs or {}
-        text = render(asked.messages, variables, runtime.tokenizer, chat)
+        text = render(asked.messages, variables, runtime.tokenizer, chat, asked)
         ids = view.encode(text, add_special_tokens=False)
     count = TokenCount.model_construct(
         count=len(ids), max_model_len=runtime.context_length, tokens=list(ids)
@@ -98,7 +121,6 @@ def _places(asked: TokenizeInputs, runtime: "Runtime") -> bytes:
 
 
 def _detokenized(body: DetokenizeRequest, runtime: "Runtime") -> bytes:
-    _check_model(body.model, runtime)
     vocab_size = runtime.view.vocab_size
     if max(body.tokens, default=0) >= vocab_size:
         raise InvalidParameter(
@@ -109,7 +131,7 @@ def _detokenized(body: DetokenizeRequest, runtime: "Runtime") -> bytes:
 
 def _check_model(model: str | None, runtime: "Runtime") -> None:
     """The tokenizer is the base's for all; a name that nothing has is refused all the same."""
-    saved = runtime.residencies.saved
+    saved = runtime.loader.saved
     name = openai_adapter_name(model, base_names=runtime.base_names, known=saved.has)
     if name is not None:
         saved.resolve(name)

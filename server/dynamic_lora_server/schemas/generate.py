@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
 
 from dynamic_lora_adapters.card import MAX_STOP_STRINGS
 from dynamic_lora_server.generation import MAX_BIASES, MAX_N, MAX_STOP_TOKENS, ServedMode
@@ -33,6 +33,23 @@ LogitBias = Annotated[
 ]
 
 
+# LoRAX's other sources, and what serves in their place.
+_OTHER_SOURCES = {
+    "local": "give the folder a name with POST /adapters, and name that",
+    "s3": "upload the adapter with POST /adapters, and name it",
+    "pbase": "upload the adapter with POST /adapters, and name it",
+}
+
+
+def _check_source(source: object) -> object:
+    if isinstance(source, str) and source in _OTHER_SOURCES:
+        raise ValueError(f"{source!r} is not supported by this server; {_OTHER_SOURCES[source]}")
+    return source
+
+
+AdapterSourceName = Annotated[Literal["hub"] | None, BeforeValidator(_check_source)]
+
+
 class GenerateParameters(Wire):
     """How to generate. Null is the same as leaving a field out.
 
@@ -45,6 +62,11 @@ class GenerateParameters(Wire):
     adapter_id: Text | None = Field(
         default=None,
         description="Task name, or a sum such as `ner*0.7+tone*0.3`; none: the base model.",
+    )
+    adapter_source: AdapterSourceName = Field(
+        default=None,
+        description="Where an adapter that is not here is to come from, named by its id there: "
+        "`hub`, if the server fetches it (`--fetch-from-hub`).",
     )
     adapters: WeightedAdapters | None = Field(default=None, description="A sum, as a list.")
     merged_adapters: MergedAdapters | None = None
@@ -95,7 +117,6 @@ class GenerateParameters(Wire):
     response_format: ResponseFormat | None = Field(
         default=None, description="As `grammar`, in LoRAX's shape and in OpenAI's."
     )
-    adapter_source: Unset = None
     adapter_parameters: Unset = None
     api_token: Unset = None
     best_of: UnsetOrOne = None

@@ -23,6 +23,7 @@ from dynamic_lora_server.schemas._base import (
 )
 from dynamic_lora_server.schemas.generate import LogitBias, StopStrings, StopTokenIds, TokenIds
 from dynamic_lora_server.schemas.structured import StructuredRequest
+from dynamic_lora_server.schemas.tools import TemplateRequest, ToolCalls, ToolChoice
 from dynamic_lora_server.schemas.unserved import UnservedChat, UnservedCompletion
 
 
@@ -141,10 +142,12 @@ class TextPart(Wire):
 class Message(Wire):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is `system`."
     )
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        default=None, description="Needed, unless there are `tool_calls`."
+    )
     name: Text | None = Field(default=None, description="Of who speaks, for the chat template.")
     reasoning: Text | None = Field(
         default=None,
@@ -157,9 +160,11 @@ class Message(Wire):
         description="What OpenAI's client read the content as; changes nothing.",
     )
     refusal: Unset = None
-    tool_call_id: Unset = None
     annotations: UnsetOrEmptyList = None
-    tool_calls: UnsetOrEmptyList = None
+    tool_calls: ToolCalls | None = Field(default=None, description="The assistant's.")
+    tool_call_id: NonEmptyText | None = Field(
+        default=None, description="Of the role `tool`: which call the content is the result of."
+    )
     function_call: Unset = None
     audio: Unset = None
 
@@ -168,13 +173,13 @@ class Message(Wire):
         """The content as one string: several parts are lines, as in vLLM."""
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(part.text for part in self.content)
+        return "\n".join(part.text for part in self.content or ())
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-class ChatRequest(SamplingRequest, UnservedChat):
+class ChatRequest(SamplingRequest, TemplateRequest, UnservedChat):
     """The body of `POST /v1/chat/completions`. The chat template of the
     adapter is applied, if it is one alone and has one, or that of the base model.
     """
@@ -206,9 +211,12 @@ class ChatRequest(SamplingRequest, UnservedChat):
     )
     prompt_cache_key: Text | None = Field(default=None, description="As `user`.")
     safety_identifier: Text | None = Field(default=None, description="As `user`.")
-    tools: UnsetOrEmptyList = None
-    tool_choice: Annotated[Any, Neutral(None, "none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Neutral(None, True, False)] = None
+    tool_choice: ToolChoice | None = Field(
+        default=None, description="Default `auto` where there are `tools`."
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="False: one call at most. Default true."
+    )
     functions: UnsetOrEmptyList = None
     function_call: Annotated[Any, Neutral(None, "none", "auto")] = None
     modalities: Annotated[Any, Neutral(None, ["text"])] = None

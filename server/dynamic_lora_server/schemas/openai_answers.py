@@ -26,7 +26,7 @@ class Usage(Answer):
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
-FinishName = Literal["stop", "length"]
+FinishName = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionLogprobs(Answer):
@@ -84,12 +84,35 @@ class ChatLogprobs(Answer):
     refusal: None = None
 
 
+class CalledFunction(Answer):
+    """What the model calls, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Answer):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Answer):
-    """The model's turn."""
+    """The model's turn; `content` is null where it has calls and says nothing."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_no_calls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        if self.tool_calls is None:
+            del written["tool_calls"]
+        return written
 
 
 class ChatChoice(Answer):
@@ -113,11 +136,36 @@ class ChatCompletion(Answer):
     usage: Usage
 
 
+class FunctionDelta(Answer):
+    """What a chunk adds to a call: its name, which comes first, or more of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
+class ToolCallDelta(Answer):
+    """What a chunk adds to the call of this index; the first has an id and a name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
 class ChatDelta(Answer):
     """What a chunk adds to the message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

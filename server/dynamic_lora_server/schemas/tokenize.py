@@ -1,23 +1,22 @@
 """The bodies and answers of `/tokenize` and `/detokenize`, in TGI's and in vLLM's shapes."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Discriminator, Field, RootModel, Tag
 
 from dynamic_lora_server.schemas._base import (
     Answer,
     JsonObject,
-    Neutral,
     NonEmptyText,
     Text,
     Unset,
-    UnsetOrEmptyList,
     UnsetOrFalse,
     Wire,
     null_is,
 )
 from dynamic_lora_server.schemas.generate import TokenIds
 from dynamic_lora_server.schemas.openai import Messages
+from dynamic_lora_server.schemas.tools import TemplateRequest
 
 _Yes = Annotated[bool, null_is(True, bool)]
 _MODEL = (
@@ -46,7 +45,7 @@ class TokenizePrompt(Wire):
     return_token_strs: UnsetOrFalse = None
 
 
-class TokenizeMessages(Wire):
+class TokenizeMessages(TemplateRequest):
     """A conversation whose tokens are counted, as `/v1/chat/completions` sends them to the model:
     vLLM's form."""
 
@@ -55,14 +54,11 @@ class TokenizeMessages(Wire):
     chat_template_kwargs: JsonObject | None = Field(
         default=None, description="Variables for the chat template, such as `enable_thinking`."
     )
-    add_generation_prompt: Annotated[Any, Neutral(None, True)] = None
     add_special_tokens: UnsetOrFalse = None
     chat_template: Unset = None
-    continue_final_message: UnsetOrFalse = None
     media_io_kwargs: Unset = None
     mm_processor_kwargs: Unset = None
     return_token_strs: UnsetOrFalse = None
-    tools: UnsetOrEmptyList = None
 
 
 _FORM_OF = {

@@ -45,7 +45,6 @@ class UnservedCompletion(UnservedSampling):
 class UnservedChat(UnservedSampling):
     """Of chat completions alone."""
 
-    add_generation_prompt: _UnsetOrTrue = None
     add_special_tokens: UnsetOrFalse = None
     best_of: UnsetOrOne = None
     chat_template: Unset = None

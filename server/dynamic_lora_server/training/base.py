@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,10 +57,16 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(base: Path, device: torch.device) -> PreTrainedModel:
-    """The base in float32 on `device`. Raises TrainingError."""
+    """The base in float32 on `device`. Raises TrainingError, also where weights are missing."""
     with _unusable(base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        # Typed as the model alone, which it is without the report.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, output_loading_info=True
+        )
+    model, report = loaded
     assert isinstance(model, PreTrainedModel)
+    if lacking := report["missing_keys"]:  # transformers would make them up
+        raise TrainingError(f"the base model in {base} lacks weights: {', '.join(sorted(lacking))}")
     torch.nn.Module.to(model, device)
     return model
 

@@ -15,7 +15,7 @@ from dynamic_lora_server.training.errors import TrainingConfigError
 class _Strict(BaseModel):
     """Immutable, and an unknown key is an error rather than ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ConllDataset(_Strict):
@@ -110,8 +110,9 @@ class TrainingConfig(_Strict):
     """One adapter's recipe. `output` is relative to the folder the command runs in.
 
     `share_prompts` trains all answers to one input in one row, so that a long prompt
-    with many references is computed once. `batch_size` counts rows, and a row, prompt
-    and answers together, has at most `max_length` tokens.
+    with many references is computed once. `batch_size` counts rows, of which at most
+    `micro_batch_size` are computed at once. A row, prompt and answers together, has at most
+    `max_length` tokens.
 
     `base` is a folder or a model id of the Hub; without it, the embedded default. With
     `chat_template` the adapter's chats are prompts of this template too.
@@ -125,6 +126,7 @@ class TrainingConfig(_Strict):
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     batch_size: int = Field(default=16, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=1, ge=1)
     seed: int = 0
     max_length: int = Field(default=512, ge=2)
@@ -136,6 +138,11 @@ class TrainingConfig(_Strict):
     def base_name(self) -> str:
         """What the adapter's files call its base model."""
         return DEFAULT_BASE if self.base is None else self.base
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows' activations are in memory together."""
+        return self.micro_batch_size or self.batch_size
 
     @model_validator(mode="after")
     def _one_placeholder(self) -> Self:

@@ -82,7 +82,7 @@ def _read_split(dataset: DatasetConfig, data: Path, split: Split) -> list[Exampl
 
 def _open(path: Path, read: Callable[[Iterator[str]], _Read]) -> _Read:
     try:
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             return read(iter(lines))
     except (OSError, UnicodeDecodeError, DatasetError) as error:
         raise DatasetError(f"{path}: {error}") from error
@@ -92,6 +92,8 @@ def _read_tsv(lines: Iterator[str], labels: dict[str, str]) -> list[Example]:
     examples = []
     for number, line in enumerate(lines, start=1):
         sentence, tab, label = line.rstrip("\r\n").rpartition("\t")
+        if not line.strip():
+            continue
         if number == 1 and (sentence, label) == _TSV_HEADER and label not in labels:
             continue
         if not tab or label not in labels:

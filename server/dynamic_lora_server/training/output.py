@@ -1,6 +1,5 @@
 """The folder that a run leaves: looked at before training, then written whole or not at all."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,6 +88,5 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     """A folder on the same file system as `output`, so that renaming moves."""
-    prefix = f".{output.name}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         yield Path(folder)

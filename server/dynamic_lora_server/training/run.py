@@ -50,8 +50,9 @@ def run_training(
     cut short, it would teach the model to stop early.
 
     Every `save_every` steps (0: never), and when a KeyboardInterrupt ends the run, the adapter
-    as it is then goes to a folder beside `output`, its name ending in `-partial`; the end of the
-    run takes that away. `device` is as of `training_device`. Raises a `TrainingError`.
+    as it is then goes to a folder beside `output`, its name ending in `-partial`; a run that is
+    finished takes away what it kept there. `device` is as of `training_device`. Raises a
+    `TrainingError`.
     """
     where = training_device(device)
     output = check_output(output)
@@ -61,30 +62,43 @@ def run_training(
     template = build_chat_template(config, tokenizer)
     rows = load_rows(config, data, tokenizer)
     torch.manual_seed(config.seed)
-    steps: list[Progress] = []
     with _enough_memory():
         adapted = attach_lora(load_model(base, where), config.lora)
 
-        def record(progress: Progress) -> None:
-            steps.append(progress)
-            on_step(progress)
-            if save_every and progress.step % save_every == 0:
-                write_output(partial, adapter_files(adapted, config, template))
+        def save(folder: Path) -> None:
+            write_output(folder, adapter_files(adapted, config, template))
 
-        try:
+        steps: list[Progress] = []
+        with _interruptible(steps, partial, save):
+
+            def record(progress: Progress) -> None:
+                steps.append(progress)
+                on_step(progress)
+                if save_every and progress.step % save_every == 0:
+                    save(partial)
+
             train_adapter(adapted, rows, config, record)
-        except KeyboardInterrupt as interrupt:
-            if not steps:
-                raise
-            write_output(partial, adapter_files(adapted, config, template))
-            raise TrainingInterrupted(
-                f"interrupted after step {steps[-1].step} of {steps[-1].num_steps}; "
-                f"the adapter as it is now is in {partial}"
-            ) from interrupt
-    write_output(output, adapter_files(adapted, config, template))
+    save(output)
     if save_every and len(steps) >= save_every:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
     return _summary(output, steps, rows)
+
+
+@contextmanager
+def _interruptible(
+    steps: Sequence[Progress], partial: Path, save: Callable[[Path], None]
+) -> Iterator[None]:
+    """Save what there is to `partial` where somebody ends the run after its first step."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not steps:
+            raise
+        save(partial)
+        raise TrainingInterrupted(
+            f"interrupted after step {steps[-1].step} of {steps[-1].num_steps}; "
+            f"the adapter as it is now is in {partial}"
+        ) from interrupt
 
 
 @contextmanager
@@ -93,7 +107,7 @@ def _enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the GPU's memory is too small; lower batch_size or max_length: {error}"
+            f"the GPU's memory is too small; lower micro_batch_size or max_length: {error}"
         ) from error
 
 

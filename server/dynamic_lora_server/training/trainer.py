@@ -69,36 +69,54 @@ def train_adapter(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _keep_projection_contiguous(model)
     model.train()
-    for step, batch in enumerate(_batches(rows, config), start=1):
-        loss = answer_loss(model, batch.to(model.device))
-        loss.backward()
+    for step, batch in enumerate(_batches(rows.train, config), start=1):
+        loss = _add_gradients(model, batch, config, rows.pad_id)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
         lr = float(scheduler.get_last_lr()[0])
-        _check_finite(step, loss.item(), norm.item(), lr)
+        _check_finite(step, loss, norm.item(), lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
         measured = bool(rows.dev) and step % steps_per_epoch == 0
-        dev_loss = mean_loss(model, rows.dev, config.batch_size, rows.pad_id) if measured else None
-        on_step(
-            Progress(step=step, num_steps=num_steps, loss=loss.item(), lr=lr, dev_loss=dev_loss)
-        )
+        dev_loss = mean_loss(model, rows.dev, config, rows.pad_id) if measured else None
+        on_step(Progress(step=step, num_steps=num_steps, loss=loss, lr=lr, dev_loss=dev_loss))
     model.eval()
 
 
 @torch.no_grad()
-def mean_loss(model: PeftModel, rows: Sequence[EncodedRow], batch_size: int, pad_id: int) -> float:
+def mean_loss(
+    model: PeftModel, rows: Sequence[EncodedRow], config: TrainingConfig, pad_id: int
+) -> float:
     """Mean cross-entropy over the answer tokens of all `rows`, without dropout."""
     was_training = model.training
     model.eval()
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    total = 0.0
-    for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
-        loss = answer_loss(model, collate(chunk, pad_id).to(model.device))
-        total += loss.item() * sum(len(row.labels) for row in chunk)
+    losses = _losses(model, ordered, config.rows_at_once, pad_id)
+    total = sum(loss.item() for loss in losses)
     model.train(was_training)
-    return total / sum(len(row.labels) for row in rows)
+    return total
+
+
+def _add_gradients(
+    model: PeftModel, rows: Sequence[EncodedRow], config: TrainingConfig, pad_id: int
+) -> float:
+    """Add the gradients of the rows' mean loss; that loss."""
+    total = 0.0
+    for loss in _losses(model, rows, config.rows_at_once, pad_id):
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _losses(
+    model: PeftModel, rows: Sequence[EncodedRow], rows_at_once: int, pad_id: int
+) -> Iterator[torch.Tensor]:
+    """The summands of the mean loss over all answer tokens of `rows`, a few rows each."""
+    num_labels = sum(len(row.labels) for row in rows)
+    for start in range(0, len(rows), rows_at_once):
+        part = rows[start : start + rows_at_once]
+        share = sum(len(row.labels) for row in part) / num_labels
+        yield share * answer_loss(model, collate(part, pad_id).to(model.device))
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -140,12 +158,12 @@ def _check_finite(step: int, loss: float, norm: float, lr: float) -> None:
         )
 
 
-def _batches(rows: TrainingRows, config: TrainingConfig) -> Iterator[Batch]:
+def _batches(rows: Sequence[EncodedRow], config: TrainingConfig) -> Iterator[list[EncodedRow]]:
     rng = random.Random(config.seed)
-    lengths = [len(row.input_ids) for row in rows.train]
+    lengths = [len(row.input_ids) for row in rows]
     for _ in range(config.epochs):
         for indices in plan_batches(lengths, config.batch_size, rng):
-            yield collate([rows.train[index] for index in indices], rows.pad_id)
+            yield [rows[index] for index in indices]
 
 
 def _keep_projection_contiguous(model: PeftModel) -> None:

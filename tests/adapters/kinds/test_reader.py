@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.kinds import KINDS, read_kind
+from dynamic_lora_adapters.kinds.reader import READERS
 from dynamic_lora_adapters.terms import AdapterTerms
 from tests.adapters.kinds.checkpoints import edit_tensors, make, make_config, peft_logits
 from tests.support.apply_terms import logits
@@ -82,6 +83,10 @@ def check(
     assert (theirs - plain).abs().max() > 0.01, "the adapter changes next to nothing"
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
     return terms
+
+
+def test_every_kind_of_the_table_has_a_reader() -> None:
+    assert READERS.keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "opt"])

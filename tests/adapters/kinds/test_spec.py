@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
-from dynamic_lora_adapters.kinds import KINDS, KindSpec, canonical_kind
+from dynamic_lora_adapters.kinds import KINDS, KindSpec
 from dynamic_lora_adapters.kinds.replica import calling_peft
 from dynamic_lora_adapters.kinds.table import REFUSED_KINDS
 from dynamic_lora_adapters.spec import MAX_LISTED
@@ -139,17 +139,19 @@ def test_an_unknown_key_that_says_nothing_passes(value: object) -> None:
     assert KindSpec.parse(config("LOHA", new_key=value)).peft_type == "LOHA"
 
 
+def canonical(peft_type: str, **changes: Any) -> dict[str, Any]:
+    return KindSpec.parse(config(peft_type, **changes)).canonical()
+
+
 def test_canonical_has_one_spelling() -> None:
-    plain = canonical_kind(config("LOHA"))
+    plain = canonical("LOHA")
     assert plain["kind"] == "loha"
     assert plain["r"] == 8
-    assert plain == canonical_kind(config("LOHA", r=8, alpha=8.0, rank_dropout=0.5))
+    assert plain == canonical("LOHA", r=8, alpha=8.0, rank_dropout=0.5)
     about = {"base_model_name_or_path": "org/base", "peft_version": "0.0", "task_type": None}
-    assert plain == canonical_kind(config("LOHA", **about))
+    assert plain == canonical("LOHA", **about)
     two = ["v_proj", "q_proj"]
-    assert canonical_kind(config("LOHA", target_modules=two)) == canonical_kind(
-        config("LOHA", target_modules=two[::-1])
-    )
+    assert canonical("LOHA", target_modules=two) == canonical("LOHA", target_modules=two[::-1])
 
 
 @pytest.mark.parametrize(
@@ -171,14 +173,12 @@ def test_canonical_has_one_spelling() -> None:
 def test_what_changes_the_result_changes_the_canonical_form(
     peft_type: str, changes: dict[str, Any]
 ) -> None:
-    assert canonical_kind(config(peft_type)) != canonical_kind(config(peft_type, **changes))
+    assert canonical(peft_type) != canonical(peft_type, **changes)
 
 
 def test_the_order_of_patterns_counts() -> None:
     one, other = {"q": 1, "proj": 2}, {"proj": 2, "q": 1}
-    assert canonical_kind(config("LOHA", rank_pattern=one)) != canonical_kind(
-        config("LOHA", rank_pattern=other)
-    )
+    assert canonical("LOHA", rank_pattern=one) != canonical("LOHA", rank_pattern=other)
 
 
 def test_the_adapter_says_what_its_base_is() -> None:

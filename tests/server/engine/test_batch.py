@@ -37,7 +37,7 @@ def test_pieces_of_a_prompt_name_their_cells_and_what_is_cached() -> None:
     scheduler.add(sequence)
     (piece,) = scheduler.schedule()
     first = Batch.build([piece], CPU)
-    assert first.sampled == []
+    assert first.scored == []
     assert first.logit_rows.tolist() == []
     advance(scheduler, piece)
     second = Batch.build(scheduler.schedule(), CPU)

@@ -156,6 +156,7 @@ def test_no_draft_leaves_the_grammar() -> None:
     (ten, eleven, twelve) = (re.escape(VIEW.bytes_of(one).decode()) for one in (10, 11, 12))
     held = make_sequence([5], max_new_tokens=30)
     held.guide = guide(regex(f"{ten}{eleven}{twelve}(xyz)?"))
+    drafter.draft([held], 0)
     for token_id in (10, 11):
         held.take(token_id)
     drafter.hear(held, [10, 11], 0)
@@ -226,12 +227,15 @@ def heard(drafter: Drafter, number: int = 40) -> list[int]:
     """What the base model is made to say again and again after any prompt."""
     phrase = list(range(10, 30))
     for _ in range(number):
-        drafter.hear(make_sequence([5]), phrase, 0)
+        sequence = make_sequence([5], max_new_tokens=30)
+        drafter.draft([sequence], 0)  # what it expects is scored
+        drafter.hear(sequence, phrase, 0)
     return phrase
 
 
 def decoding(drafter: Drafter, **params: Any) -> Sequence:
     sequence = make_sequence([5], **{"max_new_tokens": 30} | params)
+    drafter.draft([sequence], 0)
     sequence.output_ids += [10, 11]
     drafter.hear(sequence, [10, 11], 0)
     return sequence

@@ -27,7 +27,7 @@ def plan(num_tokens: int, *, window: int, prefix_memory: int | None = None) -> K
 
 def test_a_window_that_does_not_fit_leaves_the_prefix_cache_on() -> None:
     layout = plan(8192, window=131072).layout
-    assert (layout.space.num_cells, layout.prefixes.num_own_cells) == (6144, 2048)
+    assert (layout.space.num_cells, layout.prefixes._pages.num_cells) == (6144, 2048)
 
 
 def test_it_is_said_that_no_prefixes_are_kept(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """What followed which tokens, and how well that foretells the next one."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,12 +86,13 @@ def test_the_end_is_looked_up_where_it_was_last(prompt: list[int], tokens: list[
     assert guessed(heard, 1) == found[:1]
 
 
-def test_all_that_was_expected_is_scored_as_far_as_it_came() -> None:
+def test_all_that_was_expected_is_scored_as_far_as_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     speaker = Speaker()
     said(speaker, [], 1, 2, 3, 4, 5)
     scored: list[bool] = []
-    record = speaker.record.score
-    speaker.record.score = lambda kind, *, right: (scored.append(right), record(kind, right=right))  # type: ignore[method-assign]
+    monkeypatch.setattr(speaker.record, "score", lambda _, *, right: scored.append(right))
     text = Text(speaker, [1])
     assert guessed(text) == [2, 3, 4, 5]
     text.hear([2, 3, 9])

@@ -272,6 +272,38 @@ def test_prompts_that_wait_are_looked_up_in_few_places(monkeypatch: pytest.Monke
     assert [piece.sequence.num_reused for piece in pieces] == [2000] * len(pieces)
 
 
+def test_what_does_not_last_is_neither_kept_nor_waited_for() -> None:
+    layout = contiguous_layout(1000, window=100, most_used=1000, prefix_cells=300)
+    scheduler = Scheduler(layout.space, max_running=8, prefill_chunk=100, prefixes=layout.prefixes)
+    prompt = [1] * 150
+
+    def step(*, lasting: bool) -> list[int]:
+        pieces = scheduler.schedule()
+        for piece in pieces:
+            tokens = [1] if piece.samples else []
+            scheduler.begin(piece, lasting=lasting)
+            scheduler.settle(piece, tokens)
+        return [piece.num_tokens for piece in pieces]
+
+    first = make_sequence(prompt, max_new_tokens=30)
+    scheduler.add(first)
+    step(lasting=True)
+    step(lasting=False)
+    for _ in range(29):
+        step(lasting=True)
+    assert (first.phase, scheduler.prefix_stats().num_blocks) == (Phase.ENDED, 100 // 16)
+    others = [make_sequence([token] * 90, max_new_tokens=2) for token in (2, 2, 2)]
+    for one in others:
+        scheduler.add(one)
+    assert step(lasting=False) == [90]
+    assert step(lasting=False) == [1, 90, 10]
+    again = make_sequence(prompt, max_new_tokens=1)
+    scheduler.add(again)
+    while scheduler.has_work:
+        step(lasting=True)
+    assert (again.num_reused, others[2].num_reused) == (96, 0)
+
+
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 def test_the_last_token_of_a_known_prompt_is_computed(paged: bool) -> None:
     machine = Machine(small_layout(paged=paged, num_cells=60))
@@ -462,8 +494,7 @@ def test_cells_are_set_aside_that_the_longest_sequence_does_not_need() -> None:
         layout = contiguous_layout(
             num_cells, window=512, most_used=10**6, prefix_cells=prefix_cells
         )
-        assert layout.num_cells == layout.space.num_cells + layout.prefixes.num_own_cells
-        return layout.prefixes.num_own_cells
+        return layout.num_cells - layout.space.num_cells
 
     assert aside(8192) == 2048
     assert aside(550) == 32

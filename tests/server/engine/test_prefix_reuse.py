@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
 from dynamic_lora_adapters.registry import AdapterRegistry
@@ -255,6 +256,25 @@ def test_what_was_computed_merged_serves_the_bypass(
     run_all(built, [second, *(make_sequence(prompt, adapter=other) for _ in range(4))])
     assert (second.num_reused, second.num_merged) == (48, 0)
     assert first.output_ids == second.output_ids == expected_tokens(oracle, "all", prompt)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_merge_of_others_has_rounded_is_not_kept(
+    paged: bool, dtype: torch.dtype, folders: dict[str, Path]
+) -> None:
+    base = tiny_llama()
+    torch.nn.Module.to(base, dtype)
+    built = make_engine(base, paged=paged, mode=Mode.MERGED)
+    prompt = random_prompt(60, seed=12)
+    merged = admit(built, folders["all"])
+    beside = make_sequence(prompt)
+    run_all(built, [beside, *(make_sequence(prompt, adapter=merged) for _ in range(4))])
+    again, of_base = make_sequence(prompt, adapter=merged), make_sequence(prompt)
+    run_all(built, [again])
+    assert (again.num_merged, again.num_reused) == (again.num_run, 48)
+    run_all(built, [of_base])
+    # Its first piece of 32 tokens ran alone, before the merge.
+    assert of_base.num_reused == (48 if dtype == torch.float32 else 32)
 
 
 @pytest.mark.parametrize("kind", ["aLoRA", "prefix tuning", "prompt tuning"])

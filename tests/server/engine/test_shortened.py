@@ -22,7 +22,7 @@ from tests.support.models import TINY_MODELS
 REASON = obstacle(ProductKind.NATIVE, torch.ones(8, 8))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-DTYPES = {"brain": torch.bfloat16, "sixteen": torch.float16, "whole": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.MERGED])
@@ -42,7 +42,7 @@ def test_beside_others_in_one_batch(family: str, mode: Mode, tmp_path: Path) -> 
         tables = [table for table in adapter.slab.a if table is not None]
         assert tables and all(table.dtype == DTYPES[name] for table in tables)
 
-    names: list[str | None] = ["brain", "whole", None, "sixteen", "brain", "sixteen"]
+    names: list[str | None] = ["bf16", "fp32", None, "fp16", "bf16", "fp16"]
     prompts = [random_prompt(length, seed=length) for length in (40, 5, 9, 3, 17, 33)]
     tokens = run_all(
         built,

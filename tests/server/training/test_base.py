@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dynamic_lora_server.training import TrainingConfig, TrainingConfigError, TrainingError
 from dynamic_lora_server.training.base import (
@@ -85,6 +86,15 @@ def test_a_folder_that_lacks_something_is_named(base: Path) -> None:
     (base / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(TrainingError, match=f"the base model in {base} cannot be loaded"):
         check(base)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"lacks weights: model\.norm\.weight"):
+        load_model(base, torch.device("cpu"))
 
 
 def test_answers_need_a_token_that_ends_them(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_defaults_and_rendering(tmp_path: Path) -> None:
     [
         ({"lora": {"rank": 8}}, "lora.rank: is not a key of a recipe"),
         ({"lora": {"r": 0}}, "lora.r: Input should be greater than or equal to 1"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: Input should be a finite number"),
+        ({"micro_batch_size": 0}, "micro_batch_size: Input should be greater than or equal to 1"),
         ({"optimizer": {"schedule": "step"}}, "optimizer.schedule: Input should be 'cosine'"),
         ({"prompt_template": "Q:"}, r"must hold \{input\} exactly once"),
         ({"prompt_template": "{input}{input}"}, r"must hold \{input\} exactly once"),

@@ -109,6 +109,12 @@ def test_faults_are_named(tmp_path: Path, dataset: DatasetConfig, text: str, mes
         load(tmp_path, dataset, text)
 
 
+def test_blank_lines_and_a_byte_order_mark_are_no_examples(tmp_path: Path) -> None:
+    assert load(tmp_path, TSV, "\ufefffine\t1\n\n")[0].input == "fine"
+    pair = '{"input": "a", "output": "b"}'
+    assert len(load(tmp_path, JSONL, f"\ufeff{pair}\n\n{pair}\n")) == 2
+
+
 def test_holding_nothing_out_trains_on_all(tmp_path: Path) -> None:
     rows = "".join(f"m{index},r{index}\n" for index in range(4))
     everything = E2E.model_copy(update={"held_out": 0.0})

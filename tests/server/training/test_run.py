@@ -179,6 +179,26 @@ def test_a_run_that_diverges_leaves_the_older_adapter(data: Path, lr: float, mes
     assert (data / "out" / "adapter_model.safetensors").read_bytes() == older
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_batch_in_parts_gives_the_same_adapter(data: Path, share_prompts: bool) -> None:
+    texts = ["short", "and a much longer one", "a", "in the middle"]
+    lines = [json.dumps({"input": f"n {len(text)}", "output": text}) for text in texts * 3]
+    (data / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "epochs": 2,
+        "share_prompts": share_prompts,
+        "optimizer": {"lr": 1e-3},
+    }
+    whole, _ = run(data, "whole", **settings)
+    parts, _ = run(data, "parts", micro_batch_size=3, **settings)
+    assert parts.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
+    expected, found = (
+        load_file(data / name / "adapter_model.safetensors") for name in ("whole", "parts")
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-2)
+
+
 def test_an_interrupted_run_leaves_what_it_has_under_a_name_that_says_so(data: Path) -> None:
     interrupt = KeyboardInterrupt()
     run_until(data, 3, interrupt)
@@ -203,7 +223,8 @@ def test_a_gpu_that_is_too_small_is_said(data: Path) -> None:
     error = torch.OutOfMemoryError("tried to allocate 2 GiB")
     run_until(data, 1, error)
     assert error.__notes__ == [
-        "the GPU's memory is too small; lower batch_size or max_length: tried to allocate 2 GiB"
+        "the GPU's memory is too small; lower micro_batch_size or max_length: "
+        "tried to allocate 2 GiB"
     ]
 
 

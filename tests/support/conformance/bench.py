@@ -76,7 +76,8 @@ class Bench:
         with self.registry.staging() as folder:
             intake = Intake(folder, self.registry.limits)
             intake.add_folder(source)
-            passport = self.registry.publish(name, folder).passport
+            ignored = intake.ignored_files
+            passport = self.registry.publish(name, folder, ignored_files=ignored).passport
         try:
             adapter = self.built.pool.admit(passport.version, self.registry.load(passport.version))
             assert adapter is not None, "the pool has room for the few adapters of a cell"

@@ -17,21 +17,21 @@
 namespace dynamic_lora {
 
 // The upper half of a float's bits.
-struct Brain {
+struct BFloat16 {
   uint16_t bits;
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-constexpr bool kBrainInputs = true;
+constexpr bool kBFloat16Inputs = true;
 #else
-constexpr bool kBrainInputs = false;
+constexpr bool kBFloat16Inputs = false;
 #endif
 
 // Whether calls that begin now round inputs: what compares two ways to compute has it switched off.
-static std::atomic<bool> brain_inputs{kBrainInputs};
+static std::atomic<bool> bfloat16_inputs{kBFloat16Inputs};
 
 // Rounded to the nearest, to the even one of two as near.
-inline Brain to_brain(float value) {
+inline BFloat16 to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   // Rounding up could make an infinity of a NaN.
@@ -42,7 +42,7 @@ inline Brain to_brain(float value) {
 
 inline float to_float(float value) { return value; }
 
-inline float to_float(Brain value) {
+inline float to_float(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
@@ -50,7 +50,7 @@ inline float to_float(Brain value) {
 }
 
 // kLanes neighbouring values, widened.
-inline Vec load(const Brain* p) {
+inline Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
@@ -67,7 +67,7 @@ inline Vec load(const Brain* p) {
 
 // A pair of weights in each lane: the first of each, widened, or the second.
 template <bool Second>
-inline Vec widened(const Brain* pairs_of) {
+inline Vec widened(const BFloat16* pairs_of) {
   typedef int32_t Bits __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
   const IntVec bits = *reinterpret_cast<const Bits*>(pairs_of);
   const IntVec high = Second ? bits & static_cast<int32_t>(0xffff0000) : bits << 16;
@@ -77,7 +77,7 @@ inline Vec widened(const Brain* pairs_of) {
 // Adds x [Rows, depth] times a panel slice [ceil(depth / 2), Vecs * kLanes, 2] to y, or, where
 // that is `fresh`, writes it there.
 template <int Rows, int Vecs>
-__attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const Brain* panel,
+__attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const BFloat16* panel,
                                              int64_t depth, bool fresh, float* y, int64_t ldy,
                                              Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
@@ -110,9 +110,9 @@ __attribute__((noinline)) void widening_tile(const float* x, int64_t ldx, const 
 
 // The same for x [Rows, depth] in bfloat16.
 template <int Rows, int Vecs>
-__attribute__((noinline)) void brain_tile(const int16_t* x, int64_t ldx, const Brain* panel,
-                                          int64_t depth, bool fresh, float* y, int64_t ldy,
-                                          Ahead ahead) {
+__attribute__((noinline)) void bfloat16_tile(const int16_t* x, int64_t ldx, const BFloat16* panel,
+                                             int64_t depth, bool fresh, float* y, int64_t ldy,
+                                             Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   Vec sums[Rows][Vecs];
   begin_sums(fresh, y, ldy, sums);
@@ -135,17 +135,17 @@ __attribute__((noinline)) void brain_tile(const int16_t* x, int64_t ldx, const B
 }
 
 // Two vectors, rounded, to 2 * kLanes places.
-inline void store_brains(int16_t* to, Vec first, Vec second) {
+inline void store_bfloat16(int16_t* to, Vec first, Vec second) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 
 // One, to kLanes places.
-inline void store_brains(int16_t* to, Vec values) {
+inline void store_bfloat16(int16_t* to, Vec values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)values));
 }
 
 // Rounds row number `row`, x [k], to bfloat16, laid out as `InputCopies` says.
-inline void round_row_to_brains(const float* x, int64_t k, int64_t row, InputCopies& out) {
+inline void round_row_to_bfloat16(const float* x, int64_t k, int64_t row, InputCopies& out) {
   constexpr int64_t kStep = 2 * kLanes;
   int16_t* to = out.values.data() + row * row_stride<int16_t>(k);
   for (int64_t i = 0; i < k; i += kStep) {
@@ -153,7 +153,7 @@ inline void round_row_to_brains(const float* x, int64_t k, int64_t row, InputCop
     const __mmask32 there = width == kStep ? ~0u : (1u << width) - 1;
     const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), x + i);
     const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), x + i + kLanes);
-    store_brains(to + i, (Vec)low, (Vec)high);
+    store_bfloat16(to + i, (Vec)low, (Vec)high);
   }
 }
 
@@ -161,10 +161,11 @@ inline void round_row_to_brains(const float* x, int64_t k, int64_t row, InputCop
 
 // Never called.
 template <int Rows, int Vecs>
-void brain_tile(const int16_t*, int64_t, const Brain*, int64_t, bool, float*, int64_t, Ahead) {}
-inline void store_brains(int16_t*, Vec, Vec) {}
-inline void store_brains(int16_t*, Vec) {}
-inline void round_row_to_brains(const float*, int64_t, int64_t, InputCopies&) {}
+void bfloat16_tile(const int16_t*, int64_t, const BFloat16*, int64_t, bool, float*, int64_t,
+                   Ahead) {}
+inline void store_bfloat16(int16_t*, Vec, Vec) {}
+inline void store_bfloat16(int16_t*, Vec) {}
+inline void round_row_to_bfloat16(const float*, int64_t, int64_t, InputCopies&) {}
 
 #endif
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.chat import ChatFormat
+from dynamic_lora_adapters.compose import GivenUp
 from dynamic_lora_adapters.composition import Composition, Part
 from dynamic_lora_adapters.incoming import Incoming
 from dynamic_lora_adapters.lease import Lease
@@ -52,7 +53,7 @@ class ReadStats:
     seconds: float = 0.0
 
 
-class Residency:
+class AdapterLoader:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
     A request holds leases until its sequences are with the engine: one on each
@@ -65,12 +66,9 @@ class Residency:
     """
 
     def __init__(
-        self,
-        registry: AdapterRegistry,
-        pool: AdapterPool,
-        saved: SavedCompositions | None = None,
+        self, registry: AdapterRegistry, pool: AdapterPool, saved: SavedCompositions
     ) -> None:
-        self.saved = saved or SavedCompositions(registry)
+        self.saved = saved
         self.reads = ReadStats()
         self._registry = registry
         self._pool = pool
@@ -131,8 +129,8 @@ class Residency:
 
         return end
 
-    def give_up(self, why: Exception) -> None:
-        """No more room will be made: who waits for some, now or later, gets this error."""
+    def fail_waiters(self, why: Exception) -> None:
+        """No more room will be made: whoever waits for some, now or later, gets this error."""
         self._why_none = why
         self._line.announce()
 
@@ -158,7 +156,7 @@ class Residency:
             check_version(part, lease.version.digest)
             yield lease
         finally:
-            if self._registry.let_go(lease):
+            if self._registry.end_lease(lease):
                 # Removing the files of a deleted version waits for the disk, and for uploads.
                 loop = asyncio.get_running_loop()
                 loop.run_in_executor(None, self._registry.collect, lease.version.digest)
@@ -205,11 +203,17 @@ class Residency:
             self._ask_for_room()
             await self._line.wait()
 
-    async def _read(self, readers: Executor, read: Callable[[], AdapterTerms]) -> Incoming:
+    async def _read(self, readers: Executor, read: Callable[[GivenUp], AdapterTerms]) -> Incoming:
         """The terms, and the room they need; AdapterCapacityError for more than there is."""
         loop = asyncio.get_running_loop()
-        prepare = self._pool.prepare
-        incoming, seconds = await loop.run_in_executor(readers, _timed, lambda: prepare(read()))
+        prepare, given_up = self._pool.prepare, threading.Event()
+        try:
+            incoming, seconds = await loop.run_in_executor(
+                readers, _timed, lambda: prepare(read(given_up.is_set))
+            )
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
         self.reads.num_reads += 1
         self.reads.seconds += seconds
         return incoming
@@ -217,13 +221,13 @@ class Residency:
     async def _admit(self, digest: str, incoming: Incoming) -> ResidentAdapter | None:
         """On the device; None if all room is leased."""
         try:
-            return await _acquire(lambda: self._pool.bring(digest, incoming), self._give_up)
+            return await _acquire(lambda: self._pool.bring(digest, incoming), self._undo_admission)
         except Exception:
             self._line.announce()  # the room that it had taken
             raise
 
-    def _give_up(self, admitted: ResidentAdapter | None) -> None:
-        """What was brought, or failed to be, for a request that has gone."""
+    def _undo_admission(self, admitted: ResidentAdapter | None) -> None:
+        """Take back what was brought, or failed to be, for a request that has gone."""
         if admitted is not None:
             self._pool.release(admitted)
         self._announce_soon()

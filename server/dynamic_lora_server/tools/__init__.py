@@ -1,0 +1,1 @@
+"""Calls of functions: what a request offers, how models write calls, and reading them."""
