@@ -62,7 +62,9 @@ def test_token_ids(client: OpenAI) -> None:
 def test_a_stream_adds_up_to_the_whole(client: OpenAI, most: int, logprobs: int | None) -> None:
     asked = {"max_tokens": most, "logprobs": logprobs, "n": 2}
     whole = complete(client, **asked)
-    text, tokens, offsets = ["", ""], [[], []], [[], []]
+    text = ["", ""]
+    tokens: list[list[str]] = [[], []]
+    offsets: list[list[int]] = [[], []]
     ends: dict[int, str] = {}
     options = {"include_usage": True}
     for chunk in complete(client, stream=True, stream_options=options, **asked):

@@ -190,7 +190,7 @@ def test_what_vllm_has_and_this_server_has_not(field: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("field", "place"),
-    [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of")],
+    [({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of")],
 )
 def test_what_completions_do_not_serve(field: dict[str, Any], place: str) -> None:
     assert refused(CompletionRequest, COMPLETION | field)[0] == place

@@ -56,9 +56,11 @@ def by_peft(oracle: PeftModel, task: str | None, prompt: list[int]) -> torch.Ten
     ids = torch.tensor([prompt])
     if task is None:
         with oracle.disable_adapter():
-            return oracle(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    oracle.set_adapter(task.replace(" ", "_"))
-    return torch.as_tensor(oracle(input_ids=ids).logits)[0, :-1].log_softmax(-1)
+            logits: torch.Tensor = oracle(input_ids=ids).logits
+    else:
+        oracle.set_adapter(task.replace(" ", "_"))
+        logits = oracle(input_ids=ids).logits
+    return logits[0, :-1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
