@@ -138,18 +138,19 @@ class AdapterRegistry:
         folder: Path,
         *,
         force: bool = False,
+        replace: bool = True,
         ignored_files: Sequence[str] = (),
     ) -> Publication:
         """Check everything about the adapter in a `staging` folder and give it a name.
 
-        A name that exists moves to the new content; requests that hold a lease
-        keep the old one. Files of the same content that were damaged on disk are
+        A name that exists moves to the new content, unless it is not to `replace`; requests that
+        hold a lease keep the old one. Files of the same content that were damaged on disk are
         replaced. `force` accepts an adapter that declares another base model, if its
         shapes fit. Raises an `AdapterError`; nothing is changed then.
         """
         check_adapter_name(name, reserved=self.reserved)
         version = self._inspector.inspect(name, folder, force=force, ignored_files=ignored_files)
-        return self._commit(version, folder)
+        return self._commit(version, folder, replace=replace)
 
     def resolve(self, name: str) -> AdapterVersion:
         """The version a name means now.
@@ -270,7 +271,7 @@ class AdapterRegistry:
         return True
 
     def _commit(
-        self, version: AdapterVersion, folder: Path, *, shipped: bool = False
+        self, version: AdapterVersion, folder: Path, *, shipped: bool = False, replace: bool = True
     ) -> Publication:
         if version.chat is not None:
             version.chat.save(folder)
@@ -280,7 +281,7 @@ class AdapterRegistry:
             if damaged:
                 self._mend(version.digest, folder)
             current = self._versions.get(version.name)
-            if current is not None and current.digest == version.digest:
+            if current is not None and (not replace or current.digest == version.digest):
                 return Publication(current.passport, created=False)
             before = self._digest(version.name)
             # Files first: a crash in between leaves files that no row knows,

@@ -18,15 +18,19 @@ class Parameters(TypedDict, total=False):
     last tokens, `return_full_text` puts the prompt before the answer. With `n`, which streams do
     not take, the further answers are the Generation's `others`; `top_n_tokens` gives each token
     its `top_tokens`. `merged_adapters` is LoRAX's way to name several adapters, where a weighted
-    sum is not what is wanted.
+    sum is not what is wanted, `adapter_source` its way to say `"hub"`. `logit_bias` adds to the
+    logits of tokens, by their ids as text.
     """
 
+    adapter_source: str
     do_sample: bool
     frequency_penalty: float
     grammar: Mapping[str, Any]
     ignore_eos: bool
+    logit_bias: Mapping[str, float]
     max_new_tokens: int
     merged_adapters: Mapping[str, Any]
+    min_new_tokens: int
     min_p: float
     n: int
     presence_penalty: float

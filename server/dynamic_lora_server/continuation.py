@@ -38,16 +38,16 @@ class Continuation:
         text, self.prompt_text = self.prompt_text, None
         if text is None:
             return None
-        return Echo(index=self.index, text=text, pieces=tuple(self._prompt_pieces()))
+        return Echo(index=self.index, text=text, pieces=tuple(self._prompt_pieces(text)))
 
-    def _prompt_pieces(self) -> Iterator[TokenPiece]:
+    def _prompt_pieces(self, text: str) -> Iterator[TokenPiece]:
         if not self.sequence.sampling.prompt_logprobs:
             return
         offset, first = 0, Sampled(self.sequence.prompt_ids[self.sequence.num_virtual])
         for sampled in (first, *self._told):
             piece = self._written(sampled, text="", offset=offset)
             yield piece
-            offset += _num_characters(piece.token_bytes)
+            offset += _num_in(text, piece, offset)
 
     def piece(self, event: TokenEvent) -> TokenPiece:
         """The next token as the client gets it."""
@@ -102,9 +102,17 @@ class Continuation:
         )
 
 
-def _num_characters(utf8: bytes) -> int:
-    """The characters that begin in a part of a text."""
-    return sum(byte & 0xC0 != 0x80 for byte in utf8)
+def _num_in(text: str, piece: TokenPiece, offset: int) -> int:
+    """The characters that begin in a token at its place of a text.
+
+    Special tokens that the tokenizer puts before a text are not in it, nor is the space of its
+    first word.
+    """
+    read = piece.token_text
+    if piece.special and not text.startswith(read, offset):
+        return 0
+    absent = offset == 0 and read.startswith(" ") and not text.startswith(" ")
+    return sum(byte & 0xC0 != 0x80 for byte in piece.token_bytes) - absent
 
 
 def _served_mode(sequence: Sequence) -> ServedMode:

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
 
-async def publish_source(runtime: "Runtime", source: AdapterSource) -> Publication:
+async def publish_source(
+    runtime: "Runtime", source: AdapterSource, *, replace: bool = True
+) -> Publication:
     """Fetch an adapter, check it whole and publish it, all or nothing."""
     _check_name(source.name, runtime)
     async with _staging(runtime) as inbox, _staging(runtime) as folder:
         async with runtime.fetching:
             intake = await run_in_threadpool(_fetch, source, runtime, inbox, folder)
-        return await _publish(runtime, source, folder, intake)
+        return await _publish(runtime, source, folder, intake, replace=replace)
 
 
 async def publish_upload(
@@ -87,12 +89,21 @@ def _fetch(source: AdapterSource, runtime: "Runtime", inbox: Path, folder: Path)
 
 
 async def _publish(
-    runtime: "Runtime", wanted: Upload | AdapterSource, folder: Path, intake: Intake
+    runtime: "Runtime",
+    wanted: Upload | AdapterSource,
+    folder: Path,
+    intake: Intake,
+    *,
+    replace: bool = True,
 ) -> Publication:
     def publish() -> Publication:
         runtime.loader.saved.check_free(wanted.name)
         return runtime.registry.publish(
-            wanted.name, folder, force=wanted.force, ignored_files=intake.ignored_files
+            wanted.name,
+            folder,
+            force=wanted.force,
+            replace=replace,
+            ignored_files=intake.ignored_files,
         )
 
     async with runtime.checking:

@@ -19,6 +19,7 @@ class RoomLine:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()  # a fair one
         self._freed = asyncio.Event()
+        self._came = 0.0  # who is the first
         self._first_since: float | None = None
 
     @property
@@ -28,7 +29,7 @@ class RoomLine:
 
     @property
     def overdue(self) -> bool:
-        """Whether the first has waited for long: all others wait behind it."""
+        """Whether the first has waited for room for long: all others wait behind it."""
         since = self._first_since
         return since is not None and asyncio.get_running_loop().time() - since > PATIENCE_S
 
@@ -37,7 +38,7 @@ class RoomLine:
         """Wait to be the first, and be it until the block ends."""
         came = asyncio.get_running_loop().time()
         async with self._turn:
-            self._first_since = came
+            self._came = came
             try:
                 yield
             finally:
@@ -49,6 +50,8 @@ class RoomLine:
 
     async def wait(self) -> None:
         """Until room was given back since `look`."""
+        # Nobody stands behind one that reads or computes its adapter, for which room may be there.
+        self._first_since = self._came
         await self._freed.wait()
 
     def announce(self) -> None:

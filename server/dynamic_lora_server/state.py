@@ -114,7 +114,8 @@ class ServerState:
             await asyncio.to_thread(runtime.close)
 
     async def _publish_from_hub(self, name: str) -> None:
-        await publish_source(self.runtime, AdapterSource(name=name, source=f"{HUB_SCHEME}{name}"))
+        source = AdapterSource(name=name, source=f"{HUB_SCHEME}{name}")
+        await publish_source(self.runtime, source, replace=False)
 
     def _readings(self) -> list[Reading]:
         if self._runtime is None:

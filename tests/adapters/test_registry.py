@@ -66,12 +66,13 @@ def changed(adapter: Path, tmp_path: Path) -> Path:
 
 
 def publish(
-    registry: AdapterRegistry, name: str, source: Path, *, force: bool = False
+    registry: AdapterRegistry, name: str, source: Path, *, force: bool = False, replace: bool = True
 ) -> Publication:
     with registry.staging() as folder:
         intake = Intake(folder, registry.limits)
         intake.add_folder(source)
-        return registry.publish(name, folder, force=force, ignored_files=intake.ignored_files)
+        ignored = intake.ignored_files
+        return registry.publish(name, folder, force=force, replace=replace, ignored_files=ignored)
 
 
 def blobs(home: Path) -> set[str]:
@@ -210,6 +211,17 @@ def test_names_that_differ_in_case_are_two(
         assert names(registry) == ["SQL-Lora", "org/name", "sql-lora"]
         assert registry.resolve("SQL-Lora").digest == registry.resolve("org/name").digest
         assert kinds(registry, "org/Name") == [EventKind.UPLOADED, EventKind.DELETED]
+
+
+def test_a_name_is_left_alone_by_what_is_not_to_replace_it(
+    registry: AdapterRegistry, adapter: Path, changed: Path
+) -> None:
+    first = publish(registry, "ner", adapter)
+    late = publish(registry, "ner", changed, replace=False)
+    assert not late.created
+    assert late.passport.version == first.passport.version == registry.resolve("ner").digest
+    assert publish(registry, "new", changed, replace=False).created
+    assert len(list((registry._store.path(first.passport.version)).parent.iterdir())) == 2
 
 
 def test_a_deleted_adapter_is_gone(registry: AdapterRegistry, adapter: Path, home: Path) -> None:

@@ -196,9 +196,14 @@ def test_a_grammar_that_grows_too_large_in_an_answer(client: OpenAI) -> None:
     number = range(200)
     rules = [f'r{n}: "a" r{n} | "a" r{(n + 1) % 200} | "a"' for n in number]
     rules.append(f"start: ({'|'.join(f'r{n}' for n in number)})+")
+    (letter,) = httpx.post(f"{client.base_url}../tokenize", json={"prompt": "a"}).json()["tokens"]
     with pytest.raises(BadRequestError, match="followed no further: .* max is 2000"):
         client.completions.create(
-            model="base", prompt="x", max_tokens=9, extra_body={"guided_grammar": "\n".join(rules)}
+            model="base",
+            prompt="x",
+            max_tokens=9,
+            logit_bias={str(letter): 100},
+            extra_body={"guided_grammar": "\n".join(rules)},
         )
     assert client.completions.create(model="base", prompt="x", max_tokens=1).choices
 

@@ -91,6 +91,14 @@ def test_the_hubs_client(address: str) -> None:
     assert again.usage.prompt_tokens > answer.usage.prompt_tokens
 
 
+def deep(levels: int) -> dict[str, Any]:
+    """A schema of objects within objects."""
+    inner: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        inner = {"type": "object", "properties": {"a": inner}}
+    return inner
+
+
 def functions(choice: Any) -> list[tuple[str, str]]:
     return [(one.function.name, one.function.arguments) for one in choice.message.tool_calls]
 
@@ -205,6 +213,11 @@ def test_a_conversation_goes_on_from_its_last_message(client: OpenAI) -> None:
             "tool_choice.function.name",
         ),
         ("hermes", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
+        (
+            "hermes",
+            {"tools": [function("f", {"properties": {"a": deep(80)}})], "tool_choice": "required"},
+            "tools",
+        ),
         (
             "hermes",
             {"tools": [function("f", {"uniqueItems": True})], "tool_choice": "required"},

@@ -1,6 +1,8 @@
 """Generation events as `/v1/completions` answers them."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -9,6 +11,9 @@ from dynamic_lora_server.generation import Echo, Finish, FinishReason, Generatio
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.sse import event
 from dynamic_lora_server.streams import Generation, WholeAnswer, merge
+
+# Tokens of a prompt in one event: each may have twenty others beside it.
+_MAX_ECHOED = 64
 
 
 class CompletionAnswer:
@@ -60,6 +65,11 @@ class CompletionAnswer:
                 count.note(position, current)
                 if isinstance(current, Echo):
                     widths[position, current.index] = len(current.text)
+                    for part in _parts(current):
+                        usage = count.so_far() if always else None
+                        yield event(self._completion([self._echoed(position, part)], usage))
+                        await asyncio.sleep(0)  # others write, too
+                    continue
                 choice = self._piece(position, current, widths)
                 if choice is not None:
                     usage = count.so_far() if always else None
@@ -91,15 +101,16 @@ class CompletionAnswer:
             finish_reason=FINISH[finish.reason],
         )
 
+    def _echoed(self, position: int, echo: Echo) -> wire.CompletionChoice:
+        return wire.CompletionChoice(
+            index=position * self._n + echo.index,
+            text=echo.text,
+            logprobs=self._logprobs(echo.pieces, (), 0),
+        )
+
     def _piece(
         self, position: int, current: GenerationEvent, widths: Mapping[tuple[int, int], int]
     ) -> wire.CompletionChoice | None:
-        if isinstance(current, Echo):
-            return wire.CompletionChoice(
-                index=position * self._n + current.index,
-                text=current.text,
-                logprobs=self._logprobs(current.pieces, (), 0),
-            )
         if isinstance(current, Finish):
             return wire.CompletionChoice(
                 index=position * self._n + current.index,
@@ -130,6 +141,14 @@ class CompletionAnswer:
         )
 
 
+def _parts(echo: Echo) -> Iterator[Echo]:
+    """A prompt so many tokens at a time; all of its text comes with the first."""
+    text, pieces = echo.text, echo.pieces
+    for start in range(0, max(len(pieces), 1), _MAX_ECHOED):
+        yield replace(echo, text=text, pieces=pieces[start : start + _MAX_ECHOED])
+        text = ""
+
+
 def _without_answer(whole: WholeAnswer) -> WholeAnswer:
     return replace(whole, finish=_emptied(whole.finish), pieces=[])
 
@@ -151,6 +170,6 @@ def _top(piece: TokenPiece) -> dict[str, float] | None:
         return None
     top = {piece.token_text: piece.logprob}
     for token in piece.top:
-        # Two tokens may read the same; the sampled one keeps the key, or else the likelier.
-        top.setdefault(token.text, token.logprob)
+        # Two tokens may read the same: there is a place for the likelier.
+        top[token.text] = max(token.logprob, top.get(token.text, -math.inf))
     return top

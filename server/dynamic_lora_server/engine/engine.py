@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 # No step that follows would be right: the weights are gone, or CUDA refuses every later call, as
 # it does after an illegal access.
 _FATAL: tuple[type[Exception], ...] = (WeightsLost, torch.AcceleratorError)
+_NOT_FINITE = ArithmeticError("its logits are no finite numbers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +284,10 @@ class Engine:
         piece, sequence = outcome.piece, outcome.piece.sequence
         told = tuple(token for token in outcome.told if token is not None)
         sampled = [token for token in outcome.sampled if token is not None]
-        if len(told) + len(sampled) < len(outcome.told) + len(outcome.sampled):
-            return self._give_up(piece)
+        if len(told) < len(outcome.told):
+            return self._fail([piece], _NOT_FINITE)
+        if len(sampled) < len(outcome.sampled):
+            return self._give_up(piece, len(sampled))
         num_run = sequence.num_run
         num_taken, reason = self.scheduler.settle(piece, [token.token_id for token in sampled])
         if merged is not None and sequence.adapter is merged:
@@ -294,14 +297,15 @@ class Engine:
             events[-1] = replace(events[-1], reason=reason)
         return [*([PromptEvent(sequence.id, told)] if told else []), *events]
 
-    def _give_up(self, piece: Piece) -> list[EngineEvent]:
-        """End a sequence for which no token could be chosen."""
+    def _give_up(self, piece: Piece, num_sampled: int) -> list[EngineEvent]:
+        """End a sequence for which no token could be chosen behind so many of this step."""
         guide = piece.sequence.guide
-        if guide is None or guide.failure is None:
-            return self._fail([piece], ArithmeticError("its logits are no finite numbers"))
+        failure = None if guide is None else guide.failures[num_sampled]
+        if failure is None:
+            return self._fail([piece], _NOT_FINITE)
         # The step was sound, and what others find of it in the prefix cache is, too.
         self.scheduler.end(piece.sequence)
-        return [FailedEvent(piece.sequence.id, guide.failure, by_grammar=True)]
+        return [FailedEvent(piece.sequence.id, failure, by_grammar=True)]
 
     def _fail(
         self, pieces: Seq[Piece], error: Exception, others: Seq[Sequence] = ()

@@ -31,7 +31,8 @@ class Guide:
     """Which tokens may come next in one answer. One thread at a time may use it.
 
     The answer may end with one of the tokens `ends` where the grammar may end, and nowhere else.
-    The tokens `stops` may come there, too. Once it has failed, for `failure`, it allows no token.
+    The tokens `stops` may come there, too. `failures` says why no token is left, if so: of what
+    was last asked for, at once and behind each token of the draft.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Guide:
         self._matcher = matcher
         self._ends = tuple(ends)
         self._stops = tuple(stops)
-        self.failure: str | None = None
+        self.failures: tuple[str | None, ...] = (None,)
 
     def allowed(self, vocab: int, draft: Sequence[int] = ()) -> list[bytes]:
         """Whether each of `vocab` tokens may come next, eight a byte, the first one lowest.
@@ -49,16 +50,14 @@ class Guide:
         and so on. There nothing is allowed if the grammar fails, of which the answer, that may
         go another way, takes no harm.
         """
-        mask, self.failure = self._read(self._matcher, vocab)
-        masks = [mask]
+        read = [self._read(self._matcher, vocab)]
         if draft:
             ahead = self._matcher.deep_copy()
             for token_id in draft:
                 ahead.consume_token(token_id)
-                mask, failure = self._read(ahead, vocab)
-                masks.append(mask)
-                self.failure = self.failure or failure
-        return masks
+                read.append(self._read(ahead, vocab))
+        self.failures = tuple(failure for _, failure in read)
+        return [mask for mask, _ in read]
 
     def _read(self, matcher: LLMatcher, vocab: int) -> tuple[bytes, str | None]:
         """A mask, and why nothing is in it."""

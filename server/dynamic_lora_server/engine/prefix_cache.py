@@ -211,13 +211,14 @@ class PrefixCache:
         """
         found = self.find(keys)
         pages = self._full(found)
+        spared = frozenset(pages)
         num_missing = self._pages.num_missing(num_tokens, num_shared=len(pages))
-        num_idle = self._num_idle(page for page in list(self._keys_in) if page not in pages)
-        if num_idle < num_missing:
+        others = (page for page in self._keys_in if page not in spared)
+        if num_missing and self._num_idle(others) < num_missing:
             return None
         self._touch(dict.fromkeys(one.start for one in found))
         for _ in range(num_missing):
-            self._evict(pages)
+            self._evict(spared)
         return self._pages.allocate(num_tokens, pages)
 
     def clear(self) -> None:

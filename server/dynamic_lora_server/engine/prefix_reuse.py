@@ -91,8 +91,11 @@ class PrefixReuse:
     def leave(self, sequence: Sequence) -> None:
         """Keep the blocks of a sequence that ends, its answer's too: a next turn begins with them.
 
-        It must hold its cells still.
+        It must hold its cells still. What an adapter gives is written with the first piece, so that
+        one which has not begun leaves nothing.
         """
+        if not _has_begun(sequence):
+            return
         self.add(sequence)
         self.keep(sequence)
 
@@ -142,7 +145,7 @@ class PrefixReuse:
             self._copies += copies
             sequence.num_computed = sequence.num_reused = num_tokens
             sequence.num_kept = num_tokens // self.cache.block_size
-        if self.cache.enabled:
+        if sequence.block_keys:
             self.cache.count(
                 num_looked_up=sequence.num_prompt, num_reused=sequence.num_cached_prompt
             )

@@ -154,6 +154,8 @@ class Scheduler:
         for sequence, most in self._turns(prompts, budget):
             if not budget:
                 break
+            if sequence.sampling.prompt_logprobs and not scored:
+                continue
             if sequence.id not in taken and not self._prefixes.begin(sequence):
                 continue
             before = taken.get(sequence.id, 0)
@@ -161,8 +163,6 @@ class Scheduler:
             if sequence.sampling.prompt_logprobs:
                 num_tokens = min(num_tokens, scored)
                 scored -= num_tokens
-                if not num_tokens:
-                    continue
             taken[sequence.id] = before + num_tokens
             budget -= num_tokens
         return [Piece(s, taken[s.id]) for s in prompts if s.id in taken]

@@ -102,6 +102,7 @@ def offer_of(body: "ChatRequest", notation: Notation, view: "TokenizerView") -> 
     Raises InvalidParameter for parameters that cannot be those of a function.
     """
     assert body.tools
+    described(body.tools)  # before a grammar is made of what is too large
     functions = {tool.function.name: tool.function for tool in body.tools}
     choice = body.tool_choice
     named = None if choice is None or isinstance(choice, str) else choice.function.name
@@ -115,7 +116,12 @@ def offer_of(body: "ChatRequest", notation: Notation, view: "TokenizerView") -> 
             if named is None or name == named
         }
         markers = Markers.of(view, notation)
-        source = calls_grammar(schemas, notation, markers, forced=forced, several=several)
+        try:
+            source = calls_grammar(schemas, notation, markers, forced=forced, several=several)
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameter(
+                f"The parameters of tools cannot be used: {error}.", field="tools"
+            ) from error
         grammar = Grammar(GrammarKind.CALLS, source, "tools")
     return Offer(notation=notation, names=frozenset(functions), forced=forced, grammar=grammar)
 

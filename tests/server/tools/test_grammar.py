@@ -57,7 +57,7 @@ def walk(
     line: list[int] = []
     while len(tokens) < most:
         (mask,) = guide.allowed(view.vocab_size)
-        assert guide.failure is None, guide.failure
+        assert guide.failures == (None,), guide.failures
         allowed = [one for one in range(view.vocab_size) if mask[one >> 3] >> (one & 7) & 1]
         if not line and texts and draw.random() < 0.3:
             line = list(draw.choice(texts))
