@@ -220,7 +220,6 @@ class AdapterPool:
     def pin(self, adapter: ResidentAdapter) -> bool:
         """Keep an adapter's slot beyond its last lease, until `unpin`; False if it has left."""
         with self._lock:
-            # A slice: its slot may have been given up since.
             adapter.pinned = adapter.slab.tenants[adapter.slot : adapter.slot + 1] == [adapter]
             return adapter.pinned
 
