@@ -2,6 +2,7 @@
 
     python -m benchmarks.speculation --data DIR
     python -m benchmarks.speculation --data DIR --flags "--quantize int8" --output FILE
+    python -m benchmarks.speculation --data DIR --parameters '{"repetition_penalty": 1.1}'
 
 The shipped adapters answer the dev splits of their data sets (under the paths that
 `recipes/*.yaml` name below `DIR`), streaming, with drafts and with `--speculate 0`. In each round
@@ -12,8 +13,9 @@ way about. The answers of the two are held against each other.
 
 import argparse
 import asyncio
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,10 +72,12 @@ def slices(prompts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     return warm, parts
 
 
-async def ask(http: aiohttp.ClientSession, task: str, prompt: str) -> tuple[str, int]:
+async def ask(
+    http: aiohttp.ClientSession, task: str, prompt: str, parameters: Mapping[str, Any]
+) -> tuple[str, int]:
     """The answer to one prompt, and its tokens. Raises RequestFailed."""
     text, num_tokens = None, 0
-    body = {"inputs": prompt}
+    body = {"inputs": prompt, "parameters": parameters}
     async with http.post("/generate_stream", params={"adapter": task}, json=body) as response:
         async for event in events_of(response):
             num_tokens += 1
@@ -84,7 +88,11 @@ async def ask(http: aiohttp.ClientSession, task: str, prompt: str) -> tuple[str,
 
 
 async def measure(
-    http: aiohttp.ClientSession, task: str, prompts: Sequence[str], num_clients: int
+    http: aiohttp.ClientSession,
+    task: str,
+    prompts: Sequence[str],
+    num_clients: int,
+    parameters: Mapping[str, Any],
 ) -> Cell:
     """All prompts from so many clients, each with one under way. Raises RequestFailed."""
     waiting = iter(prompts)
@@ -94,7 +102,7 @@ async def measure(
     async def client() -> None:
         nonlocal num_tokens
         for prompt in waiting:
-            answers[prompt], count = await ask(http, task, prompt)
+            answers[prompt], count = await ask(http, task, prompt, parameters)
             num_tokens += count
 
     before = await totals(http, *_COUNTERS)
@@ -116,15 +124,17 @@ async def measure(
     )
 
 
-async def measure_all(url: str, prompts: dict[str, list[str]]) -> list[Cell]:
+async def measure_all(
+    url: str, prompts: dict[str, list[str]], parameters: Mapping[str, Any]
+) -> list[Cell]:
     """Every task by every number of clients on a server that was just started."""
     cells = []
     async with connect(url) as http:
         for task, own in prompts.items():
             warm, parts = slices(own)
-            await measure(http, task, warm, max(NUM_CLIENTS))
+            await measure(http, task, warm, max(NUM_CLIENTS), parameters)
             for num_clients, part in zip(NUM_CLIENTS, parts, strict=True):
-                cells.append(await measure(http, task, part, num_clients))
+                cells.append(await measure(http, task, part, num_clients, parameters))
     return cells
 
 
@@ -139,7 +149,7 @@ def rounds(
         found = {}
         for side in sorted(flags, reverse=number % 2 == 0):
             with serving(None, folder / side, folder / f"{side}.log", flags[side]) as (url, _):
-                found[side] = asyncio.run(measure_all(url, prompts))
+                found[side] = asyncio.run(measure_all(url, prompts, options.parameters))
         yield found
 
 
@@ -178,6 +188,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     root.add_argument("--speculate", type=int, default=7, help="tokens drafted at most")
     root.add_argument("--flags", default="", help="further options of both servers")
+    root.add_argument("--parameters", type=json.loads, default={}, help="of every request, as JSON")
+    root.add_argument("--task", choices=TASKS, action="append", help="these alone (repeatable)")
     root.add_argument("--limit", type=int, default=400, help="prompts of a task at most")
     root.add_argument("--rounds", type=int, default=2)
     root.add_argument("--output", type=Path, help="JSON file (default: standard output)")
@@ -188,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print one line for each cell, write the JSON."""
     options = parser().parse_args(argv)
     with exit_with_reason("speculation", TrainingError):
-        prompts = {task: dev_prompts(task, options.data)[: options.limit] for task in TASKS}
+        prompts = {
+            task: dev_prompts(task, options.data)[: options.limit] for task in options.task or TASKS
+        }
     end_on_sigterm()
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     with exit_with_reason("speculation"), tempfile.TemporaryDirectory() as scratch:
@@ -204,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "base": DEFAULT_BASE,
         "started_at": started_at,
         "flags": options.flags,
+        "parameters": options.parameters,
         "speculate": options.speculate,
         "cells": cells,
     }

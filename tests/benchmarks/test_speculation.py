@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -56,6 +57,7 @@ class Server:
 
     def __init__(self) -> None:
         self.num_asked = 0
+        self.parameters: list[dict[str, Any]] = []
 
     async def metrics(self, _: web.Request) -> web.Response:
         counters = {"engine_steps": 1, "drafted_tokens": 3, "accepted_draft_tokens": 1}
@@ -67,7 +69,9 @@ class Server:
 
     async def generate(self, request: web.Request) -> web.Response:
         self.num_asked += 1
-        prompt = (await request.json())["inputs"]
+        body = await request.json()
+        prompt = body["inputs"]
+        self.parameters.append(body["parameters"])
         if prompt == "refuse":
             return web.Response(status=429, text="queue full")
         texts = (None, f"{request.query['adapter']} of {prompt}")
@@ -85,9 +89,11 @@ class Server:
 
 
 async def test_a_cell_counts_what_its_own_prompts_took() -> None:
-    async with Server().client() as http:
-        await measure(http, "ner", ["warm"], 1)
-        found = await measure(http, "ner", ["a", "b", "c"], 2)
+    server = Server()
+    async with server.client() as http:
+        await measure(http, "ner", ["warm"], 1, {})
+        found = await measure(http, "ner", ["a", "b", "c"], 2, {"top_k": 1})
+    assert server.parameters == [{}, *[{"top_k": 1}] * 3]
     assert found.answers == {prompt: f"ner of {prompt}" for prompt in "abc"}
     assert (found.num_tokens, found.num_steps) == (6, 3)
     assert (found.num_drafted, found.num_accepted) == (9, 3)
@@ -97,13 +103,13 @@ async def test_a_cell_counts_what_its_own_prompts_took() -> None:
 async def test_a_refused_prompt_ends_the_measurement() -> None:
     async with Server().client() as http:
         with pytest.raises(RequestFailed, match="status 429: queue full"):
-            await measure(http, "ner", ["a", "refuse", "b"], 2)
+            await measure(http, "ner", ["a", "refuse", "b"], 2, {})
 
 
 async def test_a_server_without_the_counters_is_refused() -> None:
     async with TestServer(web.Application()) as server, connect(str(server.make_url("/"))) as http:
         with pytest.raises(RequestFailed, match="have no dynamic_lora_engine_steps_total, dyn"):
-            await measure(http, "ner", ["a"], 1)
+            await measure(http, "ner", ["a"], 1, {})
 
 
 def test_data_that_is_missing_ends_the_command_with_its_path(tmp_path: Path) -> None:
