@@ -64,7 +64,7 @@ class PrefixReuse:
 
     def begin(self, sequence: Sequence) -> bool:
         """Look a sequence up before it gets a piece; False if it should wait one step."""
-        if not _has_begun(sequence):
+        if not has_begun(sequence):
             keys = self._useful_keys(sequence)
             num_known = self.cache.num_known(keys)
             if self._soon_known(keys[num_known:], sequence, num_known):
@@ -83,7 +83,7 @@ class PrefixReuse:
 
     def num_left(self, sequence: Sequence) -> int:
         """Tokens of a prompt that are not computed, nor found when it begins, as far as is seen."""
-        if _has_begun(sequence):
+        if has_begun(sequence):
             return sequence.num_pending
         num_known = self.cache.num_known(self._useful_keys(sequence)) * self.cache.block_size
         return sequence.num_pending - max(num_known - sequence.num_given, 0)
@@ -94,7 +94,7 @@ class PrefixReuse:
         It must hold its cells still. What an adapter gives is written with the first piece, so that
         one which has not begun leaves nothing.
         """
-        if not _has_begun(sequence):
+        if not has_begun(sequence):
             return
         self.add(sequence)
         self.keep(sequence)
@@ -151,5 +151,5 @@ class PrefixReuse:
             )
 
 
-def _has_begun(sequence: Sequence) -> bool:
+def has_begun(sequence: Sequence) -> bool:
     return sequence.num_computed > sequence.num_given

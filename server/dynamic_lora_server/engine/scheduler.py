@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from dynamic_lora_server.engine.drafts import Draft, Drafter, DraftStats
 from dynamic_lora_server.engine.kv_space import Allocation, KVSpace
 from dynamic_lora_server.engine.prefix_cache import CellCopy, PrefixCache, PrefixStats
-from dynamic_lora_server.engine.prefix_reuse import PrefixReuse
+from dynamic_lora_server.engine.prefix_reuse import PrefixReuse, has_begun
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.generation import FinishReason
 
@@ -287,7 +287,7 @@ class Scheduler:
         for move in moves:
             sequence = by_start[move.source]
             sequence.allocation = replace(_allocation(sequence), starts=(move.target,))
-            if sequence.num_computed:
+            if has_begun(sequence):  # what an adapter gives is written with the first piece
                 self.moved.append(sequence)
                 copy = CellCopy(move.source, move.target, sequence.num_computed)
                 self._prefixes.add_copies([copy])
