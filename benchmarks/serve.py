@@ -62,7 +62,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--requests",
         type=int,
-        help="per cell (default: 4 a client, at least 8; --compare: 2 a client, at least 4)",
+        help="per cell (default: 4 a client, at least 8; --compare: 2 a client, at least 16)",
     )
     group.add_argument("--seconds", type=float, help="per cell: none is sent later (--compare: 30)")
     group.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
@@ -158,7 +158,8 @@ def _num_requests(options: argparse.Namespace, num_clients: int) -> int | None:
     if options.requests is not None:
         return int(options.requests)
     if options.compare:
-        return max(4, 2 * num_clients)
+        # Enough for one client's adapter to be merged and then to be served for a while.
+        return max(16, 2 * num_clients)
     return None if options.seconds else max(8, 4 * num_clients)
 
 
