@@ -177,8 +177,8 @@ def read_alone_seconds(base: Path, home: Path, names: Sequence[str]) -> float:
     from transformers import AutoModelForCausalLM
 
     from dynamic_lora_adapters.geometry import BaseGeometry
-    from dynamic_lora_adapters.registry import AdapterRegistry
-    from dynamic_lora_server.base_model import resolve_base
+    from dynamic_lora_adapters.home.registry import AdapterRegistry
+    from dynamic_lora_server.base.base_model import resolve_base
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     # A store's names belong to the base that they were uploaded for, as the server calls it.
@@ -259,7 +259,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     from transformers import AutoTokenizer
 
-    from dynamic_lora_server.base_model import resolve_base
+    from dynamic_lora_server.base.base_model import resolve_base
 
     end_on_sigterm()
     options = parser().parse_args()

@@ -12,14 +12,14 @@ import torch
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu_shapes import ModelShape, random_terms
-from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.attention.paged import PAGE_SIZE
 from dynamic_lora_server.engine.engine import Engine, FailedEvent
 from dynamic_lora_server.engine.mode_controller import ModeController
-from dynamic_lora_server.engine.paged_attention import PAGE_SIZE
 from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.engine.sequence import Sequence as Row
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.costs import StepCosts

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.limit_rate import Limit, pieces, tokens_per_s
+from dynamic_lora_adapters.apply.inject import head_group, observe_groups
+from dynamic_lora_adapters.apply.products import EXACT_KINDS, make_product, obstacle
+from dynamic_lora_adapters.device.groups import ProjectionGroup
 from dynamic_lora_adapters.geometry import BaseGeometry
-from dynamic_lora_adapters.groups import ProjectionGroup
-from dynamic_lora_adapters.inject import head_group, observe_groups
-from dynamic_lora_adapters.products import EXACT_KINDS, make_product, obstacle
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

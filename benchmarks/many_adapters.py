@@ -232,7 +232,7 @@ def run(options: argparse.Namespace) -> None:
     """Make the homes, measure, print the table, write the JSON. Raises BenchmarkError."""
     from transformers import AutoTokenizer
 
-    from dynamic_lora_server.base_model import resolve_base
+    from dynamic_lora_server.base.base_model import resolve_base
 
     base = resolve_base(options.base).path
     options.cache = options.cache.resolve()

@@ -16,11 +16,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from benchmarks.command import command, write_json
-from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
-from dynamic_lora_server.base_model import resolve_base
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.base.base_model import resolve_base
 from dynamic_lora_server.engine.sequence import Sequence as Row
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 

@@ -26,18 +26,18 @@ from transformers import AutoModelForCausalLM
 from benchmarks.command import command, write_json
 from benchmarks.machine import describe_machine
 from benchmarks.simulation.strategies import DrainAndMerge
-from dynamic_lora_adapters.costs import group_kernels
-from dynamic_lora_adapters.merge import Merger
-from dynamic_lora_adapters.slab import ResidentAdapter
+from dynamic_lora_adapters.apply.costs import group_kernels
+from dynamic_lora_adapters.apply.merge import Merger
+from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
-from dynamic_lora_server.base_model import resolve_base
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.base.base_model import resolve_base
+from dynamic_lora_server.engine.decoder.native_decoder import decode_trial
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.mode_controller import ModeController
-from dynamic_lora_server.engine.native_decoder import decode_trial
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Sequence as Row
-from dynamic_lora_server.engine.startup_costs import startup_costs
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.startup.costs import startup_costs
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 

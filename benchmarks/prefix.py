@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Start a server, measure, print one line for each cell, write the JSON."""
-    from dynamic_lora_server.base_model import resolve_base
+    from dynamic_lora_server.base.base_model import resolve_base
 
     options = parser().parse_args()
     end_on_sigterm()

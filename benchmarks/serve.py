@@ -231,7 +231,7 @@ def run(options: argparse.Namespace) -> Report:
     """A whole run, as the command line asks. Raises BenchmarkError."""
     from transformers import AutoTokenizer
 
-    from dynamic_lora_server.base_model import resolve_base
+    from dynamic_lora_server.base.base_model import resolve_base
 
     base = resolve_base(options.base)
     output = options.output

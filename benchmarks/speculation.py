@@ -31,7 +31,7 @@ from benchmarks.peers.dynamic_lora import serving, totals
 from benchmarks.peers.process import end_on_sigterm
 from benchmarks.stats import percentile
 from benchmarks.tasks import TASKS, dev_prompts
-from dynamic_lora_server.base_model import DEFAULT_BASE
+from dynamic_lora_server.base.base_model import DEFAULT_BASE
 from dynamic_lora_server.training.errors import TrainingError
 
 NUM_CLIENTS = (1, 8, 32)

@@ -18,14 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynamic_lora_adapters
-from dynamic_lora_adapters.card import TaskCard
-from dynamic_lora_adapters.inspection import Inspector
-from dynamic_lora_adapters.products import ProductKind
+from dynamic_lora_adapters.apply.products import ProductKind
+from dynamic_lora_adapters.files.card import TaskCard
+from dynamic_lora_adapters.home.inspection import Inspector
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
-from dynamic_lora_server.base_model import resolve_base
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.base.base_model import resolve_base
 from dynamic_lora_server.engine.engine import TokenEvent
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 

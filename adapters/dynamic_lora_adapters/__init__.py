@@ -1,7 +1,5 @@
 """What a LoRA adapter is, how it is stored, and how it is applied to a base model."""
 
-from dynamic_lora_adapters.archive import Intake, UploadLimits
-from dynamic_lora_adapters.card import CardExample, CardParameters, TaskCard
 from dynamic_lora_adapters.errors import (
     AdapterCapacityError,
     AdapterError,
@@ -13,16 +11,18 @@ from dynamic_lora_adapters.errors import (
     UnsafeArchive,
     UnsupportedAdapter,
 )
+from dynamic_lora_adapters.files.archive import Intake, UploadLimits
+from dynamic_lora_adapters.files.card import CardExample, CardParameters, TaskCard
 from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
-from dynamic_lora_adapters.index import AdapterEvent, EventKind
-from dynamic_lora_adapters.inspection import AdapterVersion
-from dynamic_lora_adapters.lease import Lease
+from dynamic_lora_adapters.home.index import AdapterEvent, EventKind
+from dynamic_lora_adapters.home.inspection import AdapterVersion
+from dynamic_lora_adapters.home.lease import Lease
+from dynamic_lora_adapters.home.passport import Passport
+from dynamic_lora_adapters.home.registry import AdapterRegistry, Publication
+from dynamic_lora_adapters.lora.spec import LoraSpec
+from dynamic_lora_adapters.lora.weights import read_adapter
 from dynamic_lora_adapters.names import check_adapter_name
-from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.registry import AdapterRegistry, Publication
-from dynamic_lora_adapters.spec import LoraSpec
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
-from dynamic_lora_adapters.weights import read_adapter
 
 __all__ = [
     "AdapterCapacityError",

@@ -11,8 +11,8 @@ from dynamic_lora_adapters.tiles import tiles_of
 from dynamic_lora_adapters.transfer import to_device
 
 if TYPE_CHECKING:
+    from dynamic_lora_adapters.device.slab import ResidentAdapter, Slab
     from dynamic_lora_adapters.kernels.base import DeltaKernel
-    from dynamic_lora_adapters.slab import ResidentAdapter, Slab
 
 
 class Effect(Enum):

@@ -12,11 +12,11 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from dynamic_lora_server import problems
-from dynamic_lora_server.access import Guard, Keys, describe_keys
-from dynamic_lora_server.access_log import REQUEST_ID, AccessLog
-from dynamic_lora_server.body_limit import BodyLimit
 from dynamic_lora_server.config import ServerConfig
+from dynamic_lora_server.http import problems
+from dynamic_lora_server.http.access import Guard, Keys, describe_keys
+from dynamic_lora_server.http.access_log import REQUEST_ID, AccessLog
+from dynamic_lora_server.http.body_limit import BodyLimit
 from dynamic_lora_server.metrics import RequestCounter
 from dynamic_lora_server.routes import (
     adapters,

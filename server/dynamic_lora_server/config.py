@@ -6,7 +6,7 @@ from pathlib import Path
 
 from platformdirs import user_data_dir
 
-from dynamic_lora_server.engine.drafts import MAX_DRAFT
+from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.tools.notation import NOTATIONS
 

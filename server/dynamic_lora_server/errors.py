@@ -12,7 +12,7 @@
     └── UnsupportedModel       the base model cannot be served exactly
 
 Adapter errors are in `dynamic_lora_adapters.errors`; HTTP statuses for both
-are in `dynamic_lora_server.fault_kinds`. Imports no torch.
+are in `dynamic_lora_server.http.fault_kinds`. Imports no torch.
 """
 
 

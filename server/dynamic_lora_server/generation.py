@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dynamic_lora_adapters.card import MAX_STOP_STRINGS
-from dynamic_lora_adapters.composition import Composition
+from dynamic_lora_adapters.compositions.composition import Composition
+from dynamic_lora_adapters.files.card import MAX_STOP_STRINGS
 from dynamic_lora_server.errors import InvalidParameter
 
 BASE = "base"  # names the base model wherever an adapter can be named

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from dynamic_lora_server.metrics import Reading
 
 if TYPE_CHECKING:
-    from dynamic_lora_adapters.slots import PoolStats
-    from dynamic_lora_server.adapter_loader import ReadStats
-    from dynamic_lora_server.engine.decode_graphs import GraphStats
-    from dynamic_lora_server.engine.drafts import DraftStats
+    from dynamic_lora_adapters.device.slots import PoolStats
+    from dynamic_lora_server.engine.drafting.drafts import DraftStats
+    from dynamic_lora_server.engine.graphs.decode_graphs import GraphStats
+    from dynamic_lora_server.engine.kv.prefix_cache import PrefixStats
     from dynamic_lora_server.engine.mode_controller import ModeStats
-    from dynamic_lora_server.engine.prefix_cache import PrefixStats
     from dynamic_lora_server.runtime import EngineStats
+    from dynamic_lora_server.serving.adapter_loader import ReadStats
 
 
 def readings_of(stats: "EngineStats") -> list[Reading]:

@@ -16,32 +16,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dynamic_lora_adapters.archive import UploadLimits
+from dynamic_lora_adapters.apply.pristine import Restore
+from dynamic_lora_adapters.apply.products import ProductKind
+from dynamic_lora_adapters.compositions.saved import SavedCompositions
+from dynamic_lora_adapters.device.slots import PoolStats
+from dynamic_lora_adapters.files.archive import UploadLimits
+from dynamic_lora_adapters.home.registry import AdapterRegistry
+from dynamic_lora_adapters.home.store import BlobStore
+from dynamic_lora_adapters.lora.targets import import_peft
 from dynamic_lora_adapters.native import processor, sources_digest
-from dynamic_lora_adapters.pristine import Restore
-from dynamic_lora_adapters.products import ProductKind
-from dynamic_lora_adapters.registry import AdapterRegistry
-from dynamic_lora_adapters.saved import SavedCompositions
-from dynamic_lora_adapters.slots import PoolStats
-from dynamic_lora_adapters.store import BlobStore
-from dynamic_lora_adapters.targets import import_peft
-from dynamic_lora_server.adapter_loader import AdapterLoader, ReadStats
-from dynamic_lora_server.admission import ServiceLimits
-from dynamic_lora_server.base_model import BaseModel, resolve_base
+from dynamic_lora_server.base.base_model import BaseModel, resolve_base
+from dynamic_lora_server.base.dtypes import named_dtype
+from dynamic_lora_server.base.fingerprint import fingerprint
+from dynamic_lora_server.base.loading import load_model, num_embeddings, pick_device
 from dynamic_lora_server.config import ServerConfig
-from dynamic_lora_server.dtypes import named_dtype
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
-from dynamic_lora_server.engine.decode_graphs import GraphStats
-from dynamic_lora_server.engine.drafts import MAX_DRAFT, DraftStats
+from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT, DraftStats
+from dynamic_lora_server.engine.graphs.decode_graphs import GraphStats
+from dynamic_lora_server.engine.kv.prefix_cache import PrefixStats
 from dynamic_lora_server.engine.mode_controller import ModeStats
-from dynamic_lora_server.engine.prefix_cache import PrefixStats
-from dynamic_lora_server.engine.processors import within_quota
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.startup.processors import within_quota
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.fingerprint import fingerprint
-from dynamic_lora_server.loading import load_model, num_embeddings, pick_device
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.recorder import TraceRecorder
-from dynamic_lora_server.service import GenerationService
+from dynamic_lora_server.serving.adapter_loader import AdapterLoader, ReadStats
+from dynamic_lora_server.serving.admission import ServiceLimits
+from dynamic_lora_server.serving.service import GenerationService
 from dynamic_lora_server.text import TokenizerView
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, TypeVar
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.errors import NotReady
 from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
-from dynamic_lora_server.hub_adapters import HubAdapters
+from dynamic_lora_server.intake.hub_adapters import HubAdapters
+from dynamic_lora_server.intake.publishing import publish_source
+from dynamic_lora_server.intake.sources import HUB_SCHEME
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
-from dynamic_lora_server.publishing import publish_source
 from dynamic_lora_server.readings import readings_of
 from dynamic_lora_server.schemas.adapters import AdapterSource
-from dynamic_lora_server.sources import HUB_SCHEME
-from dynamic_lora_server.work_pool import WorkPool
+from dynamic_lora_server.serving.work_pool import WorkPool
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime

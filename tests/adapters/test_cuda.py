@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from dynamic_lora_adapters.groups import GroupTerms
+from dynamic_lora_adapters.apply.pristine import CopiedWeights
+from dynamic_lora_adapters.device.groups import GroupTerms
+from dynamic_lora_adapters.device.upload import upload_for
 from dynamic_lora_adapters.kernels import REFERENCE, SlotFactors, kernels_for
-from dynamic_lora_adapters.pristine import CopiedWeights
 from dynamic_lora_adapters.segments import Run
-from dynamic_lora_adapters.upload import upload_for
 from tests.support.slabs import make_slab
 
 pytestmark = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dynamic_lora_adapters.apply.products import ProductKind, obstacle
 from dynamic_lora_adapters.kernels import SlotFactors
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments
 from dynamic_lora_adapters.native.attention import NativeAttention
@@ -26,7 +27,6 @@ from dynamic_lora_adapters.native.layer import (
 )
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
 from dynamic_lora_adapters.native.product import NativeProduct
-from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_adapters.segments import DeltaPlan, Run
 from tests.support.slabs import make_slab
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamic_lora_adapters.archive import ADAPTER_FILES
+from dynamic_lora_adapters.files.archive import ADAPTER_FILES
 from dynamic_lora_client import InvalidArgument, UploadFiles
 from dynamic_lora_client.files import SENT_FILES
 

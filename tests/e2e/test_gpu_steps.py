@@ -11,7 +11,7 @@ import httpx
 import pytest
 from transformers import PreTrainedModel
 
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
 from tests.support.adapters import make_adapter
 from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamic_lora_server.adapter_loader import AdapterLoader
+from dynamic_lora_server.serving.adapter_loader import AdapterLoader
 from tests.support.adapters import make_adapter
 from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
@@ -209,7 +209,7 @@ async def test_the_log_names_who_answered(
         "/v1/completions": {"model": "base", "prompt": "x"},
         "/v1/chat/completions": {"model": "nre", "messages": [{"role": "user", "content": "x"}]},
     }
-    with caplog.at_level(logging.INFO, "dynamic_lora_server.access_log"):
+    with caplog.at_level(logging.INFO, "dynamic_lora_server.http.access_log"):
         answers = [await client.post(path, json=body) for path, body in bodies.items()]
         ids = [answer.headers["x-request-id"] for answer in answers]
         # An answer is there a moment before its line.

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamic_lora_server.sources import SourceUnavailable
+from dynamic_lora_server.intake.sources import SourceUnavailable
 from tests.support.adapters import edit_config, make_adapter
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.hub import FakeHub, fake_hub

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 from dynamic_lora_client import AsyncClient, Client
-from dynamic_lora_server.base_model import DEFAULT_BASE, resolve_base
+from dynamic_lora_server.base.base_model import DEFAULT_BASE, resolve_base
 from dynamic_lora_server.runtime import shipped_adapters
 
 README = Path(__file__).parents[2] / "README.md"

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from dynamic_lora_server import runtime as module
-from dynamic_lora_server.base_model import BaseModel, resolve_base
+from dynamic_lora_server.base.base_model import BaseModel, resolve_base
 from dynamic_lora_server.errors import InvalidParameter
 from tests.support.adapters import make_adapter
 from tests.support.http_server import listening, tiny_app, tiny_config

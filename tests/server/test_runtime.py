@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.apply.products import ProductKind, obstacle
 from dynamic_lora_adapters.errors import AdapterError
-from dynamic_lora_adapters.products import ProductKind, obstacle
-from dynamic_lora_adapters.store import BlobStore
-from dynamic_lora_server import dtypes
-from dynamic_lora_server.base_model import BaseModelUnavailable
-from dynamic_lora_server.dtypes import choose_dtype
-from dynamic_lora_server.engine.drafts import MAX_DRAFT
+from dynamic_lora_adapters.home.store import BlobStore
+from dynamic_lora_server.base import dtypes
+from dynamic_lora_server.base.base_model import BaseModelUnavailable
+from dynamic_lora_server.base.dtypes import choose_dtype
+from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT
 from dynamic_lora_server.errors import InvalidParameter, UnsupportedModel
 from dynamic_lora_server.runtime import Runtime, Tier, num_drafted, shipped_adapters
 from tests.support.adapters import make_adapter
@@ -127,14 +127,14 @@ def test_a_prefix_cache_that_is_nothing_or_everything_is_refused(
 def test_costs_are_measured_once_for_each_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
+    monkeypatch.setattr("dynamic_lora_adapters.apply.costs.MAX_SECONDS", 1000.0)
     load_runtime(tmp_path, base_product="plain").registry.close()
     (costs,) = (tmp_path / "home" / "costs").iterdir()
-    monkeypatch.setattr("dynamic_lora_server.engine.startup_costs.measure_costs", None)
+    monkeypatch.setattr("dynamic_lora_server.engine.startup.costs.measure_costs", None)
     load_runtime(tmp_path, base_product="plain").registry.close()
     monkeypatch.undo()
     costs.write_text("[]")
-    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 1000.0)
+    monkeypatch.setattr("dynamic_lora_adapters.apply.costs.MAX_SECONDS", 1000.0)
     load_runtime(tmp_path, base_product="plain").registry.close()
     assert costs.read_text() != "[]"
     shutil.rmtree(tmp_path / "home")
@@ -151,7 +151,7 @@ def test_costs_of_one_kind_of_products_are_not_anothers(tmp_path: Path) -> None:
 def test_costs_of_a_busy_machine_are_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamic_lora_adapters.costs.MAX_SECONDS", 0.0)
+    monkeypatch.setattr("dynamic_lora_adapters.apply.costs.MAX_SECONDS", 0.0)
     load_runtime(tmp_path).registry.close()
     assert not (tmp_path / "home" / "costs").exists()
 

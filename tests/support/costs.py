@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from dynamic_lora_adapters.costs import KernelCosts, grid, measure_costs
-from dynamic_lora_server.engine import startup_costs
-from dynamic_lora_server.engine.mode_costs import measure_mode_costs
+from dynamic_lora_adapters.apply.costs import KernelCosts, grid, measure_costs
+from dynamic_lora_server.engine.startup import costs as startup_costs
+from dynamic_lora_server.engine.startup.mode_costs import measure_mode_costs
 from dynamic_lora_server.modes.costs import StepCosts
 
 # Seconds of a step, and of each adapter and each row in it. The C++ is fastest, as it is when

@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_adapters.spec import LoraSpec
+from dynamic_lora_adapters.device.slab import ResidentAdapter
+from dynamic_lora_adapters.lora.spec import LoraSpec
+from dynamic_lora_adapters.lora.weights import read_adapter
 from dynamic_lora_adapters.terms import AdapterTerms
-from dynamic_lora_adapters.weights import read_adapter
 from dynamic_lora_server.engine import sequence
-from dynamic_lora_server.engine.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
+from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
 from dynamic_lora_server.generation import FinishReason, SamplingParams
 from tests.support.adapters import ALL_TARGETS
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.apply.row_axes import watching_rows
 from dynamic_lora_adapters.geometry import BaseGeometry, LayerGeometry
-from dynamic_lora_adapters.row_axes import watching_rows
 
 # No size of a tiny model.
 _NUM_TOKENS = 19

@@ -6,10 +6,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import EngineEvent, TokenEvent
-from dynamic_lora_server.engine.grammars import Grammars, Guide
+from dynamic_lora_server.engine.sampling.grammars import Grammars, Guide
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.generation import FinishReason, Grammar, GrammarKind
 from dynamic_lora_server.text import TokenizerView
 from tests.support.engines import make_sequence

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from dynamic_lora_adapters import AdapterTerms, LoraSpec
 from dynamic_lora_adapters.base_weights import ModelWeights
-from dynamic_lora_adapters.json_file import read_json_object
-from dynamic_lora_adapters.weights import read_with_notes
+from dynamic_lora_adapters.files.json_file import read_json_object
+from dynamic_lora_adapters.lora.weights import read_with_notes
 from tests.support.adapters import load_with_peft
 from tests.support.apply_terms import logits
 from tests.support.geometry import geometry_of

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from dynamic_lora_adapters.groups import GroupShape
-from dynamic_lora_adapters.slab import ResidentAdapter, Slab
-from dynamic_lora_adapters.upload import HostUpload, Places, Sources
+from dynamic_lora_adapters.device.groups import GroupShape
+from dynamic_lora_adapters.device.slab import ResidentAdapter, Slab
+from dynamic_lora_adapters.device.upload import HostUpload, Places, Sources
 
 
 def make_slab(

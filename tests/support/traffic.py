@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import TokenEvent
 from dynamic_lora_server.engine.sequence import Phase, Sequence
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from tests.support.engines import admit, make_sequence, random_prompt
 from tests.support.grammars import guide, regex
 from tests.support.models import VOCAB_SIZE

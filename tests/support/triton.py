@@ -11,7 +11,7 @@ import pytest
 SHARED_BYTES = 99 * 1024
 MODULES = (
     "dynamic_lora_adapters.kernels.triton_segments",
-    "dynamic_lora_server.engine.triton_attention",
+    "dynamic_lora_server.engine.attention.paged_triton",
 )
 
 

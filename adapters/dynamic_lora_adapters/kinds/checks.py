@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dynamic_lora_adapters.config_values import invalid
+from dynamic_lora_adapters.lora.config_values import invalid
 
 Check = Callable[[str, Any], None]
 """Takes a key and its value; raises `InvalidAdapter` naming the key."""

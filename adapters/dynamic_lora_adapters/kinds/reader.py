@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dynamic_lora_adapters.base_weights import BaseWeights
-from dynamic_lora_adapters.config_values import read_text
 from dynamic_lora_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
 from dynamic_lora_adapters.kinds.factored import loha_terms, lokr_terms, vera_terms
@@ -23,7 +22,8 @@ from dynamic_lora_adapters.kinds.scaled import beft_terms, ia3_terms
 from dynamic_lora_adapters.kinds.spec import KindSpec
 from dynamic_lora_adapters.kinds.table import TABLE
 from dynamic_lora_adapters.kinds.tensors import header_shapes, num_values
-from dynamic_lora_adapters.targets import find_targets
+from dynamic_lora_adapters.lora.config_values import read_text
+from dynamic_lora_adapters.lora.targets import find_targets
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 
 _Fold = Callable[[str, Any, PristineLinears], LinearTerms]

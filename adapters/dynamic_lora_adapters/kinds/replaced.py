@@ -10,10 +10,10 @@ from dynamic_lora_adapters.errors import IncompatibleAdapter, InvalidAdapter, Un
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.kinds.spec import KindSpec
 from dynamic_lora_adapters.kinds.tensors import read_tensors
-from dynamic_lora_adapters.patterns import prove_fast
-from dynamic_lora_adapters.replaced import check_rows
+from dynamic_lora_adapters.lora.patterns import prove_fast
+from dynamic_lora_adapters.lora.replaced import check_rows
+from dynamic_lora_adapters.lora.tokens import embedding_rows, head_rows
 from dynamic_lora_adapters.terms import AdapterTerms, ModuleOverride
-from dynamic_lora_adapters.tokens import embedding_rows, head_rows
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dynamic_lora_adapters.config_values import invalid, is_unset, read_text, refusal
 from dynamic_lora_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from dynamic_lora_adapters.kinds.table import (
     HARMLESS_KEYS,
@@ -15,7 +14,8 @@ from dynamic_lora_adapters.kinds.table import (
     TARGET_KEYS,
     Kind,
 )
-from dynamic_lora_adapters.spec import LoraSpec
+from dynamic_lora_adapters.lora.config_values import invalid, is_unset, read_text, refusal
+from dynamic_lora_adapters.lora.spec import LoraSpec
 
 _COMMON_KEYS = frozenset({"peft_type", "task_type", "base_model_name_or_path", "revision", "bias"})
 

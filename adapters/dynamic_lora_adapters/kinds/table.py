@@ -16,7 +16,7 @@ from dynamic_lora_adapters.kinds.checks import (
     text,
     token_ids,
 )
-from dynamic_lora_adapters.spec import MAX_RANK
+from dynamic_lora_adapters.lora.spec import MAX_RANK
 
 TARGET_KEYS = frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamic_lora_adapters.checkpoint import check_finite
 from dynamic_lora_adapters.errors import InvalidAdapter
-from dynamic_lora_adapters.safetensors_file import (
+from dynamic_lora_adapters.files.safetensors_file import (
     READ_DTYPES,
     WEIGHTS_FILE,
     MappedTensors,
     read_header,
 )
+from dynamic_lora_adapters.lora.checkpoint import check_finite
 
 if TYPE_CHECKING:
     import torch

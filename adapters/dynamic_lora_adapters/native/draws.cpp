@@ -1,7 +1,7 @@
 // Random draws from rows of logits: temperature, top-k, top-p, min-p, and the Gumbel-max trick.
 //
 // A token's noise is a hash of the draw's key and the token's column (SplitMix64: Steele, Lea and
-// Flood 2014), the numbers of the server's `engine/noise.py`. Two logarithms for each token of the
+// Flood 2014), the numbers of the server's `engine/sampling/noise.py`. Two logarithms for each token of the
 // vocabulary would cost more than all else here: a bound of the noise comes of the hash's bits
 // alone, and only tokens that could win by it have theirs computed. Nothing is sorted either: what
 // top-p keeps is found by halving.

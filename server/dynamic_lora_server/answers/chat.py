@@ -5,10 +5,10 @@ from contextlib import aclosing
 
 from dynamic_lora_server.answers.calls import delta_of, finish_name, first_delta, whole_message
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
+from dynamic_lora_server.answers.streams import Generation, WholeAnswer
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
+from dynamic_lora_server.http.sse import event
 from dynamic_lora_server.schemas import openai_answers as wire
-from dynamic_lora_server.sse import event
-from dynamic_lora_server.streams import Generation, WholeAnswer
 from dynamic_lora_server.tools.calls import Reader
 from dynamic_lora_server.tools.offer import Offer
 

@@ -7,10 +7,10 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
+from dynamic_lora_server.answers.streams import Generation, WholeAnswer, merge
 from dynamic_lora_server.generation import Echo, Finish, FinishReason, GenerationEvent, TokenPiece
+from dynamic_lora_server.http.sse import event
 from dynamic_lora_server.schemas import openai_answers as wire
-from dynamic_lora_server.sse import event
-from dynamic_lora_server.streams import Generation, WholeAnswer, merge
 
 # Tokens of a prompt in one event: each may have twenty others beside it.
 _MAX_ECHOED = 64

@@ -14,10 +14,10 @@ from dynamic_lora_server.generation import (
     Started,
     TokenPiece,
 )
-from dynamic_lora_server.problems import openai_error, stream_fault
+from dynamic_lora_server.http.problems import openai_error, stream_fault
+from dynamic_lora_server.http.sse import DONE, json_event
 from dynamic_lora_server.schemas import openai_answers as wire
 from dynamic_lora_server.schemas.openai import StreamOptions
-from dynamic_lora_server.sse import DONE, json_event
 
 FINISH: dict[FinishReason, wire.FinishName] = {
     FinishReason.EOS: "stop",

@@ -3,11 +3,11 @@
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing
 
+from dynamic_lora_server.answers.streams import Generation, WholeAnswer
 from dynamic_lora_server.generation import Finish, FinishReason, TokenPiece
-from dynamic_lora_server.problems import problem, stream_fault
+from dynamic_lora_server.http.problems import problem, stream_fault
+from dynamic_lora_server.http.sse import event, json_event
 from dynamic_lora_server.schemas import generate as wire
-from dynamic_lora_server.sse import event, json_event
-from dynamic_lora_server.streams import Generation, WholeAnswer
 
 _FINISH: dict[FinishReason, wire.FinishName] = {
     FinishReason.EOS: "eos_token",

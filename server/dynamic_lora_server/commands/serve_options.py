@@ -15,7 +15,7 @@ from dynamic_lora_server.config import (
     RESTORES,
     TOOL_CALL_FORMATS,
 )
-from dynamic_lora_server.engine.drafts import MAX_DRAFT
+from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT
 
 Model = Annotated[
     str | None,

@@ -42,7 +42,7 @@ def train(
 ) -> None:
     """Train a LoRA adapter on a recipe's data and write a folder that `push` uploads."""
     # Imported late: the terminal command lists its subcommands without loading torch.
-    from dynamic_lora_server.base_model import resolve_base
+    from dynamic_lora_server.base.base_model import resolve_base
     from dynamic_lora_server.training import (
         TrainingError,
         TrainingInterrupted,

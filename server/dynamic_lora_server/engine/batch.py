@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, slot_order
-from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import to_device
+from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece
-from dynamic_lora_server.engine.unread import UnreadTokens
 
 
 @dataclass(frozen=True, slots=True)

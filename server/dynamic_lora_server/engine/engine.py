@@ -18,24 +18,24 @@ from typing import NamedTuple
 
 import torch
 
-from dynamic_lora_adapters.merge import WeightsLost
+from dynamic_lora_adapters.apply.merge import WeightsLost
+from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
-from dynamic_lora_adapters.slab import ResidentAdapter
 from dynamic_lora_adapters.transfer import milestone
-from dynamic_lora_server.engine.adjustments import ScoredRow
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.model_runner import ModelRunner
-from dynamic_lora_server.engine.sampler import (
+from dynamic_lora_server.engine.sampling.adjustments import ScoredRow
+from dynamic_lora_server.engine.sampling.sampler import (
     Choice,
     Sampled,
     choose,
     taken,
     takes_highest,
 )
+from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Phase, Sequence
-from dynamic_lora_server.engine.unread import UnreadTokens
 from dynamic_lora_server.generation import FinishReason
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dynamic_lora_adapters.merge import MergeFailed, Merger
-from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_adapters.slots import AdapterPool
+from dynamic_lora_adapters.apply.merge import MergeFailed, Merger
+from dynamic_lora_adapters.device.slab import ResidentAdapter
+from dynamic_lora_adapters.device.slots import AdapterPool
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy

@@ -7,26 +7,26 @@ from typing import overload
 import torch
 from transformers import PreTrainedModel
 
-from dynamic_lora_adapters.costs import KernelChooser
-from dynamic_lora_adapters.layers import DeltaSite
-from dynamic_lora_adapters.merge import Merger
+from dynamic_lora_adapters.apply.costs import KernelChooser
+from dynamic_lora_adapters.apply.layers import DeltaSite
+from dynamic_lora_adapters.apply.merge import Merger
+from dynamic_lora_adapters.apply.row_hooks import RowHooks
 from dynamic_lora_adapters.native.head import Highest
-from dynamic_lora_adapters.row_hooks import RowHooks
 from dynamic_lora_adapters.segments import slot_order
 from dynamic_lora_adapters.transfer import to_device
-from dynamic_lora_server.engine.attention import AttentionStep
-from dynamic_lora_server.engine.batch import Batch
-from dynamic_lora_server.engine.decode_graphs import DecodeGraphs
-from dynamic_lora_server.engine.kv_cache import KVCache
-from dynamic_lora_server.engine.native_decoder import NativeDecoder
-from dynamic_lora_server.engine.paged_attention import (
+from dynamic_lora_server.engine.attention.packed import AttentionStep
+from dynamic_lora_server.engine.attention.paged import (
     PagedKernel,
     PagedTables,
     paged_kernel_available,
 )
+from dynamic_lora_server.engine.batch import Batch
+from dynamic_lora_server.engine.decoder.native_decoder import NativeDecoder
+from dynamic_lora_server.engine.graphs.decode_graphs import DecodeGraphs
+from dynamic_lora_server.engine.kv.cache import KVCache
+from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.sequence import Sequence
-from dynamic_lora_server.engine.unread import UnreadTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

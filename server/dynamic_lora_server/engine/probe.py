@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.geometry import LayerGeometry
-from dynamic_lora_server.engine.attention import ATTENTION_NAME, AttentionStep, attending
+from dynamic_lora_server.engine.attention.packed import ATTENTION_NAME, AttentionStep, attending
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.errors import UnsupportedModel
 

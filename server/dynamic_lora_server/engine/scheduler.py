@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from dynamic_lora_server.engine.drafts import Draft, Drafter, DraftStats
-from dynamic_lora_server.engine.kv_space import Allocation, KVSpace
-from dynamic_lora_server.engine.prefix_cache import CellCopy, PrefixCache, PrefixStats
-from dynamic_lora_server.engine.prefix_reuse import PrefixReuse, has_begun
+from dynamic_lora_server.engine.drafting.drafts import Draft, Drafter, DraftStats
+from dynamic_lora_server.engine.kv.prefix_cache import CellCopy, PrefixCache, PrefixStats
+from dynamic_lora_server.engine.kv.prefix_reuse import PrefixReuse, has_begun
+from dynamic_lora_server.engine.kv.space import Allocation, KVSpace
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.generation import FinishReason
 

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from dynamic_lora_server.engine.kv_space import Allocation
+from dynamic_lora_server.engine.kv.space import Allocation
 from dynamic_lora_server.generation import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
-    from dynamic_lora_adapters.slab import ResidentAdapter
+    from dynamic_lora_adapters.device.slab import ResidentAdapter
     from dynamic_lora_adapters.terms import PromptTerms
-    from dynamic_lora_server.engine.grammars import Guide
+    from dynamic_lora_server.engine.sampling.grammars import Guide
 
 
 class Phase(Enum):

@@ -8,11 +8,11 @@ from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from starlette.convertors import Convertor, register_url_convertor
 
-from dynamic_lora_adapters.json_file import unique_keys
+from dynamic_lora_adapters.files.json_file import unique_keys
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.problems import PROBLEM_MEDIA_TYPE
+from dynamic_lora_server.http.problems import PROBLEM_MEDIA_TYPE
+from dynamic_lora_server.http.sse import EVENT_STREAM
 from dynamic_lora_server.schemas.openai_answers import ErrorAnswer
-from dynamic_lora_server.sse import EVENT_STREAM
 from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:

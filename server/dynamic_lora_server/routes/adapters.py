@@ -6,9 +6,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_server.problems import parse_body
-from dynamic_lora_server.publishing import publish_source, publish_upload
+from dynamic_lora_adapters.home.passport import Passport
+from dynamic_lora_server.http.problems import parse_body
+from dynamic_lora_server.intake.publishing import publish_source, publish_upload
+from dynamic_lora_server.intake.uploads import JSON, MULTIPART, media_type
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, problems
 from dynamic_lora_server.schemas.adapters import (
     UPLOAD_BODY,
@@ -18,7 +19,6 @@ from dynamic_lora_server.schemas.adapters import (
     Modes,
     Residency,
 )
-from dynamic_lora_server.uploads import JSON, MULTIPART, media_type
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime

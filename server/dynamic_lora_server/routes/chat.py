@@ -7,9 +7,12 @@ from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.openai import UsageTold, framed
-from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.answers.streams import Prepared, begin_prepared, collect
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import chat_offer, chat_spec
+from dynamic_lora_server.http.disconnect import until_disconnect
+from dynamic_lora_server.http.sse import EventStream
+from dynamic_lora_server.requests.prompts import chat_offer, chat_spec
+from dynamic_lora_server.requests.selection import ChatAdapter, select_chat
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -20,10 +23,7 @@ from dynamic_lora_server.routes._deps import (
 )
 from dynamic_lora_server.schemas.openai import ChatRequest
 from dynamic_lora_server.schemas.openai_answers import ChatCompletion
-from dynamic_lora_server.selection import ChatAdapter, select_chat
-from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import Prepared, begin_prepared, collect
 from dynamic_lora_server.tools.offer import Offer
 
 if TYPE_CHECKING:

@@ -8,10 +8,13 @@ from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.completions import CompletionAnswer
 from dynamic_lora_server.answers.openai import UsageTold, framed
-from dynamic_lora_server.disconnect import until_disconnect
+from dynamic_lora_server.answers.streams import Generation, begin_all, collect_all
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
-from dynamic_lora_server.prompts import completion_specs
+from dynamic_lora_server.http.disconnect import until_disconnect
+from dynamic_lora_server.http.sse import EventStream
+from dynamic_lora_server.requests.prompts import completion_specs
+from dynamic_lora_server.requests.selection import openai_adapter_name
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -22,10 +25,7 @@ from dynamic_lora_server.routes._deps import (
 )
 from dynamic_lora_server.schemas.openai import CompletionRequest
 from dynamic_lora_server.schemas.openai_answers import Completion
-from dynamic_lora_server.selection import openai_adapter_name
-from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import Generation, begin_all, collect_all
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
 
-from dynamic_lora_adapters.composition import Part
-from dynamic_lora_adapters.composition_text import parse, parse_parts
+from dynamic_lora_adapters.compositions.composition import Part
+from dynamic_lora_adapters.compositions.text import parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterNotFound
-from dynamic_lora_adapters.index import StoredComposition
+from dynamic_lora_adapters.home.index import StoredComposition
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.requests.selection import weighted_parts
 from dynamic_lora_server.routes._deps import Ready, StrictRoute, problems
 from dynamic_lora_server.schemas.compositions import (
     CompositionList,
@@ -17,7 +18,6 @@ from dynamic_lora_server.schemas.compositions import (
     NewComposition,
     SavedComposition,
 )
-from dynamic_lora_server.selection import weighted_parts
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from dynamic_lora_server.answers.streams import Prepared, begin_prepared, collect
 from dynamic_lora_server.answers.tgi import TgiAnswer
-from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import BASE, Started
-from dynamic_lora_server.prompts import generate_spec
+from dynamic_lora_server.http.disconnect import until_disconnect
+from dynamic_lora_server.http.sse import EventStream
+from dynamic_lora_server.requests.prompts import generate_spec
+from dynamic_lora_server.requests.selection import card_of, select
 from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, event_stream, problems
 from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateResponse
-from dynamic_lora_server.selection import card_of, select
-from dynamic_lora_server.sse import EventStream
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.streams import Prepared, begin_prepared, collect
 
 if TYPE_CHECKING:
-    from dynamic_lora_adapters.card import TaskCard
+    from dynamic_lora_adapters.files.card import TaskCard
     from dynamic_lora_server.runtime import Runtime
 
 router = APIRouter(tags=["generate"], route_class=StrictRoute)

@@ -13,14 +13,14 @@ from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_server.errors import InvalidParameter, ServerError
-from dynamic_lora_server.publishing import publish_source
+from dynamic_lora_server.intake.publishing import publish_source
+from dynamic_lora_server.intake.sources import source_of
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, openai_errors
 from dynamic_lora_server.schemas.adapters import (
     AdapterSource,
     LoadLoraAdapter,
     UnloadLoraAdapter,
 )
-from dynamic_lora_server.sources import source_of
 
 _FIELDS = {"name": "lora_name", "source": "lora_path"}
 

@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
-from dynamic_lora_adapters.index import StoredComposition
-from dynamic_lora_adapters.passport import Passport
-from dynamic_lora_adapters.saved import CompositionNotFound
+from dynamic_lora_adapters.compositions.saved import CompositionNotFound
+from dynamic_lora_adapters.home.index import StoredComposition
+from dynamic_lora_adapters.home.passport import Passport
+from dynamic_lora_server.requests.selection import adapter_name
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, openai_errors
 from dynamic_lora_server.schemas.openai_answers import Model, ModelList
-from dynamic_lora_server.selection import adapter_name
 from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
-from dynamic_lora_adapters.card import MAX_STOP_STRINGS
+from dynamic_lora_adapters.files.card import MAX_STOP_STRINGS
 from dynamic_lora_server.generation import MAX_N
 from dynamic_lora_server.routes._deps import Ready, State, problems
 from dynamic_lora_server.schemas import service as wire

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from dynamic_lora_server.chat_template import render
-from dynamic_lora_server.disconnect import until_disconnect
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.http.disconnect import until_disconnect
+from dynamic_lora_server.requests.chat_template import render
+from dynamic_lora_server.requests.selection import ChatAdapter, openai_adapter_name, select_chat
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, problems
 from dynamic_lora_server.schemas.tokenize import (
     Detokenized,
@@ -21,7 +22,6 @@ from dynamic_lora_server.schemas.tokenize import (
     TokenizePrompt,
     TokenizeRequest,
 )
-from dynamic_lora_server.selection import ChatAdapter, openai_adapter_name, select_chat
 from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:

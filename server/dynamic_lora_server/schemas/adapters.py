@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from dynamic_lora_adapters.home.passport import Passport
 from dynamic_lora_adapters.names import MAX_NAME
-from dynamic_lora_adapters.passport import Passport
 from dynamic_lora_server.schemas._base import (
     Answer,
     NonEmptyText,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from dynamic_lora_adapters.composition import MAX_PARTS, MAX_WEIGHT
+from dynamic_lora_adapters.compositions.composition import MAX_PARTS, MAX_WEIGHT
 from dynamic_lora_server.schemas._base import Answer, NonEmptyText, Wire, null_is
 
 _Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]

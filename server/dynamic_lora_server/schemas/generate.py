@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
 
-from dynamic_lora_adapters.card import MAX_STOP_STRINGS
+from dynamic_lora_adapters.files.card import MAX_STOP_STRINGS
 from dynamic_lora_server.generation import MAX_BIASES, MAX_N, MAX_STOP_TOKENS, ServedMode
 from dynamic_lora_server.schemas._base import (
     Answer,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dynamic_lora_adapters.json_file import DuplicateKey, unique_keys
+from dynamic_lora_adapters.files.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server.errors import InvalidParameter
 
 if TYPE_CHECKING:

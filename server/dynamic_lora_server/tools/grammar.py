@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamic_lora_server.engine.grammars import json_rule
+from dynamic_lora_server.engine.sampling.grammars import json_rule
 from dynamic_lora_server.tools.notation import Notation
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 
-from dynamic_lora_adapters.card import CARD_FILE, TaskCard
-from dynamic_lora_adapters.chat import TEMPLATE_FILE
+from dynamic_lora_adapters.files.card import CARD_FILE, TaskCard
+from dynamic_lora_adapters.files.chat import TEMPLATE_FILE
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.errors import TrainingError
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from dynamic_lora_adapters.near_names import near_names
+from dynamic_lora_server.base.loading import pick_device
 from dynamic_lora_server.config import DEVICES
-from dynamic_lora_server.loading import pick_device
 from dynamic_lora_server.training.config import LoraSettings, TrainingConfig
 from dynamic_lora_server.training.errors import TrainingConfigError, TrainingError
 from dynamic_lora_server.training.trainer import attach_lora

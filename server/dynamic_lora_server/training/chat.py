@@ -4,7 +4,7 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from dynamic_lora_adapters.card import PLACEHOLDER
+from dynamic_lora_adapters.files.card import PLACEHOLDER
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.errors import TrainingConfigError
 

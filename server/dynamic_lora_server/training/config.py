@@ -7,8 +7,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dynamic_lora_adapters.card import PLACEHOLDER, CardExample, CardParameters
-from dynamic_lora_server.base_model import DEFAULT_BASE
+from dynamic_lora_adapters.files.card import PLACEHOLDER, CardExample, CardParameters
+from dynamic_lora_server.base.base_model import DEFAULT_BASE
 from dynamic_lora_server.training.errors import TrainingConfigError
 
 

@@ -7,7 +7,7 @@ from dynamic_lora_adapters.errors import AdapterError, InvalidAdapter, Unsupport
 from dynamic_lora_adapters.kinds import KINDS, KindSpec
 from dynamic_lora_adapters.kinds.replica import calling_peft
 from dynamic_lora_adapters.kinds.table import REFUSED_KINDS
-from dynamic_lora_adapters.spec import MAX_LISTED
+from dynamic_lora_adapters.lora.spec import MAX_LISTED
 
 
 def config(peft_type: str, **values: Any) -> dict[str, Any]:

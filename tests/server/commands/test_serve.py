@@ -19,7 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dynamic_lora_adapters.store import BlobStore
+from dynamic_lora_adapters.home.store import BlobStore
 from dynamic_lora_server.commands.serve import serve
 from dynamic_lora_server.config import ServerConfig
 from tests.support.eventually import wait_until

@@ -1,7 +1,7 @@
 import torch
 
 from dynamic_lora_server.engine.batch import Batch
-from dynamic_lora_server.engine.kv_space import ContiguousSpace, PagedSpace
+from dynamic_lora_server.engine.kv.space import ContiguousSpace, PagedSpace
 from dynamic_lora_server.engine.scheduler import Scheduler
 from tests.support.engines import advance, make_sequence
 from tests.support.slabs import make_slab, resident

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynamic_lora_adapters.products import ProductKind
-from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_adapters.apply.products import ProductKind
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from dynamic_lora_adapters.kernels import has_triton
-from dynamic_lora_server.engine.build import BuiltEngine
-from dynamic_lora_server.engine.decode_graphs import refusing_waits
-from dynamic_lora_server.engine.engine import FailedEvent
-from dynamic_lora_server.engine.paged_attention import (
+from dynamic_lora_server.engine.attention.paged import (
     PAGE_SIZE,
     PagedKernel,
     PagedTables,
     paged_kernel_available,
 )
+from dynamic_lora_server.engine.engine import FailedEvent
+from dynamic_lora_server.engine.graphs.decode_graphs import refusing_waits
+from dynamic_lora_server.engine.graphs.static_attention import GatheredPages, StaticKernel
 from dynamic_lora_server.engine.sequence import Sequence
-from dynamic_lora_server.engine.static_attention import GatheredPages, StaticKernel
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import make_adapter
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
@@ -167,7 +167,7 @@ def test_kernels_on_pages_equal_gathered_pages(
     values = draw(4 * PAGE_SIZE, kv_heads, dim, dtype=dtype).flip(0)
     kernel: Callable[[PagedTables], StaticKernel] = PagedKernel
     if name == "Triton":
-        from dynamic_lora_server.engine.triton_attention import TritonPages
+        from dynamic_lora_server.engine.attention.paged_triton import TritonPages
 
         kernel = TritonPages
     tables = tables_on(CUDA, num_rows)

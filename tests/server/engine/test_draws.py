@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dynamic_lora_adapters.native.draws import Draw
 from dynamic_lora_adapters.native.sampling import native_sampling
-from dynamic_lora_server.engine import sampler
-from dynamic_lora_server.engine.noise import draw_key, gumbel
+from dynamic_lora_server.engine.sampling import sampler
+from dynamic_lora_server.engine.sampling.noise import draw_key, gumbel
 
 SAMPLING = native_sampling()
 needs_compiler = pytest.mark.skipif(SAMPLING is None, reason="there is no C++ compiler")

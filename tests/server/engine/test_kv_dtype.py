@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from dynamic_lora_adapters.apply.products import ProductKind, obstacle
 from dynamic_lora_adapters.geometry import LayerGeometry
-from dynamic_lora_adapters.products import ProductKind, obstacle
-from dynamic_lora_server.engine.build import BuiltEngine
-from dynamic_lora_server.engine.kv_cache import KVCache
+from dynamic_lora_server.engine.kv.cache import KVCache
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import (

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dynamic_lora_adapters.compose import compose
-from dynamic_lora_adapters.groups import GroupTerms
-from dynamic_lora_adapters.products import EXACT_KINDS, ProductKind, obstacle
+from dynamic_lora_adapters.apply.products import EXACT_KINDS, ProductKind, obstacle
+from dynamic_lora_adapters.compositions.compose import compose
+from dynamic_lora_adapters.device.groups import GroupTerms
 from dynamic_lora_adapters.terms import AdapterTerms, ModuleOverride
 from dynamic_lora_server.engine import mode_controller
-from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.mode_controller import ModeController
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode, StepCosts
 from tests.support.engines import (
     TASKS,

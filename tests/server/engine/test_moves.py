@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.geometry import LayerGeometry
-from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import FailedEvent
-from dynamic_lora_server.engine.kv_cache import KVCache
-from dynamic_lora_server.engine.kv_space import Allocation, ContiguousSpace, Move
-from dynamic_lora_server.engine.prefix_cache import CellCopy
+from dynamic_lora_server.engine.kv.cache import KVCache
+from dynamic_lora_server.engine.kv.prefix_cache import CellCopy
+from dynamic_lora_server.engine.kv.space import Allocation, ContiguousSpace, Move
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.sequence import Phase
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from tests.support.engines import advance, make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import tiny_llama
 from tests.support.traffic import assert_same, requests, serve

@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from dynamic_lora_adapters.costs import KernelChooser
+from dynamic_lora_adapters.apply.costs import KernelChooser
+from dynamic_lora_adapters.apply.products import ProductKind, obstacle
 from dynamic_lora_adapters.kernels import DeltaKernel, kernels_for
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments
-from dynamic_lora_adapters.products import ProductKind, obstacle
 from dynamic_lora_adapters.segments import Run
-from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from tests.support.adapters import load_with_peft, make_adapter, save_adapter
 from tests.support.costs import fixed_costs
 from tests.support.engines import (

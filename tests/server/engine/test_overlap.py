@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
-from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from dynamic_lora_server.generation import FinishReason
 from dynamic_lora_server.modes import Mode

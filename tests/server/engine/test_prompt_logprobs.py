@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dynamic_lora_server.engine.build import BuiltEngine
 from dynamic_lora_server.engine.engine import FailedEvent, PromptEvent, TokenEvent
-from dynamic_lora_server.engine.sampler import Sampled
+from dynamic_lora_server.engine.sampling.sampler import Sampled
 from dynamic_lora_server.engine.scheduler import _MAX_SCORED
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import TASKS, admit, make_engine, make_sequence, random_prompt
 from tests.support.models import tiny_llama

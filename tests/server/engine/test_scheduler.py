@@ -3,7 +3,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamic_lora_server.engine.kv_space import ContiguousSpace
+from dynamic_lora_server.engine.kv.space import ContiguousSpace
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.generation import FinishReason

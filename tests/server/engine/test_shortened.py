@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynamic_lora_adapters.products import ProductKind, obstacle
+from dynamic_lora_adapters.apply.products import ProductKind, obstacle
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.engines import (

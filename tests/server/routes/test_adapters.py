@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
-from dynamic_lora_adapters.archive import Intake
 from dynamic_lora_adapters.errors import UnsupportedAdapter
-from dynamic_lora_adapters.inspection import AdapterVersion, Inspector
-from dynamic_lora_server import publishing
+from dynamic_lora_adapters.files.archive import Intake
+from dynamic_lora_adapters.home.inspection import AdapterVersion, Inspector
 from dynamic_lora_server.app import create_app
-from dynamic_lora_server.sources import SourceUnavailable
+from dynamic_lora_server.intake import publishing
+from dynamic_lora_server.intake.sources import SourceUnavailable
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import load_runtime, publish, tiny_config

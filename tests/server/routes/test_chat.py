@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamic_lora_server import prompts
 from dynamic_lora_server.app import create_app
 from dynamic_lora_server.generation import TokenLogprob
+from dynamic_lora_server.requests import prompts
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
 from tests.support.runtimes import load_runtime, spec, tiny_config

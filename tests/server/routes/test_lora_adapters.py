@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dynamic_lora_server.app import create_app
-from dynamic_lora_server.sources import source_of
+from dynamic_lora_server.intake.sources import source_of
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import load_runtime, tiny_config

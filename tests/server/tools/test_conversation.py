@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from dynamic_lora_adapters.chat import ChatFormat
-from dynamic_lora_server.chat_template import render
+from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.requests.chat_template import render
 from dynamic_lora_server.schemas.openai import ChatRequest
 from tests.support.models import tiny_tokenizer
 from tests.support.tools import (

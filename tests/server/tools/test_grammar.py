@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from dynamic_lora_server.engine.grammars import Grammars, Guide
+from dynamic_lora_server.engine.sampling.grammars import Grammars, Guide
 from dynamic_lora_server.generation import Grammar, GrammarKind
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 from dynamic_lora_server.tools.calls import CallArguments, FreeReader, GuidedReader, Words

@@ -6,7 +6,7 @@ import pytest
 
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GrammarKind
-from dynamic_lora_server.prompts import chat_offer, chat_spec
+from dynamic_lora_server.requests.prompts import chat_offer, chat_spec
 from dynamic_lora_server.schemas.openai import ChatRequest
 from dynamic_lora_server.text import TokenizerView
 from dynamic_lora_server.tools.calls import FreeReader, GuidedReader

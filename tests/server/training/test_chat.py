@@ -7,9 +7,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from dynamic_lora_adapters.chat import TEMPLATE_FILE, ChatFormat
-from dynamic_lora_server.chat_template import render
+from dynamic_lora_adapters.files.chat import TEMPLATE_FILE, ChatFormat
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.requests.chat_template import render
 from dynamic_lora_server.schemas.openai import Message
 from dynamic_lora_server.training import TrainingConfig, TrainingConfigError
 from dynamic_lora_server.training.chat import build_chat_template

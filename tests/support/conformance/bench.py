@@ -12,14 +12,14 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
-from dynamic_lora_adapters.archive import Intake
-from dynamic_lora_adapters.products import ProductKind
-from dynamic_lora_adapters.registry import AdapterRegistry
-from dynamic_lora_adapters.slab import ResidentAdapter
-from dynamic_lora_server.engine.build import BuiltEngine
+from dynamic_lora_adapters.apply.products import ProductKind
+from dynamic_lora_adapters.device.slab import ResidentAdapter
+from dynamic_lora_adapters.files.archive import Intake
+from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.conformance.architectures import build_base
 from tests.support.engines import make_engine, make_sequence

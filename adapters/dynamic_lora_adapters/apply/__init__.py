@@ -1,0 +1,1 @@
+"""An adapter's terms in a running model: its layers, their products, and merging."""

@@ -1,0 +1,173 @@
+"""The weights of the checkpoint while others are in use: where they are kept, how they return."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+
+import torch
+
+from dynamic_lora_adapters.apply.layers import GroupedProjection
+from dynamic_lora_adapters.base_weights import BaseWeights, ModelWeights
+from dynamic_lora_adapters.device.groups import GroupTerms
+
+
+class Restore(StrEnum):
+    """How the base comes back after a merge.
+
+    COPY from a copy, bit for bit. SUBTRACT takes the adapter's terms away
+    again, which needs no copy and drifts by rounding.
+    """
+
+    COPY = "copy"
+    SUBTRACT = "subtract"
+
+
+class Pristine(ABC):
+    """Gives the checkpoint's weight of each group, whatever is merged."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.drift = 0.0
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Held while weights change, so that `value` never reads a half-changed one."""
+        with self._lock:
+            yield
+
+    @abstractmethod
+    def weight(
+        self, index: int, projection: GroupedProjection, held: GroupTerms | None
+    ) -> torch.Tensor:
+        """The group's weight [out, in] without `held`, the terms that are in it now."""
+
+    @abstractmethod
+    def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
+        """The group's weight [out, in] as the checkpoint has it; from any thread."""
+
+
+class CopiedWeights(Pristine):
+    """Keeps a copy in host memory of each layer that a merge has touched, from then on.
+
+    Products that are `separate` from the model's parameters need none: the
+    parameters are never touched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: dict[int, torch.Tensor] = {}
+
+    def weight(
+        self, index: int, projection: GroupedProjection, held: GroupTerms | None
+    ) -> torch.Tensor:
+        """As the base class says; bit for bit."""
+        if projection.base.separate:
+            return projection.weight
+        if index not in self._copies:
+            assert held is None, "the copy is made before the first merge"
+            self._copies[index] = _host_copy(projection.weight.detach())
+        return self._copies[index].to(projection.weight.device, non_blocking=True)
+
+    def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
+        """As the base class says."""
+        with self._lock:
+            copy = self._copies.get(index)
+            if copy is not None:
+                return copy
+            return projection.weight if projection.base.separate else projection.weight.clone()
+
+
+class SubtractedWeights(Pristine):
+    """Takes the merged terms away in float32, and watches what rounding leaves behind.
+
+    The drift is measured on SAMPLE_ROWS rows of each group, of which a copy is
+    kept. Once it is more than MAX_DRIFT of the group's largest weight there,
+    the group is read from the checkpoint again by `reload(index)`.
+    """
+
+    SAMPLE_ROWS = 16
+    MAX_DRIFT = 2.0**-8
+
+    def __init__(
+        self, projections: Sequence[GroupedProjection], reload: Callable[[int], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self._reload = reload
+        self._rows = [_spread(len(p.weight), self.SAMPLE_ROWS) for p in projections]
+        self._samples = [
+            p.weight[rows.to(p.weight.device)].clone()
+            for p, rows in zip(projections, self._rows, strict=True)
+        ]
+        self._drifts = [0.0] * len(projections)
+        self.num_refreshes = 0
+
+    def weight(
+        self, index: int, projection: GroupedProjection, held: GroupTerms | None
+    ) -> torch.Tensor:
+        """As the base class says, up to the drift."""
+        if held is None or projection.base.separate:
+            return projection.weight
+        weight = held.unfold(projection.weight).to(projection.weight.dtype)
+        self._measure(index, weight)
+        sample = self._samples[index]
+        if self._drifts[index] > self.MAX_DRIFT * float(sample.abs().max()):
+            weight = self._reload(index).to(weight.device, weight.dtype)
+            self._measure(index, weight)
+            self.num_refreshes += 1
+        self.drift = max(self._drifts)
+        return weight
+
+    def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
+        """As the base class says, read from the checkpoint."""
+        return projection.weight if projection.base.separate else self._reload(index)
+
+    def _measure(self, index: int, weight: torch.Tensor) -> None:
+        now = weight[self._rows[index].to(weight.device)]
+        self._drifts[index] = float((now.float() - self._samples[index].float()).abs().max())
+
+
+class PristineWeights:
+    """`BaseWeights` of a model whose layers may hold a merged adapter. Safe from any thread."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        projections: Sequence[GroupedProjection],
+        pristine: Pristine,
+    ) -> None:
+        self._others: BaseWeights = ModelWeights(model)
+        self._pristine = pristine
+        self._places = {
+            path: (index, number)
+            for index, projection in enumerate(projections)
+            for number, path in enumerate(projection.group.paths)
+        }
+        self._projections = projections
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The checkpoint's value in fp32 on the CPU; raises KeyError."""
+        path, _, leaf = name.rpartition(".")
+        place = self._places.get(path)
+        if leaf != "weight" or place is None:
+            return self._others.parameter(name)
+        index, number = place
+        projection = self._projections[index]
+        joined = self._pristine.value(index, projection)
+        weight = joined.split(list(projection.group.widths))[number]
+        # `Conv1D` stores its weight as [in, out].
+        weight = weight.T if projection.transposed else weight
+        exact: torch.Tensor = weight.to("cpu", torch.float32)
+        return exact
+
+
+def _host_copy(weight: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory. A GPU reads it at the full speed of the bus if it is pinned."""
+    host = torch.empty_like(weight, device="cpu", pin_memory=weight.device.type == "cuda")
+    return host.copy_(weight)
+
+
+def _spread(length: int, count: int) -> torch.Tensor:
+    """`count` indices spread evenly over a range, or all of it."""
+    return torch.linspace(0, length - 1, min(count, length)).long()

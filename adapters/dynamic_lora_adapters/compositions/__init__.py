@@ -1,0 +1,1 @@
+"""Weighted sums of adapters: as text, as values, and as terms."""

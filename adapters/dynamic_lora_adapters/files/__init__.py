@@ -1,0 +1,1 @@
+"""The files of an adapter, read without trusting them."""

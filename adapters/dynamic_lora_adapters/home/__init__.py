@@ -1,0 +1,1 @@
+"""The adapters that a server knows, on disk and by name."""

@@ -1,0 +1,1 @@
+"""PEFT's LoRA, from its config and tensors to terms."""

@@ -1,0 +1,1 @@
+"""The base model: where it comes from, how it is loaded, and what tells it from others."""

@@ -1,0 +1,1 @@
+"""Attention over the KV cache, in the ways that devices and kinds of steps need."""

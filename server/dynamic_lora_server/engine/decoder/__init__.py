@@ -1,0 +1,1 @@
+"""Decoder layers in C++ in the place of the model's own."""

@@ -1,0 +1,1 @@
+"""Speculative decoding with tokens that were seen before."""

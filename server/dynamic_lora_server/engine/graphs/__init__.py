@@ -1,0 +1,1 @@
+"""Decoding steps of fixed shape, replayed as CUDA graphs."""

@@ -1,0 +1,1 @@
+"""The KV cache: its tensors, who has which of its space, and the prefixes kept in it."""

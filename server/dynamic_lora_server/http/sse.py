@@ -1,0 +1,86 @@
+"""Server-sent events: how they are framed and sent."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dynamic_lora_server.http.access_log import request_id
+from dynamic_lora_server.http.disconnect import ClientDisconnected, until_disconnect
+
+EVENT_STREAM = "text/event-stream"
+# Proxies must pass events on as they come.
+_NEVER_STORED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE = b"data: [DONE]\n\n"  # OpenAI's end of a stream
+# What a client may take to read on once the buffers between are full: its place is wanted.
+_STALLED_SECONDS = 120.0
+# They end a line for clients that split lines as Unicode does. JSON holds them inside texts alone.
+_LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+_log = logging.getLogger(__name__)
+
+
+def event(data: BaseModel) -> bytes:
+    """One event: a model as JSON on one `data:` line."""
+    document = data.model_dump_json()
+    for end, escaped in _LINE_ENDS.items():
+        document = document.replace(end, escaped)
+    return f"data: {document}\n\n".encode()
+
+
+def json_event(data: Mapping[str, Any]) -> bytes:
+    """One event: a plain object as JSON on one `data:` line."""
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends the events of a generator as they come and closes it when the client goes.
+
+    The generator is closed in every case, so that what it holds is freed at
+    once: after its last event, on an error, on a disconnect, and where the client reads nothing
+    for two minutes.
+    """
+
+    media_type = EVENT_STREAM
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self.init_headers({**_NEVER_STORED, **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run as an ASGI application."""
+        del scope
+        async with aclosing(self._events):
+            try:
+                await until_disconnect(receive, self._send(send))
+            except ClientDisconnected:
+                return
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for chunk in self._events:
+            await _until_taken(
+                send({"type": "http.response.body", "body": chunk, "more_body": True})
+            )
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_taken(sending: Awaitable[None]) -> None:
+    """Raises ClientDisconnected if the client does not read on."""
+    try:
+        async with asyncio.timeout(_STALLED_SECONDS):
+            await sending
+    except TimeoutError:
+        _log.info("a stream ends that nobody reads (request %s)", request_id())
+        raise ClientDisconnected from None

@@ -1,0 +1,1 @@
+"""New adapters on their way in: uploads, allowed folders, and the Hub."""

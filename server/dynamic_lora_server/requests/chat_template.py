@@ -1,0 +1,210 @@
+"""Messages through a chat template: an adapter's own, or the base model's."""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.schemas.openai import Message
+from dynamic_lora_server.schemas.tools import TemplateRequest
+from dynamic_lora_server.tools.conversation import has_calls, has_results, with_calls
+from dynamic_lora_server.tools.offer import described
+from dynamic_lora_server.tools.template import TemplateTools, template_tools
+
+if TYPE_CHECKING:
+    from dynamic_lora_adapters.files.chat import ChatFormat
+
+
+_NOTHING_MORE = TemplateRequest()
+
+
+class Ending(Enum):
+    """Where the text of a conversation ends."""
+
+    NEW_TURN = auto()  # where the model's turn begins
+    LAST_TURN = auto()  # in the last message, which the model is to go on from
+    NOTHING = auto()  # behind the last message
+
+
+class Tokenizer(Protocol):
+    """What templates need of a transformers tokenizer."""
+
+    chat_template: Any
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """What templates find under the names of special tokens."""
+
+    def get_chat_template(
+        self, chat_template: str | None = None, tools: list[Any] | None = None
+    ) -> str:
+        """The template that is used: of several, there may be one for tools."""
+
+    def apply_chat_template(
+        self,
+        conversation: list[Any],
+        *,
+        tools: list[Any] | None,
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tokenize: bool,
+        **variables: Any,
+    ) -> Any:
+        """The conversation as the text the model was trained on."""
+
+
+def render(
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    chat: "ChatFormat | None",
+    asked: TemplateRequest = _NOTHING_MORE,
+) -> str:
+    """The text of a conversation, up to where the model's turn begins or goes on.
+
+    `chat` is an adapter's; its template goes before the base model's. `variables` are what the
+    request gives to the template, `asked` what it is to write besides the messages. Raises
+    InvalidParameter when the template refuses the messages, would leave something out, or there
+    is none.
+    """
+    own = _own_template(tokenizer, chat)
+    _check_variables(variables)
+    if chat is not None and own is not None:
+        variables = {**chat.special_tokens, **variables}
+    conversation = [_turn(message) for message in messages]
+    ending = _ending(asked, messages)
+    tools = described(asked.tools or ())
+    if tools or has_calls(messages) or has_results(messages):
+        check_written(messages, tokenizer, chat, with_tools=bool(tools))
+    turns = with_calls(conversation, messages)
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                turns,
+                tools=tools or None,
+                chat_template=own,
+                add_generation_prompt=ending is Ending.NEW_TURN,
+                continue_final_message=ending is Ending.LAST_TURN,
+                tokenize=False,
+                **variables,
+            )
+        )
+        text.encode()  # a template can write half of a character, which no tokenizer takes
+    except Exception as error:
+        # A template is a program: on messages it was not written for, any error can come of it.
+        raise InvalidParameter(
+            f"The {_whose(chat)} chat template refuses these "
+            f"messages: {str(error) or type(error).__name__}.",
+            field="messages",
+        ) from error
+    return text
+
+
+def check_written(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    chat: "ChatFormat | None",
+    *,
+    with_tools: bool,
+) -> TemplateTools:
+    """What the template makes of tools; `with_tools` says whether there are.
+
+    Raises InvalidParameter for tools, calls or results that it would leave out, or if there is no
+    template.
+    """
+    found = _tools_of_template(tokenizer, chat, with_tools=with_tools)
+    left_out = {
+        "tools": with_tools and not found.offers,
+        "messages with tool_calls": has_calls(messages) and not found.calls,
+        "messages of the role tool": has_results(messages) and not found.results,
+    }
+    for what, is_left_out in left_out.items():
+        if is_left_out:
+            raise InvalidParameter(
+                f"The {_whose(chat)} chat template does not write {what}: the model would not "
+                "see them.",
+                field=what.partition(" ")[0],
+                fix="Leave them out, or name an adapter whose chat template has them.",
+            )
+    return found
+
+
+def _tools_of_template(
+    tokenizer: Tokenizer, chat: "ChatFormat | None", *, with_tools: bool
+) -> TemplateTools:
+    own = _own_template(tokenizer, chat)
+    if chat is not None and own is not None:
+        return template_tools(own, {**tokenizer.special_tokens_map, **chat.special_tokens})
+    try:
+        # Of several templates, one may be for tools.
+        template = tokenizer.get_chat_template(None, [{}] if with_tools else None)
+    except ValueError as error:
+        raise InvalidParameter(
+            f"The base model has no chat template for this: {error}", field="messages"
+        ) from error
+    return template_tools(template, tokenizer.special_tokens_map)
+
+
+def _own_template(tokenizer: Tokenizer, chat: "ChatFormat | None") -> str | None:
+    """The adapter's template; None is the base model's. Raises InvalidParameter for neither."""
+    own = None if chat is None else chat.template
+    if own is None and not tokenizer.chat_template:
+        raise InvalidParameter(
+            "The base model has no chat template, nor has the adapter.",
+            field="messages",
+            fix="Write the whole prompt yourself and use /v1/completions or /generate.",
+        )
+    return own
+
+
+def _whose(chat: "ChatFormat | None") -> str:
+    return "base model's" if chat is None or chat.template is None else "adapter's"
+
+
+def _ending(asked: TemplateRequest, messages: Sequence[Message]) -> Ending:
+    if not asked.continue_final_message:
+        return Ending.NOTHING if asked.add_generation_prompt is False else Ending.NEW_TURN
+    if asked.add_generation_prompt:
+        raise InvalidParameter(
+            "continue_final_message goes on from the last message, and add_generation_prompt "
+            "begins a new one.",
+            field="add_generation_prompt",
+            fix="Leave one of the two out.",
+        )
+    last = messages[-1]
+    if last.role != "assistant" or last.tool_calls:
+        raise InvalidParameter(
+            "continue_final_message needs a last message that is the assistant's, without "
+            "tool_calls.",
+            field="continue_final_message",
+        )
+    return Ending.LAST_TURN
+
+
+def _turn(message: Message) -> dict[str, str]:
+    """A message as templates know it: without what it does not say."""
+    # OpenAI renamed the system for its newer models; templates know the old name.
+    role = "system" if message.role == "developer" else message.role
+    turn = {"role": role, "content": message.text}
+    if message.name is not None:
+        turn["name"] = message.name
+    thought = message.reasoning_content if message.reasoning is None else message.reasoning
+    if thought is not None:
+        turn |= {"reasoning": thought, "reasoning_content": thought}  # templates read either
+    return turn
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    """Raise InvalidParameter for what is no variable, but would change how a template is used."""
+    from transformers import PreTrainedTokenizerBase
+
+    settings = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in variables:
+        if name in settings or name == "messages":
+            raise InvalidParameter(
+                f"chat_template_kwargs holds {name!r}, which is no variable of a template's own.",
+                field="chat_template_kwargs",
+                fix="Leave it out.",
+            )

@@ -1,0 +1,1 @@
+"""Generations between the HTTP layer and the engine."""

@@ -1,0 +1,59 @@
+"""A few threads for work on texts, and a line before them that may have an end."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from dynamic_lora_server.errors import QueueFull
+from dynamic_lora_server.serving.pace import Pace
+
+T = TypeVar("T")
+
+
+class WorkPool:
+    """Runs one piece of work on each thread, while others wait. Lives on one event loop.
+
+    Where `max_waiting` is None the line has no end. Who gives up while it waits leaves nothing
+    behind; work that has begun keeps its thread to its end, whether or not anybody waits for it.
+    """
+
+    def __init__(self, name: str, *, num_threads: int, max_waiting: int | None) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._num_threads = num_threads
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        # The executor's own queue would keep what is given up, with the body that it came in.
+        self._free = asyncio.Semaphore(num_threads)
+        self._pace = Pace()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns. Raises QueueFull where too many wait, and what `work` raises."""
+        await self._thread()
+        loop = asyncio.get_running_loop()
+        began = time.monotonic()
+
+        def free(_: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._free.release)
+
+        future = self._executor.submit(work)
+        future.add_done_callback(free)
+        found = await asyncio.wrap_future(future)
+        self._pace.record(time.monotonic() - began)
+        return found
+
+    async def _thread(self) -> None:
+        """Wait until one is free; it is taken then."""
+        full = self._max_waiting is not None and self._num_waiting >= self._max_waiting
+        if full and self._free.locked():
+            raise QueueFull(
+                f"{self._num_waiting} texts wait for their turn; the server takes no more.",
+                retry_after=self._pace.retry_after(self._num_waiting / self._num_threads),
+            )
+        self._num_waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._num_waiting -= 1

@@ -1,0 +1,356 @@
+"""Every kind of base product against torch's."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamic_lora_adapters.apply.products import (
+    EXACT_KINDS,
+    ProductKind,
+    fastest_kind,
+    make_product,
+    obstacle,
+)
+from dynamic_lora_adapters.native import library
+from dynamic_lora_adapters.native.product import (
+    Bfloat16Product,
+    NativeProduct,
+    rounds_inputs,
+    whole_inputs,
+)
+
+WEIGHT = torch.ones(8, 8)
+KINDS = [kind for kind in EXACT_KINDS if obstacle(kind, WEIGHT) is None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """So that no test's time has the compiler's in it."""
+    if obstacle(ProductKind.NATIVE, WEIGHT) is None:
+        with whole_inputs():
+            pass
+
+
+@pytest.mark.parametrize("kind", EXACT_KINDS)
+@given(
+    rows=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
+    biased=st.booleans(),
+    strided=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_products_equal_torchs(
+    kind: ProductKind, rows: int, out_features: int, in_features: int, biased: bool, strided: bool
+) -> None:
+    if (reason := obstacle(kind, WEIGHT)) is not None:
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    x = torch.randn(1, rows, 2 * in_features, generator=generator)
+    x = x[..., ::2] if strided else x[..., :in_features].contiguous()
+    out = make_product(kind, weight, bias)(x)
+    assert out.shape == (1, rows, out_features)
+    torch.testing.assert_close(
+        out, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.skipif(obstacle(ProductKind.NATIVE, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("kind", [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8])
+@given(
+    rows=st.integers(1, 70),
+    out_features=st.one_of(st.sampled_from([32, 64, 96, 192]), st.integers(1, 70)),
+    in_features=st.one_of(st.integers(1, 210), st.integers(2040, 2060)),
+    biased=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_halves_that_lie_in_turns_make_no_difference(
+    kind: ProductKind, rows: int, out_features: int, in_features: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    x = torch.randn(rows, in_features, generator=generator)
+    plain = make_product(kind, weight, bias)
+    in_turns = make_product(kind, weight, bias, halves=True)
+    assert torch.equal(in_turns(x), plain(x))
+    if isinstance(plain, NativeProduct) and isinstance(in_turns, NativeProduct):
+        a = torch.randn(3, in_features, generator=generator)
+        b = torch.randn(3, out_features, generator=generator)
+        for product in (plain, in_turns):
+            product.replace_folded(weight, a, b)
+        assert torch.equal(in_turns(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_replaced_weight_is_multiplied_by(kind: ProductKind) -> None:
+    product = make_product(kind, torch.randn(20, 6), None)
+    weight = torch.randn(6, 20).T
+    product.replace(weight)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(product(x), x @ weight.T)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.NATIVE, WEIGHT) is not None, reason="no C++ compiler")
+@given(
+    out_features=st.integers(1, 70),
+    in_features=st.integers(1, 210),
+    rank=st.integers(1, 20),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_a_low_rank_delta_is_added_while_the_weight_is_packed(
+    out_features: int, in_features: int, rank: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    a = torch.randn(rank, in_features, generator=generator)
+    # As in a slot: rows further apart than they are long, and zero outside a member's outputs.
+    b = torch.randn(rank, out_features + 3, generator=generator)[:, :out_features]
+    b[: rank // 2, out_features // 2 :] = 0
+    product = NativeProduct(torch.zeros_like(weight), None)
+    product.replace_folded(weight, a, b)
+    exact = (weight.double() + b.double().T @ a.double()).T
+    # Each column of the weight by itself: what is multiplied by one alone is not rounded again.
+    torch.testing.assert_close(product(torch.eye(in_features)), exact.float())
+    product.replace(weight)
+    assert torch.equal(product(torch.eye(in_features)), weight.T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_separate_product_leaves_the_weight_untouched(kind: ProductKind) -> None:
+    weight = torch.ones(16, 4)
+    product = make_product(kind, weight, None, shared=True)
+    product.replace(torch.zeros(16, 4))
+    assert product.separate
+    assert bool((weight == 1).all())
+
+
+def test_the_fastest_kind_is_measured() -> None:
+    assert fastest_kind(torch.randn(64, 64), KINDS) in KINDS
+
+
+def test_a_sole_kind_is_taken_unmeasured_and_others_where_the_weight_is() -> None:
+    elsewhere = torch.empty(8, 8, device="meta")
+    assert fastest_kind(elsewhere, [ProductKind.PLAIN]) is ProductKind.PLAIN
+    assert fastest_kind(elsewhere, [ProductKind.PLAIN] * 2) is ProductKind.PLAIN
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ProductKind if kind is not ProductKind.PLAIN])
+def test_a_weight_that_is_not_on_the_cpu_is_not_packed(kind: ProductKind) -> None:
+    reason = obstacle(kind, torch.empty(8, 8, device="meta"))
+    assert reason == "weights on meta are not packed"
+
+
+def test_a_dtype_that_a_kind_does_not_know_is_named() -> None:
+    weight = WEIGHT.double()
+    assert "torch.float64 on this processor" in (obstacle(ProductKind.PACKED, weight) or "")
+    assert "weights are torch.float64" in (obstacle(ProductKind.NATIVE, weight) or "")
+    assert obstacle(ProductKind.PLAIN, weight) is None
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("rounded", [True, False])
+@given(
+    rows=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
+    biased=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_bf16_multiplies_by_the_rounded_weight(
+    rounded: bool, rows: int, out_features: int, in_features: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    x = torch.randn(rows, in_features, generator=generator)
+    product = Bfloat16Product(weight, bias)
+    if rounded:
+        out = product(x)
+        x = x.bfloat16().float() if rounds_inputs() else x
+    else:
+        with whole_inputs():
+            out = product(x)
+    expected = torch.nn.functional.linear(x, weight.bfloat16().float(), bias)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@torch.inference_mode()
+def test_rounding_may_be_switched_off_while_bf16_multiplies() -> None:
+    """Each call rounds all of its inputs or none."""
+    product, x = Bfloat16Product(torch.randn(64, 1024), None), torch.randn(40, 1024)
+    rounded = product(x)
+    with whole_inputs():
+        whole = product(x)
+    done = threading.Event()
+
+    def switch() -> None:
+        while not done.is_set():
+            with whole_inputs():
+                pass
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    try:
+        for _ in range(200):
+            out = product(x)
+            assert torch.equal(out, rounded) or torch.equal(out, whole)
+    finally:
+        done.set()
+        switching.join()
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "x", [torch.ones(2, 8).double(), torch.ones(2, 4)], ids=["float64", "too narrow"]
+)
+def test_inputs_that_a_packed_weight_cannot_read_are_refused(x: torch.Tensor) -> None:
+    product = make_product(ProductKind.NATIVE, WEIGHT, None)
+    with pytest.raises(AssertionError):
+        product(x)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@given(out_features=st.integers(1, 70), in_features=st.integers(1, 210), rank=st.integers(1, 20))
+@settings(deadline=None)
+@torch.inference_mode()
+def test_what_is_merged_into_bf16_is_rounded_once(
+    out_features: int, in_features: int, rank: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    a = torch.randn(rank, in_features, generator=generator)
+    b = torch.randn(rank, out_features, generator=generator)
+    product = Bfloat16Product(torch.zeros_like(weight), None)
+    product.replace(weight)
+    assert torch.equal(product(torch.eye(in_features)), weight.bfloat16().float().T)
+    product.replace_folded(weight, a, b)
+    # Half a step of bfloat16, and what float32's own sums make.
+    torch.testing.assert_close(
+        product(torch.eye(in_features)), (weight + b.T @ a).T, rtol=2**-8 + 1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.skipif(obstacle(ProductKind.BF16, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@torch.inference_mode()
+def test_bf16_keeps_what_is_no_number_to_its_row(wrong: float) -> None:
+    x = torch.ones(9, 259)
+    x[4, 255] = wrong
+    out = make_product(ProductKind.BF16, torch.ones(20, 259), None)(x)
+    assert not out[4].isfinite().any()
+    others = torch.cat([out[:4], out[5:]])
+    torch.testing.assert_close(others, torch.full((8, 20), 259.0))
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@given(
+    rows=st.integers(1, 40),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 70), st.integers(2040, 2060)),
+    biased=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_int8_multiplies_by_the_rounded_weight(
+    rows: int, out_features: int, in_features: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    weight[0] = 0
+    bias = torch.randn(out_features, generator=generator) if biased else None
+    step = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = (weight / step).round() * step
+    x = torch.randn(rows, in_features, generator=generator)
+    x *= 100 ** torch.arange(rows).remainder(5)[:, None]
+    out = make_product(ProductKind.INT8, weight, bias)(x)
+    expected = torch.nn.functional.linear(in_sixteen_bits(x), rounded, bias)
+    # An input halfway between two steps may be rounded to either; terms may cancel each other.
+    largest = (x.abs().amax(1, keepdim=True) * weight.abs().amax()).clamp(min=1)
+    torch.testing.assert_close(out / largest, expected / largest, rtol=0, atol=1e-4)
+
+
+def in_sixteen_bits(x: torch.Tensor) -> torch.Tensor:
+    """Rounded as integers up to 32767, 256 inputs of a row to a scale."""
+    groups = []
+    for group in x.split(256, dim=1):
+        step = group.abs().amax(1, keepdim=True) / 32767
+        groups.append((group / step).round() * step)
+    return torch.cat(groups, dim=1)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 255, 256, 258])
+@torch.inference_mode()
+def test_int8_keeps_what_is_no_number_to_its_row(wrong: float, place: int) -> None:
+    x = torch.ones(9, 259)
+    x[4, place] = wrong
+    out = make_product(ProductKind.INT8, torch.ones(20, 259), None)(x)
+    assert not out[4].isfinite().any()
+    others = torch.cat([out[:4], out[5:]])
+    torch.testing.assert_close(others, torch.full((8, 20), 259.0))
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-31])
+@torch.inference_mode()
+def test_int8_takes_tiny_inputs_for_zeros(size: float) -> None:
+    bias = torch.randn(20)
+    out = make_product(ProductKind.INT8, torch.ones(20, 300), bias)(torch.full((3, 300), size))
+    assert torch.equal(out, bias.expand(3, 20))
+
+
+def computed(
+    kind: ProductKind, weight: torch.Tensor, x: torch.Tensor, *, unit: bool
+) -> torch.Tensor:
+    """The product by a library that was compiled with or without the matrix unit."""
+    library.attempt.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "has_matrix_unit", lambda: unit)
+            return make_product(kind, weight, None)(x)
+    finally:
+        library.attempt.cache_clear()
+
+
+@pytest.mark.skipif(
+    obstacle(ProductKind.INT8, WEIGHT) is not None or not library.has_matrix_unit(),
+    reason="no C++ compiler, or no matrix unit (AMX) that this process may use",
+)
+@pytest.mark.parametrize("kind", [ProductKind.BF16, ProductKind.INT8])
+@given(
+    rows=st.integers(1, 100),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 300), st.integers(2040, 2060)),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_the_matrix_unit_computes_what_registers_do(
+    kind: ProductKind, rows: int, out_features: int, in_features: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    x = torch.randn(rows, in_features, generator=generator)
+    on_unit, in_registers = (computed(kind, weight, x, unit=unit) for unit in (True, False))
+    # The same rounded numbers, added up in another order.
+    torch.testing.assert_close(on_unit, in_registers, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+def test_nothing_is_merged_into_int8() -> None:
+    product = make_product(ProductKind.INT8, WEIGHT, None)
+    with pytest.raises(TypeError, match="adapters are not merged into quantised weights"):
+        product.replace(WEIGHT)
