@@ -55,7 +55,12 @@ class VllmCpu:
         url = f"http://127.0.0.1:{port}"
         names = [folder.name for folder in setup.adapters]
         with running(
-            [str(venv.folder / "bin" / "vllm"), "serve", *self._flags(setup, port)],
+            [
+                str(venv.python),
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                *self._flags(setup, port),
+            ],
             ready_url=f"{url}/health",
             log=setup.logs / f"{self.name}.log",
             env=self._environment(preloads),
@@ -95,7 +100,7 @@ class VllmCpu:
         return ["--max-num-batched-tokens", str(self.max_num_batched_tokens)]
 
     def _flags(self, setup: Setup, port: int) -> list[str]:
-        flags = [str(setup.base), "--served-model-name", _BASE_NAME]
+        flags = ["--model", str(setup.base), "--served-model-name", _BASE_NAME]
         flags += ["--host", "127.0.0.1", "--port", str(port), "--dtype", setup.dtype]
         flags += ["--max-model-len", str(setup.context_length), *self._batch_flags()]
         if setup.adapters:
