@@ -1,8 +1,8 @@
 """What this server is asked to reach beside its peers, and whether it did. Imports no torch.
 
-Every ratio is taken within a round, whose cells were measured minutes apart; the median of the
-rounds is what counts. Beside it stands the same ratio after each rate was divided by the clock
-that was read just before and after it.
+Every ratio is taken within a round, whose cells were measured minutes apart. A bar is reached if
+every round reaches it; what is shown is the median. Beside it stands the same ratio after each rate
+was divided by the clock that was read just before and after it.
 """
 
 import statistics
@@ -83,10 +83,10 @@ class Verdict:
 
     @property
     def reached(self) -> bool | None:
-        """None where nothing is asked or nothing was measured."""
-        if self.at_least is None or self.ratio is None:
+        """Whether every round reached it; None where nothing is asked or nothing was measured."""
+        if self.at_least is None or not self.ratios:
             return None
-        return self.ratio >= self.at_least
+        return min(self.ratios) >= self.at_least
 
 
 def weight_bits(weights: str | None) -> int | None:

@@ -215,7 +215,7 @@ def print_tables(document: dict[str, Any]) -> None:
         for cell in found["cells"]:
             cells.add_row(*(str(value) for value in cell.values()))
         for peer in found.get("peers", ()):
-            speed = str(peer.get("tokens_per_s", peer.get("left_out")))
+            speed = str(peer.get("decode_tokens_per_s", peer.get("left_out")))
             cells.add_row(peer["peer"], str(peer["rows"]), "", "", speed, "")
         console.print(cells)
 

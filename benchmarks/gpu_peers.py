@@ -1,5 +1,6 @@
 """PEFT's `generate` and transformers' `generate_batch` on models of random weights."""
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from benchmarks.gpu_shapes import RANK, ModelShape
 
 NUM_ADAPTERS = 8
 
-Run = Callable[[torch.Tensor], object]
-"""Generates for token ids [rows, PROMPT_TOKENS]."""
+_REPEATS = 3
+
+Run = Callable[[torch.Tensor, int], object]
+"""Generates so many tokens for token ids [rows, PROMPT_TOKENS]."""
 
 
 def measure_peers(
@@ -29,8 +32,11 @@ def measure_peers(
     num_tokens: int,
     out_of_time: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-    """Output tokens per second of whole generations, the prompt included; base, then 8 adapters.
+    """Output tokens per second, base, then 8 adapters; medians of three.
 
+    `tokens_per_s` is of whole generations, the prompt included. `decode_tokens_per_s` is what to
+    hold against steps of the engine: of all tokens but the first, over the time that they add to
+    generations of one token.
     What fails or finds no time is left out by name. What is set up once for many requests is
     not in the time.
     """
@@ -47,22 +53,26 @@ def measure_peers(
             return
         try:
             with running as run:
-                run(ids)  # compiles, allocates
-                seconds = _seconds(lambda: run(ids), device)
-            cell["tokens_per_s"] = round(count * num_tokens / seconds, 1)
+                run(ids, num_tokens)  # compiles, allocates
+                whole = _seconds(lambda: run(ids, num_tokens), device)
+                first = _seconds(lambda: run(ids, 1), device)
+            cell["tokens_per_s"] = round(count * num_tokens / whole, 1)
+            if whole > first:
+                decoded = count * (num_tokens - 1)
+                cell["decode_tokens_per_s"] = round(decoded / (whole - first), 1)
         except Exception as error:  # a peer that cannot run here must not end the measurement
             cell["left_out"] = f"{type(error).__name__}: {error}"[:300]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for count in rows:
-            base = nullcontext(lambda ids: _generate(model, ids, num_tokens))
+            base = nullcontext(lambda ids, tokens: _generate(model, ids, tokens))
             measure("transformers generate", count, base)
         for count in rows:
             measure("generate_batch", count, _batching(model, count, num_tokens))
         adapted = _with_adapters(model)
         for count in rows:
-            mixed = nullcontext(lambda ids: _mixed(adapted, ids, num_tokens))
+            mixed = nullcontext(lambda ids, tokens: _mixed(adapted, ids, tokens))
             measure("PEFT generate, 8 mixed", count, mixed)
     return found
 
@@ -71,9 +81,11 @@ def _with_adapters(model: Any) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, target_modules="all-linear", init_lora_weights=False
     )
-    adapted = get_peft_model(model, config, adapter_name="a0")
+    # Else PEFT keeps the factors in float32, as training wants them.
+    own = {"autocast_adapter_dtype": False}
+    adapted: Any = get_peft_model(model, config, adapter_name="a0", **own)
     for number in range(1, NUM_ADAPTERS):
-        adapted.add_adapter(f"a{number}", config)
+        adapted.add_adapter(f"a{number}", config, **own)
     return adapted.eval()
 
 
@@ -112,7 +124,7 @@ def _batching(model: Any, count: int, num_tokens: int) -> Iterator[Run]:
         warmup=True,
         timeout=5,
     ) as manager:
-        yield lambda ids: _answer(manager, ids.tolist(), num_tokens)
+        yield lambda ids, tokens: _answer(manager, ids.tolist(), tokens)
 
 
 def _answer(manager: Any, prompts: list[list[int]], num_tokens: int) -> None:
@@ -132,6 +144,10 @@ def _answer(manager: Any, prompts: list[list[int]], num_tokens: int) -> None:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    return statistics.median(_once(run, device) for _ in range(_REPEATS))
+
+
+def _once(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

@@ -37,10 +37,12 @@ def opened(setup: Setup) -> Iterator["PeftSession"]:
     model: Any = AutoModelForCausalLM.from_pretrained(setup.base, dtype=dtype)
     model.to(device)
     for index, folder in enumerate(setup.adapters):
+        # Left to itself PEFT keeps factors of sixteen bits in float32, as training wants them.
+        how: dict[str, Any] = {"adapter_name": folder.name, "autocast_adapter_dtype": False}
         if index == 0:
-            model = PeftModel.from_pretrained(model, folder, adapter_name=folder.name)
+            model = PeftModel.from_pretrained(model, folder, **how)
         else:
-            model.load_adapter(folder, adapter_name=folder.name)
+            model.load_adapter(folder, **how)
     tokenizer = AutoTokenizer.from_pretrained(setup.base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     names = [folder.name for folder in setup.adapters]
