@@ -174,6 +174,8 @@ class Rounds:
             clients = workload.num_clients
             if choice.clients is not None and clients not in choice.clients:
                 continue
+            if workload.popularity.kind != "base" and not choice.peer.has_adapters:
+                continue
             if workload.popularity.kind != "one" or ours or clients in self.sole_at:
                 yield workload
 

@@ -68,6 +68,11 @@ class Peer(Protocol):
         """The name on the command line and in the table."""
         ...
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it is started with adapters; else it answers for the base alone."""
+        ...
+
     def session(self, setup: Setup) -> AbstractContextManager[Session]:
         """Start, and end on leaving. Raises PeerUnavailable with the reason."""
         ...

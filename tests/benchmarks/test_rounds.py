@@ -64,6 +64,7 @@ class _Peer:
     name: str
     log: list[str]
     available: bool = True
+    has_adapters: bool = True
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
@@ -164,6 +165,13 @@ def test_peers_take_turns_and_turn_round() -> None:
     assert [cell.round for cell in run.report.limits] == [0, 1]
     assert run.report.cells[0].clocks == (1.0, 2.0)
     assert run.num_saved == 10
+
+
+def test_a_peer_without_adapters_answers_for_the_base_alone() -> None:
+    run = _Run(_report())
+    choices = [Choice(peer=_Peer("a", run.log, has_adapters=False))]
+    _run([_workload(), _workload(popularity="uniform")], choices, run)
+    assert run.log == ["a base 1 None"]
 
 
 def test_no_two_cells_have_the_same_prompts_and_all_peers_have_the_same(
