@@ -1,8 +1,8 @@
 """Simulates the choice between bypass and merged on traces, beside other ways to choose.
 
-    python -m benchmarks.simulate --output docs/figures --page docs/policy.md
+    python -m benchmarks.simulate --output docs/figures --page docs/policy-results.md
     python -m benchmarks.simulate --trace benchmarks/traces/shipped-tasks.jsonl
-        --output docs/figures --page docs/policy.md
+        --output docs/figures --page docs/policy-results.md
     python -m benchmarks.simulate --trace recorded.jsonl --costs HOME/costs/KEY.json
 
 Needs no model and no torch; see docs/policy.md for what is simulated and how.

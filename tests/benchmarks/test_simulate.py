@@ -28,7 +28,8 @@ from tests.support.traces import record
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "benchmarks" / "traces" / "shipped-tasks.jsonl"
-PAGE = ROOT / "docs" / "policy.md"
+PAGE = ROOT / "docs" / "policy-results.md"
+SUMMARY = ROOT / "docs" / "policy.md"
 
 
 def throughput(costs: StepCosts, trace: list[Arrival], mode: Mode, *, closed: bool) -> float:
@@ -86,6 +87,18 @@ def test_the_page_shows_the_results_that_are_kept() -> None:
     for trace in TRACES:
         assert f"figures/policy-{trace}.svg" in page
         assert (PAGE.parent / "figures" / f"policy-{trace}.svg").exists()
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("trace", ["single", "one-hot", "zipf-1.5", "uniform", "moving"])
+def test_the_summary_shows_the_results_that_are_kept(trace: str, costs: str) -> None:
+    results = [Result(**row) for row in json.loads(SYNTHETIC.read_text())]
+    where = (costs, "closed", trace)
+    rates = {r.strategy: r.tokens_per_s for r in results if (r.costs, r.load, r.trace) == where}
+    bypass = rates["bypass"]
+    ratios = [f"{rates[strategy] / bypass:.3f}" for strategy in STRATEGIES[1:]]
+    row = " | ".join([costs, trace, f"{bypass:.1f}", *ratios])
+    assert f"| {row} |\n" in SUMMARY.read_text()
 
 
 def test_the_command_draws_a_plot_per_trace_and_fills_the_page(

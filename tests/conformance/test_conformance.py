@@ -93,6 +93,11 @@ def test_nothing_on_the_page_is_wrong(page: Table) -> None:
     assert all(cell.difference is not None and cell.difference <= TOLERANCE for cell in served)
 
 
+def test_the_page_opens_as_it_would_be_written() -> None:
+    opening, _, _ = render({}).partition(f"## {MODES[0]}")
+    assert PAGE.read_text(encoding="utf-8").startswith(opening)
+
+
 def test_every_reason_is_given(page: Table) -> None:
     served = (Status.SERVED, Status.NOT_MERGED)
     unserved = [cell for cell in page.values() if cell.status not in served]

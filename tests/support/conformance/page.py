@@ -9,42 +9,59 @@ from tests.support.conformance.cells import TOLERANCE, Cell, Status, Table
 _INTRODUCTION = """\
 # Conformance
 
-What the server makes of each kind of PEFT checkpoint on each architecture, with
-PEFT as the oracle. `make test` re-measures every kind on Llama and `all-linear`
-on every architecture; `python -m benchmarks.conformance --write` re-measures
-every cell.
-
-Every checkpoint is made by PEFT on a tiny random model of the architecture,
-with random weights that visibly move the logits, and goes through the server's
-own upload, store and engine in fp32. One batch mixes three prompts with the
-adapter, two with a second adapter of the same kind and two with the base model
-alone, some longer than the sliding windows and cut into pieces, and decodes
-greedily; PEFT then gets each row by itself along the same tokens.
+What the server makes of PEFT checkpoints, with PEFT as the oracle. In the
+tables below, every kind on every architecture gives PEFT's own answers, is
+refused by name, or is one that PEFT itself cannot make there.
 
 - `≤1e-4`: served. No logit of any row differs from PEFT's by more, and all
   greedy tokens are equal, or tie within twice the difference.
-- `bypass`: served as exactly, but not by merging: in merged mode it runs in
+- `bypass`: served just as exactly, but never merged: in merged mode it runs in
   bypass.
-- `R1`: refused, with the text listed below the table under that number.
-- `P1`: PEFT itself does not make or run this kind on this architecture, for
-  the reason listed.
+- `R1`: refused, with the message under that number below the table.
+- `P1`: PEFT itself does not make or run this kind on this architecture, for the
+  reason under that number.
 - **`W1`**: wrong. No released version has such a cell.
 
-Of the files that trainers save beside an adapter, these shape its answers and
-are honoured: `task.json`, the chat template (`chat_template.jinja`, else the
-`chat_template` of `tokenizer_config.json`), and the end tokens (`eos_token` of
-`tokenizer_config.json`, `eos_token_id` of `generation_config.json`).
-[api.md](api.md#adapters) says when. The tokenizer itself and all else in
-these files are not: prompts are tokenised by the base's tokenizer.
+## How it is measured
 
-Beside an adapter's own tensors PEFT saves others, and these are read as it reads them:
+PEFT makes each checkpoint on a tiny model of the architecture. All weights are
+random, and the adapter's visibly move the logits. The checkpoint goes through
+the server's own upload, store and engine in float32.
 
-- Copies of embedding and head (`save_embedding_layers`), also below the wrappers of
-  `modules_to_save` and `trainable_token_indices`. One that differs from the base's takes
-  its place for this adapter; one of another vocabulary is refused, with both sizes.
-- Earlier releases saved no biases with `bias: lora_only`: the base's own are used.
-- Experts that were adapted one by one, under transformers 4, are stacked as PEFT does it
-  under transformers 5.
+One batch mixes three prompts with the adapter, two with a second adapter of the
+same kind, and two with the base model alone. Some prompts are longer than the
+sliding windows and are prefilled in pieces. The batch is decoded greedily; then
+PEFT computes each row by itself along the same tokens.
+
+`make test` measures every kind on Llama, and `target_modules: all-linear` on
+every architecture. `python -m benchmarks.conformance --write` measures every
+cell and writes this page.
+
+## What else a checkpoint may hold
+
+Of the files that trainers save beside an adapter, these shape its answers, and
+they are honoured ([api.md](api.md#adapters) says when):
+
+- the task card, `task.json`;
+- the chat template: `chat_template.jinja`, else the `chat_template` of
+  `tokenizer_config.json`;
+- the end tokens: `eos_token` of `tokenizer_config.json`, `eos_token_id` of
+  `generation_config.json`.
+
+Nothing else in these files is used. In particular, prompts are tokenised by the
+base model's tokenizer, not by the adapter's.
+
+Beside an adapter's own tensors, PEFT saves others, which are read as PEFT reads
+them:
+
+- Copies of the embedding and the head (`save_embedding_layers`), also below the
+  wrappers of `modules_to_save` and `trainable_token_indices`. A copy that
+  differs from the base model's replaces it for this adapter. One with another
+  vocabulary is refused, with both sizes.
+- Biases. Earlier releases of PEFT saved none with `bias: lora_only`; then the
+  base model's own are used.
+- Experts that were adapted one by one, under transformers 4. They are stacked
+  as PEFT stacks them under transformers 5.
 """
 _LETTERS = {Status.REFUSED: "R", Status.NOT_IN_PEFT: "P", Status.WRONG: "W"}
 _NOTE = re.compile(r"- \*?\*?`?([RPW]\d+)`?\*?\*?: (.*)")
@@ -63,6 +80,8 @@ def read(page: str) -> Table:
     table: Table = {}
     for section in page.split("\n## ")[1:]:
         mode, _, body = section.partition("\n")
+        if mode not in MODES:
+            continue
         notes = {m[1]: m[2] for line in body.splitlines() if (m := _NOTE.fullmatch(line))}
         header, _, *rows = [_columns(line) for line in body.splitlines() if line.startswith("|")]
         for kind, *cells in rows:
