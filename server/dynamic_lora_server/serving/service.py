@@ -141,6 +141,7 @@ class GenerationService:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(spec.n))
             prompt_ids = await self._admission.prompt_ids(spec)
+            echoed = await self._admission.prompt_text(spec)
             asked = spec.grammar
             grammar = None if asked is None else await self._grammars.compiled(asked)
             async with AsyncExitStack() as until_submitted:
@@ -148,7 +149,7 @@ class GenerationService:
                 if spec.adapter is not None:
                     hold = self._loader.hold(spec.adapter)
                     held = await until_submitted.enter_async_context(hold)
-                continuations = self._continuations(spec, prompt_ids, held, grammar)
+                continuations = self._continuations(spec, prompt_ids, echoed, held, grammar)
                 self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 self.check_alive()  # it may have waited long
@@ -185,6 +186,7 @@ class GenerationService:
         self,
         spec: GenerationSpec,
         prompt_ids: tuple[int, ...],
+        echoed: str | None,
         held: Held | None,
         grammar: CompiledGrammar | None,
     ) -> dict[int, Continuation]:
@@ -208,15 +210,9 @@ class GenerationService:
                 self._view, stop=spec.stop, include_stop=spec.include_stop, shown=shown
             )
             continuations[sequence.id] = Continuation(
-                index, sequence, self._view, detokenizer, self._echoed(spec)
+                index, sequence, self._view, detokenizer, echoed
             )
         return continuations
-
-    def _echoed(self, spec: GenerationSpec) -> str | None:
-        """The text of the prompt, if it is to be given back."""
-        if not spec.echo:
-            return None
-        return spec.prompt if isinstance(spec.prompt, str) else self._view.decode(spec.prompt)
 
     def _stop_ids(self, held: Held | None) -> frozenset[int]:
         """What ends an answer: the base's end tokens, and an adapter's that the base knows."""
