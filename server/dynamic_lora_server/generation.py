@@ -1,5 +1,6 @@
 """A generation as the HTTP layer asks for it and gets it back. Imports no torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -13,6 +14,8 @@ MIN_TEMPERATURE = 1e-5
 MAX_N = 32
 MAX_STOP_TOKENS = 32
 MAX_BIASES = 1024
+# Log-probabilities of prompts that one request gets back: some 35 bytes each as JSON.
+MAX_PROMPT_LOGPROBS = 2**21
 # Beyond any vocabulary, and within what a tensor's indices hold.
 MAX_TOP_K = 2**31 - 1
 
@@ -214,12 +217,13 @@ class Echo:
     """The prompt of continuation `index`, before the first of its pieces.
 
     `pieces` are its tokens where their log-probabilities were asked for; the first
-    has none, as nothing is before it.
+    has none, as nothing is before it. They may be read several times, and may be made as
+    they are read.
     """
 
     index: int
     text: str
-    pieces: tuple[TokenPiece, ...]
+    pieces: Iterable[TokenPiece]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
+from dynamic_lora_server.routes import completions
 from tests.support.http_server import listening, tiny_app, tiny_config
 
 PROMPT = "the king of the hill"
@@ -82,6 +83,19 @@ def test_a_stream_adds_up_to_the_whole(client: OpenAI, most: int, logprobs: int 
     if logprobs is not None:
         assert tokens == [choice.logprobs.tokens for choice in whole.choices]
         assert offsets == [choice.logprobs.text_offset for choice in whole.choices]
+
+
+def test_what_is_asked_of_all_prompts_together_has_an_end(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "MAX_PROMPT_LOGPROBS", 2 * 3 * 2 * 3)
+    asked: dict[str, Any] = {"n": 2, "logprobs": 2, "stream": True}
+    assert list(complete(client, [[5, 6, 7], [5, 6, 7]], **asked))
+    refused = "echo and logprobs ask for 42 log-probabilities .* gives 36 back at a time"
+    with pytest.raises(BadRequestError, match=refused) as caught:
+        complete(client, [[5, 6, 7], [5, 6, 7, 8]], **asked)
+    assert caught.value.param == "logprobs"
+    assert complete(client, [[5, 6, 7, 8]] * 8, logprobs=None, n=2)
 
 
 def test_no_tokens_at_all_are_refused(client: OpenAI) -> None:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from threading import stack_size
 from typing import Any
 
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from dynamic_lora_server.engine.engine import EngineEvent, TokenEvent
-from dynamic_lora_server.engine.sampling.grammars import Grammars, Guide
+from dynamic_lora_server.engine.sampling.grammars import STACK_BYTES, CompiledGrammar, Grammars
+from dynamic_lora_server.engine.sampling.guides import Guide
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.generation import FinishReason, Grammar, GrammarKind
@@ -76,10 +80,24 @@ def regex(pattern: str, field: str = "guided_regex") -> Grammar:
     return Grammar(GrammarKind.REGEX, pattern, field)
 
 
+def compiled(grammar: Grammar, grammars: Grammars = GRAMMARS) -> CompiledGrammar:
+    """A grammar, compiled on a thread that has room for it."""
+    usual = stack_size(STACK_BYTES)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(grammars.compile, grammar).result()
+    finally:
+        stack_size(usual)
+
+
+def matcher_of(grammar: Grammar, grammars: Grammars = GRAMMARS) -> LLMatcher:
+    """What llguidance knows of a grammar, at its beginning."""
+    return compiled(grammar, grammars).guide(ends=())._matcher
+
+
 def guide(grammar: Grammar, **tokens: Any) -> Guide:
     """What guides one answer of the tiny tokenizer."""
-    (matcher,) = GRAMMARS.matchers(grammar, 1).result()
-    return Guide(matcher, **{"ends": {EOS_ID}} | tokens)
+    return compiled(grammar).guide(**{"ends": {EOS_ID}} | tokens)
 
 
 def guided(prompt_ids: Seq[int], grammar: Grammar, **params: Any) -> Sequence:

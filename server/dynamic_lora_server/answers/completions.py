@@ -2,9 +2,10 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import chain, islice
 
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.answers.streams import Generation, WholeAnswer, merge
@@ -126,27 +127,34 @@ class CompletionAnswer:
         )
 
     def _logprobs(
-        self, prompt: Sequence[TokenPiece], answer: Sequence[TokenPiece], width: int
+        self, prompt: Iterable[TokenPiece], answer: Sequence[TokenPiece], width: int
     ) -> wire.CompletionLogprobs | None:
         """Of a prompt's tokens and of an answer's, which comes behind `width` characters."""
         if not self._with_logprobs:
             return None
-        pieces = [*prompt, *answer]
-        offsets = [piece.offset for piece in prompt]
+        tokens: list[str] = []
+        logprobs: list[float | None] = []
+        offsets: list[int] = []
+        for pieces, start in ((prompt, 0), (answer, width)):
+            for piece in pieces:
+                tokens.append(piece.token_text)
+                logprobs.append(piece.logprob)
+                offsets.append(start + piece.offset)
         return wire.CompletionLogprobs(
-            tokens=[piece.token_text for piece in pieces],
-            token_logprobs=[piece.logprob for piece in pieces],
-            top_logprobs=[_top(piece) for piece in pieces],
-            text_offset=[*offsets, *(width + piece.offset for piece in answer)],
+            tokens=tokens,
+            token_logprobs=logprobs,
+            top_logprobs=(_top(piece) for piece in chain(prompt, answer)),
+            text_offset=offsets,
         )
 
 
 def _parts(echo: Echo) -> Iterator[Echo]:
     """A prompt so many tokens at a time; all of its text comes with the first."""
-    text, pieces = echo.text, echo.pieces
-    for start in range(0, max(len(pieces), 1), _MAX_ECHOED):
-        yield replace(echo, text=text, pieces=pieces[start : start + _MAX_ECHOED])
-        text = ""
+    text, pieces = echo.text, iter(echo.pieces)
+    part = tuple(islice(pieces, _MAX_ECHOED))
+    while text or part:
+        yield replace(echo, text=text, pieces=part)
+        text, part = "", tuple(islice(pieces, _MAX_ECHOED))
 
 
 def _without_answer(whole: WholeAnswer) -> WholeAnswer:

@@ -1,7 +1,7 @@
 """Running generations for a route: beginning, collecting, merging."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -53,7 +53,7 @@ class WholeAnswer:
         return "" if self.echo is None else self.echo.text
 
     @property
-    def prompt_pieces(self) -> tuple[TokenPiece, ...]:
+    def prompt_pieces(self) -> Iterable[TokenPiece]:
         """The prompt's tokens, if they are given back with their log-probabilities."""
         return () if self.echo is None else self.echo.pieces
 

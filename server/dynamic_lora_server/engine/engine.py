@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # No step that follows would be right: the weights are gone, or CUDA refuses every later call, as
 # it does after an illegal access.
 _FATAL: tuple[type[Exception], ...] = (WeightsLost, torch.AcceleratorError)
-_NOT_FINITE = ArithmeticError("its logits are no finite numbers")
+_NOT_FINITE = "its logits are no finite numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ class PromptEvent:
 
 @dataclass(frozen=True, slots=True)
 class FailedEvent:
-    """A sequence ended because its step broke, or its grammar can be followed no further."""
+    """A sequence ended because its step broke, or no token could be chosen: by its grammar, or
+    because its logits are no numbers."""
 
     sequence_id: int
     message: str
@@ -285,9 +286,11 @@ class Engine:
         told = tuple(token for token in outcome.told if token is not None)
         sampled = [token for token in outcome.sampled if token is not None]
         if len(told) < len(outcome.told):
-            return self._fail([piece], _NOT_FINITE)
+            return [self._give_up(sequence, None)]
         if len(sampled) < len(outcome.sampled):
-            return self._give_up(piece, len(sampled))
+            guide = sequence.guide
+            by_grammar = None if guide is None else guide.failures[len(sampled)]
+            return [self._give_up(sequence, by_grammar)]
         num_run = sequence.num_run
         num_taken, reason = self.scheduler.settle(piece, [token.token_id for token in sampled])
         if merged is not None and sequence.adapter is merged:
@@ -297,15 +300,17 @@ class Engine:
             events[-1] = replace(events[-1], reason=reason)
         return [*([PromptEvent(sequence.id, told)] if told else []), *events]
 
-    def _give_up(self, piece: Piece, num_sampled: int) -> list[EngineEvent]:
-        """End a sequence for which no token could be chosen behind so many of this step."""
-        guide = piece.sequence.guide
-        failure = None if guide is None else guide.failures[num_sampled]
-        if failure is None:
-            return self._fail([piece], _NOT_FINITE)
-        # The step was sound, and what others find of it in the prefix cache is, too.
-        self.scheduler.end(piece.sequence)
-        return [FailedEvent(piece.sequence.id, failure, by_grammar=True)]
+    def _give_up(self, sequence: Sequence, by_grammar: str | None) -> FailedEvent:
+        """End a sequence for which no token could be chosen, in a step that is sound otherwise.
+
+        Either its grammar says why, or its logits are no numbers.
+        """
+        if by_grammar is not None:
+            # What others find of it in the prefix cache is sound.
+            self.scheduler.end(sequence)
+            return FailedEvent(sequence.id, by_grammar, by_grammar=True)
+        self.scheduler.discard(sequence)
+        return FailedEvent(sequence.id, _NOT_FINITE)
 
     def _fail(
         self, pieces: Seq[Piece], error: Exception, others: Seq[Sequence] = ()

@@ -266,6 +266,11 @@ class Scheduler:
             self.drafter.forget(sequence)
         return True
 
+    def discard(self, sequence: Sequence) -> bool:
+        """As `end`, but nobody is to find what the sequence or others of its adapter computed."""
+        self._prefixes.discard(sequence)
+        return self.end(sequence)
+
     def check_integrity(self) -> None:
         """Raise RuntimeError if the KV space and the running sequences disagree."""
         self._space.check_integrity()

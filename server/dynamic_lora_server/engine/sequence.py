@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from dynamic_lora_adapters.device.slab import ResidentAdapter
     from dynamic_lora_adapters.terms import PromptTerms
-    from dynamic_lora_server.engine.sampling.grammars import Guide
+    from dynamic_lora_server.engine.sampling.guides import Guide
 
 
 class Phase(Enum):

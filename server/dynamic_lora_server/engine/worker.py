@@ -118,7 +118,7 @@ class Worker:
             while self._read_mail():
                 self._deliver(self._engine.step())
             self._deliver(self._engine.finish())
-        except Exception as error:  # nobody waits for this thread: it must say so itself
+        except BaseException as error:  # nobody waits for this thread: it must say so itself
             logger.exception("The engine has stopped")
             self._failure = f"the engine has stopped: {type(error).__name__}: {error}"
             self._refuse_all(self._failure)

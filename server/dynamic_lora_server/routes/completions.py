@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request, Response
 
 from dynamic_lora_server.answers.completions import CompletionAnswer
 from dynamic_lora_server.answers.openai import UsageTold, framed
-from dynamic_lora_server.answers.streams import Generation, begin_all, collect_all
+from dynamic_lora_server.answers.streams import Generation, begin_all, close_all, collect_all
 from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.generation import GenerationSpec
+from dynamic_lora_server.generation import MAX_PROMPT_LOGPROBS, GenerationSpec
 from dynamic_lora_server.http.disconnect import until_disconnect
 from dynamic_lora_server.http.sse import EventStream
 from dynamic_lora_server.requests.prompts import completion_specs
@@ -69,6 +69,22 @@ def _check_room(specs: list[GenerationSpec], capacity: int) -> None:
         )
 
 
+def _check_told(specs: list[GenerationSpec], generations: list[Generation]) -> None:
+    """How many log-probabilities of prompts are to be given back, once these are tokens."""
+    wanted = sum(
+        spec.n * generation.started.num_prompt_tokens * (1 + spec.sampling.top_logprobs)
+        for spec, generation in zip(specs, generations, strict=True)
+        if spec.sampling.prompt_logprobs
+    )
+    if wanted > MAX_PROMPT_LOGPROBS:
+        raise InvalidParameter(
+            f"echo and logprobs ask for {wanted} log-probabilities of prompts; the server gives "
+            f"{MAX_PROMPT_LOGPROBS} back at a time.",
+            field="logprobs",
+            fix="Send the prompts in several requests, or lower n or logprobs.",
+        )
+
+
 async def _whole(
     body: CompletionRequest,
     begun: Awaitable[tuple[list[Generation], CompletionAnswer]],
@@ -93,6 +109,11 @@ async def _begun(
     if isinstance(adapter, str):
         await state.hub.found(partial(runtime.loader.saved.resolve, adapter))
     generations = await begin_all([state.generate(spec) for spec in specs])
+    try:
+        _check_told(specs, generations)
+    except InvalidParameter:
+        await close_all([generation.events for generation in generations])
+        raise
     is_base = generations[0].started.adapter is None  # also where a sum cancels out
     answer = CompletionAnswer(
         model=runtime.name_of_base(body.model) if is_base else body.model,

@@ -105,7 +105,7 @@ class GenerateParameters(Wire):
     )
     details: bool | None = Field(default=None, description="Answer with `details`.")
     top_n_tokens: int | None = Field(
-        default=None, ge=0, le=20, description="Above 0 needs `details`."
+        default=None, ge=0, le=20, description="Above 0 needs `details` or a stream."
     )
     return_full_text: bool | None = Field(
         default=None, description="Put the prompt before the answer."

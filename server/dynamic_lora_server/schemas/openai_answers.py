@@ -32,12 +32,13 @@ FinishName = Literal["stop", "length", "tool_calls"]
 class CompletionLogprobs(Answer):
     """Log-probabilities in the shape of completions: parallel lists, one entry per token.
 
-    The first token of a prompt that is given back has none.
+    The first token of a prompt that is given back has none. What is in `top_logprobs` is made
+    when it is written, for it is the most by far.
     """
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: Iterable[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -60,6 +60,12 @@ class Admission:
         self._check_ids("inputs", ids)
         return ids
 
+    async def prompt_text(self, spec: GenerationSpec) -> str | None:
+        """The text of the prompt, if it is to be given back."""
+        if not spec.echo or isinstance(spec.prompt, str):
+            return spec.prompt if spec.echo else None
+        return await self._encoding.run(partial(self._view.decode, spec.prompt))
+
     def fitted(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> SamplingParams:
         """The spec's sampling, with as many new tokens as the context has left at most.
 

@@ -8,10 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 
-from llguidance import LLMatcher
-
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, PromptEvent
-from dynamic_lora_server.engine.sampling.grammars import Grammars, Guide
+from dynamic_lora_server.engine.sampling.grammars import CompiledGrammar, Grammars
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
 from dynamic_lora_server.errors import (
@@ -32,6 +30,7 @@ from dynamic_lora_server.recorder import Arrival, TraceRecorder
 from dynamic_lora_server.serving.adapter_loader import AdapterLoader, Held
 from dynamic_lora_server.serving.admission import Admission, ServiceLimits
 from dynamic_lora_server.serving.continuation import Continuation
+from dynamic_lora_server.serving.grammar_line import GrammarLine
 from dynamic_lora_server.serving.pace import Pace
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
@@ -54,7 +53,7 @@ class GenerationService:
         self._view = view
         self._limits = limits
         self._admission = Admission(view, limits)
-        self._grammars = Grammars(view, limits.eos_ids)
+        self._grammars = GrammarLine(Grammars(view, limits.eos_ids))
         self._ids = itertools.count()
         self._inboxes: dict[int, asyncio.Queue[EngineEvent]] = {}
         self._num_open = 0
@@ -142,13 +141,15 @@ class GenerationService:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(spec.n))
             prompt_ids = await self._admission.prompt_ids(spec)
-            matchers = await self._matchers(spec)
+            echoed = await self._admission.prompt_text(spec)
+            asked = spec.grammar
+            grammar = None if asked is None else await self._grammars.compiled(asked)
             async with AsyncExitStack() as until_submitted:
                 held = None
                 if spec.adapter is not None:
                     hold = self._loader.hold(spec.adapter)
                     held = await until_submitted.enter_async_context(hold)
-                continuations = self._continuations(spec, prompt_ids, held, matchers)
+                continuations = self._continuations(spec, prompt_ids, echoed, held, grammar)
                 self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 self.check_alive()  # it may have waited long
@@ -181,18 +182,13 @@ class GenerationService:
                 spec, sequence.num_prompt, sequence.num_virtual
             )
 
-    async def _matchers(self, spec: GenerationSpec) -> list[LLMatcher] | None:
-        """One of the grammar for each continuation; None without a grammar."""
-        if spec.grammar is None:
-            return None
-        return await asyncio.wrap_future(self._grammars.matchers(spec.grammar, spec.n))
-
     def _continuations(
         self,
         spec: GenerationSpec,
         prompt_ids: tuple[int, ...],
+        echoed: str | None,
         held: Held | None,
-        matchers: list[LLMatcher] | None,
+        grammar: CompiledGrammar | None,
     ) -> dict[int, Continuation]:
         seed = spec.sampling.seed
         first = secrets.randbits(64) if seed is None else seed
@@ -208,21 +204,15 @@ class GenerationService:
                 stop_ids=stop_ids,
                 seed=(first + index) % _SEED_SPACE,
                 adapter=None if held is None else held.adapter,
-                guide=Guide(matchers[index], ends=stop_ids, stops=stops) if matchers else None,
+                guide=None if grammar is None else grammar.guide(ends=stop_ids, stops=stops),
             )
             detokenizer = Detokenizer(
                 self._view, stop=spec.stop, include_stop=spec.include_stop, shown=shown
             )
             continuations[sequence.id] = Continuation(
-                index, sequence, self._view, detokenizer, self._echoed(spec)
+                index, sequence, self._view, detokenizer, echoed
             )
         return continuations
-
-    def _echoed(self, spec: GenerationSpec) -> str | None:
-        """The text of the prompt, if it is to be given back."""
-        if not spec.echo:
-            return None
-        return spec.prompt if isinstance(spec.prompt, str) else self._view.decode(spec.prompt)
 
     def _stop_ids(self, held: Held | None) -> frozenset[int]:
         """What ends an answer: the base's end tokens, and an adapter's that the base knows."""
@@ -322,7 +312,7 @@ def _failure(event: FailedEvent) -> ServerError:
     if event.by_grammar:
         return GrammarFailed(
             f"The grammar could be followed no further: {event.message}.",
-            fix="Simplify it, or allow shorter answers.",
+            fix="Send the request again, simplify the grammar, or allow shorter answers.",
         )
     return EngineFailed(event.message)
 

@@ -1,9 +1,11 @@
-"""A few threads for work on texts, and a line before them that may have an end."""
+"""A few threads for work that takes long, and a line before them that may have an end."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import stack_size
 from typing import TypeVar
 
 from dynamic_lora_server.errors import QueueFull
@@ -15,12 +17,24 @@ T = TypeVar("T")
 class WorkPool:
     """Runs one piece of work on each thread, while others wait. Lives on one event loop.
 
-    Where `max_waiting` is None the line has no end. Who gives up while it waits leaves nothing
-    behind; work that has begun keeps its thread to its end, whether or not anybody waits for it.
+    Where `max_waiting` is None the line has no end; `what` names those who wait in it. Who gives
+    up while it waits leaves nothing behind; work that has begun keeps its thread to its end,
+    whether or not anybody waits for it. The threads' stacks have `stack_bytes` where threads
+    usually have too few.
     """
 
-    def __init__(self, name: str, *, num_threads: int, max_waiting: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_threads: int,
+        max_waiting: int | None,
+        what: str = "texts",
+        stack_bytes: int | None = None,
+    ) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._what = what
+        self._stack_bytes = stack_bytes
         self._num_threads = num_threads
         self._max_waiting = max_waiting
         self._num_waiting = 0
@@ -38,7 +52,8 @@ class WorkPool:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._free.release)
 
-        future = self._executor.submit(work)
+        with _stacks_of(self._stack_bytes):
+            future = self._executor.submit(work)  # which may start a thread
         future.add_done_callback(free)
         found = await asyncio.wrap_future(future)
         self._pace.record(time.monotonic() - began)
@@ -49,7 +64,7 @@ class WorkPool:
         full = self._max_waiting is not None and self._num_waiting >= self._max_waiting
         if full and self._free.locked():
             raise QueueFull(
-                f"{self._num_waiting} texts wait for their turn; the server takes no more.",
+                f"{self._num_waiting} {self._what} wait for their turn; the server takes no more.",
                 retry_after=self._pace.retry_after(self._num_waiting / self._num_threads),
             )
         self._num_waiting += 1
@@ -57,3 +72,16 @@ class WorkPool:
             await self._free.acquire()
         finally:
             self._num_waiting -= 1
+
+
+@contextmanager
+def _stacks_of(num_bytes: int | None) -> Iterator[None]:
+    """The size of the stacks of threads that are started meanwhile."""
+    if num_bytes is None:
+        yield
+        return
+    usual = stack_size(num_bytes)
+    try:
+        yield
+    finally:
+        stack_size(usual)

@@ -137,7 +137,7 @@ def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
     built.engine.add(broken)
     built.engine.add(fine)
     events = [event for event in steps(built, 12) if isinstance(event, FailedEvent)]
-    message = "ArithmeticError: its logits are no finite numbers"
+    message = "its logits are no finite numbers"
     assert events == [FailedEvent(broken.id, message)]
     expected = run_all(make_engine(tiny_llama(), native=False), [make_sequence([5, 6, 7])])
     assert [fine.output_ids] == expected

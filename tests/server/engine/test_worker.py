@@ -58,18 +58,24 @@ def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
     assert order == ["token", "token", "left", "end"]
 
 
+class Panic(BaseException):
+    """As those of libraries in Rust arrive."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic, SystemExit])
 def test_a_loop_that_breaks_fails_everybody_by_name_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[EngineEvent] = []
     left: list[int] = []
     engine = make_engine(tiny_llama()).engine
 
     def broken() -> list[EngineEvent]:
-        raise RuntimeError("the books do not balance")
+        raise kind("the books do not balance")
 
     monkeypatch.setattr(engine.scheduler, "schedule", broken)
-    worker = Worker(engine, events.extend)
+    told: list[str] = []
+    worker = Worker(engine, events.extend, lambda: told.append("broken"))
     sequences = [make_sequence([1, 2, 3]) for _ in range(2)]
     early, late = (Submit(one, partial(left.append, one.id)) for one in sequences)
     worker.send(early)
@@ -78,10 +84,11 @@ def test_a_loop_that_breaks_fails_everybody_by_name_and_says_so(
     worker.send(late)  # as of a request that was on its way
     worker.send(Cancel(late.sequence))
     worker.stop()
-    why = "the engine has stopped: RuntimeError: the books do not balance"
+    why = f"the engine has stopped: {kind.__name__}: the books do not balance"
     assert events == [FailedEvent(one.id, why) for one in sequences]
     assert left == [one.id for one in sequences]
     assert worker.failure == why and not worker.alive
+    assert told == ["broken"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priorities here")

@@ -1,7 +1,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dynamic_lora_server.errors import (
     QueueFull,
 )
 from dynamic_lora_server.generation import (
+    Echo,
     FinishReason,
     Grammar,
     GrammarKind,
@@ -119,6 +120,24 @@ async def test_virtual_tokens_count_where_a_default_limit_is_cut(
         await collect(runtime, spec(prompt, adapter="soft", max_new_tokens=5))
     with pytest.raises(ContextOverflow, match="the adapter adds 3"):
         await collect(runtime, spec((5,) * 509, **fitting))
+
+
+async def test_a_prompt_that_is_given_back_is_decoded_once_and_off_the_event_loop(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, threads = TokenizerView.decode, []
+
+    def recorded(view: TokenizerView, ids: Sequence[int]) -> str:
+        threads.append(threading.current_thread())
+        return decode(view, ids)
+
+    monkeypatch.setattr(TokenizerView, "decode", recorded)
+    prompt = tuple(tiny_tokenizer().encode("the king"))
+    events = await collect(runtime, spec(prompt, n=3, echo=True))
+    echoes = [event for event in events if isinstance(event, Echo)]
+    assert [(echo.text, list(echo.pieces)) for echo in echoes] == [("the king", [])] * 3
+    (thread,) = threads
+    assert thread is not threading.current_thread()
 
 
 async def test_stop_string_ends_the_text_and_the_sequence(runtime: Runtime) -> None:

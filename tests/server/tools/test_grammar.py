@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from dynamic_lora_server.engine.sampling.grammars import Grammars, Guide
+from dynamic_lora_server.engine.sampling.grammars import Grammars
 from dynamic_lora_server.generation import Grammar, GrammarKind
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 from dynamic_lora_server.tools.calls import CallArguments, FreeReader, GuidedReader, Words
 from dynamic_lora_server.tools.grammar import Markers, calls_grammar
 from dynamic_lora_server.tools.notation import HERMES, LLAMA3, MISTRAL, NOTATIONS, Notation
 from tests.server.tools.test_calls import Found, read
-from tests.support.grammars import SCHEMAS
+from tests.support.grammars import SCHEMAS, compiled
 from tests.support.models import EOS_ID, tiny_tokenizer
 from tests.support.tools import WEATHER
 
@@ -48,8 +48,7 @@ def walk(
 ) -> list[int] | None:
     """Tokens of a random answer; None where it did not come to an end."""
     grammar = Grammar(GrammarKind.CALLS, source, "tools")
-    (matcher,) = grammars_of(view).matchers(grammar, 1).result()
-    guide, draw = Guide(matcher, ends={EOS_ID}), random.Random(seed)
+    guide, draw = compiled(grammar, grammars_of(view)).guide(ends={EOS_ID}), random.Random(seed)
     by_text = {view.bytes_of(one): one for one in range(view.vocab_size)}
     endings = [by_text[one] for one in ENDINGS if one in by_text]
     texts = [tiny_ids(piece) for piece in pieces]
@@ -173,8 +172,8 @@ def test_other_tokens_may_stand_in_the_text_before_a_call() -> None:
     """llguidance counts a token such as <think> to no text, though it is none of the special."""
     view = view_of(marked=True)
     source = grammar_of(view, HERMES, {"f": NONE}, forced=False)
-    (matcher,) = grammars_of(view).matchers(Grammar(GrammarKind.CALLS, source, ""), 1).result()
-    guide = Guide(matcher, ends={EOS_ID})
+    grammar = compiled(Grammar(GrammarKind.CALLS, source, ""), grammars_of(view))
+    guide = grammar.guide(ends={EOS_ID})
     for token in view.encode("a<think>b<tool_call>", add_special_tokens=False):
         (mask,) = guide.allowed(view.vocab_size)
         assert mask[token >> 3] >> (token & 7) & 1

@@ -106,6 +106,7 @@ class PrefixCache:
         # The keys in each page, the least recently used page first. A prompt's
         # later pages stand before its earlier ones: no use without those.
         self._keys_in: OrderedDict[int, list[bytes]] = OrderedDict()
+        self._left_by: dict[int, str | None] = {}  # whose sequences left the blocks of each page
         self._num_looked_up = 0
         self._num_reused = 0
         self._num_evictions = 0
@@ -183,9 +184,16 @@ class PrefixCache:
         return allocation, _joined(copies)
 
     def keep(
-        self, keys: Sequence[bytes], computed: range, allocation: Allocation
+        self,
+        keys: Sequence[bytes],
+        computed: range,
+        allocation: Allocation,
+        owner: str | None = None,
     ) -> list[CellCopy]:
-        """Keep the blocks of a sequence that have been computed, as far as there is room."""
+        """Keep the blocks of a sequence that have been computed, as far as there is room.
+
+        `owner` is the digest of its adapter.
+        """
         known = (self._page_of.get(key) for key in keys[: computed.stop])
         chain = dict.fromkeys(page for page in known if page is not None)
         self._touch(chain)
@@ -199,6 +207,7 @@ class PrefixCache:
                 copies.append(CellCopy(source, page, self.block_size))
             self._page_of[keys[index]] = page
             self._keys_in[page].append(keys[index])
+            self._left_by[page] = owner
             chain[page] = None
         self._touch(chain)
         return _joined(copies)
@@ -223,10 +232,17 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget every block. Sequences keep the pages that they share."""
-        for page in self._keys_in:
-            self._pages.let_go(page)
-        self._keys_in.clear()
-        self._page_of.clear()
+        for page in list(self._keys_in):
+            self._let_go(page)
+
+    def drop(self, keys: Sequence[bytes], owner: str | None) -> None:
+        """Forget these blocks and all that sequences of an owner left, with the pages they are in.
+
+        Sequences keep the pages that they share.
+        """
+        known = {self._page_of[key] for key in keys if key in self._page_of}
+        for page in known | {page for page, left_by in self._left_by.items() if left_by == owner}:
+            self._let_go(page)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if blocks and pages do not add up."""
@@ -293,11 +309,15 @@ class PrefixCache:
                 break
         else:
             return False
+        self._num_evictions += len(self._keys_in[page])
+        self._let_go(page)
+        return True
+
+    def _let_go(self, page: int) -> None:
         for key in self._keys_in.pop(page):
             del self._page_of[key]
-            self._num_evictions += 1
+        self._left_by.pop(page, None)
         self._pages.let_go(page)
-        return True
 
     def _touch(self, chain: Mapping[int, None]) -> None:
         """Mark a prompt's pages, given in its order, as used now."""

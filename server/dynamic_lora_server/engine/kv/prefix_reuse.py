@@ -81,6 +81,11 @@ class PrefixReuse:
         if sequence.num_lasting is None:
             sequence.num_lasting = sequence.num_computed
 
+    def discard(self, sequence: Sequence) -> None:
+        """Drop what a sequence found and left, and what others of its adapter left before it."""
+        sequence.num_lasting = 0
+        self.cache.drop(sequence.block_keys, sequence.adapter_digest)
+
     def num_left(self, sequence: Sequence) -> int:
         """Tokens of a prompt that are not computed, nor found when it begins, as far as is seen."""
         if has_begun(sequence):
@@ -108,7 +113,9 @@ class PrefixReuse:
         new = range(sequence.num_kept, done)
         if new:
             assert sequence.allocation is not None
-            self._copies += self.cache.keep(sequence.block_keys, new, sequence.allocation)
+            self._copies += self.cache.keep(
+                sequence.block_keys, new, sequence.allocation, sequence.adapter_digest
+            )
             sequence.num_kept = done
 
     def add_copies(self, copies: Iterable[CellCopy]) -> None:

@@ -1,170 +1,180 @@
-"""Grammars that answers keep to, and which tokens they leave (llguidance). Imports no torch."""
+"""Grammars that answers keep to, compiled for a vocabulary (llguidance). Imports no torch."""
 
 import json
-from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, lru_cache
-from threading import stack_size
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from functools import cached_property, partial
+from hashlib import sha256
+from threading import Lock
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from dynamic_lora_server.engine.sampling.guides import Guide, capped
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import Grammar, GrammarKind
 
 if TYPE_CHECKING:
     from dynamic_lora_server.text import TokenizerView
 
-# Grammars that stay compiled for later requests.
-_NUM_KEPT = 64
+V = TypeVar("V")
+
+# Grammars that stay compiled for later requests. Most are compiled in milliseconds, but any may
+# have grown to what the states of its lexer may take.
+_NUM_KEPT = 16
+# Grammars of which is remembered that they cannot be used, or failed in an answer.
+_NUM_NOTED = 64
+# States of a grammar's lexer, at half a kilobyte each, or three times as much for one that tells
+# most bytes apart. A text whose length is limited takes four for each character it may have.
+_MAX_STATES = 100_000
 # Characters of a grammar. What they come to is llguidance's to limit, but for the stack: it goes
 # as deep as definitions refer to one another, so their number is what its thread has room for.
 _MAX_LENGTH = 2**17
 _MAX_RULES = 2**14  # characters of rules, which may take the square of their number
-_STACK_BYTES = 2**29
+STACK_BYTES = 2**29
 # Without an end a small model may write white space for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-_MAX_MESSAGE = 500  # characters of llguidance's that an error quotes
 
 
-class Guide:
-    """Which tokens may come next in one answer. One thread at a time may use it.
+class CompiledGrammar:
+    """A grammar at its beginning, from where any number of answers may go.
 
-    The answer may end with one of the tokens `ends` where the grammar may end, and nowhere else.
-    The tokens `stops` may come there, too. `failures` says why no token is left, if so: of what
-    was last asked for, at once and behind each token of the draft.
+    These share its lexer, whose states are worked out once for all of them. Where these become
+    too many, or one takes too long, no answer can go on, so `on_failure` is called.
     """
 
-    def __init__(
-        self, matcher: LLMatcher, *, ends: Collection[int] = (), stops: Collection[int] = ()
-    ) -> None:
+    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], object]) -> None:
         self._matcher = matcher
-        self._ends = tuple(ends)
-        self._stops = tuple(stops)
-        self.failures: tuple[str | None, ...] = (None,)
+        self._on_failure = on_failure
 
-    def allowed(self, vocab: int, draft: Sequence[int] = ()) -> list[bytes]:
-        """Whether each of `vocab` tokens may come next, eight a byte, the first one lowest.
-
-        Then the same behind the first token of the draft, which may come, behind the second,
-        and so on. There nothing is allowed if the grammar fails, of which the answer, that may
-        go another way, takes no harm.
-        """
-        read = [self._read(self._matcher, vocab)]
-        if draft:
-            ahead = self._matcher.deep_copy()
-            for token_id in draft:
-                ahead.consume_token(token_id)
-                read.append(self._read(ahead, vocab))
-        self.failures = tuple(failure for _, failure in read)
-        return [mask for mask, _ in read]
-
-    def _read(self, matcher: LLMatcher, vocab: int) -> tuple[bytes, str | None]:
-        """A mask, and why nothing is in it."""
-        num_bytes = -(-vocab // 8)
-        mask = bytearray(matcher.compute_bitmask()[:num_bytes]).ljust(num_bytes, b"\0")
-        if matcher.is_error():
-            return bytes(num_bytes), _capped(matcher.get_error())
-        may_end = matcher.is_accepting()
-        for token_id in self._ends:
-            _put(mask, token_id, may_end)
-        for token_id in self._stops if may_end else ():
-            _put(mask, token_id, True)
-        return bytes(mask), None if any(mask) else "no token can follow"
-
-    def take(self, token_id: int) -> bool:
-        """Record the next token, which is no end; whether nothing may come after it."""
-        self._matcher.consume_token(token_id)
-        return self._matcher.is_stopped() and not self._matcher.is_error()
-
-    def path(self) -> "GuidePath":
-        """What may come from here on, to be looked ahead along."""
-        return GuidePath(self._matcher.deep_copy())
-
-
-class GuidePath:
-    """What a grammar lets come next, from token to token (`phrases.Path`)."""
-
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
-
-    def permits(self, token_id: int) -> bool:
-        """Whether this token may come next; not if the grammar may end here and it is an end."""
-        return self._matcher.validate_tokens([token_id]) == 1
-
-    def forced(self) -> int | None:
-        """The token that comes next if the grammar leaves one text alone."""
-        return next(iter(self._matcher.compute_ff_tokens()), None)
-
-    def take(self, token_id: int) -> None:
-        """Go on by a token that may come."""
-        self._matcher.consume_token(token_id)
-
-
-def _put(mask: bytearray, token_id: int, bit: bool) -> None:
-    place, one = token_id >> 3, 1 << (token_id & 7)
-    if place < len(mask):
-        mask[place] = mask[place] | one if bit else mask[place] & ~one
+    def guide(self, *, ends: Collection[int], stops: Collection[int] = ()) -> Guide:
+        """What guides one answer, with the end tokens and stop tokens that `Guide` tells of."""
+        matcher = self._matcher.deep_copy()
+        return Guide(matcher, ends=ends, stops=stops, on_failure=self._on_failure)
 
 
 class Grammars:
-    """Compiles grammars for a tokenizer, whose texts end with `end_ids`.
+    """Compiles grammars for a tokenizer, whose texts end with `end_ids`. Any thread may use it.
 
-    One thread of its own does so, for one after another. The first waits until llguidance has
-    read the vocabulary.
+    The last ones stay compiled, and why others cannot be is remembered. One that failed
+    in an answer is compiled for every request anew, so that they do not share its lexer.
     """
 
     def __init__(self, view: "TokenizerView", end_ids: Collection[int]) -> None:
         self._view = view
         self._end_ids = end_ids
-        self._compiled = lru_cache(maxsize=_NUM_KEPT)(self._compile)
+        self._compiled: _Recent[CompiledGrammar] = _Recent(_NUM_KEPT)
+        self._refusals: _Recent[str] = _Recent(_NUM_NOTED)
+        self._failed: _Recent[bool] = _Recent(_NUM_NOTED)
 
-    def matchers(self, grammar: Grammar, count: int) -> Future[list[LLMatcher]]:
-        """So many at the beginning of a grammar, for a guide each.
+    def known(self, grammar: Grammar) -> CompiledGrammar | None:
+        """A grammar that is compiled already; None for one that must be.
 
-        The future raises InvalidParameter, naming the field, for a grammar that cannot be read,
-        that is not supported or too large, and for all if llguidance cannot read the vocabulary.
+        Raises InvalidParameter, naming the field, for one that is known to be unusable.
         """
-        return self._thread.submit(self._matchers, grammar, count)
-
-    @cached_property
-    def _thread(self) -> ThreadPoolExecutor:
-        """One thread with a stack for grammars; it ends with this object."""
-        executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        usual = stack_size(_STACK_BYTES)
-        try:
-            executor.submit(int)  # starts it
-        finally:
-            stack_size(usual)
-        return executor
-
-    def _matchers(self, grammar: Grammar, count: int) -> list[LLMatcher]:
         most = _MAX_RULES if grammar.kind is GrammarKind.RULES else _MAX_LENGTH
         if len(grammar.source) > most:
             raise _unusable(grammar, f"it has more than {most} characters")
-        try:
-            compiled = self._compiled(grammar.kind, grammar.source)
-        except ValueError as error:
-            raise _unusable(grammar, str(error)) from error
-        return [compiled.deep_copy() for _ in range(count)]
+        key = _key(grammar)
+        if (reason := self._refusals.get(key)) is not None:
+            raise _unusable(grammar, reason)
+        return self._compiled.get(key)
 
-    def _compile(self, kind: GrammarKind, source: str) -> LLMatcher:
+    def is_shared(self, grammar: Grammar) -> bool:
+        """Whether what is compiled may be for several requests."""
+        return self._failed.get(_key(grammar)) is None
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """A grammar that may be compiled already; on a thread whose stack has STACK_BYTES.
+
+        The first waits until llguidance has read the vocabulary. Raises InvalidParameter, naming
+        the field, for a grammar that cannot be read, that is not supported or too large, and for
+        all if llguidance cannot read the vocabulary.
+        """
+        if (found := self.known(grammar)) is not None:
+            return found
+        key = _key(grammar)
+        try:
+            matcher = self._matcher(grammar)
+        except ValueError as error:
+            reason = capped(str(error))
+            self._refusals.put(key, reason)
+            raise _unusable(grammar, reason) from error
+        compiled = CompiledGrammar(matcher, partial(self._fail, key))
+        if self.is_shared(grammar):
+            self._compiled.put(key, compiled)
+        return compiled
+
+    def _fail(self, key: bytes) -> None:
+        self._failed.put(key, True)
+        self._compiled.drop(key)
+
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
         """A matcher to be copied. Raises ValueError with the reason."""
-        # What it may take is llguidance's default: megabytes, and fractions of a second.
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(self._tokenizer, _written(kind, source), log_level=0, limits=limits)
+        # What else it may take is llguidance's default: megabytes, and fractions of a second.
+        limits = LLParserLimits(max_lexer_states=_MAX_STATES, verbose_errors=False)
+        try:
+            written = _written(grammar.kind, grammar.source)
+            matcher = LLMatcher(self._vocabulary(), written, log_level=0, limits=limits)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise ValueError(f"llguidance broke on it: {error}") from error
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return matcher
 
+    def _vocabulary(self) -> LLTokenizer:
+        """As llguidance has it. Raises ValueError."""
+        if isinstance(self._read, str):
+            raise ValueError(self._read)
+        return self._read
+
     @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        """The vocabulary as llguidance has it. Raises ValueError."""
+    def _read(self) -> LLTokenizer | str:
+        """The vocabulary, or why llguidance cannot read it."""
         known = sorted(end for end in self._end_ids if end < self._view.vocab_size)
         try:
             return LLTokenizer(self._view.backend.to_str(), eos_token=known or None)
         except ValueError as error:
-            raise ValueError(f"llguidance does not take this model's tokenizer: {error}") from error
+            return f"llguidance does not take this model's tokenizer: {error}"
+
+
+class _Recent(Generic[V]):
+    """The values that were put or asked for last, by key, up to a number of them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._values: OrderedDict[bytes, V] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: bytes) -> V | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: bytes, value: V) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._capacity:
+                self._values.popitem(last=False)
+
+    def drop(self, key: bytes) -> None:
+        with self._lock:
+            self._values.pop(key, None)
+
+
+def _key(grammar: Grammar) -> bytes:
+    """What a grammar is remembered by, whichever field asks for it: its text may be long."""
+    return sha256(f"{grammar.kind} {grammar.source}".encode()).digest()
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked, which is no Exception and of no class to be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _written(kind: GrammarKind, source: str) -> str:
@@ -199,14 +209,5 @@ def json_rule(source: str) -> str:
 
 def _unusable(grammar: Grammar, reason: str) -> InvalidParameter:
     return InvalidParameter(
-        f"The {grammar.kind} of {grammar.field} cannot be used: {_capped(reason)}.",
-        field=grammar.field,
+        f"The {grammar.kind} of {grammar.field} cannot be used: {reason}.", field=grammar.field
     )
-
-
-def _capped(message: str) -> str:
-    """The beginning of what llguidance says, which may go on with all of a grammar."""
-    for rest in ("\n<backtrace>", "\n<non-verbose/>"):
-        message = message.partition(rest)[0]
-    message = message.strip().rstrip(".")
-    return message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 3]}..."

@@ -157,9 +157,26 @@ REQUESTS = st.builds(
     num_tokens=st.integers(1, 6),
     after=st.none() | st.integers(0, 30),
 )
-# A request, a step, or the cancellation of one of those before.
+
+
+@dataclass(frozen=True)
+class Discarding:
+    """The end of a request before, of which nobody is to find anything."""
+
+    number: int
+
+
+# A request, a step, or the end of one of those before, by its cancellation or by its numbers.
 MOVES = st.lists(
-    st.one_of(REQUESTS, st.none(), st.none(), st.integers(0, 30)), min_size=5, max_size=40
+    st.one_of(
+        REQUESTS,
+        st.none(),
+        st.none(),
+        st.integers(0, 30),
+        st.builds(Discarding, st.integers(0, 30)),
+    ),
+    min_size=5,
+    max_size=40,
 )
 
 
@@ -171,7 +188,7 @@ MOVES = st.lists(
 @given(moves=MOVES)
 @settings(max_examples=150, deadline=None)
 def test_what_is_found_is_what_would_have_been_computed(
-    paged: bool, max_pages: int | None, moves: list[Request | int | None]
+    paged: bool, max_pages: int | None, moves: list[Request | Discarding | int | None]
 ) -> None:
     machine = Machine(small_layout(paged=paged, num_cells=60, max_pages=max_pages))
     sequences: list[Sequence] = []
@@ -181,6 +198,10 @@ def test_what_is_found_is_what_would_have_been_computed(
         elif isinstance(move, int):
             if sequences:
                 machine.scheduler.end(sequences[move % len(sequences)])
+                machine.scheduler.check_integrity()
+        elif isinstance(move, Discarding):
+            if sequences:
+                machine.scheduler.discard(sequences[move.number % len(sequences)])
                 machine.scheduler.check_integrity()
         else:
             sequences.append(move.make(sequences))
@@ -473,6 +494,25 @@ def test_forgetting_leaves_shared_pages_to_their_sequences() -> None:
     space.free(allocation)
     assert space.num_free == space.num_cells
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_of_a_sequence_that_is_discarded_nothing_is_found(paged: bool) -> None:
+    machine = Machine(small_layout(paged=paged, num_cells=120))
+    _, a, b, *_ = ADAPTERS
+    run(machine, *(make_sequence([1] * 3, adapter=one, max_new_tokens=1) for one in (None, a, b)))
+    broken = make_sequence([1, 1, 2, 2, 2], adapter=a, max_new_tokens=9)
+    machine.scheduler.add(broken)
+    machine.step()
+    assert broken.num_reused == 2
+    assert machine.scheduler.prefix_stats().num_blocks == 4
+    assert machine.scheduler.discard(broken)
+    assert not machine.scheduler.discard(broken)
+    machine.scheduler.check_integrity()
+    assert machine.scheduler.prefix_stats().num_blocks == 2
+    later = [make_sequence([1] * 3, adapter=one, max_new_tokens=1) for one in (None, a, b)]
+    run(machine, *later)
+    assert [one.num_reused for one in later] == [2, 0, 2]
 
 
 def test_disagreements_are_reported() -> None:

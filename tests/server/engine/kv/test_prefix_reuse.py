@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.home.registry import AdapterRegistry
+from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine import sequence
 from dynamic_lora_server.engine.engine import FailedEvent, TokenEvent
 from dynamic_lora_server.engine.startup.build import BuiltEngine
@@ -275,6 +276,30 @@ def test_what_a_merge_of_others_has_rounded_is_not_kept(
     run_all(built, [of_base])
     # Its first piece of 32 tokens ran alone, before the merge.
     assert of_base.num_reused == (48 if dtype == torch.float32 else 32)
+
+
+def test_logits_that_are_no_numbers_cost_nobody_else_a_prefix(
+    built: BuiltEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = random_prompt(40, seed=5)
+    run_all(built, [make_sequence(prompt)])
+    num_kept = built.engine.scheduler.prefix_stats().num_blocks
+    huge = LinearTerms(a=torch.full((4, 64), 1e30), b=torch.full((64, 4), 1e30))
+    path = "model.layers.0.self_attn.o_proj"
+    broken = built.pool.admit("huge", AdapterTerms(linears={path: huge}))
+    failing = [
+        make_sequence(prompt, adapter=broken, prompt_logprobs=told) for told in (False, True)
+    ]
+    for one in failing:
+        built.engine.add(one)
+    events = [event for _ in range(4) for event in built.engine.step()]
+    assert [type(event) for event in events] == [FailedEvent, FailedEvent]
+    assert not built.engine.has_work
+    assert built.engine.scheduler.prefix_stats().num_blocks == num_kept
+    assert not caplog.records  # the step was sound
+    again = make_sequence(prompt)
+    run_all(built, [again])
+    assert again.num_reused == 32
 
 
 @pytest.mark.parametrize("kind", ["aLoRA", "prefix tuning", "prompt tuning"])

@@ -1,6 +1,7 @@
 """Answers that keep to a grammar, beside others that none holds to anything."""
 
 import json
+import random
 import re
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT
 from dynamic_lora_server.engine.engine import FailedEvent, TokenEvent
 from dynamic_lora_server.engine.sampling import grammars as module
-from dynamic_lora_server.engine.sampling.grammars import Grammars, Guide
+from dynamic_lora_server.engine.sampling.grammars import Grammars
+from dynamic_lora_server.engine.sampling.guides import Guide
 from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.errors import InvalidParameter
@@ -29,10 +31,12 @@ from tests.support.grammars import (
     GRAMMARS,
     SCHEMAS,
     VIEW,
+    compiled,
     ends_of,
     guide,
     guided,
     json_of,
+    matcher_of,
     regex,
     text_of,
 )
@@ -74,9 +78,8 @@ def test_every_answer_is_what_the_schema_says(
     ]
     for reason, sequence in zip(ends_of(one, sequences), sequences, strict=True):
         if reason is FinishReason.LENGTH:
-            (matcher,) = GRAMMARS.matchers(json_of(schema), 1).result()
             ids = sequence.output_ids
-            assert matcher.try_consume_tokens(ids) == len(ids) == 80
+            assert matcher_of(json_of(schema)).try_consume_tokens(ids) == len(ids) == 80
         else:
             assert reason is FinishReason.EOS
             jsonschema.validate(json.loads(text_of(sequence.output_ids)), schema)
@@ -222,7 +225,7 @@ def test_a_grammar_that_grows_too_large_ends_its_sequence_alone(one: BuiltEngine
     broken, fine = guided([5, 6], WORDS), make_sequence([7, 8])
     limits = LLParserLimits(step_max_items=1, step_lexer_fuel=1, verbose_errors=False)
     grammar = LLMatcher.grammar_from_lark('start: ("a" | "b" start "c" | start start)+')
-    matcher = LLMatcher(GRAMMARS._tokenizer, grammar, log_level=0, limits=limits)
+    matcher = LLMatcher(GRAMMARS._vocabulary(), grammar, log_level=0, limits=limits)
     broken.guide = Guide(matcher, ends={EOS_ID})
     one.engine.add(broken)
     one.engine.add(fine)
@@ -248,8 +251,67 @@ def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_NUM_KEPT", 2)
     grammars = Grammars(VIEW, {EOS_ID})
     for pattern in ("a", "b", "a", "b", "c", "c", "b", "a"):
-        assert len(grammars.matchers(regex(pattern), 2).result()) == 2
+        assert compiled(regex(pattern), grammars)
     assert read == ["a", "b", "c", "a"]
+
+
+def test_what_cannot_be_used_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def broken(_: GrammarKind, source: str) -> str:
+        read.append(source)
+        return "start: ("
+
+    monkeypatch.setattr(module, "_written", broken)
+    grammars = Grammars(VIEW, {EOS_ID})
+    for field in ("guided_regex", "parameters.grammar"):
+        with pytest.raises(InvalidParameter, match=field) as caught:
+            compiled(regex("a", field), grammars)
+        assert caught.value.field == field
+    with pytest.raises(InvalidParameter):
+        grammars.known(regex("a"))
+    assert read == ["a"]
+
+
+def test_a_grammar_by_which_llguidance_panics_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: object) -> None:
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+    monkeypatch.setattr(module, "_written", panic)
+    with pytest.raises(InvalidParameter, match="llguidance broke on it: index out of bounds"):
+        compiled(regex("a"), Grammars(VIEW, {EOS_ID}))
+
+
+# Each character tells one of many states of its lexer from another.
+MANY_STATES = regex("[ab]*a[ab]{12}")
+
+
+def follow(one: Guide, text: str) -> str | None:
+    """Have a guide take the characters of a text; why it can follow no further, if so."""
+    for char in text:
+        one.allowed(VOCAB_SIZE)
+        if one.failures != (None,):
+            return one.failures[0]
+        one.take(*ids_of(char))
+    return None
+
+
+def test_a_lexer_that_is_full_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_STATES", 500)
+    grammars = Grammars(VIEW, {EOS_ID})
+    first = compiled(MANY_STATES, grammars)
+    assert compiled(MANY_STATES, grammars) is first
+    failing, beside = first.guide(ends=()), first.guide(ends=())
+    text = "".join(random.Random(1).choices("ab", k=500))
+    assert follow(beside, "abba") is None
+    assert "too many states" in str(follow(failing, text))
+    # What runs at that moment has the same lexer; what comes later has not.
+    assert "too many states" in str(follow(beside, "a"))
+    assert grammars.known(MANY_STATES) is None
+    later = [compiled(MANY_STATES, grammars).guide(ends=()) for _ in range(2)]
+    assert [follow(one, "abba") for one in later] == [None, None]
+    assert "too many states" in str(follow(later[0], text))
+    assert follow(later[1], "abba") is None
 
 
 BROKEN: dict[str, tuple[Grammar, str]] = {
@@ -273,7 +335,7 @@ BROKEN: dict[str, tuple[Grammar, str]] = {
 def test_what_cannot_be_used_is_refused_by_name(name: str) -> None:
     grammar, reason = BROKEN[name]
     with pytest.raises(InvalidParameter) as caught:
-        GRAMMARS.matchers(grammar, 1).result()
+        compiled(grammar)
     assert caught.value.field == grammar.field
     assert reason in caught.value.message
     assert len(caught.value.message) < 700
@@ -297,7 +359,7 @@ def test_choices_and_rules() -> None:
     answers = {choice: texts, lark: ["c", "aacbb"], gbnf: ["c", "aacbb"]}
     for grammar, good in answers.items():
         for text in good:
-            (matcher,) = GRAMMARS.matchers(grammar, 1).result()
+            matcher = matcher_of(grammar)
             ids = list(VIEW.encode(text, add_special_tokens=False))
             assert matcher.try_consume_tokens(ids) == len(ids), text
             assert matcher.is_accepting()
@@ -312,9 +374,8 @@ def test_json_may_be_spaced_but_not_for_ever() -> None:
         f"[{' ' * 32}1]": True,
         f"[{' ' * 33}1]": False,
     }.items():
-        (matcher,) = GRAMMARS.matchers(grammar, 1).result()
         ids = [VIEW.encode(char, add_special_tokens=False)[0] for char in text]
-        assert (matcher.try_consume_tokens(ids) == len(ids)) is fits, text
+        assert (matcher_of(grammar).try_consume_tokens(ids) == len(ids)) is fits, text
 
 
 def test_pieces_of_a_sentencepiece_vocabulary() -> None:
@@ -323,7 +384,7 @@ def test_pieces_of_a_sentencepiece_vocabulary() -> None:
     texts = [" Paris", "in é"]
     choice = Grammar(GrammarKind.CHOICE, json.dumps(texts), "guided_choice")
     for text in texts:
-        (matcher,) = grammars.matchers(choice, 1).result()
+        matcher = matcher_of(choice, grammars)
         ids = list(view.encode(text.removeprefix(" "), add_special_tokens=False))
         if not text.startswith(" "):
             ids = [*view.encode("x" + text, add_special_tokens=False)][2:]
@@ -335,4 +396,4 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_by_name() -> None:
     backend.decoder = WordPieceDecoder()
     view = TokenizerView(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
     with pytest.raises(InvalidParameter, match="llguidance does not take this model's tokenizer"):
-        Grammars(view, ()).matchers(regex("the"), 1).result()
+        compiled(regex("the"), Grammars(view, ()))

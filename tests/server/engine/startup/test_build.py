@@ -153,7 +153,7 @@ def test_logits_that_are_no_numbers_end_their_sequence_alone(native: bool) -> No
     broken = make_sequence([5, 6, 7], adapter=adapter)
     built.engine.add(broken)
     (event,) = built.engine.step()
-    assert event == FailedEvent(broken.id, "ArithmeticError: its logits are no finite numbers")
+    assert event == FailedEvent(broken.id, "its logits are no finite numbers")
     assert not built.engine.has_work
     (tokens,) = run_all(built, [make_sequence([5, 6, 7])])
     (expected,) = run_all(make_engine(tiny_llama(), native=native), [make_sequence([5, 6, 7])])
