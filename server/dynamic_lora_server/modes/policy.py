@@ -93,7 +93,7 @@ class ModePolicy:
     def decide(self, load: Load, now: float) -> str | None:
         """What is to be merged in the next step: `load.merged`, another adapter, or None.
 
-        A switch is only ever made to an adapter that somebody runs or waits for. What is
+        A switch is only ever made to an adapter that has rows in the next step. What is
         merged may stay so while nobody asks for it. `now` is in seconds, from any start.
         """
         if self.mode is Mode.BYPASS:
