@@ -26,12 +26,14 @@ from dynamic_lora_server.routes import (
     generate,
     lora_adapters,
     models,
+    responses,
     service,
     tokenize,
 )
 from dynamic_lora_server.schemas.generate import StreamEvent
 from dynamic_lora_server.schemas.openai_answers import ChatChunk
 from dynamic_lora_server.schemas.problem import Problem
+from dynamic_lora_server.schemas.responses_events import ResponseEvent
 from dynamic_lora_server.state import Load, ServerState
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ Until the model is loaded everything but `/health` and `/metrics` answers 503.
 
 
 _RESOURCES = (
-    *(generate, adapters, compositions, completions, chat, models),
+    *(generate, adapters, compositions, completions, chat, responses, models),
     *(lora_adapters, tokenize, service),
 )
 _ROUTES = tuple(route for resource in _RESOURCES for route in resource.router.routes)
@@ -159,7 +161,7 @@ def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]], keys: Keys) -> d
     if app.openapi_schema is None:
         schema = build()
         schemas = schema["components"]["schemas"]
-        for model in (Problem, StreamEvent, ChatChunk):
+        for model in (Problem, StreamEvent, ChatChunk, ResponseEvent):
             own = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(own.pop("$defs", {}))
             schemas[model.__name__] = own

@@ -7,6 +7,7 @@ from huggingface_hub import ChatCompletionOutputMessage
 from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponseParams
 from pydantic import BaseModel, ValidationError
 
 from dynamic_lora_server.schemas.adapters import AdapterSource
@@ -14,6 +15,7 @@ from dynamic_lora_server.schemas.compositions import WeightedAdapter
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest, Message
 from dynamic_lora_server.schemas.openai_answers import ChatDelta
+from dynamic_lora_server.schemas.responses import ResponseRequest
 from dynamic_lora_server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -205,6 +207,12 @@ def test_what_completions_do_not_serve(field: dict[str, Any], place: str) -> Non
         (GenerateRequest, {"inputs": "x"} | MANY_FIELDS, ""),
         (GenerateRequest, {"inputs": "x", "parameters": MANY_FIELDS}, "parameters"),
         (ChatRequest, CHAT | {"messages": [MANY_FIELDS] * 1000}, "messages.0"),
+        (ResponseRequest, {"model": "m", "input": [0] * 1000}, "input.ListForm.0.InputMessage"),
+        (
+            ResponseRequest,
+            {"model": "m", "input": [{"role": "user", "content": [0] * 1000}]},
+            "input.ListForm.0.InputMessage.content.ListForm.0",
+        ),
         (AdapterSource, {"name": "a", "source": "b"} | MANY_FIELDS, ""),
     ],
 )
@@ -287,7 +295,12 @@ def test_an_answer_of_a_client_is_a_turn_of_the_next_request(answer: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("model", "params"), [(ChatRequest, ChatParams), (CompletionRequest, CompletionParams)]
+    ("model", "params"),
+    [
+        (ChatRequest, ChatParams),
+        (CompletionRequest, CompletionParams),
+        (ResponseRequest, ResponseParams),
+    ],
 )
 def test_every_parameter_of_openais_client_has_its_field(
     model: type[BaseModel], params: type

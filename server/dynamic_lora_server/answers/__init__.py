@@ -1,1 +1,1 @@
-"""Generation events in the shapes of the wires: TGI's, OpenAI's completions and chat."""
+"""Generation events in the shapes of the wires: TGI's, OpenAI's completions, chat and responses."""

@@ -4,7 +4,14 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
 from dynamic_lora_server.answers.calls import delta_of, finish_name, first_delta, whole_message
-from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
+from dynamic_lora_server.answers.openai import (
+    FINISH,
+    Stamp,
+    UsageCount,
+    UsageTold,
+    logprob_of,
+    usage_of,
+)
 from dynamic_lora_server.answers.streams import Generation, WholeAnswer
 from dynamic_lora_server.generation import Finish, GenerationEvent, TokenPiece
 from dynamic_lora_server.http.sse import event
@@ -130,17 +137,4 @@ class ChatAnswer:
     def _logprobs(self, pieces: Sequence[TokenPiece]) -> wire.ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return wire.ChatLogprobs(content=(_logprob(piece) for piece in pieces))
-
-
-def _logprob(piece: TokenPiece) -> wire.ChatLogprob:
-    assert piece.logprob is not None
-    return wire.ChatLogprob(
-        token=piece.token_text,
-        logprob=piece.logprob,
-        bytes=list(piece.token_bytes),
-        top_logprobs=[
-            wire.TopLogprob(token=token.text, logprob=token.logprob, bytes=list(token.token_bytes))
-            for token in piece.top
-        ],
-    )
+        return wire.ChatLogprobs(content=(logprob_of(piece) for piece in pieces))

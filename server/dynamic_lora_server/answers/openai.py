@@ -1,4 +1,4 @@
-"""What the two kinds of OpenAI answers share."""
+"""What the kinds of OpenAI answers share."""
 
 import secrets
 import time
@@ -116,6 +116,20 @@ def usage_of(finishes: Iterable[tuple[int, Finish]]) -> wire.Usage:
     for prompt, finish in finishes:
         count.add(prompt, finish)
     return count.answer()
+
+
+def logprob_of(piece: TokenPiece) -> wire.ChatLogprob:
+    """A token with its log-probability, and those of the most likely ones."""
+    assert piece.logprob is not None
+    return wire.ChatLogprob(
+        token=piece.token_text,
+        logprob=piece.logprob,
+        bytes=list(piece.token_bytes),
+        top_logprobs=[
+            wire.TopLogprob(token=token.text, logprob=token.logprob, bytes=list(token.token_bytes))
+            for token in piece.top
+        ],
+    )
 
 
 async def framed(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -24,7 +24,6 @@ from starlette.requests import ClientDisconnect
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.files.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server import errors
-from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.http.access_log import request_id
 from dynamic_lora_server.http.fault_kinds import (
     BY_STATUS,
@@ -34,9 +33,11 @@ from dynamic_lora_server.http.fault_kinds import (
     UNSUPPORTED_MEDIA_TYPE,
     Kind,
 )
+from dynamic_lora_server.http.field_names import field_of
 from dynamic_lora_server.intake.uploads import JSON, media_type
 from dynamic_lora_server.schemas.openai_answers import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
+from dynamic_lora_server.schemas.responses import INPUT_FORMS
 from dynamic_lora_server.schemas.tokenize import FORMS
 from dynamic_lora_server.schemas.tools import CHOICES
 
@@ -70,19 +71,8 @@ _DETAILS: Mapping[int, str] = {
     404: "No route has this path; GET /openapi.json lists them.",
     405: "This path does not take this method; the Allow header names those that it takes.",
 }
-# What /v1 calls the fields that errors name.
-_OPENAI_FIELDS: Mapping[str, str] = {
-    "adapter": "model",
-    "inputs": "prompt",
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-}
 _TEXTS = ("str", "constrained-str")  # what pydantic calls the texts of a union
-_CHAT_PATH = "/v1/chat/completions"
-_TOKENIZE_PATHS = ("/tokenize", "/detokenize")
-_GENERATE_PATHS = ("/", "/generate", "/generate_stream")
-# What these have in `parameters`, of the names that errors have for it.
-_PARAMETERS = frozenset({*(one.name for one in dataclasses.fields(SamplingParams)), "n", "stop"})
+_FORMS = FORMS | CHOICES | INPUT_FORMS  # and what the models call the members of theirs
 
 
 def install(app: FastAPI) -> None:
@@ -157,7 +147,8 @@ def _fault_of(error: Exception, content_type: str) -> Fault:
 
 def answer(fault: Fault, *, path: str) -> Response:
     """The HTTP answer of a fault, in the form of the API that `path` belongs to."""
-    fault = dataclasses.replace(fault, field=_named(fault.field, path))
+    if fault.field is not None and fault.kind is not INVALID_REQUEST:  # that has the body's own
+        fault = dataclasses.replace(fault, field=field_of(path, fault.field))
     if path.startswith("/v1/"):
         return Response(
             _dump(openai_error(fault)),
@@ -195,21 +186,10 @@ def openai_error(fault: Fault) -> dict[str, Any]:
         error=ErrorBody(
             message=_sentence(fault),
             type="server_error" if server_side else "invalid_request_error",
-            param=_OPENAI_FIELDS.get(fault.field or "", fault.field),
+            param=fault.field,
             code=fault.kind.code or fault.kind.slug.replace("-", "_"),
         )
     ).model_dump()
-
-
-def _named(field: str | None, path: str) -> str | None:
-    """What the requests of a path call the field that an error names."""
-    if field == "inputs" and path == _CHAT_PATH:
-        return "messages"
-    if field == "adapter" and path in _TOKENIZE_PATHS:
-        return "model"
-    if field in _PARAMETERS and path in _GENERATE_PATHS:
-        return f"parameters.{field}"
-    return field
 
 
 def _capped(text: str | None) -> str | None:
@@ -322,4 +302,4 @@ def _reason(fault: Mapping[str, Any]) -> str:
 def _path(location: Sequence[str | int]) -> str:
     """`parameters.stop.0` from pydantic's location, without its names for a union's members."""
     names = takewhile(lambda name: name not in _TEXTS and "[" not in name, map(str, location[1:]))
-    return ".".join(name for name in names if name not in FORMS | CHOICES) or str(location[0])
+    return ".".join(name for name in names if name not in _FORMS) or str(location[0])

@@ -26,12 +26,13 @@ _LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _log = logging.getLogger(__name__)
 
 
-def event(data: BaseModel) -> bytes:
-    """One event: a model as JSON on one `data:` line."""
+def event(data: BaseModel, name: str | None = None) -> bytes:
+    """One event: a model as JSON on one `data:` line, behind an `event:` line with its name."""
     document = data.model_dump_json()
     for end, escaped in _LINE_ENDS.items():
         document = document.replace(end, escaped)
-    return f"data: {document}\n\n".encode()
+    named = "" if name is None else f"event: {name}\n"
+    return f"{named}data: {document}\n\n".encode()
 
 
 def json_event(data: Mapping[str, Any]) -> bytes:

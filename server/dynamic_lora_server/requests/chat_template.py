@@ -116,16 +116,16 @@ def check_written(
     """
     found = _tools_of_template(tokenizer, chat, with_tools=with_tools)
     left_out = {
-        "tools": with_tools and not found.offers,
-        "messages with tool_calls": has_calls(messages) and not found.calls,
-        "messages of the role tool": has_results(messages) and not found.results,
+        "tools": ("tools", with_tools and not found.offers),
+        "calls of earlier turns": ("messages", has_calls(messages) and not found.calls),
+        "results of calls": ("messages", has_results(messages) and not found.results),
     }
-    for what, is_left_out in left_out.items():
+    for what, (field, is_left_out) in left_out.items():
         if is_left_out:
             raise InvalidParameter(
                 f"The {_whose(chat)} chat template does not write {what}: the model would not "
                 "see them.",
-                field=what.partition(" ")[0],
+                field=field,
                 fix="Leave them out, or name an adapter whose chat template has them.",
             )
     return found

@@ -38,7 +38,7 @@ def openai_grammar(body: StructuredRequest) -> Grammar | None:
         "guided_grammar": (GrammarKind.RULES, body.guided_grammar),
     }
     return _only(
-        _of_format("response_format", body.response_format),
+        _of_format(body.format_field, body.response_format),
         _of_outputs("structured_outputs", body.structured_outputs),
         *(_grammar(kind, value, field) for field, (kind, value) in guided.items()),
     )

@@ -117,7 +117,17 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def event_stream(model: str) -> dict[str, Any]:
     """The `content` of a route that can answer with server-sent events of a model."""
     data = {"type": "string", "description": f"A {model} as JSON, or an error."}
-    schema = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return _event_stream(data=data)
+
+
+def typed_event_stream(model: str) -> dict[str, Any]:
+    """As `event_stream`, where each event is named by the `type` of its model."""
+    name = {"type": "string", "description": "The event's `type`."}
+    return _event_stream(event=name, data={"type": "string", "description": f"A {model} as JSON."})
+
+
+def _event_stream(**fields: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object", "required": list(fields), "properties": fields}
     return {EVENT_STREAM: {"schema": schema}}
 
 

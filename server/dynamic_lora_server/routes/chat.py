@@ -8,11 +8,9 @@ from fastapi import APIRouter, Request, Response
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.openai import UsageTold, framed
 from dynamic_lora_server.answers.streams import Prepared, begin_prepared, collect
-from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.http.disconnect import until_disconnect
 from dynamic_lora_server.http.sse import EventStream
-from dynamic_lora_server.requests.prompts import chat_offer, chat_spec
-from dynamic_lora_server.requests.selection import ChatAdapter, select_chat
+from dynamic_lora_server.routes._conversation import rendered
 from dynamic_lora_server.routes._deps import (
     NoQuery,
     Ready,
@@ -24,7 +22,6 @@ from dynamic_lora_server.routes._deps import (
 from dynamic_lora_server.schemas.openai import ChatRequest
 from dynamic_lora_server.schemas.openai_answers import ChatCompletion
 from dynamic_lora_server.state import ServerState
-from dynamic_lora_server.tools.offer import Offer
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -67,45 +64,15 @@ async def _whole(body: ChatRequest, state: ServerState, runtime: "Runtime") -> R
 async def _prepare(
     body: ChatRequest, state: ServerState, runtime: "Runtime"
 ) -> Prepared[ChatAnswer]:
-    saved = runtime.loader.saved
-    runtime.service.check_room(body.n or 1)
-    asked = await state.hub.found(
-        partial(select_chat, body.model, saved=saved, base_names=runtime.base_names)
+    asked = await rendered(
+        body.model, lambda: body, num_answers=body.n or 1, state=state, runtime=runtime
     )
-    spec, offer = await state.render(partial(_rendered, body, asked, runtime))
-    name = runtime.name_of_base(body.model) if asked.adapter.is_base else body.model
-    answer = _answer(body, spec, offer, model=name, fingerprint=runtime.fingerprint)
-    return Prepared(spec, answer, asked.digest)
-
-
-def _rendered(
-    body: ChatRequest, asked: ChatAdapter, runtime: "Runtime"
-) -> tuple[GenerationSpec, Offer | None]:
-    tokenizer, chat = runtime.tokenizer, asked.chat
-    offer = chat_offer(
-        body,
-        tokenizer=tokenizer,
-        view=runtime.view,
-        otherwise=runtime.config.tool_call_format,
-        chat=chat,
-    )
-    spec = chat_spec(body, adapter=asked.adapter, tokenizer=tokenizer, chat=chat, offer=offer)
-    return spec, offer
-
-
-def _answer(
-    body: ChatRequest,
-    spec: GenerationSpec,
-    offer: Offer | None,
-    *,
-    model: str,
-    fingerprint: str,
-) -> ChatAnswer:
-    return ChatAnswer(
-        offer=offer,
-        model=model,
-        fingerprint=fingerprint,
-        n=spec.n,
-        logprobs=spec.sampling.logprobs,
+    answer = ChatAnswer(
+        offer=asked.offer,
+        model=asked.model,
+        fingerprint=runtime.fingerprint,
+        n=asked.spec.n,
+        logprobs=asked.spec.sampling.logprobs,
         usage=UsageTold.of(body.stream_options),
     )
+    return Prepared(asked.spec, answer, asked.version)

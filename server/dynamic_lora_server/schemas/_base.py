@@ -92,11 +92,12 @@ class Neutral:
     """Annotates a field of a peer's API that is not served.
 
     Clients send such fields with values that ask for nothing: these pass, any
-    other value is refused with the field's name.
+    other value is refused with the field's name, and with what to do about it.
     """
 
-    def __init__(self, *values: object) -> None:
+    def __init__(self, *values: object, fix: str = "leave it out") -> None:
         self.values = values
+        self.fix = fix
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
@@ -112,7 +113,7 @@ class Neutral:
     def _check(self, value: object) -> object:
         # Without the type test, True would pass for 1 and False for 0.
         if not any(type(value) is type(one) and value == one for one in self.values):
-            raise ValueError("is not supported by this server; leave it out")
+            raise ValueError(f"is not supported by this server; {self.fix}")
         return value
 
 

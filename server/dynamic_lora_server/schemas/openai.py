@@ -37,7 +37,7 @@ def _unsigned(seed: int) -> int | None:
 
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(_unsigned)]
 _PromptIds = Annotated[TokenIds, Field(min_length=1)]
-_AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
+AnyTier = Annotated[Any, Neutral(None, "auto", "default")]
 
 
 class StreamOptions(Wire):
@@ -54,8 +54,8 @@ class StreamOptions(Wire):
     include_obfuscation: UnsetOrFalse = None
 
 
-class SamplingRequest(StructuredRequest):
-    """What completions and chat completions share. Null is the same as leaving a field out."""
+class SamplingFields(Wire):
+    """What all routes of OpenAI's that generate share. Null is the same as leaving a field out."""
 
     model: NonEmptyText = Field(
         description="Task name of an adapter, a sum such as `ner*0.7+tone*0.3`, or a name of "
@@ -84,7 +84,6 @@ class SamplingRequest(StructuredRequest):
         description="Before these neither the end nor a stop token comes. Not in OpenAI's API.",
     )
     seed: _Seed | None = Field(default=None, description="-1 is none.")
-    n: int | None = Field(default=None, ge=1, le=MAX_N)
     stop: NonEmptyText | StopStrings | None = None
     stop_token_ids: StopTokenIds | None = Field(
         default=None, description="End the text before them. Not in OpenAI's API."
@@ -96,10 +95,16 @@ class SamplingRequest(StructuredRequest):
     )
     ignore_eos: bool | None = Field(default=None, description="Not in OpenAI's API.")
     stream: bool | None = None
-    stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
     user: Text | None = Field(
         default=None, description="A label of the caller's own; changes nothing."
     )
+
+
+class SamplingRequest(StructuredRequest, SamplingFields):
+    """What completions and chat completions share."""
+
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    stream_options: StreamOptions | None = Field(default=None, description="Needs `stream`.")
 
 
 class CompletionRequest(SamplingRequest, UnservedCompletion):
@@ -227,7 +232,7 @@ class ChatRequest(SamplingRequest, TemplateRequest, UnservedChat):
     prompt_cache_options: UnsetOrEmptyMap = None
     prompt_cache_retention: Unset = None
     reasoning_effort: Annotated[Any, Neutral(None, "none")] = None
-    service_tier: _AnyTier = None
+    service_tier: AnyTier = None
     store: UnsetOrFalse = None
     verbosity: Unset = None
     web_search_options: Unset = None

@@ -1,6 +1,6 @@
 """What an answer must be like, on the wire: in OpenAI's, vLLM's, TGI's and LoRAX's fields."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -62,7 +62,12 @@ class StructuredOutputs(Wire):
 
 
 class StructuredRequest(Wire):
-    """How completions and chat completions say what an answer must be like: in one field."""
+    """How completions and chat completions say what an answer must be like: in one field.
+
+    Errors name the first as `format_field`.
+    """
+
+    format_field: ClassVar[str] = "response_format"
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = Field(

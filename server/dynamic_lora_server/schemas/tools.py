@@ -7,13 +7,13 @@ from pydantic import Discriminator, Field, Tag
 from dynamic_lora_server.schemas._base import JsonObject, NonEmptyText, Text, Wire
 
 MAX_TOOLS = 128
-_NAME = r"^[a-zA-Z0-9_.-]{1,128}$"
+DefinedName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
 class Function(Wire):
     """A function that the model may call."""
 
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: DefinedName
     description: Text | None = None
     parameters: JsonObject | None = Field(
         default=None, description="A JSON schema of an object; left out, there are none."
@@ -48,18 +48,18 @@ class NamedTool(Wire):
     function: FunctionName
 
 
-_NAMED_TOOL = "NamedTool"
-_WORD = "ToolChoiceWord"
-CHOICES = frozenset({_NAMED_TOOL, _WORD})  # as errors have them in the places that they name
+NAMED_TOOL = "NamedTool"
+WORD = "ToolChoiceWord"
+CHOICES = frozenset({NAMED_TOOL, WORD})  # as errors have them in the places that they name
 
 
 def _choice(value: object) -> str:
-    return _NAMED_TOOL if isinstance(value, dict | NamedTool) else _WORD
+    return NAMED_TOOL if isinstance(value, dict | NamedTool) else WORD
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag(_WORD)]
-    | Annotated[NamedTool, Tag(_NAMED_TOOL)],
+    Annotated[Literal["none", "auto", "required"], Tag(WORD)]
+    | Annotated[NamedTool, Tag(NAMED_TOOL)],
     Discriminator(_choice),
 ]
 

@@ -1,4 +1,4 @@
-"""Fields of vLLM's API that are not served, at the values that ask for nothing."""
+"""Fields of OpenAI's and vLLM's APIs that are not served, at the values that ask for nothing."""
 
 from typing import Annotated, Any
 
@@ -6,6 +6,7 @@ from dynamic_lora_server.schemas._base import (
     Neutral,
     Unset,
     UnsetOrEmptyList,
+    UnsetOrEmptyMap,
     UnsetOrFalse,
     UnsetOrOne,
     Wire,
@@ -13,6 +14,8 @@ from dynamic_lora_server.schemas._base import (
 
 _UnsetOrTrue = Annotated[Any, Neutral(None, True)]
 _UnsetOrZero = Annotated[Any, Neutral(None, 0)]
+_SEND_ITEMS = "nothing is stored: send the items of earlier turns in input"
+_Stored = Annotated[Any, Neutral(None, fix=_SEND_ITEMS)]
 
 
 class UnservedSampling(Wire):
@@ -52,3 +55,46 @@ class UnservedChat(UnservedSampling):
     echo: UnsetOrFalse = None
     include_reasoning: _UnsetOrTrue = None
     mm_processor_kwargs: Unset = None
+
+
+class Reasoning(Wire):
+    """Of a response: none is asked for."""
+
+    effort: Annotated[Any, Neutral(None, "none")] = None
+    summary: Unset = None
+    generate_summary: Unset = None
+    context: Annotated[Any, Neutral(None, "auto")] = None
+    mode: Annotated[Any, Neutral(None, "standard")] = None
+
+
+class UnservedResponse(Wire):
+    """Of responses alone, OpenAI's and vLLM's."""
+
+    access_programs: UnsetOrEmptyMap = None
+    background: UnsetOrFalse = None
+    background_options: UnsetOrEmptyMap = None
+    cache_salt: Unset = None
+    context_management: UnsetOrEmptyList = None
+    conversation: _Stored = None
+    enable_response_messages: UnsetOrFalse = None
+    image: UnsetOrEmptyMap = None
+    max_tool_calls: Unset = None
+    mm_processor_kwargs: Unset = None
+    moderation: Unset = None
+    previous_input_messages: Unset = None
+    previous_response: _Stored = None
+    previous_response_id: _Stored = None
+    priority: _UnsetOrZero = None
+    prompt: Unset = None
+    prompt_cache_options: UnsetOrEmptyMap = None
+    prompt_cache_retention: Unset = None
+    reasoning: Reasoning | None = None
+    request_id: Unset = None
+    skip_special_tokens: _UnsetOrTrue = None
+    store: Annotated[
+        Any, Neutral(None, False, fix="nothing is stored: leave it out or send false")
+    ] = None
+    truncation: Annotated[
+        Any, Neutral(None, "disabled", fix="leave it out, and send what the context holds")
+    ] = None
+    vllm_xargs: Unset = None

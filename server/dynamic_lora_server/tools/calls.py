@@ -53,6 +53,20 @@ class Reader(Protocol):
         """What was held back until the end."""
 
 
+class TextReader:
+    """An answer without calls: all of it is text."""
+
+    called = False
+
+    def push(self, text: str) -> list[Part]:
+        """The text."""
+        return [Words(text)]
+
+    def finish(self) -> list[Part]:
+        """Nothing is held back."""
+        return []
+
+
 class FreeReader:
     """Calls in a text that may hold anything.
 

@@ -9,7 +9,6 @@ from dynamic_lora_server.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from dynamic_lora_server.schemas.openai import Message
-    from dynamic_lora_server.schemas.tools import ToolCall
 
 
 def has_calls(messages: "Sequence[Message]") -> bool:
@@ -72,14 +71,15 @@ def _calls_by_id(message: "Message", place: str) -> dict[str, dict[str, Any]]:
             raise InvalidParameter(
                 f"Two calls have the id {call.id!r}.", field=f"{place}.tool_calls.{index}.id"
             )
-        arguments = _arguments(call, f"{place}.tool_calls.{index}.function.arguments")
+        field = f"{place}.tool_calls.{index}.function.arguments"
+        arguments = arguments_of(call.function.arguments, field)
         function = {"name": call.function.name, "arguments": arguments}
         calls[call.id] = {"id": call.id, "type": "function", "function": function}
     return calls
 
 
-def _arguments(call: "ToolCall", field: str) -> dict[str, Any]:
-    text = call.function.arguments
+def arguments_of(text: str, field: str) -> dict[str, Any]:
+    """The arguments of a call, which are an object. Raises InvalidParameter, naming the field."""
     if not text.strip():
         return {}  # so do some models call a function without parameters
     try:

@@ -13,71 +13,18 @@ from pydantic import BaseModel
 from dynamic_lora_server.answers.chat import ChatAnswer
 from dynamic_lora_server.answers.completions import CompletionAnswer
 from dynamic_lora_server.answers.openai import UsageTold, framed
-from dynamic_lora_server.answers.streams import Generation, WholeAnswer
+from dynamic_lora_server.answers.streams import WholeAnswer
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.errors import EngineFailed
 from dynamic_lora_server.generation import (
-    Finish,
     FinishReason,
     GenerationEvent,
-    ServedMode,
-    Started,
     TokenLogprob,
     TokenPiece,
 )
 from dynamic_lora_server.tools.notation import HERMES
 from dynamic_lora_server.tools.offer import Offer
-
-STARTED = Started(adapter=None, version=None, num_prompt_tokens=3)
-TOP = (TokenLogprob(token_id=8, token_bytes=b" a", logprob=-0.5),)
-
-
-def piece(
-    text: str,
-    *,
-    token: str | bytes = "",
-    offset: int = 0,
-    special: bool = False,
-    index: int = 0,
-    top: tuple[TokenLogprob, ...] = TOP,
-    is_last: bool = False,
-) -> TokenPiece:
-    token = token or text
-    return TokenPiece(
-        index=index,
-        token_id=9,
-        text=text,
-        token_bytes=token if isinstance(token, bytes) else token.encode(),
-        offset=offset,
-        special=special,
-        logprob=-1.0,
-        top=top,
-        is_last=is_last,
-    )
-
-
-def finish(reason: FinishReason, text: str, *, tail: str = "", index: int = 0) -> Finish:
-    return Finish(
-        index=index,
-        reason=reason,
-        text=text,
-        tail=tail,
-        num_prompt_tokens=3,
-        num_output_tokens=2,
-        num_cached_tokens=2 + index,  # a second continuation finds what the first computed
-        seed=11,
-        mode=ServedMode.BASE,
-    )
-
-
-def generation(*events: GenerationEvent | Exception) -> Generation:
-    async def play() -> AsyncGenerator[GenerationEvent, None]:
-        for event in events:
-            if isinstance(event, Exception):
-                raise event
-            yield event
-
-    return Generation(STARTED, play())
+from tests.support.events import finish, generation, piece
 
 
 async def documents(stream: AsyncGenerator[bytes, None]) -> list[Any]:

@@ -98,12 +98,47 @@ def test_openai_errors_use_openais_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "param"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")]
+    ("path", "param"),
+    [
+        ("/v1/completions", "prompt"),
+        ("/v1/chat/completions", "messages"),
+        ("/v1/responses", "input"),
+    ],
 )
 def test_a_prompt_that_is_too_long_is_named_as_it_was_sent(path: str, param: str) -> None:
     fault = problems.fault_of(errors.ContextOverflow("long", field="inputs"))
     answer = problems.answer(fault, path=path)
     assert json.loads(bytes(answer.body))["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("max_new_tokens", "max_output_tokens"),
+        ("min_new_tokens", "min_tokens"),
+        ("messages", "input"),
+        ("adapter", "model"),
+        ("tools.12.function.parameters", "tools.12.parameters"),
+        ("tool_choice.function.name", "tool_choice.name"),
+        ("input.3.call_id", "input.3.call_id"),
+    ],
+)
+def test_what_responses_call_the_fields_of_a_chat(field: str, param: str) -> None:
+    answer = problems.answer(
+        problems.fault_of(errors.InvalidParameter("bad", field=field)), path="/v1/responses"
+    )
+    assert json.loads(bytes(answer.body))["error"]["param"] == param
+
+
+def test_a_field_that_a_body_has_is_named_as_it_is_there() -> None:
+    """Also where it is one that it should not have."""
+    faults = [{"type": "extra_forbidden", "loc": ("body", "messages"), "msg": "Extra"}]
+    for path in ("/v1/responses", "/v1/completions"):
+        answer = problems.answer(problems.fault_of(RequestValidationError(faults)), path=path)
+        assert json.loads(bytes(answer.body))["error"]["param"] == "messages"
+    faults = [{"type": "extra_forbidden", "loc": ("body", "n"), "msg": "Extra"}]
+    answer = problems.answer(problems.fault_of(RequestValidationError(faults)), path="/generate")
+    assert json.loads(bytes(answer.body))["field"] == "n"
 
 
 def test_an_unforeseen_error_tells_nothing_of_itself() -> None:
@@ -175,7 +210,7 @@ def test_the_frameworks_errors_are_problems_too(
 
 
 def test_every_problem_is_documented() -> None:
-    documentation = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    documentation = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
     kinds = [*fault_kinds.TABLE.values(), *fault_kinds.FRAMEWORK_KINDS]
     missing = {kind.slug for kind in kinds if f"`/problems/{kind.slug}`" not in documentation}
     assert missing == set()

@@ -45,11 +45,15 @@ async def test_a_chat_that_has_no_place_is_not_rendered(
     async with serving(tmp_path, max_running=1, max_waiting=0) as (client, runtime):
         taken = runtime.service.stream(spec(max_new_tokens=400))
         await anext(taken)
-        with monkeypatch.context() as patch:
-            patch.setattr(prompts, "render", None)
-            refused = await client.post("/v1/chat/completions", json=body("hi"))
-        assert refused.status_code == 429
-        assert int(refused.headers["retry-after"]) >= 1
+        for path, asked in (
+            ("/v1/chat/completions", body("hi")),
+            ("/v1/responses", {"model": "base", "input": "hi"}),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(prompts, "render", None)
+                refused = await client.post(path, json=asked)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
         await taken.aclose()
         answer = await client.post("/v1/chat/completions", json=body("hi"))
         assert answer.status_code == 200
@@ -60,6 +64,16 @@ async def test_a_chat_that_has_no_place_is_not_rendered(
     [
         ("/v1/chat/completions", body("hi") | {"logprobs": True, "top_logprobs": 2}),
         ("/v1/completions", {"model": "base", "prompt": "hi", "logprobs": 2}),
+        (
+            "/v1/responses",
+            {
+                "model": "base",
+                "input": "hi",
+                "include": ["message.output_text.logprobs"],
+                "top_logprobs": 2,
+                "max_output_tokens": 1,
+            },
+        ),
         ("/generate", {"inputs": "hi", "parameters": {"details": True, "top_n_tokens": 2}}),
     ],
 )

@@ -86,13 +86,13 @@ def test_a_call_without_arguments() -> None:
     ("template", "body", "field", "message"),
     [
         (None, {"messages": [USER], "tools": TOOLS}, "tools", "model's chat template does not"),
-        (None, {"messages": [USER, CALLED]}, "messages", "does not write messages with tool_calls"),
-        (INSTRUCTIONS, {"messages": [USER, CALLED, RESULT]}, "messages", "tool_calls"),
+        (None, {"messages": [USER, CALLED]}, "messages", "does not write calls of earlier turns"),
+        (INSTRUCTIONS, {"messages": [USER, CALLED, RESULT]}, "messages", "calls of earlier"),
         (
             "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}{% endfor %}",
             {"messages": [USER, CALLED, RESULT]},
             "messages",
-            "of the role tool",
+            "results of calls",
         ),
         (MISTRAL, {"messages": [USER, CALLED, RESULT]}, "messages", "nine characters"),
         (
