@@ -62,8 +62,10 @@ class Admission:
 
     async def prompt_text(self, spec: GenerationSpec) -> str | None:
         """The text of the prompt, if it is to be given back."""
-        if not spec.echo or isinstance(spec.prompt, str):
-            return spec.prompt if spec.echo else None
+        if not spec.echo:
+            return None
+        if isinstance(spec.prompt, str):
+            return spec.prompt
         return await self._encoding.run(partial(self._view.decode, spec.prompt))
 
     def fitted(self, spec: GenerationSpec, num_prompt: int, num_virtual: int) -> SamplingParams:
