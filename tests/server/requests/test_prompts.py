@@ -138,6 +138,7 @@ def test_only_a_limit_that_was_asked_for_is_kept_to() -> None:
 
 def test_details_and_streams_ask_for_logprobs() -> None:
     assert generate({"details": True, "top_n_tokens": 4}).sampling.top_logprobs == 4
+    assert generate({"top_n_tokens": 4}, stream=True).sampling.top_logprobs == 4
     assert generate({"details": True}).sampling.logprobs
     assert generate(stream=True).sampling.logprobs
 
