@@ -5,7 +5,7 @@ import math
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 
 from dynamic_lora_server.answers.openai import FINISH, Stamp, UsageCount, UsageTold, usage_of
 from dynamic_lora_server.answers.streams import Generation, WholeAnswer, merge
@@ -13,7 +13,8 @@ from dynamic_lora_server.generation import Echo, Finish, FinishReason, Generatio
 from dynamic_lora_server.http.sse import event
 from dynamic_lora_server.schemas import openai_answers as wire
 
-# Tokens of a prompt in one event: each may have twenty others beside it.
+# Tokens of a prompt in one event, which is written in a millisecond or two; fewer where each has
+# others beside it.
 _MAX_ECHOED = 64
 
 
@@ -150,11 +151,16 @@ class CompletionAnswer:
 
 def _parts(echo: Echo) -> Iterator[Echo]:
     """A prompt so many tokens at a time; all of its text comes with the first."""
-    text, pieces = echo.text, iter(echo.pieces)
-    part = tuple(islice(pieces, _MAX_ECHOED))
-    while text or part:
+    part: list[TokenPiece] = []
+    room, text = _MAX_ECHOED, echo.text
+    for piece in echo.pieces:
+        part.append(piece)
+        room -= 1 + len(piece.top) // 4
+        if room <= 0:
+            yield replace(echo, text=text, pieces=part)
+            part, room, text = [], _MAX_ECHOED, ""
+    if part or text:
         yield replace(echo, text=text, pieces=part)
-        text, part = "", tuple(islice(pieces, _MAX_ECHOED))
 
 
 def _without_answer(whole: WholeAnswer) -> WholeAnswer:

@@ -17,6 +17,7 @@ from dynamic_lora_server.answers.streams import WholeAnswer
 from dynamic_lora_server.answers.tgi import TgiAnswer
 from dynamic_lora_server.errors import EngineFailed
 from dynamic_lora_server.generation import (
+    Echo,
     FinishReason,
     GenerationEvent,
     TokenLogprob,
@@ -196,6 +197,23 @@ async def test_completion_streams() -> None:
     logprobs = [chunk["choices"][0]["logprobs"] for chunk in pieces[:-1]]
     assert [one["text_offset"] for one in logprobs] == [[0], [2], [3]]
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 5)
+
+
+@pytest.mark.parametrize(("num_top", "most"), [(0, 64), (20, 11)])
+async def test_a_prompt_comes_in_parts_that_are_short_to_write(num_top: int, most: int) -> None:
+    top = tuple(
+        TokenLogprob(token_id=i, token_bytes=b"%d" % i, logprob=-0.1 * i) for i in range(num_top)
+    )
+    pieces = [piece("", token="a", offset=at, top=top) for at in range(100)]
+    echo = Echo(index=0, text="a" * 100, pieces=pieces)
+    events = generation(echo, finish(FinishReason.LENGTH, ""))
+    *chunks, _ = await documents(completion(logprobs=True).stream([events]))
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert [part["text"] for part in parts] == ["a" * 100, *[""] * (len(parts) - 1)]
+    offsets = [part["logprobs"]["text_offset"] for part in parts]
+    assert max(map(len, offsets)) == most
+    assert [offset for part in offsets for offset in part] == list(range(100))
+    assert [len(part["logprobs"]["top_logprobs"]) for part in parts] == list(map(len, offsets))
 
 
 async def test_a_broken_openai_stream_ends_with_an_error_and_not_with_done() -> None:
