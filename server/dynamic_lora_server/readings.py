@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from dynamic_lora_server.metrics import Reading
 
 if TYPE_CHECKING:
-    from dynamic_lora_adapters.device.slots import PoolStats
+    from dynamic_lora_adapters.device.pool_stats import PoolStats
     from dynamic_lora_server.engine.drafting.drafts import DraftStats
     from dynamic_lora_server.engine.graphs.decode_graphs import GraphStats
     from dynamic_lora_server.engine.kv.prefix_cache import PrefixStats

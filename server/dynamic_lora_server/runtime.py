@@ -19,7 +19,7 @@ from transformers import (
 from dynamic_lora_adapters.apply.pristine import Restore
 from dynamic_lora_adapters.apply.products import ProductKind
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
-from dynamic_lora_adapters.device.slots import PoolStats
+from dynamic_lora_adapters.device.pool_stats import PoolStats
 from dynamic_lora_adapters.files.archive import UploadLimits
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_adapters.home.store import BlobStore
