@@ -13,7 +13,7 @@ from dynamic_lora_server.intake.hub_adapters import HubAdapters
 from dynamic_lora_server.intake.publishing import publish_source
 from dynamic_lora_server.intake.sources import HUB_SCHEME
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
-from dynamic_lora_server.readings import readings_of
+from dynamic_lora_server.readings import readings_of, readings_of_demand
 from dynamic_lora_server.schemas.adapters import AdapterSource
 from dynamic_lora_server.serving.work_pool import WorkPool
 
@@ -120,7 +120,14 @@ class ServerState:
     def _readings(self) -> list[Reading]:
         if self._runtime is None:
             return []
-        return readings_of(self._runtime.stats())
+        queues = {
+            "render": self._rendering.num_waiting,
+            "tokenize": self._tokenizing.num_waiting,
+            "write": self._writing.num_waiting,
+            "hub": self.hub.num_waiting,
+        }
+        demand = self._runtime.service.demand()
+        return [*readings_of(self._runtime.stats()), *readings_of_demand(demand, queues)]
 
     def _knows(self, adapter: str) -> bool:
         return self._runtime is not None and self._runtime.registry.has(adapter)

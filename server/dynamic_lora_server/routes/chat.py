@@ -68,7 +68,7 @@ async def _prepare(
     body: ChatRequest, state: ServerState, runtime: "Runtime"
 ) -> Prepared[ChatAnswer]:
     saved = runtime.loader.saved
-    runtime.service.check_room(body.n or 1)
+    runtime.service.places.check(body.n or 1)
     asked = await state.hub.found(
         partial(select_chat, body.model, saved=saved, base_names=runtime.base_names)
     )
