@@ -1,6 +1,8 @@
 """When a refused request is sent again, and after how long."""
 
+import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -19,8 +21,11 @@ class RetryPolicy:
 
     `max_attempts` counts the first one too: 1 switches retries off. The pause
     is the server's Retry-After where it sent one, else `first_wait` seconds,
-    doubled each time. A pause that would bring the sum above `max_wait`
-    seconds is not begun: the error is raised at once.
+    doubled each time. A random time is added, so that those who were refused
+    together do not come back together: up to as much again (or `first_wait`, if
+    that is more), `max_jitter` seconds at most. A pause that would bring the sum
+    above `max_wait` seconds is not begun: the error is raised at once; what is
+    added at random never does.
 
     Raises InvalidArgument.
     """
@@ -28,19 +33,21 @@ class RetryPolicy:
     max_attempts: int = 4
     max_wait: float = 60.0
     first_wait: float = 0.5
+    max_jitter: float = 10.0
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise InvalidArgument("max_attempts must be at least 1.")
-        if not self.max_wait >= 0 or not self.first_wait >= 0:
-            raise InvalidArgument("max_wait and first_wait must be 0 seconds or more.")
+        if not all(one >= 0 for one in (self.max_wait, self.first_wait, self.max_jitter)):
+            raise InvalidArgument("max_wait, first_wait and max_jitter must be 0 seconds or more.")
 
 
 class RetryBudget:
-    """What is left of a policy during one call."""
+    """What is left of a policy during one call; `draw` gives numbers from 0 to 1."""
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    def __init__(self, policy: RetryPolicy, draw: Callable[[], float] = random.random) -> None:
         self._policy = policy
+        self._draw = draw
         self._num_attempts = 0
         self._waited = 0.0
 
@@ -54,10 +61,15 @@ class RetryBudget:
             wait = self._policy.first_wait * 2 ** (self._num_attempts - 1)
         if self._num_attempts >= self._policy.max_attempts:
             return None
-        if self._waited + wait > self._policy.max_wait:
+        left = self._policy.max_wait - self._waited - wait
+        if left < 0:
             return None
+        wait += self._draw() * min(left, self._longest_jitter(wait))
         self._waited += wait
         return wait
+
+    def _longest_jitter(self, wait: float) -> float:
+        return min(max(wait, self._policy.first_wait), self._policy.max_jitter)
 
 
 def retry_after(response: httpx.Response) -> float | None:

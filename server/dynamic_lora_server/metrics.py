@@ -3,6 +3,7 @@
 Each application has its own registry, so that several can live in one process.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -16,10 +17,20 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamic_lora_adapters.names import SUMS
+from dynamic_lora_server.errors import EngineFailed, GrammarFailed, NotReady
 from dynamic_lora_server.generation import BASE, Finish, GenerationEvent, Started, TokenPiece
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_CLOSED = (GeneratorExit, asyncio.CancelledError)  # by its client, or with a part that failed
+# Why generations do not come to their end. The first that an error is counts.
+_CAUSES: Mapping[type[BaseException] | tuple[type[BaseException], ...], str] = {
+    _CLOSED: "client",
+    GrammarFailed: "grammar",
+    NotReady: "stop",
+    EngineFailed: "step",
+    Exception: "other",
+}
 
 
 class Metrics:
@@ -71,6 +82,15 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.broken = Counter(
+            "dynamic_lora_broken_generations",
+            "Generations that had begun and did not come to their end, by cause.",
+            ["cause"],
+            registry=self.registry,
+        )
+        for cause in _CAUSES.values():
+            self.broken.labels(cause)  # 0 is told, too
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -87,9 +107,13 @@ class Metrics:
         """Pass a generation's events on and record them under its adapter's name."""
         observation = _Observation(self)
         async with aclosing(events):
-            async for event in events:
-                observation.record(event)
-                yield event
+            try:
+                async for event in events:
+                    observation.record(event)
+                    yield event
+            except BaseException as error:
+                observation.break_off(error)
+                raise
 
 
 class _Observation:
@@ -101,6 +125,8 @@ class _Observation:
         self._label = BASE
         self._asked = metrics.clock()
         self._first: dict[int, float] = {}
+        self._num_finished = 0
+        self._started = False
 
     def record(self, event: GenerationEvent) -> None:
         if isinstance(event, Started):
@@ -110,11 +136,20 @@ class _Observation:
         elif isinstance(event, Finish):
             self._finish(event)
 
+    def break_off(self, error: BaseException) -> None:
+        """Count a generation that ends with an error, or is closed after its first token."""
+        closed = isinstance(error, _CLOSED)
+        begun = self._num_finished < len(self._first) if closed else self._started
+        cause = next((cause for kind, cause in _CAUSES.items() if isinstance(error, kind)), None)
+        if begun and cause is not None:
+            self._metrics.broken.labels(cause).inc()
+
     @property
     def _gone(self) -> bool:
         return self._name is not None and not self._metrics.knows(self._name)
 
     def _start(self, started: Started) -> None:
+        self._started = True
         self._name = started.name
         if started.adapter is not None:
             # Sums count under one label: theirs would come and never go.
@@ -134,6 +169,7 @@ class _Observation:
             self._metrics.ttft.labels(self._label).observe(waited)
 
     def _finish(self, finish: Finish) -> None:
+        self._num_finished += 1
         num_gaps = finish.num_output_tokens - 1
         if num_gaps > 0 and not self._gone:
             span = self._metrics.clock() - self._first[finish.index]

@@ -1,24 +1,30 @@
 """The engine's state as Prometheus reads it."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dynamic_lora_server.metrics import Reading
 
 if TYPE_CHECKING:
-    from dynamic_lora_adapters.device.slots import PoolStats
+    from dynamic_lora_adapters.device.pool_stats import PoolStats
     from dynamic_lora_server.engine.drafting.drafts import DraftStats
     from dynamic_lora_server.engine.graphs.decode_graphs import GraphStats
     from dynamic_lora_server.engine.kv.prefix_cache import PrefixStats
     from dynamic_lora_server.engine.mode_controller import ModeStats
     from dynamic_lora_server.runtime import EngineStats
-    from dynamic_lora_server.serving.adapter_loader import ReadStats
+    from dynamic_lora_server.serving.demand import Demand
+    from dynamic_lora_server.serving.readers import ReadStats
 
 
 def readings_of(stats: "EngineStats") -> list[Reading]:
     """All that there is to read of the engine at one moment."""
     return [
         Reading("running_sequences", "Sequences in the batch.", stats.num_running),
-        Reading("waiting_sequences", "Sequences that wait for a place.", stats.num_waiting),
+        Reading(
+            "waiting_sequences",
+            "Sequences that wait for the KV cache or a place in the batch.",
+            stats.num_waiting,
+        ),
         Reading(
             "kv_used_tokens", "Tokens of running sequences in the KV cache.", stats.kv_used_tokens
         ),
@@ -41,6 +47,26 @@ def readings_of(stats: "EngineStats") -> list[Reading]:
         *_of_adapters(stats.adapters, stats.reads),
         *_of_modes(stats.modes),
         Reading("weight_drift", "Largest error of a restored weight.", stats.drift),
+    ]
+
+
+def readings_of_demand(demand: "Demand", queues: Mapping[str, int]) -> list[Reading]:
+    """Who waits for what before the engine has it; `queues` are further lines of work."""
+    text = "Pieces of work that wait for a thread, by what they are."
+    waiting = sorted({**demand.queues, **queues}.items())
+    return [
+        Reading("places_taken", "Continuations that were admitted.", demand.num_open),
+        Reading("places_total", "Continuations that may be there at a time.", demand.capacity),
+        Reading(
+            "places_waiting_for_adapters",
+            "Continuations whose adapter is not on the device yet.",
+            demand.num_held_up,
+        ),
+        Reading("room_waiting_adapters", "Adapters that wait for room on it.", demand.num_in_line),
+        Reading(
+            "room_wait_seconds", "How long the first of them has waited.", demand.first_waited_s
+        ),
+        *(Reading("queue_length", text, number, label=("queue", name)) for name, number in waiting),
     ]
 
 

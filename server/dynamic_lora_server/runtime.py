@@ -19,7 +19,7 @@ from transformers import (
 from dynamic_lora_adapters.apply.pristine import Restore
 from dynamic_lora_adapters.apply.products import ProductKind
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
-from dynamic_lora_adapters.device.slots import PoolStats
+from dynamic_lora_adapters.device.pool_stats import PoolStats
 from dynamic_lora_adapters.files.archive import UploadLimits
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_adapters.home.store import BlobStore
@@ -39,8 +39,9 @@ from dynamic_lora_server.engine.startup.processors import within_quota
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.recorder import TraceRecorder
-from dynamic_lora_server.serving.adapter_loader import AdapterLoader, ReadStats
+from dynamic_lora_server.serving.adapter_loader import AdapterLoader
 from dynamic_lora_server.serving.admission import ServiceLimits
+from dynamic_lora_server.serving.readers import ReadStats
 from dynamic_lora_server.serving.service import GenerationService
 from dynamic_lora_server.text import TokenizerView
 
@@ -231,7 +232,7 @@ class Runtime:
             prefixes=scheduler.prefix_stats(),
             drafts=scheduler.draft_stats(),
             adapters=self.built.pool.stats(),
-            reads=replace(self.loader.reads),
+            reads=replace(self.loader.readers.stats),
             modes=self.built.modes.stats(),
             drift=engine.runner.merger.drift,
         )

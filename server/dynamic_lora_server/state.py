@@ -13,7 +13,7 @@ from dynamic_lora_server.intake.hub_adapters import HubAdapters
 from dynamic_lora_server.intake.publishing import publish_source
 from dynamic_lora_server.intake.sources import HUB_SCHEME
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
-from dynamic_lora_server.readings import readings_of
+from dynamic_lora_server.readings import readings_of, readings_of_demand
 from dynamic_lora_server.schemas.adapters import AdapterSource
 from dynamic_lora_server.serving.work_pool import WorkPool
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Load = Callable[[], "Runtime"]
 
+_NUM_PARSING = 2
 _NUM_RENDERING = 2
 _NUM_TOKENIZING = 2
 _NUM_WRITING = 2
+_LARGE_BODY = 2**18  # bytes; smaller ones are parsed within milliseconds
 _MAX_TO_TOKENIZE = 64  # that wait, each with a body of up to `max_body_bytes`
 
 
@@ -39,6 +41,8 @@ class ServerState:
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
         capacity = config.max_running + config.max_waiting
         self.hub = HubAdapters(config.fetch_from_hub, self._publish_from_hub, max_waiting=capacity)
+        # As much as waits here is bounded by `BodyLimit`.
+        self._parsing = WorkPool("parse", num_threads=_NUM_PARSING, max_waiting=None)
         self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
         self._tokenizing = WorkPool(
             "tokenize", num_threads=_NUM_TOKENIZING, max_waiting=_MAX_TO_TOKENIZE
@@ -59,6 +63,14 @@ class ServerState:
         """Start a generation, seen by the metrics. The generator must be closed."""
         events = self.runtime.service.stream(spec)
         return self.metrics.observed(events)
+
+    def is_large(self, body: bytes) -> bool:
+        """Whether it takes long to parse and check a body, so that `parse` is to do it."""
+        return len(body) > _LARGE_BODY
+
+    async def parse(self, work: Callable[[], T]) -> T:
+        """Run `work`, which parses and checks a large body, on one of a few threads."""
+        return await self._parsing.run(work)
 
     async def render(self, work: Callable[[], T]) -> T:
         """Run `work`, which renders a conversation, on one of a few threads.
@@ -120,7 +132,15 @@ class ServerState:
     def _readings(self) -> list[Reading]:
         if self._runtime is None:
             return []
-        return readings_of(self._runtime.stats())
+        queues = {
+            "parse": self._parsing.num_waiting,
+            "render": self._rendering.num_waiting,
+            "tokenize": self._tokenizing.num_waiting,
+            "write": self._writing.num_waiting,
+            "hub": self.hub.num_waiting,
+        }
+        demand = self._runtime.service.demand()
+        return [*readings_of(self._runtime.stats()), *readings_of_demand(demand, queues)]
 
     def _knows(self, adapter: str) -> bool:
         return self._runtime is not None and self._runtime.registry.has(adapter)

@@ -52,6 +52,7 @@ from tests.clients.wire import (
 )
 
 Handler = Callable[[httpx.Request], httpx.Response]
+NO_JITTER = {"retry": RetryPolicy(max_jitter=0)}
 
 
 class Caller:
@@ -284,7 +285,8 @@ def test_stream_refused_before_it_begins(call: Caller) -> None:
 
 def test_stream_is_retried_before_it_begins(call: Caller, sleeps: list[float]) -> None:
     busy = httpx.Response(429, headers={"retry-after": "2"})
-    events = call([busy, httpx.Response(200, content=STREAM)], "stream", "a")
+    answers = [busy, httpx.Response(200, content=STREAM)]
+    events = call(answers, "stream", "a", client=NO_JITTER)
     assert events[-1].text == TEXT
     assert sleeps == [2]
 
@@ -329,7 +331,8 @@ def test_upload_of_known_content_is_not_created(call: Caller, peft_dir: Path) ->
 def test_upload_is_sent_whole_again_after_a_retry(
     call: Caller, peft_dir: Path, sleeps: list[float]
 ) -> None:
-    call([_refusal(503), _ok(PASSPORT, 201)], "upload", "ner", peft_dir)
+    answers = [_refusal(503), _ok(PASSPORT, 201)]
+    call(answers, "upload", "ner", peft_dir, client=NO_JITTER)
     first, second = (request.content for request in call.requests)
     assert len(first) == len(second) > 200_000
     assert sleeps == [0.5]
@@ -489,14 +492,15 @@ def test_no_answer(
 
 def test_retries_wait_as_the_server_says(call: Caller, sleeps: list[float]) -> None:
     busy = httpx.Response(429, headers={"retry-after": "3"})
-    result = call([busy, httpx.Response(503), _ok(GENERATION)], "generate", "a")
+    answers = [busy, httpx.Response(503), _ok(GENERATION)]
+    result = call(answers, "generate", "a", client=NO_JITTER)
     assert result.text == TEXT
     assert sleeps == [3, 1.0]
 
 
 def test_retries_end_with_the_last_refusal(call: Caller, sleeps: list[float]) -> None:
     busy = httpx.Response(429, headers={"retry-after": "7"}, json=problem(429))
-    retry = RetryPolicy(max_attempts=3)
+    retry = RetryPolicy(max_attempts=3, max_jitter=0)
     with pytest.raises(Busy) as caught:
         call([busy, busy, busy], "generate", "a", client={"retry": retry})
     assert caught.value.retry_after == 7

@@ -171,11 +171,11 @@ async def test_a_prompt_is_rendered_as_the_version_wants_that_answers(
     replaced: list[httpx.Response] = []
 
     @asynccontextmanager
-    async def late(self: AdapterLoader, adapter: Any) -> AsyncIterator[Any]:
+    async def late(self: AdapterLoader, adapter: Any, *waiting: Any) -> AsyncIterator[Any]:
         if not replaced:  # here on the server's event loop
             async with httpx.AsyncClient(base_url=client.base_url) as other:
                 replaced.append(await upload(other, "echo", newer))
-        async with hold(self, adapter) as held:
+        async with hold(self, adapter, *waiting) as held:
             yield held
 
     monkeypatch.setattr(AdapterLoader, "hold", late)

@@ -2,8 +2,10 @@
 
 from collections.abc import AsyncGenerator
 
+import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from dynamic_lora_server.errors import EngineFailed, GrammarFailed, NotReady
 from dynamic_lora_server.generation import (
     Finish,
     FinishReason,
@@ -99,6 +101,45 @@ async def test_closing_an_observed_generation_closes_it() -> None:
     await anext(observed)
     await observed.aclose()
     assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (EngineFailed("a step broke"), "step"),
+        (GrammarFailed("no token can follow"), "grammar"),
+        (NotReady("The server is shutting down."), "stop"),
+        (ValueError("nobody foresaw this"), "other"),
+    ],
+)
+async def test_a_generation_that_fails_after_it_began_is_counted_by_its_cause(
+    error: Exception, cause: str
+) -> None:
+    async def failing(*, begun: bool) -> AsyncGenerator[GenerationEvent, None]:
+        if begun:
+            yield Started(adapter=None, version=None, num_prompt_tokens=4)
+        raise error
+
+    metrics = Metrics()
+    for begun in (False, True):
+        with pytest.raises(type(error)):
+            async for _ in metrics.observed(failing(begun=begun)):
+                pass
+        assert value(metrics, "broken_generations_total", cause=cause) == begun
+    assert value(metrics, "broken_generations_total", cause="client") == 0
+
+
+@pytest.mark.parametrize(("num_events", "num_broken"), [(1, 0), (2, 1), (4, 1), (5, 0)])
+async def test_a_client_that_goes_before_the_end_is_counted_from_its_first_token_on(
+    num_events: int, num_broken: int
+) -> None:
+    """Before that a route may close a generation to begin another for the same request."""
+    metrics = Metrics()
+    events = metrics.observed(play())
+    for _ in range(num_events):
+        await anext(events)
+    await events.aclose()
+    assert value(metrics, "broken_generations_total", cause="client") == num_broken
 
 
 async def test_unknown_paths_and_methods_share_a_label() -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 GivenUp = Callable[[], bool]
 """Whether nobody waits for it any more."""
 
+MERGE_SHARE = 0.5
+"""What a merge may take of the memory for adapters: a request makes one up, and all others would
+have to leave for one that takes most of it."""
+
 T = TypeVar("T", LinearTerms, EmbeddingTerms)
 Weighted = Sequence[tuple[T, float]]
 
@@ -73,7 +77,8 @@ def merge(
     `add_weighted_adapter`. DARE's draws are seeded by the layer's path. Raises
     UnsupportedAdapter, naming the adapter, where it has more than deltas, and
     as `compose` does for values that are too large; AdapterCapacityError, before anything is
-    computed, for more than `room_bytes`; NobodyWaits between two layers once it is `given_up`.
+    computed, for more than MERGE_SHARE of `room_bytes`; NobodyWaits between two layers once it is
+    `given_up`.
     """
     for index, (terms, _) in enumerate(parts):
         _refuse_more_than_deltas(terms, _name(names, index), how)
@@ -98,11 +103,16 @@ def _refuse_above(
     room_bytes: float, layers: Iterable[LinearTerms], dtype: "torch.dtype | None"
 ) -> None:
     num_values = sum(math.prod(_delta_shape(linear)) for linear in layers)
-    needed = num_values * (4 if dtype is None else dtype.itemsize)
-    if needed > room_bytes:
+    check_share(num_values * (4 if dtype is None else dtype.itemsize), room_bytes)
+
+
+def check_share(needed: int, room_bytes: float) -> None:
+    """Raise AdapterCapacityError for a merge that takes more than MERGE_SHARE of all room."""
+    most = room_bytes * MERGE_SHARE
+    if needed > most:
         raise AdapterCapacityError(
-            f"The merged deltas need {needed} bytes on the device; adapters may use "
-            f"{room_bytes:.0f} in all.",
+            f"The merged deltas need {needed} bytes on the device; a merge may take {most:.0f}, "
+            "half of what adapters may use.",
             fix="Use merge_strategy linear, whose sums take no more than their parts, or start "
             "the server with a larger --adapter-memory.",
         )

@@ -48,7 +48,7 @@ class SavedCompositions:
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
     no disk. `index` is where they are kept.
-    What would take more than `room_bytes` on the device is not computed.
+    Merges that would take more than their share of `room_bytes` on the device are not computed.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class SavedCompositions:
         """What a composition computes; `digests` are its parts', leased by the caller.
 
         Raises UnsupportedAdapter, naming the adapter, for parts that have no sum, and
-        AdapterCapacityError for merged deltas that are larger than all room. A merge that is
-        `given_up` ends with NobodyWaits.
+        AdapterCapacityError for merged deltas that are larger than their share of all room. A merge
+        that is `given_up` ends with NobodyWaits.
         """
         # In the order that the composition's digest has them, not in that of their
         # names: one digest means the same numbers to the last bit.

@@ -54,13 +54,17 @@ class SlabLayout:
             others += shape.dense * group.in_features * group.out_features
         return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
 
+    def least_bytes(self, signature: Signature) -> int:
+        """The fewest bytes in which a new slab gets a slot."""
+        return max(self.slot_bytes(signature), 1)
+
     def num_slots_for(self, signature: Signature, free_bytes: int) -> int:
         """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one.
 
         Where memory is taken at once, and for as long as there is the slab, other shapes are left
         half of the room.
         """
-        possible = free_bytes // max(self.slot_bytes(signature), 1)
+        possible = free_bytes // self.least_bytes(signature)
         wanted = 1 if _is_large(signature) else self._num_slots
         return min(possible, wanted, max(possible // 2, 1) if self._at_once else wanted)
 
@@ -123,6 +127,11 @@ class SlabKind:
     def slot_bytes(self) -> int:
         """Bytes of one slot."""
         return self.layout.slot_bytes(self.signature)
+
+    @property
+    def least_bytes(self) -> int:
+        """The fewest bytes in which a new slab gets a slot."""
+        return self.layout.least_bytes(self.signature)
 
     def num_slots_for(self, free_bytes: int) -> int:
         """How many slots a new slab gets within `free_bytes`; 0 where there is no room for one."""

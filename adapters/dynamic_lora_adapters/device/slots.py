@@ -10,15 +10,15 @@ start: a slab is made for the first adapter of a signature, and goes with its la
 """
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from itertools import count
 
 import torch
 
-from dynamic_lora_adapters.device.eviction import Wanted
+from dynamic_lora_adapters.device.eviction import Wanted, order_of_claim
 from dynamic_lora_adapters.device.groups import ProjectionGroup, probe_shape
 from dynamic_lora_adapters.device.incoming import Incoming, Reckoner
+from dynamic_lora_adapters.device.pool_stats import PoolStats
 from dynamic_lora_adapters.device.populate import populate_soon
 from dynamic_lora_adapters.device.slab import ResidentAdapter, Slab
 from dynamic_lora_adapters.device.slab_layout import SlabKind, SlabLayout
@@ -33,18 +33,6 @@ from dynamic_lora_adapters.threads import single_threaded
 SLAB_SLOTS = 8
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
 """What factors are kept in beside float32: the first of these that holds them without loss."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolStats:
-    """A snapshot of the pool, sizes in bytes."""
-
-    num_resident: int
-    num_leased: int
-    used_bytes: int
-    budget_bytes: int
-    num_loads: int
-    num_evictions: int
 
 
 class AdapterPool:
@@ -153,6 +141,7 @@ class AdapterPool:
                 invocation_ids=incoming.terms.invocation_ids,
                 mergeable=incoming.mergeable,
                 size=kind.slot_bytes / max(self._probe_bytes, 1),
+                last_used=next(self._clock),
             )
             slab.tenants[slot] = adapter
         try:
@@ -171,6 +160,17 @@ class AdapterPool:
             self._pin(adapter)
         self._prepare_next(kind)
         return adapter
+
+    def claim(self, incoming: Incoming, held: Collection[str] = ()) -> frozenset[str]:
+        """Digests of the adapters, maybe in use, that must leave for another; none needlessly.
+
+        Those that are `held` already come first.
+        """
+        with self._lock:
+            free = self._budget_bytes - self._used_bytes() - incoming.own_bytes
+            wanted = Wanted(incoming.kind, free, self._free_place(incoming.kind) is not None)
+            order = order_of_claim(self._tenants(), held=held, idle=self._idle())
+            return frozenset(one.digest for one in wanted.victims(order))
 
     def _fill(self, adapter: ResidentAdapter, incoming: Incoming) -> None:
         """Write a slot that nobody else knows of: others need not wait for it."""

@@ -8,23 +8,24 @@ from dynamic_lora_server.errors import QueueFull
 from dynamic_lora_server.http.problems import answer, fault_of
 from dynamic_lora_server.intake.uploads import MULTIPART, media_type
 
-# Bodies of the largest size that may be on their way at a time.
-_MAX_ARRIVING = 64
+# Bodies of the largest size that may be held at a time.
+_MAX_HELD = 64
 _RETRY_SECONDS = 5
 
 
 class BodyLimit:
     """ASGI middleware: 413 for a body above `max_bytes`, declared or counted.
 
-    429 where what has come of all bodies that are on their way is 64 times as much: until a body
-    is there, nobody knows whether there is a place for the request.
+    429 where what has come of all bodies whose requests are not answered yet is 64 times as much:
+    until a body is there, nobody knows whether there is a place for the request, and while one
+    waits to be parsed, rendered and run its body is in memory.
     Uploads (multipart to /adapters) go to disk as they come and have a cap of their own.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._num_arriving = 0  # bytes
+        self._num_held = 0  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application."""
@@ -36,31 +37,24 @@ class BodyLimit:
             refusal = answer(fault_of(self._too_large()), path=scope["path"])
             await refusal(scope, receive, send)
             return
-        num_bytes = 0  # of this body, while it is on its way
-
-        def arrived() -> None:
-            nonlocal num_bytes
-            self._num_arriving -= num_bytes
-            num_bytes = 0
+        num_bytes = 0  # of this body
 
         async def counting() -> Message:
             nonlocal num_bytes
             message = await receive()
             size = len(message.get("body", b""))
             num_bytes += size
-            self._num_arriving += size
+            self._num_held += size
             if num_bytes > self._max_bytes:
                 raise self._too_large()
-            if self._num_arriving > _MAX_ARRIVING * self._max_bytes:
+            if size and self._num_held > _MAX_HELD * self._max_bytes:
                 raise self._too_many()
-            if not message.get("more_body", False):
-                arrived()
             return message
 
         try:
             await self._app(scope, counting, send)
         finally:
-            arrived()
+            self._num_held -= num_bytes
 
     def _is_upload(self, scope: Scope) -> bool:
         content_type = Headers(scope=scope).get("content-type", "")
@@ -68,8 +62,8 @@ class BodyLimit:
 
     def _too_many(self) -> QueueFull:
         return QueueFull(
-            f"Bodies of {self._num_arriving:,} bytes in all are on their way; the server takes no "
-            "more.",
+            f"Bodies of {self._num_held:,} bytes in all are on their way or not answered yet; the "
+            "server takes no more.",
             retry_after=_RETRY_SECONDS,
         )
 

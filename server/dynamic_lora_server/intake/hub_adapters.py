@@ -47,6 +47,11 @@ class HubAdapters:
         self._pace = Pace()
         self._ending: NotReady | None = None
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for adapters from the Hub."""
+        return self._num_waiting
+
     async def found(self, select: Callable[[], T], *, wanted: bool = False) -> T:
         """What `select` returns, once the adapters that it misses have been fetched.
 

@@ -40,7 +40,7 @@ async def rendered(
     Raises what refuses it: QueueFull, what `select_chat`, `chat_offer` and `chat_spec` do, and
     what making it raises.
     """
-    runtime.service.check_room(num_answers)
+    runtime.service.places.check(num_answers)
     select = partial(select_chat, model, saved=runtime.loader.saved, base_names=runtime.base_names)
     asked = await state.hub.found(select)
     spec, offer = await state.render(lambda: _specified(chat(), asked, runtime))

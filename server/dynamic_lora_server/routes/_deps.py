@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
 
 from dynamic_lora_adapters.files.json_file import unique_keys
 from dynamic_lora_server.errors import InvalidParameter
@@ -82,22 +85,55 @@ NoQuery = Depends(no_query)
 
 
 class _StrictRequest(Request):
+    """A request whose JSON body is parsed strictly, and checked by a route's `field`."""
+
+    def __init__(self, request: Request, field: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._field = field
+
     async def json(self) -> Any:
-        """The body as JSON, read once. Raises DuplicateKey."""
+        """The body as JSON, or checked as what the route takes, which the framework then leaves as
+        it is. Read once. Raises DuplicateKey and RequestValidationError."""
         if not hasattr(self, "_json"):
-            self._json = json.loads(await self.body(), object_pairs_hook=unique_keys)
+            body = await self.body()
+            state = _state(self)
+            if state.is_large(body):
+                self._json = await state.parse(partial(_checked, body, self._field))
+            else:
+                self._json = _parsed(body)
         return self._json
 
 
+def _parsed(body: bytes) -> Any:
+    return json.loads(body, object_pairs_hook=unique_keys)
+
+
+def _checked(body: bytes, field: Any) -> Any:
+    value, errors = field.validate(_parsed(body), {}, loc=("body",))
+    if errors:
+        raise RequestValidationError(errors)
+    return value
+
+
 class StrictRoute(APIRoute):
-    """A route whose JSON body has each key once; the framework's would take the last in silence."""
+    """A route whose JSON body has each key once; the framework's would take the last in silence.
+
+    Large bodies are parsed and checked on threads: those of hundreds of thousands of parts would
+    hold up everybody's streams for seconds.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The framework's handler, on a request that reads JSON strictly."""
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(_StrictRequest(request.scope, request.receive))
+            try:
+                return await handle(_StrictRequest(request, self.body_field))
+            except HTTPException as error:
+                # The framework's 400 for whatever happens while a body is read.
+                if isinstance(error.__cause__, RequestValidationError):
+                    raise error.__cause__ from None
+                raise
 
         return handle_strictly
 

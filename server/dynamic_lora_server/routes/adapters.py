@@ -1,5 +1,6 @@
 """`/adapters`: upload, list, inspect, delete."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
@@ -38,7 +39,7 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
     openapi_extra=UPLOAD_BODY,
     summary="Upload a LoRA adapter, or name where the server finds it",
 )
-async def upload(request: Request, runtime: Ready) -> Response:
+async def upload(request: Request, state: State, runtime: Ready) -> Response:
     """Check the adapter whole and publish it, all or nothing.
 
     An existing name moves to the new content; requests that run keep the old one.
@@ -48,7 +49,9 @@ async def upload(request: Request, runtime: Ready) -> Response:
     if kind == MULTIPART:
         publication = await publish_upload(runtime, request.stream(), content_type=content_type)
     elif kind == JSON:
-        source = parse_body(AdapterSource, await request.body())
+        body = await request.body()
+        parse = partial(parse_body, AdapterSource, body)
+        source = await state.parse(parse) if state.is_large(body) else parse()
         publication = await publish_source(runtime, source)
     else:
         raise HTTPException(415, f"The body must be {MULTIPART} or {JSON}.")

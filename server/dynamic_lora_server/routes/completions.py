@@ -49,7 +49,7 @@ async def complete(
     known = runtime.loader.saved.has
     adapter = openai_adapter_name(body.model, base_names=runtime.base_names, known=known)
     specs = completion_specs(body, adapter=adapter)
-    _check_room(specs, runtime.service.capacity)
+    _check_room(specs, runtime.service.places.capacity)
     begun = _begun(body, specs, state, runtime)
     if not body.stream:
         return await until_disconnect(request.receive, _whole(body, begun, state))
@@ -104,7 +104,7 @@ async def _begun(
     body: CompletionRequest, specs: list[GenerationSpec], state: ServerState, runtime: "Runtime"
 ) -> tuple[list[Generation], CompletionAnswer]:
     """Generations that were admitted, one for each prompt."""
-    runtime.service.check_room(sum(spec.n for spec in specs))
+    runtime.service.places.check(sum(spec.n for spec in specs))
     adapter = specs[0].adapter
     if isinstance(adapter, str):
         await state.hub.found(partial(runtime.loader.saved.resolve, adapter))

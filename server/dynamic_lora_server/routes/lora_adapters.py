@@ -35,17 +35,16 @@ router = APIRouter(prefix="/v1", tags=["adapters"], route_class=StrictRoute)
 )
 async def load_lora_adapter(asked: LoadLoraAdapter, runtime: Ready) -> PlainTextResponse:
     """Check the adapter whole and publish it. A name that is there needs `load_inplace`."""
-    name = asked.lora_name
-    if runtime.registry.has(name) and not asked.load_inplace:
-        raise InvalidParameter(
-            f"The lora adapter {name!r} has already been loaded.",
-            field="lora_name",
-            fix="Set load_inplace to true to give the name other content.",
-        )
+    name, replace = asked.lora_name, asked.load_inplace
+    if runtime.registry.has(name) and not replace:
+        raise _already_loaded(name)
     roots = runtime.config.adapter_roots
-    source = await run_in_threadpool(source_of, asked.lora_path, roots)
+    path = await run_in_threadpool(source_of, asked.lora_path, roots)
+    source = AdapterSource(name=name, source=path)
     with _own_fields():
-        await publish_source(runtime, AdapterSource(name=name, source=source))
+        publication = await publish_source(runtime, source, replace=replace)
+    if not publication.created and not replace:  # another was faster, while this one was fetched
+        raise _already_loaded(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -63,6 +62,14 @@ async def unload_lora_adapter(
     await run_in_threadpool(runtime.registry.delete, name)
     state.metrics.forget(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _already_loaded(name: str) -> InvalidParameter:
+    return InvalidParameter(
+        f"The lora adapter {name!r} has already been loaded.",
+        field="lora_name",
+        fix="Set load_inplace to true to give the name other content.",
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
 )
@@ -144,13 +145,33 @@ class TextPart(Wire):
     text: Text
 
 
+# Messages of a conversation, and parts of one message: more than contexts have room for.
+MAX_MESSAGES = 16_384
+
+
+def _few(what: str) -> BeforeValidator:
+    """Refuses a list that is too long before it looks at any of its items."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list) and len(value) > MAX_MESSAGES:
+            raise ValueError(f"holds {len(value):,} {what}; at most {MAX_MESSAGES:,} are taken")
+        return value
+
+    return BeforeValidator(check)
+
+
+_Parts = Annotated[
+    list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), _few("parts")
+]
+
+
 class Message(Wire):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is `system`."
     )
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+    content: Text | _Parts | None = Field(
         default=None, description="Needed, unless there are `tool_calls`."
     )
     name: Text | None = Field(default=None, description="Of who speaks, for the chat template.")
@@ -181,7 +202,9 @@ class Message(Wire):
         return "\n".join(part.text for part in self.content or ())
 
 
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[
+    list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), _few("messages")
+]
 
 
 class ChatRequest(SamplingRequest, TemplateRequest, UnservedChat):

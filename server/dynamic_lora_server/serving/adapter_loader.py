@@ -2,16 +2,14 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from dynamic_lora_adapters.compositions.compose import GivenUp
 from dynamic_lora_adapters.compositions.composition import Composition, Part
 from dynamic_lora_adapters.compositions.saved import SavedCompositions, check_version
 from dynamic_lora_adapters.device.incoming import Incoming
@@ -20,15 +18,11 @@ from dynamic_lora_adapters.device.slots import AdapterPool
 from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_adapters.home.lease import Lease
 from dynamic_lora_adapters.home.registry import AdapterRegistry
-from dynamic_lora_adapters.terms import AdapterTerms
+from dynamic_lora_server.serving.readers import AdapterReaders
 from dynamic_lora_server.serving.room_line import RoomLine
 
 T = TypeVar("T")
 _Read = Callable[[], Awaitable[Incoming]]
-
-# Adapters that are read at a time: each takes a core, and as much memory as its terms. Of
-# compositions, one is computed beside them: it may take as long as it takes, and hold up no other.
-_NUM_READERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +38,6 @@ class Held:
     chat: ChatFormat | None = None
 
 
-@dataclass(slots=True)
-class ReadStats:
-    """Adapters read from the store into host memory so far, and how long that took, checks
-    included."""
-
-    num_reads: int = 0
-    seconds: float = 0.0
-
-
 class AdapterLoader:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
@@ -62,22 +47,22 @@ class AdapterLoader:
     of its own, under a digest made of its parts' digests and weights: other
     content is never served from memory that is stale. Several requests for one
     cold adapter share one load; a request that finds all room leased waits in a
-    line (`RoomLine`) until leases end.
+    line (`RoomLine`) until leases end. Nobody waits for ever: leases end with their sequences,
+    and who is first in the line keeps others from taking new ones of what it needs.
     """
 
     def __init__(
         self, registry: AdapterRegistry, pool: AdapterPool, saved: SavedCompositions
     ) -> None:
         self.saved = saved
-        self.reads = ReadStats()
+        self.readers = AdapterReaders(saved, pool)
+        self.line = RoomLine()
         self._registry = registry
         self._pool = pool
         # As long as one waits for a load, who comes later waits for the same.
         self._loads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._line = RoomLine()
-        # Of their own: computing a composition takes seconds, and tokenising waits for nobody.
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="adapters")
-        self._composer = ThreadPoolExecutor(1, thread_name_prefix="compositions")
+        # Of its own, which ends with this object: the disk or the database may keep it waiting.
+        self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
         self._why_none: Exception | None = None
@@ -87,12 +72,17 @@ class AdapterLoader:
         registry.on_removed = self.forget
 
     @asynccontextmanager
-    async def hold(self, adapter: str | Composition) -> AsyncIterator[Held | None]:
+    async def hold(
+        self,
+        adapter: str | Composition,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> AsyncIterator[Held | None]:
         """The adapter or composition, on the device until the block ends.
 
-        None for a composition that is the base model. Raises AdapterNotFound
-        (with near names), InvalidComposition, UnsupportedAdapter for parts that
-        do not compose, and AdapterCapacityError.
+        None for a composition that is the base model. While it is not there yet, or its room is
+        claimed, this is within `waiting`. Raises AdapterNotFound (with near names),
+        InvalidComposition, UnsupportedAdapter for parts that do not compose,
+        AdapterCapacityError, QueueFull for a merge, and what `waiting` does.
         """
         wanted = self.saved.resolve(adapter) if isinstance(adapter, str) else adapter
         if wanted.is_base:
@@ -104,9 +94,10 @@ class AdapterLoader:
             digests = [lease.version.digest for lease in leases]
             version = wanted.digest(digests)
             self._remember(version, digests)
-            readers = self._composer if wanted.plain is None else self._readers
-            read = partial(self._read, readers, partial(self.saved.terms, wanted, digests))
-            resident = await self._bring(version, read)
+            if (resident := self._resident(version)) is None:
+                read = partial(self.readers.read, wanted, digests)
+                with waiting():
+                    resident = await self._bring(version, read, is_merge=wanted.merge is not None)
             try:
                 # Again: while it waited for room, nobody knew of it.
                 self._remember(version, digests)
@@ -114,7 +105,7 @@ class AdapterLoader:
                 yield Held(wanted, version, resident, chat)
             finally:
                 self._pool.release(resident)
-                self._line.announce()
+                self.line.announce()
 
     def share(self, adapter: ResidentAdapter) -> Callable[[], None]:
         """A lease of its own for a sequence, of an adapter that is held; call it to end the lease.
@@ -132,12 +123,11 @@ class AdapterLoader:
     def fail_waiters(self, why: Exception) -> None:
         """No more room will be made: whoever waits for some, now or later, gets this error."""
         self._why_none = why
-        self._line.announce()
+        self.line.announce()
 
     def close(self) -> None:
         """Read no more."""
-        for readers in (self._readers, self._composer):
-            readers.shutdown(wait=False, cancel_futures=True)
+        self.readers.close()
 
     def forget(self, digest: str) -> None:
         """Free the device memory of a deleted version, at once or after its last request."""
@@ -158,8 +148,7 @@ class AdapterLoader:
         finally:
             if self._registry.end_lease(lease):
                 # Removing the files of a deleted version waits for the disk, and for uploads.
-                loop = asyncio.get_running_loop()
-                loop.run_in_executor(None, self._registry.collect, lease.version.digest)
+                self._collector.submit(self._registry.collect, lease.version.digest)
 
     def _remember(self, version: str, digests: Sequence[str]) -> None:
         """Note what a composition was made of; those that left the device are forgotten."""
@@ -171,27 +160,35 @@ class AdapterLoader:
                 self._parts = {c: parts for c, parts in self._parts.items() if c in known}
                 self._parts[version] = frozenset(digests)
 
-    async def _bring(self, digest: str, read: _Read) -> ResidentAdapter:
-        if (adapter := self._resident(digest)) is not None:
-            return adapter
-        async with self._loads.setdefault(digest, asyncio.Lock()):
-            if (adapter := self._resident(digest)) is not None:
-                return adapter
-            if not self._line.waiting:
-                incoming = await read()
-                if (adapter := await self._admit(digest, incoming)) is not None:
-                    return adapter
-                del incoming  # a line of those who keep theirs would fill the memory
-            async with self._line.first():
-                return await self._bring_first(digest, read)
-
     def _resident(self, digest: str) -> ResidentAdapter | None:
-        return None if self._line.overdue else self._pool.lease(digest)
+        """Leased, if it is on the device and nobody claims its room."""
+        return None if digest in self.line.claimed else self._pool.lease(digest)
 
-    async def _bring_first(self, digest: str, read: _Read) -> ResidentAdapter:
+    async def _bring(self, digest: str, read: _Read, *, is_merge: bool) -> ResidentAdapter:
+        async with self._loads.setdefault(digest, asyncio.Lock()):
+            while digest in self.line.claimed and self._pool.is_resident(digest):
+                await self.line.until_unclaimed()
+            if (adapter := self._pool.lease(digest)) is not None:
+                return adapter
+            if not is_merge:
+                return await self._find_room(digest, read)
+            async with self.readers.merging():
+                merged = await read()
+                return await self._find_room(digest, partial(_given, merged))
+
+    async def _find_room(self, digest: str, read: _Read) -> ResidentAdapter:
+        if not self.line.waiting:
+            adapter = await self._admit(digest, await read())
+            if adapter is not None:
+                return adapter
+        # What was read is gone: a line of those who keep theirs would fill the memory.
+        async with self.line.first():
+            return await self._find_room_first(digest, read)
+
+    async def _find_room_first(self, digest: str, read: _Read) -> ResidentAdapter:
         incoming: Incoming | None = None
         while True:
-            self._line.look()
+            self.line.look()
             if (adapter := self._pool.lease(digest)) is not None:
                 return adapter
             if incoming is None:
@@ -201,29 +198,17 @@ class AdapterLoader:
             if self._why_none is not None:
                 raise self._why_none
             self._ask_for_room()
-            await self._line.wait()
-
-    async def _read(self, readers: Executor, read: Callable[[GivenUp], AdapterTerms]) -> Incoming:
-        """The terms, and the room they need; AdapterCapacityError for more than there is."""
-        loop = asyncio.get_running_loop()
-        prepare, given_up = self._pool.prepare, threading.Event()
-        try:
-            incoming, seconds = await loop.run_in_executor(
-                readers, _timed, lambda: prepare(read(given_up.is_set))
-            )
-        except asyncio.CancelledError:
-            given_up.set()
-            raise
-        self.reads.num_reads += 1
-        self.reads.seconds += seconds
-        return incoming
+            if self.line.may_claim:
+                claim = partial(self._pool.claim, incoming, self.line.claimed)
+                self.line.claim(await asyncio.to_thread(claim))
+            await self.line.wait()
 
     async def _admit(self, digest: str, incoming: Incoming) -> ResidentAdapter | None:
         """On the device; None if all room is leased."""
         try:
             return await _acquire(lambda: self._pool.bring(digest, incoming), self._undo_admission)
         except Exception:
-            self._line.announce()  # the room that it had taken
+            self.line.announce()  # the room that it had taken
             raise
 
     def _undo_admission(self, admitted: ResidentAdapter | None) -> None:
@@ -241,13 +226,11 @@ class AdapterLoader:
     def _announce_soon(self) -> None:
         """Announce from any thread."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._line.announce)
+            self._loop.call_soon_threadsafe(self.line.announce)
 
 
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` returns, and the seconds it took."""
-    began = time.perf_counter()
-    return work(), time.perf_counter() - began
+async def _given(incoming: Incoming) -> Incoming:
+    return incoming
 
 
 async def _acquire(acquire: Callable[[], T], undo: Callable[[T | None], object]) -> T:

@@ -36,6 +36,11 @@ class Admission:
             max_waiting=limits.max_running + limits.max_waiting,
         )
 
+    @property
+    def num_waiting(self) -> int:
+        """Prompts that wait to be tokenised."""
+        return self._encoding.num_waiting
+
     async def prompt_ids(self, spec: GenerationSpec) -> tuple[int, ...]:
         """The prompt's token ids. Raises InvalidParameter or ContextOverflow."""
         self._check_ids("stop_token_ids", spec.sampling.stop_token_ids)

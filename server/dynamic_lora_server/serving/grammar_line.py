@@ -28,6 +28,11 @@ class GrammarLine:
         )
         self._coming: dict[Grammar, asyncio.Task[CompiledGrammar]] = {}
 
+    @property
+    def num_waiting(self) -> int:
+        """Grammars that wait for the thread."""
+        return self._pool.num_waiting
+
     async def compiled(self, grammar: Grammar) -> CompiledGrammar:
         """A grammar for the answers to one request.
 

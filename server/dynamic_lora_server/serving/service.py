@@ -3,10 +3,10 @@
 import asyncio
 import itertools
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, PromptEvent
 from dynamic_lora_server.engine.sampling.grammars import CompiledGrammar, Grammars
@@ -15,9 +15,7 @@ from dynamic_lora_server.engine.worker import Cancel, MakeRoom, Submit, Worker
 from dynamic_lora_server.errors import (
     EngineFailed,
     GrammarFailed,
-    InvalidParameter,
     NotReady,
-    QueueFull,
     ServerError,
 )
 from dynamic_lora_server.generation import (
@@ -30,8 +28,9 @@ from dynamic_lora_server.recorder import Arrival, TraceRecorder
 from dynamic_lora_server.serving.adapter_loader import AdapterLoader, Held
 from dynamic_lora_server.serving.admission import Admission, ServiceLimits
 from dynamic_lora_server.serving.continuation import Continuation
+from dynamic_lora_server.serving.demand import Demand
 from dynamic_lora_server.serving.grammar_line import GrammarLine
-from dynamic_lora_server.serving.pace import Pace
+from dynamic_lora_server.serving.places import Places
 from dynamic_lora_server.text import Detokenizer, TokenizerView
 
 _SEED_SPACE = 2**64
@@ -48,6 +47,7 @@ class GenerationService:
         limits: ServiceLimits,
         recorder: TraceRecorder | None = None,
     ) -> None:
+        self.places = Places(limits.max_running, limits.max_waiting)
         self._loader = loader
         self._recorder = recorder
         self._view = view
@@ -56,8 +56,6 @@ class GenerationService:
         self._grammars = GrammarLine(Grammars(view, limits.eos_ids))
         self._ids = itertools.count()
         self._inboxes: dict[int, asyncio.Queue[EngineEvent]] = {}
-        self._num_open = 0
-        self._pace = Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken = asyncio.Event()
         self._ending: NotReady | None = None
@@ -98,33 +96,21 @@ class GenerationService:
         await self._broken.wait()
         return EngineFailed(f"{self._worker.failure}.", fix="Start the server again.")
 
-    @property
-    def capacity(self) -> int:
-        """Continuations that may run and wait at a time."""
-        return self._limits.max_running + self._limits.max_waiting
-
-    @property
-    def num_open(self) -> int:
-        """Continuations admitted and not yet ended."""
-        return self._num_open
-
-    def check_room(self, n: int) -> None:
-        """Raise QueueFull where n more continuations have no place, InvalidParameter where they
-        never will."""
-        capacity = self.capacity
-        if n > capacity:
-            raise InvalidParameter(
-                f"n is {n}; the server takes {capacity} continuations at a time.",
-                field="n",
-                fix="Ask for fewer.",
-            )
-        if self._num_open + n > capacity:
-            rounds = max(1.0, self._num_open / self._limits.max_running)
-            raise QueueFull(
-                f"{self._num_open} continuations are running or waiting; the server takes "
-                f"{capacity}.",
-                retry_after=self._pace.retry_after(rounds),
-            )
+    def demand(self) -> Demand:
+        """Who waits for what, at this moment. Any thread may ask."""
+        line = self._loader.line
+        return Demand(
+            num_open=self.places.num_open,
+            capacity=self.places.capacity,
+            num_held_up=self.places.num_held_up,
+            num_in_line=line.num_waiting,
+            first_waited_s=line.waited_s,
+            queues={
+                "encode": self._admission.num_waiting,
+                "grammar": self._grammars.num_waiting,
+                "merge": self._loader.readers.num_merges_waiting,
+            },
+        )
 
     async def stream(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
         """Run a generation: one Started, then TokenPieces, one Finish per continuation.
@@ -139,7 +125,7 @@ class GenerationService:
         self.check_alive()
         arrived_s = 0.0 if self._recorder is None else self._recorder.now()
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._place(spec.n))
+            stack.enter_context(self.places.taken(spec.n))
             prompt_ids = await self._admission.prompt_ids(spec)
             echoed = await self._admission.prompt_text(spec)
             asked = spec.grammar
@@ -147,7 +133,8 @@ class GenerationService:
             async with AsyncExitStack() as until_submitted:
                 held = None
                 if spec.adapter is not None:
-                    hold = self._loader.hold(spec.adapter)
+                    waiting = partial(self.places.held_up, spec.n)
+                    hold = self._loader.hold(spec.adapter, waiting)
                     held = await until_submitted.enter_async_context(hold)
                 continuations = self._continuations(spec, prompt_ids, echoed, held, grammar)
                 self._fit(spec, continuations.values())
@@ -161,18 +148,6 @@ class GenerationService:
                 if isinstance(event, Finish):
                     self._record(started, event, arrived_s)
                 yield event
-
-    @contextmanager
-    def _place(self, n: int) -> Iterator[None]:
-        self.check_room(n)
-        self._num_open += n
-        begin = time.monotonic()
-        try:
-            yield
-            # One that was refused or given up says nothing of how long an answer takes.
-            self._pace.record(time.monotonic() - begin)
-        finally:
-            self._num_open -= n
 
     def _fit(self, spec: GenerationSpec, found: Iterable[Continuation]) -> None:
         """Once more with the virtual tokens that an adapter puts before the prompt."""

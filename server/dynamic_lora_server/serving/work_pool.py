@@ -42,6 +42,11 @@ class WorkPool:
         self._free = asyncio.Semaphore(num_threads)
         self._pace = Pace()
 
+    @property
+    def num_waiting(self) -> int:
+        """How many wait for a thread."""
+        return self._num_waiting
+
     async def run(self, work: Callable[[], T]) -> T:
         """What `work` returns. Raises QueueFull where too many wait, and what `work` raises."""
         await self._thread()

@@ -1,15 +1,19 @@
 """`/v1/load_lora_adapter` and `/v1/unload_lora_adapter` on a server in this process."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from dynamic_lora_adapters.files.archive import Intake
 from dynamic_lora_server.app import create_app
+from dynamic_lora_server.intake import publishing
 from dynamic_lora_server.intake.sources import source_of
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
@@ -82,6 +86,34 @@ async def test_a_name_gets_other_content_only_in_place(folders: Path) -> None:
         assert (await client.get("/adapters/tone")).json()["version"] == before
         assert (await client.post(LOAD, json={**other, "load_inplace": True})).status_code == 200
         assert (await client.get("/adapters/tone")).json()["version"] != before
+
+
+async def test_of_two_that_load_a_new_name_at_once_one_is_told_that_it_is_there(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has found the name free, and then fetches its own content."""
+    both_fetch, fetch = threading.Barrier(2), publishing._fetch
+
+    def together(*args: Any) -> Intake:
+        both_fetch.wait(60)
+        return fetch(*args)
+
+    async with serving(folders) as client:
+        monkeypatch.setattr(publishing, "_fetch", together)
+        bodies = [{"lora_name": "tone", "lora_path": path} for path in ("one", "two")]
+        answers = await asyncio.gather(*(client.post(LOAD, json=body) for body in bodies))
+        assert sorted(answer.status_code for answer in answers) == [200, 400]
+        (refused,) = (answer for answer in answers if answer.status_code == 400)
+        assert "has already been loaded" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["param"] == "lora_name"
+        (loaded,) = (
+            body["lora_path"]
+            for body, answer in zip(bodies, answers, strict=True)
+            if answer.status_code == 200
+        )
+        monkeypatch.undo()
+        again = {"name": "tone", "source": loaded}
+        assert (await client.post("/adapters", json=again)).status_code == 200  # what it has
 
 
 @pytest.mark.parametrize(

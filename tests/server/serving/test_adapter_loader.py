@@ -198,7 +198,7 @@ async def test_who_waits_for_room_is_told_that_the_server_shuts_down(tmp_path: P
         stream = runtime.service.stream(spec(adapter=first, max_new_tokens=400))
         await anext(stream)
         waiting = asyncio.create_task(collect(runtime, spec(adapter=second)))
-        await eventually(lambda: runtime.loader.reads.num_reads >= 2, "the second is read")
+        await eventually(lambda: runtime.loader.readers.stats.num_reads >= 2, "the second is read")
         runtime.service.refuse()
         await asyncio.to_thread(runtime.service.close)
         with pytest.raises(NotReady, match="shutting down"):
@@ -285,6 +285,34 @@ async def test_a_request_does_not_wait_for_the_files_of_what_was_deleted(
         await all_freed(runtime)
 
 
+async def test_the_files_of_what_was_deleted_hold_up_no_adapter_that_is_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is busy, or a database that does not answer, has threads of nobody else."""
+    go_on, collecting = threading.Event(), threading.Event()
+    async with serving(tmp_path) as runtime:
+        for seed, name in enumerate("abc"):
+            publish(runtime, name, make_adapter(tmp_path / name, tiny_llama(), seed=seed))
+        collect_files = runtime.registry.collect
+
+        def slowly(digest: str) -> None:
+            collecting.set()
+            assert go_on.wait(60)
+            collect_files(digest)
+
+        monkeypatch.setattr(runtime.registry, "collect", slowly)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        for name in "ab":
+            async with runtime.loader.hold(name):
+                runtime.registry.delete(name)
+        assert collecting.wait(60)
+        try:
+            assert finishes(await asyncio.wait_for(collect(runtime, spec(adapter="c")), 30))
+        finally:
+            go_on.set()
+        await eventually(lambda: runtime.stats().adapters.num_resident == 1, "both have gone")
+
+
 async def test_an_adapter_on_the_device_is_held_and_let_go_without_a_thread(
     tmp_path: Path,
 ) -> None:
@@ -331,11 +359,15 @@ async def test_compositions_that_are_computed_hold_up_no_adapter(
 async def test_a_merge_that_nobody_waits_for_ends_with_the_layer_that_it_is_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computing, go_on, computed = threading.Event(), threading.Event(), Counter[str]()
+    computing, go_on, computed = threading.Event(), threading.Event(), Counter[float]()
     merge_layer = compose._merged
 
+    def merged(density: float) -> Composition:
+        how = Merge(strategy=Strategy.TIES, density=density)
+        return Composition.of([Part(name) for name in names(2)], merge=how)
+
     def slowly(deltas: Any, weights: Any, how: Merge, path: str) -> Any:
-        computed[path] += 1
+        computed[how.density] += 1
         computing.set()
         assert go_on.wait(60)
         return merge_layer(deltas, weights, how, path)
@@ -344,18 +376,15 @@ async def test_a_merge_that_nobody_waits_for_ends_with_the_layer_that_it_is_at(
         for seed, name in enumerate(names(2)):
             publish(runtime, name, make_adapter(tmp_path / name, tiny_llama(), seed=seed))
         monkeypatch.setattr(compose, "_merged", slowly)
-        merged = Composition.of(
-            [Part(name) for name in names(2)], merge=Merge(strategy=Strategy.TIES, density=0.5)
-        )
-        request = asyncio.create_task(collect(runtime, spec(adapter=merged)))
+        request = asyncio.create_task(collect(runtime, spec(adapter=merged(0.5))))
         assert await asyncio.to_thread(computing.wait, 60)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
         go_on.set()
         # Its thread is free for the next one.
-        assert finishes(await asyncio.wait_for(collect(runtime, spec(adapter="task-0*0.5")), 60))
-        assert computed.total() == 1
+        assert finishes(await asyncio.wait_for(collect(runtime, spec(adapter=merged(0.25))), 60))
+        assert computed[0.5] == 1
 
 
 async def test_a_merge_larger_than_all_room_is_refused_before_it_is_computed(

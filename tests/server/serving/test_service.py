@@ -217,9 +217,9 @@ async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> N
     async for event in stream:
         if isinstance(event, TokenPiece):
             break
-    assert runtime.service.num_open == 4
+    assert runtime.service.places.num_open == 4
     await stream.aclose()
-    assert runtime.service.num_open == 0
+    assert runtime.service.places.num_open == 0
     await quiet(runtime)
     stats = runtime.stats()
     assert (stats.kv_used_tokens, stats.kv_reserved_tokens) == (0, 0)
@@ -233,12 +233,12 @@ async def test_cancelling_the_task_frees_the_place(runtime: Runtime) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await quiet(runtime)
-    assert runtime.service.num_open == 0
+    assert runtime.service.places.num_open == 0
 
 
 async def test_a_full_queue_refuses_with_a_pause(runtime: Runtime) -> None:
     tasks = [asyncio.create_task(collect(runtime, spec(max_new_tokens=100, n=4))) for _ in range(2)]
-    await eventually(lambda: runtime.service.num_open == 8, "all places are taken")
+    await eventually(lambda: runtime.service.places.num_open == 8, "all places are taken")
     with pytest.raises(QueueFull, match="8 continuations are running or waiting") as refused:
         await collect(runtime, spec())
     assert 1 <= refused.value.retry_after <= 60
@@ -314,7 +314,7 @@ async def test_impossible_prompts_are_refused(
 async def test_an_unknown_adapter_is_refused_with_near_names(runtime: Runtime) -> None:
     with pytest.raises(AdapterNotFound, match="Did you mean 'ner'"):
         await collect(runtime, spec(adapter="nerr"))
-    assert runtime.service.num_open == 0
+    assert runtime.service.places.num_open == 0
 
 
 async def test_a_broken_step_fails_its_requests_and_the_server_lives_on(
@@ -447,7 +447,7 @@ async def test_a_slot_is_kept_while_a_step_reads_it_for_a_request_that_has_gone(
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    assert runtime.service.num_open == 0
+    assert runtime.service.places.num_open == 0
     assert runtime.stats().adapters.num_leased == 1
     go_on.set()
     await quiet(runtime)
