@@ -57,8 +57,9 @@ async def runtime(tmp_path: Path) -> AsyncIterator[Runtime]:
 
 
 async def quiet(runtime: Runtime) -> None:
-    """Wait until the engine has no sequence left."""
+    """Wait until the engine has no sequence left, and then until the last lease has ended."""
     await eventually(lambda: not runtime.built.engine.has_work, "the engine rests")
+    await eventually(lambda: runtime.stats().adapters.num_leased == 0, "nobody has a lease")
 
 
 async def test_events_of_a_request(runtime: Runtime) -> None:
