@@ -110,7 +110,7 @@ class GenerationService:
             queues={
                 "encode": self._admission.num_waiting,
                 "grammar": max(self._num_compiling - 1, 0),
-                "merge": self._loader.readers.num_merges_waiting,
+                **self._loader.readers.queues(),
             },
         )
 
