@@ -3,8 +3,9 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,10 +20,9 @@ from dynamic_lora_server.serving.pace import Pace
 
 T = TypeVar("T")
 
-# Adapters that are read at a time: each takes a core, and as much memory as its terms. Beside
-# them one sum is added up, which reads its parts, and one merge is computed, which may take
-# minutes: neither holds up the others.
-_NUM_READERS = 2
+# What is read at a time: each takes a core, and as much memory as its terms. A sum reads its
+# parts, and a merge may take minutes: no kind holds up another.
+_NUM_THREADS = {"adapter": 2, "sum": 1, "merge": 1}
 _MOST_MERGES = 8  # that wait for their turn
 
 
@@ -42,9 +42,11 @@ class AdapterReaders:
         self.stats = ReadStats()
         self._saved = saved
         self._pool = pool
-        self._adapters = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="adapters")
-        self._sums = ThreadPoolExecutor(1, thread_name_prefix="sums")
-        self._merges = ThreadPoolExecutor(1, thread_name_prefix="merges")
+        self._executors = {
+            kind: ThreadPoolExecutor(num_threads, thread_name_prefix=kind)
+            for kind, num_threads in _NUM_THREADS.items()
+        }
+        self._num_reading: Counter[str] = Counter()
         self._merge = asyncio.Lock()  # a fair one
         self._num_merges = 0
         self._pace = Pace()
@@ -54,12 +56,20 @@ class AdapterReaders:
         """Merges that wait for their turn."""
         return max(self._num_merges - 1, 0)
 
+    def queues(self) -> dict[str, int]:
+        """How many adapters, sums and merges wait to be read or computed."""
+        waiting = {
+            kind: max(self._num_reading[kind] - num_threads, 0)
+            for kind, num_threads in _NUM_THREADS.items()
+        }
+        return {**waiting, "merge": self.num_merges_waiting}
+
     async def read(self, wanted: Composition, digests: Sequence[str]) -> Incoming:
         """What is wanted, of contents that the caller has leased, and the room that it needs.
 
         Raises what `SavedCompositions.terms` does, AdapterCapacityError for more than there is.
         """
-        given_up = threading.Event()
+        kind, given_up = _kind(wanted), threading.Event()
 
         def work() -> Incoming:
             incoming = self._pool.prepare(self._saved.terms(wanted, digests, given_up.is_set))
@@ -68,11 +78,14 @@ class AdapterReaders:
             return incoming
 
         loop = asyncio.get_running_loop()
+        self._num_reading[kind] += 1
         try:
-            found, seconds = await loop.run_in_executor(self._executor(wanted), _timed, work)
+            found, seconds = await loop.run_in_executor(self._executors[kind], _timed, work)
         except asyncio.CancelledError:
             given_up.set()
             raise
+        finally:
+            self._num_reading[kind] -= 1
         self.stats.num_reads += 1
         self.stats.seconds += seconds
         return found
@@ -101,13 +114,14 @@ class AdapterReaders:
 
     def close(self) -> None:
         """Read no more."""
-        for executor in (self._adapters, self._sums, self._merges):
+        for executor in self._executors.values():
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _executor(self, wanted: Composition) -> Executor:
-        if wanted.merge is not None:
-            return self._merges
-        return self._adapters if wanted.plain is not None else self._sums
+
+def _kind(wanted: Composition) -> str:
+    if wanted.merge is not None:
+        return "merge"
+    return "sum" if wanted.plain is None else "adapter"
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

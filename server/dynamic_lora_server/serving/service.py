@@ -108,7 +108,7 @@ class GenerationService:
             queues={
                 "encode": self._admission.num_waiting,
                 "grammar": self._grammars.num_waiting,
-                "merge": self._loader.readers.num_merges_waiting,
+                **self._loader.readers.queues(),
             },
         )
 

@@ -30,7 +30,7 @@ async def test_bodies_count_until_their_requests_are_answered() -> None:
     waiting = [asyncio.create_task(limit(scope, arrive, send)) for _ in range(64)]
     await eventually(lambda: num_read == 6400, "all bodies have been read")
     with pytest.raises(QueueFull, match="Bodies of 6,500 bytes in all are on their way or not"):
-        await limit(scope, arrive, send)
+        await asyncio.wait_for(limit(scope, arrive, send), 60)
     answering.set()
     await asyncio.gather(*waiting)
     await limit(scope, arrive, send)

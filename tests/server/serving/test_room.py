@@ -241,6 +241,32 @@ async def test_sums_do_not_wait_for_merges_and_few_merges_wait(
         assert readers.num_merges_waiting == 0
 
 
+async def test_what_waits_to_be_read_is_counted_by_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "abcde"
+    async with serving_in(
+        tmp_path, room=1, ranks=same_shapes(*names), adapter_memory=2**22
+    ) as runtime:
+        go_on, terms = threading.Event(), runtime.loader.saved.terms
+
+        def slowly(*args: Any) -> AdapterTerms:
+            assert go_on.wait(60)
+            return terms(*args)
+
+        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        texts = [*names, "a*0.5", "b*0.5"]  # two adapters are read at a time, and one sum
+        asked = [asyncio.create_task(collect(runtime, spec(adapter=text))) for text in texts]
+        queues = runtime.loader.readers.queues
+        try:
+            wanted = {"adapter": 3, "sum": 1, "merge": 0}
+            await eventually(lambda: queues() == wanted, "what has no thread waits")
+        finally:
+            go_on.set()
+        assert all(map(finishes, await asyncio.gather(*asked)))
+        assert queues() == {"adapter": 0, "sum": 0, "merge": 0}
+
+
 async def test_a_merge_that_waits_for_room_is_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
