@@ -66,7 +66,8 @@ class ServerConfig:
     none of them, a path on the server's disk is refused. `max_body_bytes`
     bounds every request except uploads, which `max_upload_bytes` bounds. An adapter of one of the
     organisations `fetch_from_hub`, "*" for all, is fetched from the Hub when a request names its
-    id. With `api_keys` all
+    id; the weights of those take up to `max_hub_bytes` together, None for no bound. With
+    `api_keys` all
     routes but those of probes and of the documentation want one of them, with `admin_keys` what
     changes adapters and compositions wants one of those. Pages of the `allowed_origins`, as
     "https://example.org" or "*" for all, may call the server from a browser.
@@ -104,6 +105,7 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = ()
     max_upload_bytes: int = 2 * 2**30
     max_body_bytes: int = 8 * 2**20
+    max_hub_bytes: int | None = None
     adapter_memory: int | None = None
     kv_memory: int | None = None
     kv_dtype: str = "auto"
@@ -173,6 +175,9 @@ class ServerConfig:
             is_file = path.is_file() or not path.exists()
             _check("record_trace", is_file, f"names {path}, which is no file")
             _check("record_trace", folder.is_dir(), f"is to lie in {folder}, which is no folder")
+        hub = self.max_hub_bytes
+        rule = "must be at least max_upload_bytes, so that each adapter alone fits"
+        _check("max_hub_bytes", hub is None or hub >= self.max_upload_bytes, rule)
         self._check_clients()
         for root in self.adapter_roots:
             _check("adapter_roots", root.is_dir(), f"names {root}, which is no folder")

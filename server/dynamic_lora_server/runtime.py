@@ -11,16 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamic_lora_adapters.apply.pristine import Restore
 from dynamic_lora_adapters.apply.products import ProductKind
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
 from dynamic_lora_adapters.device.pool_stats import PoolStats
 from dynamic_lora_adapters.files.archive import UploadLimits
+from dynamic_lora_adapters.files.template_process import PROCESSES
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_adapters.home.store import BlobStore
 from dynamic_lora_adapters.lora.targets import import_peft
@@ -137,6 +135,7 @@ class Runtime:
         shipped: Path,
         on_step: Callable[[str], object],
     ) -> "Runtime":
+        PROCESSES.prepare()
         _use_threads(config.threads)
         recorder = None if config.record_trace is None else TraceRecorder(config.record_trace)
         if recorder is not None:

@@ -4,12 +4,14 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.errors import NotReady
 from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
 from dynamic_lora_server.intake.hub_adapters import HubAdapters
+from dynamic_lora_server.intake.hub_room import make_room
 from dynamic_lora_server.intake.publishing import publish_source
 from dynamic_lora_server.intake.sources import HUB_SCHEME
 from dynamic_lora_server.metrics import EngineCollector, Metrics, Reading
@@ -126,8 +128,18 @@ class ServerState:
             await asyncio.to_thread(runtime.close)
 
     async def _publish_from_hub(self, name: str) -> None:
+        await self._make_hub_room()  # before anything is fetched in vain
         source = AdapterSource(name=name, source=f"{HUB_SCHEME}{name}")
-        await publish_source(self.runtime, source, replace=False)
+        await publish_source(self.runtime, source, replace=False, fetched=True)
+        await self._make_hub_room(newest=name)
+
+    async def _make_hub_room(self, *, newest: str | None = None) -> None:
+        max_bytes, runtime = self.config.max_hub_bytes, self.runtime
+        if max_bytes is None:
+            return
+        make = partial(make_room, runtime.registry, runtime.loader.saved, max_bytes, newest=newest)
+        for gone in await asyncio.to_thread(make):
+            self.metrics.forget(gone)
 
     def _readings(self) -> list[Reading]:
         if self._runtime is None:

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from dynamic_lora_adapters.files.template_process import TemplateProcesses
+from dynamic_lora_server.requests import chat_template
 from dynamic_lora_server.serving.adapter_loader import AdapterLoader
 from tests.support.adapters import make_adapter
 from tests.support.eventually import eventually
@@ -328,6 +330,30 @@ async def test_chat(client: httpx.AsyncClient, adapter_files: dict[str, bytes]) 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
 )
+
+
+async def test_an_adapter_whose_template_has_no_end_is_named(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = "{% for a in range(99999) %}"
+    template = (many * 3 + "{% endfor %}" * 3).encode()
+    created = await upload(client, "endless", adapter_files | {"chat_template.jinja": template})
+    assert created.status_code == 201, created.text
+    processes = TemplateProcesses(seconds=0.1)
+    monkeypatch.setattr(chat_template, "PROCESSES", processes)
+    messages = [{"role": "user", "content": "hi"}]
+    chat = await client.post(
+        "/v1/chat/completions", json={"model": "endless", "messages": messages, "max_tokens": 1}
+    )
+    assert chat.status_code == 400
+    assert "chat template of 'endless' was stopped" in chat.json()["error"]["message"]
+    tokens = await client.post("/tokenize", json={"model": "endless", "messages": messages})
+    assert (tokens.status_code, tokens.json()["field"]) == (422, "messages")
+    assert "again in" in tokens.json()["fix"]
+    others = await client.post("/tokenize", json={"model": "base", "messages": messages})
+    assert others.status_code == 200
+    processes.close()
+    await client.delete("/adapters/endless")
 
 
 async def test_an_adapter_chats_by_its_own_template(

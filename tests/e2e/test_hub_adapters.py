@@ -10,14 +10,17 @@ from typing import Any
 import httpx
 import pytest
 
+from dynamic_lora_server.intake import hub_room
 from dynamic_lora_server.intake.sources import SourceUnavailable
 from tests.support.adapters import edit_config, make_adapter
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.hub import FakeHub, fake_hub
 from tests.support.models import tiny_llama
+from tests.support.uploads import WEIGHTS_FILE
 
 ID = "predibase/Customer_Support"
 OTHER = "predibase/tone"
+THIRD = "predibase/names"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     with pytest.MonkeyPatch.context() as patch:
         hub = fake_hub(patch)
         folder = tmp_path_factory.mktemp("hub")
-        for seed, name in enumerate((ID, OTHER, "stranger/x", "predibase/broken")):
+        for seed, name in enumerate((ID, OTHER, "stranger/x", THIRD, "predibase/broken")):
             hub.repositories[name] = make_adapter(folder / str(seed), tiny_llama(), seed=seed)
         edit_config(hub.repositories["predibase/broken"], r=0)
         hub.repositories["predibase/model"] = folder / "model"
@@ -132,6 +135,42 @@ def test_so_does_one_of_each_route(
     assert names(http) == [ID]
 
 
+def test_a_composition_that_is_saved_brings_its_adapters(
+    http: httpx.Client, closed: httpx.Client, hub: FakeHub
+) -> None:
+    blend = {"adapter": f"{ID}*0.5+{OTHER}*0.5"}
+    for taken in ("base", "Bad Name"):
+        assert http.put(f"/compositions/{taken}", json=blend).status_code == 422
+    assert hub.asked == []
+    saved = http.put("/compositions/blend", json=blend)
+    assert saved.status_code == 201, saved.text
+    assert hub.asked == [ID, OTHER]
+    assert names(http) == [ID, OTHER]
+    http.delete(f"/adapters/{OTHER}")
+    assert http.get("/compositions/blend").json()["version"] is None
+    assert ask(http, "blend").status_code == 200
+    assert hub.asked == [ID, OTHER, OTHER]
+    assert http.delete("/compositions/blend").status_code == 204
+    missing = http.put("/compositions/blend", json={"adapter": "predibase/gone*0.5"})
+    assert (missing.status_code, missing.json()["type"]) == (404, "/problems/adapter-not-found")
+    assert "the Hub has no such repository" in missing.json()["detail"]
+    hub.asked.clear()
+    unknown = closed.put("/compositions/blend", json=blend)
+    assert (unknown.status_code, unknown.json()["type"]) == (404, "/problems/adapter-not-found")
+    assert hub.asked == []
+
+
+def test_what_only_shows_or_deletes_fetches_nothing(http: httpx.Client, hub: FakeHub) -> None:
+    for answer in (
+        http.get(f"/adapters/{ID}"),
+        http.delete(f"/adapters/{ID}"),
+        http.get(f"/v1/models/{ID}"),
+        http.post("/v1/unload_lora_adapter", json={"lora_name": ID}),
+    ):
+        assert answer.status_code == 404
+    assert hub.asked == []
+
+
 def test_the_base_and_adapters_that_are_here_need_no_hub(
     http: httpx.Client, closed: httpx.Client, hub: FakeHub
 ) -> None:
@@ -177,22 +216,28 @@ def test_what_the_hub_does_not_have(http: httpx.Client, hub: FakeHub) -> None:
     model = http.post("/v1/completions", json={"model": "predibase/nix", "prompt": "x"})
     assert (model.status_code, model.json()["error"]["code"]) == (404, "model_not_found")
     assert model.json()["error"]["param"] == "model"
-    assert hub.asked == ["predibase/nix"] * 2
+    assert "asks the Hub again in" in model.json()["error"]["message"]
+    assert hub.asked == ["predibase/nix"]
 
 
-def test_a_hub_that_is_away(http: httpx.Client, hub: FakeHub) -> None:
+def test_a_hub_that_is_away_is_left_alone_for_a_while(http: httpx.Client, hub: FakeHub) -> None:
     hub.failure = SourceUnavailable("away")
-    answer = ask(http, ID)
+    answer = ask(http, "predibase/away")
     assert (answer.status_code, answer.json()["field"]) == (502, "adapter")
+    assert answer.headers["retry-after"] == "5"
+    assert "asks the Hub again in 5 s" in answer.json()["fix"]
+    assert hub.asked == ["predibase/away"]
     hub.failure = None
     assert ask(http, ID).status_code == 200
 
 
-def test_what_cannot_be_served_leaves_nothing(http: httpx.Client, home: Path) -> None:
-    for name, text in (("broken", "r must be"), ("model", "adapter_config.json")):
+def test_what_cannot_be_served_leaves_nothing(http: httpx.Client, hub: FakeHub, home: Path) -> None:
+    wrong = [("broken", "r must be"), ("model", "adapter_config.json")]
+    for name, text in wrong * 2:
         problem = ask(http, f"predibase/{name}").json()
         assert (problem["status"], problem["type"]) == (422, "/problems/invalid-adapter")
         assert text in problem["detail"]
+    assert hub.asked == ["predibase/broken", "predibase/model"]
     assert names(http) == []
     for folder in ("adapters", "staging"):
         assert list((home / "home" / folder).iterdir()) == []
@@ -252,3 +297,55 @@ async def test_a_server_that_ends_tells_who_waits(tmp_path: Path, hub: FakeHub) 
             assert "shutting down" in answer.json()["detail"]
     finally:
         hub.gate.set()
+
+
+@pytest.fixture
+def full(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    """A server with room for two adapters of the Hub, of which a request's use is over at once."""
+    monkeypatch.setattr(hub_room, "_IN_USE_SECONDS", -1.0)
+    size = (hub.repositories[ID] / WEIGHTS_FILE).stat().st_size
+    caps = {"max_upload_bytes": 2 * size, "max_hub_bytes": 5 * size // 2}
+    with serving(tmp_path, fetch_from_hub=("*",), **caps) as http:
+        hub.asked.clear()
+        hub.failure = None
+        yield http
+
+
+def upload(http: httpx.Client, name: str, folder: Path) -> httpx.Response:
+    kept = [folder / "adapter_config.json", folder / WEIGHTS_FILE]
+    files = [("files", (path.name, path.read_bytes())) for path in kept]
+    return http.post("/adapters", data={"name": name}, files=files)
+
+
+def test_the_least_recently_used_make_room(full: httpx.Client, hub: FakeHub) -> None:
+    assert upload(full, "mine", hub.repositories[ID]).status_code == 201
+    for adapter in (OTHER, THIRD, OTHER, "stranger/x"):
+        assert ask(full, adapter).status_code == 200
+    assert names(full) == ["mine", OTHER, "stranger/x"]
+    assert full.get(f"/adapters/{OTHER}").json()["fetched"] is True
+    assert full.get("/adapters/mine").json()["fetched"] is False
+    assert full.put("/compositions/kept", json={"adapter": f"{OTHER}*0.5"}).status_code == 201
+    assert ask(full, "stranger/x").status_code == 200
+    assert ask(full, THIRD).status_code == 200
+    assert names(full) == ["mine", THIRD, OTHER]
+    # What somebody uploads is theirs, as is what has the same content.
+    assert upload(full, THIRD, hub.repositories[THIRD]).status_code == 200
+    assert full.get(f"/adapters/{THIRD}").json()["fetched"] is False
+    assert ask(full, ID).status_code == 200
+    assert ask(full, "stranger/x").status_code == 200
+    assert names(full) == ["mine", ID, THIRD, OTHER, "stranger/x"]
+
+
+def test_where_all_are_in_use_no_other_comes(
+    full: httpx.Client, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_room, "_IN_USE_SECONDS", 60.0)
+    for adapter in (OTHER, THIRD):
+        assert ask(full, adapter).status_code == 200
+    refused = ask(full, "stranger/x")
+    assert (refused.status_code, refused.json()["type"]) == (507, "/problems/store-failed")
+    assert "--max-hub-bytes" in refused.json()["fix"]
+    assert names(full) == [THIRD, OTHER]
+    assert ask(full, "stranger/x").status_code == 507
+    assert hub.asked == [OTHER, THIRD, "stranger/x"]
+    assert ask(full, OTHER).status_code == 200

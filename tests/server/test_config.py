@@ -33,6 +33,7 @@ def test_the_defaults_are_valid() -> None:
         ({"host": ""}, "host must not be empty"),
         ({"port": 65536}, "port must lie between 0 and 65535"),
         ({"max_upload_bytes": 0}, "max_upload_bytes must be at least 1"),
+        ({"max_hub_bytes": 2**20}, "max_hub_bytes must be at least max_upload_bytes"),
         ({"max_running": 0}, "max_running must be at least 1"),
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
         ({"max_waiting": -1}, "max_waiting must be 0 or more"),

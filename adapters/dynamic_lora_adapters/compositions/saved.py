@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 
@@ -47,7 +48,8 @@ class SavedCompositions:
     part without a version follows its adapter. Adapters and compositions share
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
-    no disk. `index` is where they are kept.
+    no disk. `index` is where they are kept. `last_named` is when each adapter was last asked for,
+    by `time.monotonic`.
     Merges that would take more than their share of `room_bytes` on the device are not computed.
     """
 
@@ -63,6 +65,7 @@ class SavedCompositions:
         self._room_bytes = room_bytes
         self._lock = threading.Lock()
         self._saved = {one.name: one for one in index.compositions()}
+        self.last_named: dict[str, float] = {}
 
     def has(self, name: str) -> bool:
         """Whether a name is an adapter's or a saved composition's."""
@@ -99,6 +102,7 @@ class SavedCompositions:
         """The adapter of a part. Raises AdapterNotFound or VersionNotFound."""
         if not self._is_adapter(part.name):
             raise AdapterNotFound(part.name, self._near(part.name))
+        self.last_named[part.name] = time.monotonic()
         version = self._registry.resolve(part.name)
         check_version(part, version.digest)
         return version
@@ -139,30 +143,37 @@ class SavedCompositions:
     ) -> tuple[StoredComposition, bool]:
         """Give the sum of the parts a name; also says whether the name is new.
 
-        The sum is computed once, so that none is saved that could not run.
-        `reserved` are further names of the base model. Raises
-        InvalidAdapterName, NameTaken, AdapterNotFound, UnsupportedAdapter as
-        `terms` does, and InvalidComposition for a part that is a saved
-        composition itself or a sum of nothing.
+        The sum is computed once, so that none is saved that could not run. Raises what `check`
+        does, and UnsupportedAdapter as `terms` does.
+        """
+        composition = self.check(name, parts, reserved=reserved)
+        if composition.plain is None:
+            self._try(composition)
+        with self._lock:
+            self._check_no_adapter(name)
+            created = name not in self._saved
+            stored = self._index.put_composition(name, str(composition))
+            self._saved[name] = stored
+            return stored, created
+
+    def check(
+        self, name: str, parts: Sequence[Part], *, reserved: Collection[str] = ()
+    ) -> Composition:
+        """The sum of the parts, if it may get the name, as far as can be told without computing it.
+
+        `reserved` are further names of the base model. Raises InvalidAdapterName, NameTaken,
+        AdapterNotFound, and InvalidComposition for a part that is a saved composition itself or a
+        sum of nothing.
         """
         check_adapter_name(name, reserved=reserved)
+        self._check_no_adapter(name)
         for part in parts:
             if (saved := self._saved.get(part.name)) is not None:
                 raise _not_an_adapter(part, saved)
         composition = self.combine(parts)
         if composition.is_base:
             raise InvalidComposition("The weights add up to nothing.")
-        if composition.plain is None:
-            self._try(composition)
-        with self._lock:
-            if self._is_adapter(name):
-                raise NameTaken(
-                    f"{name!r} is the name of an adapter.", field="name", fix="Choose another name."
-                )
-            created = name not in self._saved
-            stored = self._index.put_composition(name, str(composition))
-            self._saved[name] = stored
-            return stored, created
+        return composition
 
     def check_free(self, name: str) -> None:
         """Raise NameTaken if a composition has the name that an adapter is to get."""
@@ -214,6 +225,12 @@ class SavedCompositions:
                 fix="Pin the versions of its adapters when you save it.",
             )
         return saved
+
+    def _check_no_adapter(self, name: str) -> None:
+        if self._is_adapter(name):
+            raise NameTaken(
+                f"{name!r} is the name of an adapter.", field="name", fix="Choose another name."
+            )
 
     def _is_saved(self, name: str) -> bool:
         return name in self._saved

@@ -48,12 +48,25 @@ def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> int:
     return total
 
 
-def populate_soon(find: Callable[[], Sequence[torch.Tensor]], *, delay_s: float = 0.3) -> None:
+def populate_soon(
+    find: Callable[[], Sequence[torch.Tensor]],
+    *,
+    given_up: Callable[[], bool] = lambda: False,
+    delay_s: float = 0.3,
+) -> None:
     """The same in the background, when what led to it has had its time of the processor.
 
-    What is wanted then is asked for then: nothing, where it has gone meanwhile.
+    What is wanted then is asked for then: nothing, where it has gone meanwhile. What was `given_up`
+    for good while it was being committed is given back.
     """
-    timer = threading.Timer(delay_s, lambda: populate(find()))
+
+    def work() -> None:
+        tensors = find()
+        populate(tensors)
+        if given_up():
+            release(tensors)
+
+    timer = threading.Timer(delay_s, work)
     timer.daemon = True
     with suppress(RuntimeError):  # no more threads, or the process ends
         timer.start()

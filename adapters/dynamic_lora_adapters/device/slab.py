@@ -123,6 +123,10 @@ class Slab:
         del self.tenants[num_slots:]
         self.num_prepared = min(self.num_prepared, num_slots)
 
+    def is_cut(self, slot: int) -> bool:
+        """Whether a slot was given up: nothing comes to lie there again."""
+        return slot >= len(self.tenants)
+
     @property
     def num_taken(self) -> int:
         """How many slots have an adapter."""

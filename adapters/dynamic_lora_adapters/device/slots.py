@@ -201,7 +201,7 @@ class AdapterPool:
                     return []
             return [one for place in slab.places(slot) for one in place.tensors()]
 
-        populate_soon(tables)
+        populate_soon(tables, given_up=lambda: slab.is_cut(slot))
 
     def share(self, adapter: ResidentAdapter) -> None:
         """One more lease of an adapter that is leased."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynamic_lora_adapters.errors import InvalidAdapter
 from dynamic_lora_adapters.files.json_file import MAX_JSON_BYTES, read_json_object
+from dynamic_lora_adapters.files.template_process import PROCESSES, TemplateRefused, TemplateStopped
 
 CHAT_FILE = "chat.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -77,13 +78,11 @@ class ChatFormat(BaseModel):
 
     def check(self) -> None:
         """Raise `InvalidAdapter` for a template that is none."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if self.template is None:
             return
         try:
-            render_jinja_template(conversations=[], chat_template=self.template)
-        except Exception as error:  # jinja's own, and whatever its compiler meets
+            PROCESSES.render(self.template, [])
+        except (TemplateRefused, TemplateStopped) as error:
             raise InvalidAdapter(
                 f"The adapter's chat template cannot be compiled: {error}.",
                 field="chat_template",

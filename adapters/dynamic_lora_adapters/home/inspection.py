@@ -1,7 +1,7 @@
 """One adapter's folder: what it says, what it does, and the passport that tells of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,10 @@ class AdapterVersion:
     passport: Passport
     card: TaskCard | None
     chat: ChatFormat | None = None
+
+    def marked(self, *, fetched: bool) -> "AdapterVersion":
+        """The same, with a passport that says whether it was fetched."""
+        return replace(self, passport=self.passport.model_copy(update={"fetched": fetched}))
 
 
 def declared_base(folder: Path) -> str | None:

@@ -39,7 +39,8 @@ class Passport(BaseModel):
     none has), `num_modules` counts all that change. `features` names what the
     adapter does beside A and B. `bytes` is the size of the weights file.
     `chat_template` says that the adapter has one of its own, `end_tokens` what
-    ends its answers besides the base's own.
+    ends its answers besides the base's own. `fetched` is what the server brought from the Hub
+    because a request named it, and may remove to make room.
     `self_check` is the largest relative difference between a layer's delta as
     it is served and in double precision, on a probe batch. `checks` lists what
     held for this upload, `notes` what the uploader should know,
@@ -66,6 +67,7 @@ class Passport(BaseModel):
     card: TaskCard | None = None
     chat_template: bool = False
     end_tokens: list[str | int] = []
+    fetched: bool = False
     self_check: float
     checks: list[str]
     notes: list[str]

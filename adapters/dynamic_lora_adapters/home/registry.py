@@ -19,22 +19,13 @@ from dynamic_lora_adapters.errors import (
 from dynamic_lora_adapters.files.archive import CONFIG_FILE, Intake, UploadLimits
 from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_adapters.home.changes import Changes
-from dynamic_lora_adapters.home.index import (
-    AdapterIndex,
-    EventKind,
-    shipped_digests,
-    shipped_was_lost,
-)
-from dynamic_lora_adapters.home.inspection import (
-    AdapterVersion,
-    Inspector,
-    declared_base,
-    folder_digest,
-    is_sound,
-)
+from dynamic_lora_adapters.home.index import AdapterIndex, EventKind
+from dynamic_lora_adapters.home.inspection import AdapterVersion, Inspector, folder_digest
 from dynamic_lora_adapters.home.lease import Lease
+from dynamic_lora_adapters.home.mending import is_damaged, mend
 from dynamic_lora_adapters.home.passport import Passport
-from dynamic_lora_adapters.home.recovery import base_key, recover
+from dynamic_lora_adapters.home.recovery import Unreadable, base_key, recover, said
+from dynamic_lora_adapters.home.shipping import is_wanted
 from dynamic_lora_adapters.home.store import BlobStore
 from dynamic_lora_adapters.names import check_adapter_name, model_leaf
 from dynamic_lora_adapters.near_names import near_names
@@ -139,6 +130,7 @@ class AdapterRegistry:
         *,
         force: bool = False,
         replace: bool = True,
+        fetched: bool = False,
         ignored_files: Sequence[str] = (),
     ) -> Publication:
         """Check everything about the adapter in a `staging` folder and give it a name.
@@ -146,17 +138,18 @@ class AdapterRegistry:
         A name that exists moves to the new content, unless it is not to `replace`; requests that
         hold a lease keep the old one. Files of the same content that were damaged on disk are
         replaced. `force` accepts an adapter that declares another base model, if its
-        shapes fit. Raises an `AdapterError`; nothing is changed then.
+        shapes fit. What is `fetched` says so in its passport, until somebody uploads it. Raises an
+        `AdapterError`; nothing is changed then.
         """
         check_adapter_name(name, reserved=self.reserved)
         version = self._inspector.inspect(name, folder, force=force, ignored_files=ignored_files)
-        return self._commit(version, folder, replace=replace)
+        return self._commit(version.marked(fetched=fetched), folder, replace=replace)
 
     def resolve(self, name: str) -> AdapterVersion:
         """The version a name means now.
 
-        Raises `AdapterNotFound` with the near misses, `UnsupportedAdapter` for a version that
-        another release stored and this one cannot read.
+        Raises `AdapterNotFound` with the near misses; for a version that cannot be read
+        `UnsupportedAdapter` if another release stored it, `StoreFailed` if the system refuses.
         """
         version = self._versions.get(name)
         if version is None:
@@ -178,6 +171,11 @@ class AdapterRegistry:
         versions = self._versions.copy()
         return [versions[name].passport for name in sorted(versions)]
 
+    def unreadable(self) -> Sequence[Unreadable]:
+        """What names mean and cannot be served, by name."""
+        unreadable = self._unreadable.copy()
+        return [unreadable[name] for name in sorted(unreadable)]
+
     def delete(self, name: str) -> None:
         """Forget a name. Its files go when no other name and no lease needs them."""
         with self._changes.one():
@@ -194,6 +192,10 @@ class AdapterRegistry:
             version = self.resolve(name)
             self._num_leases[version.digest] += 1
         return Lease(version, self.release)
+
+    def is_leased(self, digest: str) -> bool:
+        """Whether requests hold a version now."""
+        return digest in self._num_leases
 
     def release(self, lease: Lease) -> None:
         """End a lease; the last one of a forgotten version removes its files."""
@@ -224,12 +226,20 @@ class AdapterRegistry:
     def load(self, digest: str) -> AdapterTerms:
         """Read what a version does, checked again.
 
-        Hold a lease meanwhile. Raises `AdapterNotFound` if the files are gone.
+        Hold a lease meanwhile. Raises `AdapterNotFound` if the files are gone, `StoreFailed` if
+        the system does not let them be read.
         """
         folder = self._store.path(digest)
-        if not folder.is_dir():
-            raise AdapterNotFound(digest)
-        return self._inspector.read(folder)
+        try:
+            if not folder.is_dir():
+                raise AdapterNotFound(digest)
+            return self._inspector.read(folder)
+        except OSError as error:
+            raise StoreFailed(
+                f"The files of version {digest:.12} cannot be read: {said(error)}",
+                field="adapter",
+                fix="See to the server's disk and the files' owner.",
+            ) from error
 
     def import_shipped(self, folder: Path) -> Sequence[str]:
         """Publish the adapters that come with the package, under their folders' names.
@@ -243,16 +253,11 @@ class AdapterRegistry:
         return [name for name in names if self._import_one(name, folder / name)]
 
     def _import_one(self, name: str, source: Path) -> bool:
-        events = self._index.history(name)
-        shipped, current = shipped_digests(events), self._digest(name)
-        if shipped and current is None and not shipped_was_lost(events):
-            return False
-        if current is not None and current not in shipped:
-            logger.info("shipped adapter %r skipped: the name is taken", name)
-            return False
-        declared = declared_base(source)
-        if declared is not None and model_leaf(declared) != model_leaf(self._geometry.model_id):
-            logger.info("shipped adapter %r skipped: The adapter was trained on %s", name, declared)
+        unreadable, current = self._unreadable.get(name), self._digest(name)
+        if unreadable is not None and unreadable.refused:
+            return False  # it may be whole
+        events, model_id = self._index.history(name), self._geometry.model_id
+        if not is_wanted(name, source, events, current=current, model_id=model_id):
             return False
         # Not reading the factors keeps PEFT out of an ordinary start.
         if name in self._versions and current == folder_digest(source):
@@ -276,12 +281,14 @@ class AdapterRegistry:
         if version.chat is not None:
             version.chat.save(folder)
         self._store.prepare(folder)
-        damaged = self._is_damaged(version.digest)  # takes as long as the files are large
+        damaged = is_damaged(self._store, version.digest, self._versions.copy().values())
         with self._changes.one():
             if damaged:
-                self._mend(version.digest, folder)
+                mend(self._store, self._index, version.digest, folder)
             current = self._versions.get(version.name)
             if current is not None and (not replace or current.digest == version.digest):
+                if replace and current.passport.fetched:
+                    current = self._keep(current)
                 return Publication(current.passport, created=False)
             before = self._digest(version.name)
             # Files first: a crash in between leaves files that no row knows,
@@ -305,20 +312,13 @@ class AdapterRegistry:
                 self._collect(before)
             return Publication(version.passport, created=True)
 
-    def _is_damaged(self, digest: str) -> bool:
-        """Whether files of a content that a name may have are not what they were, or gone."""
-        folder = self._store.path(digest)
-        if folder.is_dir():
-            return not is_sound(folder, digest)
-        return any(version.digest == digest for version in self._versions.copy().values())
-
-    def _mend(self, digest: str, folder: Path) -> None:
-        self._store.remove(digest)
-        self._store.publish(folder, digest)
-        try:
-            self._index.put_sizes(digest, self._store.sizes(digest))
-        except Exception:
-            logger.exception("the next start finds how large %.12s is by now", digest)
+    def _keep(self, version: AdapterVersion) -> AdapterVersion:
+        """What was fetched, as what its uploader keeps from now on."""
+        kept = version.marked(fetched=False)
+        self._index.put_passport(kept.name, kept.digest, kept.passport.model_dump_json())
+        with self._lock:
+            self._versions[kept.name] = kept
+        return kept
 
     def _digest(self, name: str) -> str | None:
         """The content that a name means, whether or not it can be read."""

@@ -36,7 +36,7 @@ if sys.platform != "win32":
 
 # A disk that takes no more, by its own size, a quota's or ulimit's, or because it is read-only.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_KEPT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CHAT_FILE})
+KEPT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CHAT_FILE})
 
 
 class BlobStore:
@@ -96,16 +96,21 @@ class BlobStore:
         return {folder.name for folder in self._blobs.iterdir()}
 
     def sizes(self, digest: str) -> dict[str, int]:
-        """Bytes of each file of an adapter; empty if there is no such adapter."""
+        """Bytes of each file of an adapter; empty if there is no such adapter.
+
+        Raises OSError for one that is there and cannot be looked at.
+        """
         folder = self.path(digest)
-        if not folder.is_dir():
+        try:
+            names = KEPT_FILES.intersection(os.listdir(folder))
+        except FileNotFoundError:
             return {}
-        return {p.name: p.stat().st_size for p in folder.iterdir() if p.name in _KEPT_FILES}
+        return {name: (folder / name).stat().st_size for name in names}
 
     def prepare(self, folder: Path) -> None:
         """Flush a staged folder to disk, for `publish`; other folders may change meanwhile."""
         for path in folder.iterdir():
-            if path.name in _KEPT_FILES:
+            if path.name in KEPT_FILES:
                 _flush(path)
             else:
                 path.unlink()
@@ -122,11 +127,22 @@ class BlobStore:
             _flush(self._blobs)
 
     def remove(self, digest: str) -> None:
-        """Drop an adapter; it disappears at once and as a whole, its files with `sweep`."""
+        """Drop an adapter; it disappears at once and as a whole, its files with `sweep`.
+
+        Raises `StoreFailed` where the system refuses.
+        """
         doomed = self._staging / secrets.token_hex(16)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.replace(self.path(digest), doomed)
-            self._doomed.append(doomed)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreFailed(
+                f"The files of version {digest:.12} cannot be removed: {error.strerror}.",
+                field="home",
+                fix="Let the user that the server runs as write to its home.",
+            ) from error
+        self._doomed.append(doomed)
 
     def sweep(self) -> None:
         """Delete the files of what was removed, which takes as long as they are large."""

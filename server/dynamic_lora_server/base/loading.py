@@ -1,20 +1,42 @@
 """The base model and its tokenizer, from files to a device."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from dynamic_lora_server.base.base_model import BaseModel, BaseModelUnavailable
 from dynamic_lora_server.base.dtypes import choose_dtype
 from dynamic_lora_server.config import ServerConfig
+
+_MOST_NAMED = 8
+# Where transformers looks for weights, in its order: all in one file, or in several by an index.
+_WEIGHTS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+
+
+class WrongWeights(ValueError):
+    """A checkpoint lacks weights of its model, or has them in other shapes."""
+
+
+# What transformers and its readers of files raise for a folder that they cannot use, and the above.
+UNUSABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -38,10 +60,54 @@ def load_model(
     wanted = config.dtype if config.quantize == "none" else "float32"
     dtype = choose_dtype(wanted, device, model_config, native=config.native)
     with _unusable(base):
-        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+        model = read_model(base.path, dtype)
     torch.nn.Module.to(model, device)
     torch.nn.Module.eval(model)
     return model, tokenizer
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder, on the CPU, with all weights that it has by its config.
+
+    Raises WrongWeights, naming them and the files that were to have them, and what else is
+    `UNUSABLE`.
+    """
+    # Typed as the model alone, which it is without the report.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # its own error does not say which
+    )
+    model, report = loaded
+    assert isinstance(model, PreTrainedModel)
+    # transformers would make them up. What is tied to a weight that is there is not missing.
+    if lacking := sorted(report["missing_keys"]):
+        told = [f"{name} (expected in {_file(folder, name)})" for name in lacking[:_MOST_NAMED]]
+        raise WrongWeights(f"it lacks weights: {_listed(told, lacking)}")
+    if other := sorted(report["mismatched_keys"]):
+        told = [
+            f"{name} is {list(found)} in place of {list(wanted)} (in {_file(folder, name)})"
+            for name, found, wanted in other[:_MOST_NAMED]
+        ]
+        raise WrongWeights(f"its weights have other shapes than its config: {_listed(told, other)}")
+    return model
+
+
+def _listed(told: list[str], of: Collection[object]) -> str:
+    num_more = len(of) - len(told)
+    return ", ".join(told) + (f", and {num_more} more" if num_more else "")
+
+
+def _file(folder: Path, weight: str) -> str:
+    """The file that has, or was to have, a weight; the index of several if that names none."""
+    for single, index in _WEIGHTS:
+        if (folder / single).is_file():
+            return single
+        if (folder / index).is_file():
+            places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            return str(places.get(weight, index))
+    return SAFE_WEIGHTS_NAME
 
 
 @contextmanager
@@ -49,7 +115,7 @@ def _unusable(base: BaseModel) -> Iterator[None]:
     """What transformers says of the base's files, with their name before it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UNUSABLE as error:
         raise BaseModelUnavailable(
             f"{base.name} cannot be loaded: {error}",
             fix="A base model is a folder, or a model of the Hub, that has a config.json, weights "

@@ -29,6 +29,7 @@ _DEFAULT = ServerConfig()
 _SIZES = (
     "max_upload_bytes",
     "max_body_bytes",
+    "max_hub_bytes",
     "adapter_memory",
     "kv_memory",
     "prefix_cache_memory",
@@ -58,6 +59,7 @@ def serve(
     allowed_origin: options.AllowedOrigin = None,
     max_upload_bytes: options.MaxUploadBytes = "2GiB",
     max_body_bytes: options.MaxBodyBytes = "8MiB",
+    max_hub_bytes: options.MaxHubBytes = None,
     adapter_memory: options.AdapterMemory = None,
     kv_memory: options.KvMemory = None,
     kv_dtype: options.KvDtype = _DEFAULT.kv_dtype,

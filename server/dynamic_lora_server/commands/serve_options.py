@@ -84,6 +84,14 @@ AllowedOrigin = Annotated[
     ),
 ]
 MaxUploadBytes = Annotated[str, typer.Option(help="Cap on one upload.")]
+MaxHubBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Cap on the weights that --fetch-from-hub keeps, at least --max-upload-bytes; the "
+        "least recently used go first.",
+        show_default="none",
+    ),
+]
 MaxBodyBytes = Annotated[str, typer.Option(help="Cap on any other request.")]
 AdapterMemory = Annotated[
     str | None, typer.Option(help="Device memory for adapters.", show_default="by free memory")

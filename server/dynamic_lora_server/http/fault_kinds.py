@@ -76,7 +76,7 @@ TABLE: Mapping[type[Exception], Kind] = {
     adapter_errors.AdapterCapacityError: Kind(
         "adapter-capacity", "Adapter exceeds the memory for adapters", 422
     ),
-    adapter_errors.StoreFailed: Kind("store-failed", "The store cannot be written", 507),
+    adapter_errors.StoreFailed: Kind("store-failed", "The store cannot be used", 507),
     adapter_errors.AdapterError: Kind("adapter-error", "Adapter error", 422),
     ClientDisconnected: Kind("client-disconnected", "Client disconnected", 499),
     ClientDisconnect: Kind("client-disconnected", "Client disconnected", 499),

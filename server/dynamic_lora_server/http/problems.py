@@ -34,6 +34,7 @@ from dynamic_lora_server.http.fault_kinds import (
     Kind,
 )
 from dynamic_lora_server.http.field_names import field_of
+from dynamic_lora_server.intake.sources import SourceUnavailable
 from dynamic_lora_server.intake.uploads import JSON, media_type
 from dynamic_lora_server.schemas.openai_answers import ErrorAnswer, ErrorBody
 from dynamic_lora_server.schemas.problem import Problem
@@ -217,6 +218,8 @@ def _headers(error: Exception) -> dict[str, str]:
             return {"Retry-After": str(error.retry_after)}
         case errors.NotReady():
             return {"Retry-After": str(NOT_READY_RETRY_SECONDS)}
+        case SourceUnavailable(retry_after=int(seconds)):
+            return {"Retry-After": str(seconds)}
         case errors.Unauthorized():
             return {"WWW-Authenticate": 'Bearer error="invalid_token"' if error.given else "Bearer"}
         case errors.Forbidden():

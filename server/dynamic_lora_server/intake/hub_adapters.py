@@ -11,6 +11,7 @@ from dynamic_lora_adapters.compositions.composition import VersionNotFound
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
 from dynamic_lora_adapters.names import MAX_NAME, NAME
 from dynamic_lora_server.errors import InvalidParameter, NotReady, QueueFull, ServerError
+from dynamic_lora_server.intake.hub_failures import Failure, HubFailures
 from dynamic_lora_server.intake.sources import NotOnHub
 from dynamic_lora_server.serving.pace import Pace
 
@@ -28,8 +29,9 @@ class HubAdapters:
     Only those of `organisations`, `ALL` for every one; without any, none. `publish` fetches an
     adapter and gives it its id as its name. All who want one wait for the same fetch, which goes
     on when they leave: a client with less patience than the download takes finds it the next
-    time. It ends as an adapter or as nothing. Up to `max_waiting` requests wait. Lives on one
-    event loop.
+    time. It ends as an adapter or as nothing; after nothing, requests get the same error for a
+    while and the Hub is left alone (`HubFailures`, by `clock`). Up to `max_waiting` requests wait.
+    Lives on one event loop.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class HubAdapters:
         publish: Callable[[str], Awaitable[object]],
         *,
         max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._organisations = frozenset(name.lower() for name in organisations)
         self._publish = publish
         self._max_waiting = max_waiting
         self._num_waiting = 0
-        self._fetches: dict[str, asyncio.Task[None]] = {}
+        self._fetches: dict[str, asyncio.Task[Failure | None]] = {}
+        self._failures = HubFailures(clock)
         self._pace = Pace()
         self._ending: NotReady | None = None
 
@@ -102,6 +106,7 @@ class HubAdapters:
         return None
 
     async def _wait_for(self, name: str) -> None:
+        self._failures.check(name)
         if self._num_waiting >= self._max_waiting:
             raise self._full(f"{self._num_waiting} requests wait for adapters from the Hub")
         fetch = self._fetches.get(name) or self._begin(name)
@@ -113,9 +118,10 @@ class HubAdapters:
         if fetch.cancelled():
             assert self._ending is not None
             raise self._ending
-        fetch.result()
+        if (failure := fetch.result()) is not None:
+            raise failure.told(self._failures.clock())
 
-    def _begin(self, name: str) -> asyncio.Task[None]:
+    def _begin(self, name: str) -> asyncio.Task[Failure | None]:
         if self._ending is not None:
             raise self._ending
         if len(self._fetches) >= _MOST_FETCHES:
@@ -124,23 +130,24 @@ class HubAdapters:
         fetch.add_done_callback(partial(self._end, name))
         return fetch
 
-    async def _fetch(self, name: str) -> None:
+    async def _fetch(self, name: str) -> Failure | None:
         began = time.monotonic()
         try:
             await self._publish(name)
-        except NotOnHub as error:
-            raise _not_on_hub(name) from error
-        except (AdapterError, ServerError) as error:
-            if error.field in ("name", "source"):  # of `POST /adapters`
-                error.field = "adapter"
-            raise
+        except Exception as error:
+            return self._failures.record(name, _of_a_request(name, error))
+        self._failures.forget(name)
         self._pace.record(time.monotonic() - began)
+        return None
 
-    def _end(self, name: str, fetch: asyncio.Task[None]) -> None:
+    def _end(self, name: str, fetch: asyncio.Task[Failure | None]) -> None:
         del self._fetches[name]
         if not fetch.cancelled():
             # Also where nobody waits any more.
-            logger.info("adapter %r from the Hub: %s", name, fetch.exception() or "fetched")
+            failure = fetch.result()
+            logger.info(
+                "adapter %r from the Hub: %s", name, "fetched" if failure is None else failure.error
+            )
 
     def _full(self, why: str) -> QueueFull:
         return QueueFull(f"{why}; the server takes no more.", retry_after=self._pace.retry_after(1))
@@ -148,6 +155,22 @@ class HubAdapters:
 
 def _refused(message: str, *, fix: str | None = None) -> InvalidParameter:
     return InvalidParameter(message, field="parameters.adapter_source", fix=fix)
+
+
+def _of_a_request(name: str, error: Exception) -> AdapterError | ServerError:
+    """What went wrong with a fetch, as who named the adapter is told it."""
+    if isinstance(error, NotOnHub):
+        return _not_on_hub(name)
+    if not isinstance(error, AdapterError | ServerError):
+        logger.error("adapter %r from the Hub: an error of the server's", name, exc_info=error)
+        return ServerError(
+            f"The server met an error of its own while it fetched {name!r}; its log has the "
+            "details.",
+            field="adapter",
+        )
+    if error.field in ("name", "source"):  # of `POST /adapters`
+        error.field = "adapter"
+    return error
 
 
 def _not_on_hub(name: str) -> AdapterNotFound:

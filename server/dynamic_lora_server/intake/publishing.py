@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 async def publish_source(
-    runtime: "Runtime", source: AdapterSource, *, replace: bool = True
+    runtime: "Runtime", source: AdapterSource, *, replace: bool = True, fetched: bool = False
 ) -> Publication:
-    """Fetch an adapter, check it whole and publish it, all or nothing."""
+    """Fetch an adapter, check it whole and publish it, all or nothing.
+
+    It is marked as `fetched` where nobody but a request that named it asked for it.
+    """
     _check_name(source.name, runtime)
     async with _staging(runtime) as inbox, _staging(runtime) as folder:
         async with runtime.fetching:
             intake = await run_in_threadpool(_fetch, source, runtime, inbox, folder)
-        return await _publish(runtime, source, folder, intake, replace=replace)
+        return await _publish(runtime, source, folder, intake, replace=replace, fetched=fetched)
 
 
 async def publish_upload(
@@ -95,6 +98,7 @@ async def _publish(
     intake: Intake,
     *,
     replace: bool = True,
+    fetched: bool = False,
 ) -> Publication:
     def publish() -> Publication:
         runtime.loader.saved.check_free(wanted.name)
@@ -103,6 +107,7 @@ async def _publish(
             folder,
             force=wanted.force,
             replace=replace,
+            fetched=fetched,
             ignored_files=intake.ignored_files,
         )
 

@@ -18,7 +18,12 @@ _MAX_SHOWN = 80
 
 
 class SourceUnavailable(ServerError):
-    """The Hub could not be reached or would not give the adapter."""
+    """The Hub could not be reached or would not give the adapter.
+
+    `retry_after` are the seconds after which the server asks it again, if it waits so long.
+    """
+
+    retry_after: int | None = None
 
 
 class NotOnHub(InvalidParameter):
@@ -149,14 +154,19 @@ def _from_hub(
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import (
+        DisabledRepoError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    not_there = (
+        *(DisabledRepoError, HFValidationError),
+        *(RepositoryNotFoundError, RevisionNotFoundError),
+    )
     try:
         yield
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except not_there as error:
         raise NotOnHub(
             f"The Hub has no model {repo!r}, or not this revision, or not for this server.",
             field="source",
@@ -166,10 +176,17 @@ def _hub_errors(repo: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise  # the store's, not the Hub's
         raise SourceUnavailable(
-            f"The Hub did not give {repo!r}: {type(error).__name__}.",
+            f"The Hub did not give {repo!r}: {_named(error)}.",
             field="source",
             fix="Check the server's connection, or upload the files instead.",
         ) from error
+
+
+def _named(error: Exception) -> str:
+    """An error of the Hub's client by its class, with the Hub's status if it answered."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    name = type(error).__name__
+    return name if status is None else f"{name}, status {status}"
 
 
 def _wanted(sizes: dict[str, int], max_bytes: int) -> list[str]:

@@ -1,11 +1,14 @@
 """Messages through a chat template: an adapter's own, or the base model's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum, auto
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dynamic_lora_adapters.files.template_process import PROCESSES, TemplateRefused, TemplateStopped
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.requests.stopped_templates import StoppedTemplates
 from dynamic_lora_server.schemas.openai import Message
 from dynamic_lora_server.schemas.tools import TemplateRequest
 from dynamic_lora_server.tools.conversation import has_calls, has_results, with_calls
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _NOTHING_MORE = TemplateRequest()
+_STOPPED = StoppedTemplates()
 
 
 class Ending(Enum):
@@ -41,19 +45,6 @@ class Tokenizer(Protocol):
     ) -> str:
         """The template that is used: of several, there may be one for tools."""
 
-    def apply_chat_template(
-        self,
-        conversation: list[Any],
-        *,
-        tools: list[Any] | None,
-        chat_template: str | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        tokenize: bool,
-        **variables: Any,
-    ) -> Any:
-        """The conversation as the text the model was trained on."""
-
 
 def render(
     messages: Sequence[Message],
@@ -61,13 +52,15 @@ def render(
     tokenizer: Tokenizer,
     chat: "ChatFormat | None",
     asked: TemplateRequest = _NOTHING_MORE,
+    *,
+    adapter: object = None,
 ) -> str:
     """The text of a conversation, up to where the model's turn begins or goes on.
 
-    `chat` is an adapter's; its template goes before the base model's. `variables` are what the
+    `chat` is that of `adapter`; its template goes before the base model's. `variables` are what the
     request gives to the template, `asked` what it is to write besides the messages. Raises
-    InvalidParameter when the template refuses the messages, would leave something out, or there
-    is none.
+    InvalidParameter when the template refuses the messages, would leave something out, takes more
+    than one rendering may, or there is none.
     """
     own = _own_template(tokenizer, chat)
     _check_variables(variables)
@@ -77,28 +70,22 @@ def render(
     ending = _ending(asked, messages)
     tools = described(asked.tools or ())
     if tools or has_calls(messages) or has_results(messages):
-        check_written(messages, tokenizer, chat, with_tools=bool(tools))
+        check_written(messages, tokenizer, chat, with_tools=bool(tools), adapter=adapter)
     turns = with_calls(conversation, messages)
-    try:
-        text = str(
-            tokenizer.apply_chat_template(
-                turns,
-                tools=tools or None,
-                chat_template=own,
-                add_generation_prompt=ending is Ending.NEW_TURN,
-                continue_final_message=ending is Ending.LAST_TURN,
-                tokenize=False,
-                **variables,
-            )
+    template = own or _base_template(tokenizer, with_tools=bool(tools))
+    with _told(own, adapter):
+        text = PROCESSES.render(
+            template,
+            [[_without_none(turn) for turn in turns]],
+            tools=tools or None,
+            add_generation_prompt=ending is Ending.NEW_TURN,
+            continue_final_message=ending is Ending.LAST_TURN,
+            variables={**tokenizer.special_tokens_map, **variables},
         )
+    try:
         text.encode()  # a template can write half of a character, which no tokenizer takes
-    except Exception as error:
-        # A template is a program: on messages it was not written for, any error can come of it.
-        raise InvalidParameter(
-            f"The {_whose(chat)} chat template refuses these "
-            f"messages: {str(error) or type(error).__name__}.",
-            field="messages",
-        ) from error
+    except UnicodeEncodeError as error:
+        raise _refused(_whose(own, adapter), str(error)) from error
     return text
 
 
@@ -108,13 +95,20 @@ def check_written(
     chat: "ChatFormat | None",
     *,
     with_tools: bool,
+    adapter: object = None,
 ) -> TemplateTools:
     """What the template makes of tools; `with_tools` says whether there are.
 
-    Raises InvalidParameter for tools, calls or results that it would leave out, or if there is no
-    template.
+    Raises InvalidParameter for tools, calls or results that it would leave out, for a template
+    that takes more than one rendering may, or if there is none.
     """
-    found = _tools_of_template(tokenizer, chat, with_tools=with_tools)
+    own = _own_template(tokenizer, chat)
+    tokens = tokenizer.special_tokens_map
+    if chat is not None and own is not None:
+        tokens = {**tokens, **chat.special_tokens}
+    template = own or _base_template(tokenizer, with_tools=with_tools)
+    with _told(own, adapter):
+        found = template_tools(template, tokens)
     left_out = {
         "tools": ("tools", with_tools and not found.offers),
         "calls of earlier turns": ("messages", has_calls(messages) and not found.calls),
@@ -123,28 +117,50 @@ def check_written(
     for what, (field, is_left_out) in left_out.items():
         if is_left_out:
             raise InvalidParameter(
-                f"The {_whose(chat)} chat template does not write {what}: the model would not "
-                "see them.",
+                f"{_whose(own, adapter)} does not write {what}: the model would not see them.",
                 field=field,
                 fix="Leave them out, or name an adapter whose chat template has them.",
             )
     return found
 
 
-def _tools_of_template(
-    tokenizer: Tokenizer, chat: "ChatFormat | None", *, with_tools: bool
-) -> TemplateTools:
-    own = _own_template(tokenizer, chat)
-    if chat is not None and own is not None:
-        return template_tools(own, {**tokenizer.special_tokens_map, **chat.special_tokens})
+@contextmanager
+def _told(own: str | None, adapter: object) -> Iterator[None]:
+    """Say of a rendering what was wrong with it. An adapter's template that was stopped is left
+    alone for a while; the base model's would be everybody's."""
+    whose = _whose(own, adapter)
+    if own is not None and (seconds := _STOPPED.seconds_left(own)):
+        raise InvalidParameter(
+            f"{whose} took more time or memory than one rendering may.",
+            field="messages",
+            fix=f"Mend it; the server tries this one again in {seconds} s.",
+        )
+    try:
+        yield
+    except TemplateRefused as error:
+        raise _refused(whose, str(error)) from error
+    except TemplateStopped as error:
+        if own is not None:
+            _STOPPED.add(own)
+        raise InvalidParameter(
+            f"{whose} was stopped: {error}.",
+            field="messages",
+            fix="Mend it, or send a shorter conversation.",
+        ) from error
+
+
+def _refused(whose: str, reason: str) -> InvalidParameter:
+    return InvalidParameter(f"{whose} refuses these messages: {reason}.", field="messages")
+
+
+def _base_template(tokenizer: Tokenizer, *, with_tools: bool) -> str:
     try:
         # Of several templates, one may be for tools.
-        template = tokenizer.get_chat_template(None, [{}] if with_tools else None)
+        return tokenizer.get_chat_template(None, [{}] if with_tools else None)
     except ValueError as error:
         raise InvalidParameter(
             f"The base model has no chat template for this: {error}", field="messages"
         ) from error
-    return template_tools(template, tokenizer.special_tokens_map)
 
 
 def _own_template(tokenizer: Tokenizer, chat: "ChatFormat | None") -> str | None:
@@ -159,8 +175,11 @@ def _own_template(tokenizer: Tokenizer, chat: "ChatFormat | None") -> str | None
     return own
 
 
-def _whose(chat: "ChatFormat | None") -> str:
-    return "base model's" if chat is None or chat.template is None else "adapter's"
+def _whose(own: str | None, adapter: object) -> str:
+    if own is None:
+        return "The base model's chat template"
+    name = str(adapter)
+    return "The adapter's chat template" if adapter is None else f"The chat template of {name!r}"
 
 
 def _ending(asked: TemplateRequest, messages: Sequence[Message]) -> Ending:
@@ -194,6 +213,11 @@ def _turn(message: Message) -> dict[str, str]:
     if thought is not None:
         turn |= {"reasoning": thought, "reasoning_content": thought}  # templates read either
     return turn
+
+
+def _without_none(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers has it: templates write None as a word."""
+    return {name: value for name, value in turn.items() if value is not None}
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:

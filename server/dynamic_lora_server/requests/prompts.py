@@ -204,7 +204,14 @@ def chat_spec(
     """
     limit = _chat_limit(body)
     return GenerationSpec(
-        prompt=render(body.messages, body.chat_template_kwargs or {}, tokenizer, chat, body),
+        prompt=render(
+            body.messages,
+            body.chat_template_kwargs or {},
+            tokenizer,
+            chat,
+            body,
+            adapter=adapter,
+        ),
         add_special_tokens=False,  # the template writes those that it wants
         adapter=adapter,
         sampling=_openai_sampling(
@@ -228,6 +235,7 @@ def chat_offer(
     tokenizer: Tokenizer,
     view: "TokenizerView",
     otherwise: str,
+    adapter: str | Composition | None = None,
     chat: "ChatFormat | None" = None,
 ) -> Offer | None:
     """What the model may call, in the notation of its chat template, or `otherwise` in that one.
@@ -238,7 +246,7 @@ def chat_offer(
     check_choice(body)
     if not body.tools or body.tool_choice == "none":
         return None
-    found = check_written(body.messages, tokenizer, chat, with_tools=True)
+    found = check_written(body.messages, tokenizer, chat, with_tools=True, adapter=adapter)
     notation = found.notation or NOTATIONS.get(otherwise)
     if notation is None:
         raise InvalidParameter(

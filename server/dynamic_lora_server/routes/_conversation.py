@@ -57,6 +57,7 @@ def _specified(
         tokenizer=tokenizer,
         view=runtime.view,
         otherwise=runtime.config.tool_call_format,
+        adapter=asked.adapter,
         chat=chat,
     )
     spec = chat_spec(body, adapter=asked.adapter, tokenizer=tokenizer, chat=chat, offer=offer)

@@ -19,6 +19,7 @@ from dynamic_lora_server.schemas.adapters import (
     AdapterSource,
     Modes,
     Residency,
+    UnreadableAdapter,
 )
 
 if TYPE_CHECKING:
@@ -66,9 +67,13 @@ async def upload(request: Request, state: State, runtime: Ready) -> Response:
 
 @router.get("", responses=problems(503), summary="List the adapters")
 def list_adapters(runtime: Ready) -> AdapterList:
-    """The passports of all adapters, by name."""
+    """The passports of all adapters, by name, and what is here but cannot be read."""
     adapters = [_adapter(runtime, p) for p in runtime.registry.list()]
-    return AdapterList(adapters=adapters, modes=_modes(runtime))
+    unreadable = [
+        UnreadableAdapter(name=one.name, version=one.digest, reason=one.why)
+        for one in runtime.registry.unreadable()
+    ]
+    return AdapterList(adapters=adapters, unreadable=unreadable, modes=_modes(runtime))
 
 
 @router.get("/{name:name}", responses=problems(404, 503), summary="An adapter's passport")

@@ -1,8 +1,9 @@
 """`/compositions`: weighted sums of adapters, saved under names of their own."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.compositions.composition import Part
@@ -10,8 +11,9 @@ from dynamic_lora_adapters.compositions.text import parse, parse_parts
 from dynamic_lora_adapters.errors import AdapterNotFound
 from dynamic_lora_adapters.home.index import StoredComposition
 from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.http.disconnect import until_disconnect
 from dynamic_lora_server.requests.selection import weighted_parts
-from dynamic_lora_server.routes._deps import Ready, StrictRoute, problems
+from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, problems
 from dynamic_lora_server.schemas.compositions import (
     CompositionList,
     CompositionPart,
@@ -30,21 +32,25 @@ router = APIRouter(prefix="/compositions", tags=["compositions"], route_class=St
     response_model=SavedComposition,
     responses={
         201: {"description": "The name is new", "model": SavedComposition},
-        **problems(400, 404, 409, 413, 415, 422, 503),
+        **problems(400, 404, 409, 413, 415, 422, 429, 502, 503),
     },
     summary="Save a composition under a name",
 )
-async def save(name: str, body: NewComposition, runtime: Ready) -> Response:
+async def save(
+    name: str, body: NewComposition, request: Request, state: State, runtime: Ready
+) -> Response:
     """From now on the name can be used like an adapter's.
 
     A part without a version follows its adapter; the parts are adapters, not
-    saved compositions. An existing composition is replaced; requests that run
-    keep the old one.
+    saved compositions. Those that are not here are fetched from the Hub, if the
+    server does so for requests. An existing composition is replaced; requests
+    that run keep the old one.
     """
+    saved, parts, reserved = runtime.loader.saved, _parts(body), runtime.registry.reserved
+    check = partial(saved.check, name, parts, reserved=reserved)
+    await until_disconnect(request.receive, state.hub.found(check))
     async with runtime.checking:
-        stored, created = await run_in_threadpool(
-            runtime.loader.saved.save, name, _parts(body), reserved=runtime.registry.reserved
-        )
+        stored, created = await run_in_threadpool(saved.save, name, parts, reserved=reserved)
     return Response(
         _document(runtime, stored).model_dump_json(),
         status_code=201 if created else 200,

@@ -95,9 +95,16 @@ def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
     if isinstance(asked, TokenizePrompt):
         ids = view.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
     else:
-        chat = _chat_adapter(asked.model, runtime).chat
+        named = _chat_adapter(asked.model, runtime)
         variables = asked.chat_template_kwargs or {}
-        text = render(asked.messages, variables, runtime.tokenizer, chat, asked)
+        text = render(
+            asked.messages,
+            variables,
+            runtime.tokenizer,
+            named.chat,
+            asked,
+            adapter=named.adapter,
+        )
         ids = view.encode(text, add_special_tokens=False)
     count = TokenCount.model_construct(
         count=len(ids), max_model_len=runtime.context_length, tokens=list(ids)

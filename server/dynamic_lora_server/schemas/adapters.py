@@ -92,10 +92,23 @@ class Modes(Answer):
     drift: float
 
 
+class UnreadableAdapter(Answer):
+    """An adapter whose files are kept and cannot be served, with the `reason`.
+
+    Another release stored it, or the system does not let the server read it. Its name stays its
+    own until it is deleted.
+    """
+
+    name: str
+    version: str
+    reason: str
+
+
 class AdapterList(Answer):
     """The answer of `GET /adapters`, by name."""
 
     adapters: list[Adapter]
+    unreadable: list[UnreadableAdapter]
     modes: Modes
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from dynamic_lora_adapters.files.template_process import PROCESSES, TemplateRefused
 from dynamic_lora_server.tools.notation import HERMES, LLAMA3, MISTRAL, Notation
 
 _KEPT = 64  # templates whose ways stay known
@@ -59,7 +60,10 @@ class TemplateTools:
 
 
 def template_tools(template: str, special_tokens: Mapping[str, Any]) -> TemplateTools:
-    """What a template does; `special_tokens` are what it finds under their names."""
+    """What a template does; `special_tokens` are what it finds under their names.
+
+    Raises TemplateStopped for one that takes more than one rendering may.
+    """
     return _tried(template, tuple(sorted((k, str(v)) for k, v in special_tokens.items())))
 
 
@@ -82,19 +86,10 @@ def _written(
     template: str, messages: Sequence[dict[str, Any]], special_tokens: Mapping[str, Any]
 ) -> str:
     """The conversation as the template has it; nothing if it refuses it."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
-        rendered: Any = render_jinja_template(  # two lists; its annotation says a text
-            conversations=[list(messages)],
-            tools=[_TOOL],
-            chat_template=template,
-            add_generation_prompt=False,
-            **special_tokens,
-        )
-    except Exception:  # a template is a program: any error can come of it
+        return PROCESSES.render(template, [messages], tools=[_TOOL], variables=special_tokens)
+    except TemplateRefused:
         return ""
-    return str(rendered[0][0])
 
 
 def _turn(history: str, said: str) -> str | None:

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,14 +15,11 @@ from transformers import (
 )
 
 from dynamic_lora_adapters.near_names import near_names
-from dynamic_lora_server.base.loading import pick_device
+from dynamic_lora_server.base.loading import UNUSABLE, pick_device, read_model
 from dynamic_lora_server.config import DEVICES
 from dynamic_lora_server.training.config import LoraSettings, TrainingConfig
 from dynamic_lora_server.training.errors import TrainingConfigError, TrainingError
 from dynamic_lora_server.training.trainer import attach_lora
-
-# What transformers and its readers of files raise for a folder that they cannot use.
-_UNUSABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 def check_base(base: Path, config: TrainingConfig) -> None:
@@ -59,14 +54,7 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 def load_model(base: Path, device: torch.device) -> PreTrainedModel:
     """The base in float32 on `device`. Raises TrainingError, also where weights are missing."""
     with _unusable(base):
-        # Typed as the model alone, which it is without the report.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, output_loading_info=True
-        )
-    model, report = loaded
-    assert isinstance(model, PreTrainedModel)
-    if lacking := report["missing_keys"]:  # transformers would make them up
-        raise TrainingError(f"the base model in {base} lacks weights: {', '.join(sorted(lacking))}")
+        model = read_model(base, torch.float32)
     torch.nn.Module.to(model, device)
     return model
 
@@ -87,7 +75,7 @@ def training_device(wanted: str) -> torch.device:
 def _unusable(base: Path) -> Iterator[None]:
     try:
         yield
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         raise TrainingError(f"the base model in {base} cannot be loaded: {error}") from error
 
 

@@ -66,6 +66,21 @@ def test_what_is_there_stays_while_it_is_populated() -> None:
     assert torch.equal(table, torch.arange(100_000.0))
 
 
+@pytest.mark.parametrize("given_up", [True, False])
+def test_what_was_given_up_while_it_was_committed_is_given_back(
+    given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers: list[threading.Timer] = []
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: timers.append(timer))
+    table = untouched()
+    before = resident_bytes()
+    populate_soon(lambda: [table], given_up=lambda: given_up)
+    timers[0].function()
+    if not given_up and resident_bytes() == before:
+        pytest.skip("this kernel cannot populate memory")
+    assert (resident_bytes() - before > SIZE / 2) is not given_up
+
+
 def test_a_process_that_has_no_more_threads_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[threading.Timer] = []
 

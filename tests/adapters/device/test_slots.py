@@ -524,7 +524,9 @@ def test_a_write_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """What would be committed in the background."""
     tables: Asked = []
-    monkeypatch.setattr("dynamic_lora_adapters.device.slots.populate_soon", tables.append)
+    monkeypatch.setattr(
+        "dynamic_lora_adapters.device.slots.populate_soon", lambda find, **_: tables.append(find)
+    )
     return tables
 
 
@@ -541,6 +543,22 @@ def test_the_next_slots_memory_is_asked_for_once(asked: Asked) -> None:
     assert asked[0]() == [], "its slot has been taken"
     admit(pool, "c")
     assert len(asked) == 2, "there is no slot behind the last"
+
+
+def test_a_slot_that_is_cut_off_while_it_is_committed_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Callable[[], bool]] = []
+    monkeypatch.setattr(
+        "dynamic_lora_adapters.device.slots.populate_soon",
+        lambda _, *, given_up: asked.append(given_up),
+    )
+    pool = make_pool(3)
+    slab = admit(pool, "a").slab
+    assert not asked[0]()
+    admit(pool, "wide", rank=16)
+    assert len(slab.tenants) == 1
+    assert asked[0]()
 
 
 def test_no_memory_of_a_slab_that_has_gone_is_asked_for(asked: Asked) -> None:

@@ -1,4 +1,5 @@
 import difflib
+import errno
 import json
 import logging
 import os
@@ -558,6 +559,123 @@ def test_a_chat_format_of_a_newer_release_keeps_nobody_from_starting(
         assert blobs(home) == {digest}
 
 
+def hide(path: Path, aside: Path) -> None:
+    """Move a file or folder away and leave what the system refuses to open, whoever asks."""
+    path.rename(aside)
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("what", ["folder", "adapter_config.json", WEIGHTS_FILE])
+def test_what_the_system_refuses_to_read_is_kept_and_named(
+    what: str,
+    home: Path,
+    geometry: BaseGeometry,
+    adapter: Path,
+    changed: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        digest = publish(registry, "ner", adapter).passport.version
+        kept = publish(registry, "kept", changed).passport.version
+    folder, aside = home / "adapters" / digest, tmp_path / "aside"
+    hidden = folder if what == "folder" else folder / what
+    hide(hidden, aside)
+    for _ in range(2):
+        with AdapterRegistry(home, geometry) as registry:
+            assert names(registry) == ["kept"]
+            (unreadable,) = registry.unreadable()
+            assert (unreadable.name, unreadable.digest) == ("ner", digest)
+            assert unreadable.why.startswith(f"{hidden.name}: Too many levels")
+            with pytest.raises(StoreFailed, match="files of 'ner' cannot be read: .* Too many"):
+                registry.resolve("ner")
+        assert f"'ner' is not served: {unreadable.why}" in caplog.text
+        assert blobs(home) == {digest, kept}
+    hidden.unlink()
+    aside.rename(hidden)
+    with AdapterRegistry(home, geometry) as registry:
+        assert names(registry) == ["kept", "ner"]
+        assert registry.load(digest).linears
+
+
+def record_sizes(home: Path, sizes: dict[str, int]) -> None:
+    with sqlite3.connect(home / "index.sqlite") as connection:
+        connection.execute("UPDATE adapter_versions SET sizes = ?", (json.dumps(sizes),))
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("adapter_config.json", '{"peft_type": "NEWEST", "r": 8}', "NEWEST"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 8}', "lora_alpha is missing"),
+        ("chat.json", '{"new_ids": []}', r"chat\.json\.new_ids: Extra"),
+        ("new.json", "{}", r"does not know its files \['new\.json'\]"),
+    ],
+)
+def test_files_of_another_format_are_kept_whatever_their_sizes(
+    file: str, text: str, why: str, home: Path, geometry: BaseGeometry, adapter: Path
+) -> None:
+    (adapter / "generation_config.json").write_text('{"eos_token_id": 4}')
+    with AdapterRegistry(home, geometry) as registry:
+        digest = publish(registry, "ner", adapter).passport.version
+        (stored,) = registry.index.versions()
+    (home / "adapters" / digest / file).write_text(text)
+    record_sizes(home, {**stored.sizes, file: 1})
+    for _ in range(2):
+        with AdapterRegistry(home, geometry) as registry:
+            with pytest.raises(UnsupportedAdapter, match=why):
+                registry.resolve("ner")
+            assert [one.name for one in registry.unreadable()] == ["ner"]
+            assert kinds(registry, "ner") == [EventKind.UPLOADED]
+        assert blobs(home) == {digest}
+
+
+def test_what_cannot_be_removed_keeps_nobody_from_starting(
+    home: Path,
+    geometry: BaseGeometry,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        digest = publish(registry, "ner", adapter).passport.version
+    (home / "adapters" / "stray").mkdir()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        AdapterRegistry(home, geometry).close()
+    assert "version stray cannot be removed: Permission denied" in caplog.text
+    assert blobs(home) == {digest, "stray"}
+    AdapterRegistry(home, geometry).close()
+    assert_clean(home, {digest})
+
+
+def test_weights_that_cannot_be_read_while_it_runs_are_named(
+    registry: AdapterRegistry, adapter: Path, home: Path, tmp_path: Path
+) -> None:
+    digest = publish(registry, "ner", adapter).passport.version
+    hide(home / "adapters" / digest / WEIGHTS_FILE, tmp_path / "aside")
+    with pytest.raises(StoreFailed, match=rf"version {digest[:12]} cannot be read: {WEIGHTS_FILE}"):
+        registry.load(digest)
+
+
+def test_a_shipped_adapter_that_cannot_be_read_is_left_alone(
+    home: Path, geometry: BaseGeometry, shipped: Path, tmp_path: Path
+) -> None:
+    with AdapterRegistry(home, geometry) as registry:
+        registry.import_shipped(shipped)
+        digest = registry.resolve("ner").digest
+    hide(home / "adapters" / digest, tmp_path / "aside")
+    edit_config(shipped / "ner", lora_alpha=3)
+    with AdapterRegistry(home, geometry) as registry:
+        assert registry.import_shipped(shipped) == []
+    assert blobs(home) == {digest}
+
+
 def test_a_new_release_replaces_what_it_shipped_and_cannot_read(
     home: Path, geometry: BaseGeometry, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -770,7 +888,7 @@ def test_content_that_is_there_is_read_before_others_wait(
         assert go_on.wait(30)
         return folder_digest(folder) == digest
 
-    monkeypatch.setattr("dynamic_lora_adapters.home.registry.is_sound", slowly)
+    monkeypatch.setattr("dynamic_lora_adapters.home.mending.is_sound", slowly)
     upload = threading.Thread(target=publish, args=(registry, "twin", adapter))
     upload.start()
     assert reading.wait(30)

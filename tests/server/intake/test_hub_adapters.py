@@ -7,9 +7,15 @@ from collections.abc import Callable
 import pytest
 
 from dynamic_lora_adapters.compositions.composition import VersionNotFound
-from dynamic_lora_adapters.errors import AdapterNotFound, IncompatibleAdapter
-from dynamic_lora_server.errors import InvalidParameter, NotReady, QueueFull
+from dynamic_lora_adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    IncompatibleAdapter,
+    StoreFailed,
+)
+from dynamic_lora_server.errors import InvalidParameter, NotReady, QueueFull, ServerError
 from dynamic_lora_server.intake import hub_adapters as module
+from dynamic_lora_server.intake import hub_failures
 from dynamic_lora_server.intake.hub_adapters import HubAdapters
 from dynamic_lora_server.intake.sources import NotOnHub, SourceUnavailable
 
@@ -24,7 +30,10 @@ class Server:
         self.gate.set()
         self.failure: Exception | None = None
         self.keeps = True
-        self.hub = HubAdapters(organisations, self._publish, max_waiting=max_waiting)
+        self.now = 0.0
+        self.hub = HubAdapters(
+            organisations, self._publish, max_waiting=max_waiting, clock=lambda: self.now
+        )
 
     async def _publish(self, name: str) -> None:
         self.fetched.append(name)
@@ -128,26 +137,85 @@ async def test_a_fetch_ends_although_nobody_waits(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("failure", "expected", "field"),
+    ("failure", "expected", "field", "pauses"),
     [
-        (NotOnHub("no", field="source"), AdapterNotFound, "adapter"),
-        (SourceUnavailable("away", field="source"), SourceUnavailable, "adapter"),
-        (IncompatibleAdapter("other base", field="x"), IncompatibleAdapter, "x"),
-        (OSError("a fault of ours"), OSError, None),
+        (NotOnHub("no", field="source"), AdapterNotFound, "adapter", (30, 60)),
+        (SourceUnavailable("away", field="source"), SourceUnavailable, "adapter", (5, 10)),
+        (StoreFailed("the disk is full"), StoreFailed, None, (5, 10)),
+        (IncompatibleAdapter("other base", field="x"), IncompatibleAdapter, "x", (30, 60)),
+        (OSError("a fault of ours"), ServerError, "adapter", (5, 10)),
     ],
 )
-async def test_a_failure_is_everybodys_and_is_tried_again(
-    failure: Exception, expected: type[Exception], field: str | None
+async def test_a_failure_is_everybodys_until_it_is_tried_again(
+    failure: Exception,
+    expected: type[AdapterError | ServerError],
+    field: str | None,
+    pauses: tuple[int, int],
 ) -> None:
     server = Server("*")
     server.failure = failure
-    asked = [server.ask("org/x", wanted=True) for _ in range(3)]
-    errors = await asyncio.gather(*asked, return_exceptions=True)
-    assert {type(error) for error in errors} == {expected}
-    assert all(getattr(error, "field", None) == field for error in errors)
+    for num_fetches, pause in enumerate(pauses, start=1):
+        asked = [server.ask("org/x", wanted=True) for _ in range(3)]
+        errors = await asyncio.gather(*asked, return_exceptions=True)
+        server.now += pause - 0.5
+        with pytest.raises((AdapterError, ServerError)) as late:
+            await server.ask("org/x")
+        told = late.value
+        assert isinstance(told, AdapterError | ServerError)
+        for error in errors:
+            assert isinstance(error, AdapterError | ServerError)
+            assert (type(error), error.field) == (expected, field)
+            assert error.message == told.message == str(told)
+            assert (error.fix or "").endswith(f"asks the Hub again in {pause} s.")
+        assert (told.fix or "").endswith("in 1 s.")
+        assert len(server.fetched) == num_fetches
+        server.now += 0.5
     server.failure = None
     assert await server.ask("org/x") == ("org/x",)
-    assert len(server.fetched) == 2
+    assert len(server.fetched) == 3
+    server.names.clear()
+    assert await server.ask("org/x") == ("org/x",)
+
+
+async def test_a_failure_is_told_to_each_anew_and_says_nothing_of_other_names() -> None:
+    server = Server("*")
+    server.failure = SourceUnavailable("away", fix="Look at the connection.")
+    errors = []
+    for _ in range(2):
+        with pytest.raises(SourceUnavailable) as caught:
+            await server.ask("org/x")
+        errors.append(caught.value)
+        server.now += 2
+    assert errors[0] is not errors[1]
+    assert [error.retry_after for error in errors] == [5, 3]
+    assert errors[1].fix == "Look at the connection. The server asks the Hub again in 3 s."
+    server.failure = None
+    assert await server.ask("org/y") == ("org/y",)
+
+
+@pytest.mark.parametrize(("failure", "longest"), [(NotOnHub("no"), 900), (OSError(), 60)])
+async def test_pauses_grow_to_an_end(failure: Exception, longest: int) -> None:
+    server = Server("*")
+    server.failure = failure
+    for _ in range(30):
+        with pytest.raises((AdapterNotFound, ServerError)):
+            await server.ask("org/x")
+        server.now += longest
+    assert len(server.fetched) == 30
+    server.now -= 1
+    with pytest.raises((AdapterNotFound, ServerError)):
+        await server.ask("org/x")
+    assert len(server.fetched) == 30
+
+
+async def test_so_many_failures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_failures, "_MOST_KEPT", 2)
+    server = Server("*")
+    server.failure = NotOnHub("no")
+    for name in ("org/x", "org/y", "org/z", "org/z", "org/y", "org/x"):
+        with pytest.raises(AdapterNotFound):
+            await server.ask(name)
+    assert server.fetched == ["org/x", "org/y", "org/z", "org/x"]
 
 
 async def test_what_is_gone_again_is_fetched_once_for_a_request() -> None:

@@ -3,13 +3,21 @@
 import errno
 import socket
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+)
 
 from dynamic_lora_adapters.files.archive import Intake
-from dynamic_lora_server.errors import InvalidParameter
-from dynamic_lora_server.intake.sources import SourceUnavailable, fetch_source
+from dynamic_lora_server.errors import InvalidParameter, ServerError
+from dynamic_lora_server.intake.sources import NotOnHub, SourceUnavailable, fetch_source
 
 
 def fetch(source: str, roots: list[Path], tmp_path: Path, endpoint: str | None = None) -> set[str]:
@@ -83,6 +91,32 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
         port = closed.getsockname()[1]
     with pytest.raises(SourceUnavailable, match="did not give 'org/repo'"):
         fetch("hf://org/repo@main", [], tmp_path, endpoint=f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told", "text"),
+    [
+        (HfHubHTTPError, 429, SourceUnavailable, "HfHubHTTPError, status 429"),
+        (RepositoryNotFoundError, 404, NotOnHub, "has no model 'org/repo'"),
+        (GatedRepoError, 403, NotOnHub, "not for this server"),
+        (DisabledRepoError, 403, NotOnHub, "not for this server"),
+    ],
+)
+def test_trouble_is_told_from_what_the_hub_does_not_have(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[HfHubHTTPError],
+    status: int,
+    told: type[ServerError],
+    text: str,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        answer: Any = httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+        raise error(f"{status} Client Error.", response=answer)
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(told, match=text):
+        fetch("hf://org/repo", [], tmp_path)
 
 
 def test_a_hub_name_that_cannot_be(tmp_path: Path) -> None:

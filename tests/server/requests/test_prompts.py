@@ -1,20 +1,27 @@
 """Task cards, defaults and chat templates: from a body to a spec."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from dynamic_lora_adapters.files.card import TaskCard
+from dynamic_lora_adapters.files.chat import ChatFormat
+from dynamic_lora_adapters.files.template_process import TemplateProcesses
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.generation import GenerationSpec
+from dynamic_lora_server.requests import chat_template
 from dynamic_lora_server.requests.prompts import (
     CHAT_TOKENS,
+    chat_offer,
     chat_spec,
     completion_specs,
     generate_spec,
 )
+from dynamic_lora_server.requests.stopped_templates import StoppedTemplates
 from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest
+from dynamic_lora_server.tools import template
 from tests.support.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -278,3 +285,71 @@ def test_a_template_that_refuses_and_one_that_is_missing() -> None:
     tokenizer.chat_template = None
     with pytest.raises(InvalidParameter, match="has no chat template"):
         chat_spec(body, adapter=None, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Renderings that may take a tenth of a second, and no template that was stopped yet."""
+    processes = TemplateProcesses(seconds=0.1)
+    monkeypatch.setattr(chat_template, "PROCESSES", processes)
+    monkeypatch.setattr(template, "PROCESSES", processes)
+    monkeypatch.setattr(chat_template, "_STOPPED", StoppedTemplates())
+    yield
+    processes.close()
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_adapters_template_that_takes_too_much_is_named_and_left_alone() -> None:
+    body = ChatRequest.model_validate(
+        {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}
+    )
+    chat = ChatFormat(template=ENDLESS)
+    with pytest.raises(InvalidParameter) as caught:
+        chat_spec(body, adapter="sql", tokenizer=TOKENIZER, chat=chat)
+    assert caught.value.field == "messages"
+    assert caught.value.message == (
+        "The chat template of 'sql' was stopped: it computes for more than 0.1 s."
+    )
+    with pytest.raises(InvalidParameter, match="'sql' took more time or memory") as again:
+        chat_spec(body, adapter="sql", tokenizer=TOKENIZER, chat=chat)
+    assert again.value.fix == "Mend it; the server tries this one again in 60 s."
+    assert chat_spec(body, adapter=None, tokenizer=TOKENIZER).prompt == "[user] hi\n[assistant]"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_so_is_one_that_takes_too_much_of_tools() -> None:
+    function = {"name": "f", "parameters": {"type": "object"}}
+    body = ChatRequest.model_validate(
+        {
+            "model": "sql",
+            "messages": [{"role": "user", "content": "hi"}],
+            "tools": [{"type": "function", "function": function}],
+        }
+    )
+    chat = ChatFormat(template="{% if tools %}" + ENDLESS + "{% endif %}")
+    view: Any = None  # which only a template that writes tools needs
+    for why in ("'sql' was stopped: it computes", "'sql' took more time"):
+        with pytest.raises(InvalidParameter, match=why):
+            chat_offer(
+                body,
+                tokenizer=TOKENIZER,
+                view=view,
+                otherwise="hermes",
+                adapter="sql",
+                chat=chat,
+            )
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_base_models_template_is_everybodys_and_tried_each_time() -> None:
+    body = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ENDLESS
+    for _ in range(2):
+        with pytest.raises(InvalidParameter, match="base model's chat template was stopped"):
+            chat_spec(body, adapter=None, tokenizer=tokenizer)

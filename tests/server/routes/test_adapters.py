@@ -176,7 +176,7 @@ async def test_an_adapter_that_cannot_be_read_any_more_can_be_deleted(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = load_runtime(tmp_path)
-    publish(runtime, "ner", adapter)
+    digest = publish(runtime, "ner", adapter)
     runtime.registry.close()
     with sqlite3.connect(tmp_path / "home" / "index.sqlite") as connection:
         connection.execute("UPDATE adapter_versions SET passport = '{}'")
@@ -190,6 +190,10 @@ async def test_an_adapter_that_cannot_be_read_any_more_can_be_deleted(
         unreadable = await client.get("/adapters/ner")
         assert unreadable.status_code == 422
         assert "delete it" in unreadable.json()["fix"]
+        (listed,) = (await client.get("/adapters")).json()["unreadable"]
+        assert (listed["name"], listed["version"]) == ("ner", digest)
+        assert listed["reason"] == "layer_replication = [[0, 2]] is not served."
         assert (await client.delete("/adapters/ner")).status_code == 204
         assert (await client.get("/adapters/ner")).status_code == 404
+        assert (await client.get("/adapters")).json()["unreadable"] == []
     assert list((tmp_path / "home" / "adapters").iterdir()) == []

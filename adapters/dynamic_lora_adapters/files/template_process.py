@@ -1,0 +1,191 @@
+"""Chat templates, rendered in processes that can be ended: no template holds up the server.
+
+A template computes in C, too, where nothing within a process stops it: `10 ** (10 ** 9)` alone
+takes a thread for hours, and the interpreter's lock with it. What a rendering may take is bounded
+by the system (`template_worker.py`).
+"""
+
+import atexit
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from dynamic_lora_adapters.files import template_worker
+
+SECONDS = 2.0
+ROOM_BYTES = 512 * 2**20
+_MAX_IDLE = 2
+
+logger = logging.getLogger(__name__)
+
+
+class TemplateRefused(Exception):
+    """What jinja, or the template itself, says against its input."""
+
+
+class TemplateStopped(Exception):
+    """A template took more than one rendering may; the message says of what."""
+
+
+class TemplateProcess:
+    """One process, for one thread at a time."""
+
+    def __init__(self, *, seconds: float, room_bytes: int) -> None:
+        self._seconds = seconds
+        self._process = subprocess.Popen(
+            # -P: the folder of the script is none to import from.
+            [sys.executable, "-P", template_worker.__file__, str(seconds), str(room_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Libraries would reserve memory for one thread on each core.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # what interrupts the server ends it by closing its input
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._jobs: IO[bytes] = self._process.stdin
+        self._answers: IO[bytes] = self._process.stdout
+        self._begun = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs, as far as is known."""
+        return self._process.poll() is None
+
+    def render(self, job: bytes) -> str:
+        """The text of a job, a line of JSON. Raises TemplateRefused, and TemplateStopped, after
+        which the process is of no use; RuntimeError where it did not start."""
+        if not self._begun and not self._answers.readline():
+            raise RuntimeError("the process that renders chat templates did not start")
+        self._begun = True
+        with suppress(BrokenPipeError):
+            self._jobs.write(job + b"\n")
+            self._jobs.flush()
+        line = self._answers.readline()
+        if not line.endswith(b"\n"):
+            raise TemplateStopped(self._why_ended())
+        answer = json.loads(line)
+        if "stopped" in answer:
+            raise TemplateStopped(answer["stopped"])
+        if "refused" in answer:
+            raise TemplateRefused(answer["refused"])
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        for stream in (self._jobs, self._answers):
+            with suppress(BrokenPipeError):
+                stream.close()
+        self._process.wait()
+
+    def _why_ended(self) -> str:
+        status = self._process.wait()
+        if sys.platform != "win32" and status == -signal.SIGPROF:
+            return f"it computes for more than {self._seconds:g} s"
+        return f"the process that rendered it ended with status {status}"
+
+
+class TemplateProcesses:
+    """Processes for as many threads as come; a few stay for the next. Safe from any thread."""
+
+    def __init__(self, *, seconds: float = SECONDS, room_bytes: int = ROOM_BYTES) -> None:
+        self._seconds = seconds
+        self._room_bytes = room_bytes
+        self._lock = threading.Lock()
+        self._idle: list[TemplateProcess] = []
+
+    def prepare(self) -> None:
+        """Have one start now, without waiting for it: that takes a second."""
+        with self._lock:
+            if self._idle:
+                return
+            try:
+                self._idle.append(self._new())
+            except OSError as error:  # who renders is told; not everybody does
+                logger.warning("no process for chat templates can be started: %s", error)
+
+    def render(
+        self,
+        template: str,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Conversations as transformers renders them, one behind the other; all values are JSON's.
+
+        Without any, the template is compiled and that is all. Raises TemplateRefused and
+        TemplateStopped.
+        """
+        job = {
+            "template": template,
+            "conversations": conversations,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "variables": variables or {},
+        }
+        try:
+            line = json.dumps(job).encode()
+        except RecursionError:
+            raise TemplateRefused("they are nested too deeply") from None
+        with self._leased() as process:
+            return process.render(line)
+
+    def close(self) -> None:
+        """End those that nobody uses."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.close()
+
+    @contextmanager
+    def _leased(self) -> Iterator[TemplateProcess]:
+        process = self._take()
+        try:
+            yield process
+        except TemplateRefused:
+            self._keep(process)
+            raise
+        except TemplateStopped:
+            process.close()
+            self.prepare()  # or who comes next would wait for one
+            raise
+        except BaseException:
+            process.close()
+            raise
+        self._keep(process)
+
+    def _take(self) -> TemplateProcess:
+        while True:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None:
+                return self._new()
+            if process.alive:
+                return process
+            process.close()
+
+    def _keep(self, process: TemplateProcess) -> None:
+        with self._lock:
+            if len(self._idle) < _MAX_IDLE:
+                self._idle.append(process)
+                return
+        process.close()
+
+    def _new(self) -> TemplateProcess:
+        return TemplateProcess(seconds=self._seconds, room_bytes=self._room_bytes)
+
+
+PROCESSES = TemplateProcesses()
+"""Those of this Python process, which end with it."""
+atexit.register(PROCESSES.close)

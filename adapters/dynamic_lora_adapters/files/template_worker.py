@@ -1,0 +1,92 @@
+"""A process that renders chat templates; a script, which imports nothing of this package.
+
+A template is a program that somebody uploaded. What it takes is bounded by the system, which ends
+this process and nothing else. Arguments are the seconds of computing and the bytes of memory that
+one rendering may take. A job comes as a line of JSON on standard input, its answer goes as one to
+standard output.
+"""
+
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+# What a rendering may write: so many times what it was given, and so many characters more.
+_GROWTH, _MORE = 4, 2**20
+_MAX_REASON = 2000
+
+
+def main() -> None:
+    """Answer jobs until there are no more."""
+    seconds, room_bytes = float(sys.argv[1]), int(sys.argv[2])
+    answers = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):  # where the server has no standard error
+        os.dup2(2, 1)  # nobody else writes between the answers
+    render = _renderer()
+    _bound_memory(room_bytes)
+    _send(answers, b"{}")
+    for line in sys.stdin.buffer:
+        _bound_time(seconds)
+        answer = _answer(render, line)
+        _bound_time(0)
+        _send(answers, answer)
+
+
+def _renderer() -> Any:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template
+
+
+def _send(answers: Any, line: bytes) -> None:
+    answers.write(line + b"\n")
+    answers.flush()
+
+
+def _answer(render: Any, line: bytes) -> bytes:
+    """`text`, or why there is none: what it was `refused` for, or what it was `stopped` for."""
+    try:
+        job = json.loads(line)
+        texts, _ = render(
+            conversations=job["conversations"],
+            tools=job["tools"],
+            chat_template=job["template"],
+            add_generation_prompt=job["add_generation_prompt"],
+            continue_final_message=job["continue_final_message"],
+            **job["variables"],
+        )
+        text = "".join(texts)
+        if len(text) > (most := _GROWTH * len(line) + _MORE):
+            return json.dumps({"stopped": f"it writes more than {most:,} characters"}).encode()
+        return json.dumps({"text": text}).encode()
+    except MemoryError:
+        return b'{"stopped": "it takes more memory than one rendering may"}'
+    except Exception as error:
+        # On messages that it was not written for, any error can come of it.
+        reason = str(error)[:_MAX_REASON] or type(error).__name__
+        return json.dumps({"refused": reason}).encode()
+
+
+def _bound_time(seconds: float) -> None:
+    """Have the system end this process after so many seconds of computing; 0: not at all."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _bound_memory(room_bytes: int) -> None:
+    """Have the system give this process so much more than it has, where that can be told."""
+    if sys.platform == "linux":
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            num_pages = int(file.read().split()[0])
+        limit = num_pages * resource.getpagesize() + room_bytes
+        with suppress(ValueError):  # a lower limit has been set already
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()
