@@ -19,7 +19,8 @@ from typing import IO, Any
 
 from dynamic_lora_adapters.files import template_worker
 
-SECONDS = 2.0
+# 8 MiB of the shortest messages take a quarter of it: no conversation is to stop a sound template.
+SECONDS = 5.0
 ROOM_BYTES = 512 * 2**20
 _MAX_IDLE = 2
 

@@ -93,10 +93,14 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
     by the release that stored it.
     """
     found = Recovered()
-    current = index.names()
-    for stored in index.versions():
+    current, versions = index.names(), index.versions()
+    there = store.digests()
+    none_there = there.isdisjoint(stored.digest for stored in versions)
+    for stored in versions:
         is_served = stored.base == base and current.get(stored.name) == stored.digest
         try:
+            if none_there:  # with the disk they come back
+                raise OSError("the home has none of its adapters, as if its disk were not mounted")
             if not _is_whole(stored, store, index):
                 logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
                 index.drop(stored.name, EventKind.LOST, base=stored.base)
@@ -110,12 +114,12 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
             logger.warning("adapter %r is not served: %s", stored.name, unreadable.why)
             if is_served:
                 found.unreadable[stored.name] = unreadable
-    _remove_unknown(store, {stored.digest for stored in index.versions()})
+    _remove(there - {stored.digest for stored in index.versions()}, store)
     return found
 
 
-def _remove_unknown(store: BlobStore, known: set[str]) -> None:
-    for digest in store.digests() - known:
+def _remove(digests: set[str], store: BlobStore) -> None:
+    for digest in digests:
         try:
             store.remove(digest)
         except StoreFailed as error:

@@ -254,7 +254,7 @@ class AdapterRegistry:
 
     def _import_one(self, name: str, source: Path) -> bool:
         unreadable, current = self._unreadable.get(name), self._digest(name)
-        if unreadable is not None and unreadable.refused:
+        if unreadable and unreadable.refused and unreadable.digest in self._store.digests():
             return False  # it may be whole
         events, model_id = self._index.history(name), self._geometry.model_id
         if not is_wanted(name, source, events, current=current, model_id=model_id):
