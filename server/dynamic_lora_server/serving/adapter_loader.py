@@ -20,6 +20,7 @@ from dynamic_lora_adapters.home.lease import Lease
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_server.serving.readers import AdapterReaders
 from dynamic_lora_server.serving.room_line import RoomLine
+from dynamic_lora_server.serving.stop import Stop
 
 T = TypeVar("T")
 _Read = Callable[[], Awaitable[Incoming]]
@@ -65,7 +66,7 @@ class AdapterLoader:
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
-        self._why_none: Exception | None = None
+        self._stop = Stop()
         self._parts: dict[str, frozenset[str]] = {}
         self._parts_lock = threading.Lock()
         # Also what was deleted while it was being loaded, and what a new upload replaced.
@@ -82,7 +83,8 @@ class AdapterLoader:
         None for a composition that is the base model. While it is not there yet, or its room is
         claimed, this is within `waiting`. Raises AdapterNotFound (with near names),
         InvalidComposition, UnsupportedAdapter for parts that do not compose,
-        AdapterCapacityError, QueueFull for a merge, and what `waiting` does.
+        AdapterCapacityError, QueueFull for a merge, what `waiting` does, and what `fail_waiters`
+        was told.
         """
         wanted = self.saved.resolve(adapter) if isinstance(adapter, str) else adapter
         if wanted.is_base:
@@ -97,7 +99,9 @@ class AdapterLoader:
             if (resident := self._resident(version)) is None:
                 read = partial(self.readers.read, wanted, digests)
                 with waiting():
-                    resident = await self._bring(version, read, is_merge=wanted.merge is not None)
+                    async with self._stop.heeded():
+                        is_merge = wanted.merge is not None
+                        resident = await self._bring(version, read, is_merge=is_merge)
             try:
                 # Again: while it waited for room, nobody knew of it.
                 self._remember(version, digests)
@@ -121,9 +125,8 @@ class AdapterLoader:
         return end
 
     def fail_waiters(self, why: Exception) -> None:
-        """No more room will be made: whoever waits for some, now or later, gets this error."""
-        self._why_none = why
-        self.line.announce()
+        """Bring no more: whoever waits for an adapter, now or later, gets this error at once."""
+        self._stop.call(why)
 
     def close(self) -> None:
         """Read no more."""
@@ -195,8 +198,6 @@ class AdapterLoader:
                 incoming = await read()
             if (adapter := await self._admit(digest, incoming)) is not None:
                 return adapter
-            if self._why_none is not None:
-                raise self._why_none
             self._ask_for_room()
             if self.line.may_claim:
                 claim = partial(self._pool.claim, incoming, self.line.claimed)

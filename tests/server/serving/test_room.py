@@ -19,7 +19,7 @@ from dynamic_lora_adapters.compositions.composition import Composition, Merge, P
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.kernels.factor_layout import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
-from dynamic_lora_server.errors import QueueFull
+from dynamic_lora_server.errors import NotReady, QueueFull
 from dynamic_lora_server.readings import readings_of_demand
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.serving import room_line
@@ -286,6 +286,60 @@ async def test_a_merge_that_waits_for_room_is_computed_once(
         await busy.end()
         assert finishes(await merged)
         assert computed[str(merge(0.5))] == 1
+
+
+async def stopped(runtime: Runtime, tasks: list[asyncio.Task[Any]]) -> set[type[object]]:
+    """What they are told when the server stops."""
+    runtime.service.refuse()
+    runtime.loader.close()
+    with pytest.raises(NotReady):
+        async with runtime.loader.hold("late"):
+            pass
+    found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+    return {type(one) for one in found}
+
+
+async def test_a_stop_is_told_at_once_to_all_who_wait_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room_line, "PATIENCE_S", math.inf)
+    async with serving_in(tmp_path, room=1, ranks=same_shapes(*"abcd", "late")) as runtime:
+        busy = await Holding(runtime, "a").begun()
+        waiting = [asyncio.create_task(collect(runtime, spec(adapter=name))) for name in "bccd"]
+        line, reads = runtime.loader.line, runtime.loader.readers.stats
+        await eventually(lambda: line.num_waiting == 3 and line.waited_s > 0, "they wait")
+        before = reads.num_reads
+        assert await stopped(runtime, waiting) == {NotReady}
+        assert reads.num_reads == before
+        await busy.end()
+
+
+async def test_a_stop_is_told_at_once_to_all_whose_adapters_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have a thread, or wait for one, for a turn to merge, or for the load of another."""
+    async with serving_in(
+        tmp_path, room=1, ranks=same_shapes(*"abcde", "late"), adapter_memory=2**22
+    ) as runtime:
+        begun: list[str] = []
+        go_on, terms = threading.Event(), runtime.loader.saved.terms
+
+        def slowly(composition: Composition, *args: Any) -> AdapterTerms:
+            begun.append(str(composition))
+            assert go_on.wait(60)
+            return terms(composition, *args)
+
+        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        wanted = [*"abcdea", "a*0.5", "b*0.5", merge(0.3), merge(0.5), merge(0.5)]
+        waiting = [asyncio.create_task(collect(runtime, spec(adapter=one))) for one in wanted]
+        try:
+            await eventually(lambda: len(begun) == 4, "two adapters, a sum and a merge are read")
+            queues = {"adapter": 3, "sum": 1, "merge": 1}
+            await eventually(lambda: runtime.loader.readers.queues() == queues, "others wait")
+            assert await stopped(runtime, waiting) == {NotReady}
+            assert len(begun) == 4
+        finally:
+            go_on.set()
 
 
 @pytest.mark.parametrize("memory", [2 * MERGED - 2, MERGED - 2])
