@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dynamic_lora_adapters.compositions.compose import check_share
 from dynamic_lora_adapters.compositions.composition import Composition
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
 from dynamic_lora_adapters.device.incoming import Incoming
 from dynamic_lora_adapters.device.slots import AdapterPool
+from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.errors import QueueFull
 from dynamic_lora_server.serving.pace import Pace
 
@@ -24,6 +25,9 @@ T = TypeVar("T")
 # parts, and a merge may take minutes: no kind holds up another.
 _NUM_THREADS = {"adapter": 2, "sum": 1, "merge": 1}
 _MOST_MERGES = 8  # that wait for their turn
+# What a merge may take of the memory for adapters: a request makes one up, and all others would
+# have to leave for one that takes most of it.
+_MERGE_SHARE = 0.5
 
 
 @dataclass(slots=True)
@@ -67,15 +71,14 @@ class AdapterReaders:
     async def read(self, wanted: Composition, digests: Sequence[str]) -> Incoming:
         """What is wanted, of contents that the caller has leased, and the room that it needs.
 
-        Raises what `SavedCompositions.terms` does, AdapterCapacityError for more than there is.
+        Raises what `SavedCompositions.terms` does, AdapterCapacityError for more than there is,
+        and, before it is computed, for a merge of more than its share.
         """
         kind, given_up = _kind(wanted), threading.Event()
 
         def work() -> Incoming:
-            incoming = self._pool.prepare(self._saved.terms(wanted, digests, given_up.is_set))
-            if wanted.merge is not None:
-                check_share(incoming.num_bytes, self._pool.stats().budget_bytes)
-            return incoming
+            terms = self._saved.terms(wanted, digests, given_up.is_set, self._check_share)
+            return self._pool.prepare(terms)
 
         loop = asyncio.get_running_loop()
         self._num_reading[kind] += 1
@@ -111,6 +114,17 @@ class AdapterReaders:
                 self._pace.record(time.monotonic() - began)
         finally:
             self._num_merges -= 1
+
+    def _check_share(self, merged: AdapterTerms) -> None:
+        needed = self._pool.reckoner.reckon(merged).num_bytes
+        most = self._pool.stats().budget_bytes * _MERGE_SHARE
+        if needed > most:
+            raise AdapterCapacityError(
+                f"The merged deltas need {needed} bytes on the device; a merge may take "
+                f"{most:.0f}, half of what adapters may use.",
+                fix="Use merge_strategy linear, whose sums take no more than their parts, or start "
+                "the server with a larger --adapter-memory.",
+            )
 
     def close(self) -> None:
         """Read no more."""

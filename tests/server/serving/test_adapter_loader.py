@@ -401,7 +401,7 @@ async def test_a_merge_larger_than_all_room_is_refused_before_it_is_computed(
             [Part(name) for name in names(2)], merge=Merge(strategy=Strategy.TIES, density=0.5)
         )
         monkeypatch.setattr(compose, "_merged", computed)
-        with pytest.raises(AdapterCapacityError, match="merged deltas need 32768 bytes"):
+        with pytest.raises(AdapterCapacityError, match="merged deltas need 65536 bytes"):
             await collect(runtime, spec(adapter=merged))
 
 

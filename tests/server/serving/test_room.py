@@ -342,25 +342,27 @@ async def test_a_stop_is_told_at_once_to_all_whose_adapters_are_read(
             go_on.set()
 
 
-@pytest.mark.parametrize("memory", [2 * MERGED - 2, MERGED - 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_merge_may_take_half_of_the_memory_for_adapters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Also where its layers take more than their deltas, as those beside them have none."""
-    computed = 0
+    """With the layers beside its own, which have no delta, and the float32 copies for merging."""
+    computed: list[str] = []
+    merged_layer = compose._merged
 
-    def count(*args: Any) -> Any:
-        nonlocal computed
-        computed += 1
-        return merged_layer(*args)
+    def note(deltas: Any, weights: Any, how: Merge, path: str) -> Any:
+        computed.append(path)
+        return merged_layer(deltas, weights, how, path)
 
-    async with serving_in(
-        tmp_path, room=1, ranks=same_shapes(*"ab"), adapter_memory=memory
-    ) as runtime:
-        merged_layer = compose._merged
-        monkeypatch.setattr(compose, "_merged", count)
-        with pytest.raises(AdapterCapacityError, match=f"a merge may take {memory // 2}") as error:
+    monkeypatch.setattr(compose, "_merged", note)
+    most = MERGED if dtype == "float32" else MERGED + MERGED // 2
+    options: dict[str, Any] = {"ranks": same_shapes(*"ab"), "dtype": dtype, "mode": "merged"}
+    async with serving_in(tmp_path, room=1, adapter_memory=2 * most - 2, **options) as runtime:
+        text = f"need {most} bytes on the device; a merge may take {most - 1}, half"
+        with pytest.raises(AdapterCapacityError, match=text) as error:
             await collect(runtime, spec(adapter=merge(0.5)))
         assert "Use merge_strategy linear" in str(error.value.fix)
-        # What is too large by the deltas alone is refused before it is computed.
-        assert bool(computed) == (memory // 2 >= MERGED // 2)
+        assert not computed
+    async with serving_in(tmp_path, room=1, adapter_memory=2 * most, **options) as runtime:
+        assert finishes(await collect(runtime, spec(adapter=merge(0.5))))
+        assert len(computed) == 2
