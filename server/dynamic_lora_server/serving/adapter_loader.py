@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanag
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.compositions.composition import Composition, Part
 from dynamic_lora_adapters.compositions.saved import SavedCompositions, check_version
 from dynamic_lora_adapters.device.incoming import Incoming
 from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.device.slots import AdapterPool
+from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_adapters.home.lease import Lease
 from dynamic_lora_adapters.home.registry import AdapterRegistry
@@ -39,6 +39,16 @@ class Held:
     chat: ChatFormat | None = None
 
 
+class _Load:
+    """What requests for one digest wait for together; `refusals` are for those who wait now."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.num_waiting = 0
+        # Of each composition with the digest its own: a refusal names adapters.
+        self.refusals: dict[Composition, AdapterError] = {}
+
+
 class AdapterLoader:
     """Pairs the registry (what exists) with the pool (what is on the device).
 
@@ -61,7 +71,7 @@ class AdapterLoader:
         self._registry = registry
         self._pool = pool
         # As long as one waits for a load, who comes later waits for the same.
-        self._loads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._loads: dict[str, _Load] = {}
         # Of its own, which ends with this object: the disk or the database may keep it waiting.
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,8 +110,7 @@ class AdapterLoader:
                 read = partial(self.readers.read, wanted, digests)
                 with waiting():
                     async with self._stop.heeded():
-                        is_merge = wanted.merge is not None
-                        resident = await self._bring(version, read, is_merge=is_merge)
+                        resident = await self._bring(version, wanted, read)
             try:
                 # Again: while it waited for room, nobody knew of it.
                 self._remember(version, digests)
@@ -167,17 +176,33 @@ class AdapterLoader:
         """Leased, if it is on the device and nobody claims its room."""
         return None if digest in self.line.claimed else self._pool.lease(digest)
 
-    async def _bring(self, digest: str, read: _Read, *, is_merge: bool) -> ResidentAdapter:
-        async with self._loads.setdefault(digest, asyncio.Lock()):
-            while digest in self.line.claimed and self._pool.is_resident(digest):
-                await self.line.until_unclaimed()
-            if (adapter := self._pool.lease(digest)) is not None:
-                return adapter
-            if not is_merge:
-                return await self._find_room(digest, read)
-            async with self.readers.merging():
-                merged = await read()
-                return await self._find_room(digest, partial(_given, merged))
+    async def _bring(self, digest: str, wanted: Composition, read: _Read) -> ResidentAdapter:
+        load = self._loads.setdefault(digest, _Load())
+        load.num_waiting += 1
+        try:
+            async with load.turn:
+                if (refusal := load.refusals.get(wanted)) is not None:
+                    raise refusal
+                return await self._load(digest, read, is_merge=wanted.merge is not None)
+        except AdapterError as error:
+            load.refusals[wanted] = error
+            raise
+        finally:
+            load.num_waiting -= 1
+            if not load.num_waiting:
+                load.refusals.clear()
+                del self._loads[digest]
+
+    async def _load(self, digest: str, read: _Read, *, is_merge: bool) -> ResidentAdapter:
+        while digest in self.line.claimed and self._pool.is_resident(digest):
+            await self.line.until_unclaimed()
+        if (adapter := self._pool.lease(digest)) is not None:
+            return adapter
+        if not is_merge:
+            return await self._find_room(digest, read)
+        async with self.readers.merging():
+            merged = await read()
+            return await self._find_room(digest, partial(_given, merged))
 
     async def _find_room(self, digest: str, read: _Read) -> ResidentAdapter:
         if not self.line.waiting:
