@@ -48,7 +48,7 @@ class SavedCompositions:
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
     no disk. `index` is where they are kept. `last_named` is when each adapter was last asked for,
-    by `time.monotonic`.
+    by `time.monotonic`, until `delete_adapter`.
     """
 
     def __init__(self, registry: AdapterRegistry, index: AdapterIndex) -> None:
@@ -195,6 +195,11 @@ class SavedCompositions:
             self.get(name)
             self._index.drop_composition(name)
             del self._saved[name]
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter's name, here too. Raises what `AdapterRegistry.delete` does."""
+        self._registry.delete(name)
+        self.last_named.pop(name, None)
 
     def _try(self, composition: Composition) -> None:
         with ExitStack() as stack:
