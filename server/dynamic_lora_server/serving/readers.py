@@ -3,11 +3,10 @@
 import asyncio
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from dynamic_lora_adapters.compositions.composition import Composition
@@ -18,6 +17,7 @@ from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.errors import QueueFull
 from dynamic_lora_server.serving.pace import Pace
+from dynamic_lora_server.serving.work_pool import WorkPool
 
 T = TypeVar("T")
 
@@ -46,11 +46,10 @@ class AdapterReaders:
         self.stats = ReadStats()
         self._saved = saved
         self._pool = pool
-        self._executors = {
-            kind: ThreadPoolExecutor(num_threads, thread_name_prefix=kind)
+        self._threads = {
+            kind: WorkPool(kind, num_threads=num_threads, max_waiting=None)
             for kind, num_threads in _NUM_THREADS.items()
         }
-        self._num_reading: Counter[str] = Counter()
         self._merge = asyncio.Lock()  # a fair one
         self._num_merges = 0
         self._pace = Pace()
@@ -62,11 +61,9 @@ class AdapterReaders:
 
     def queues(self) -> dict[str, int]:
         """How many adapters, sums and merges wait to be read or computed."""
-        waiting = {
-            kind: max(self._num_reading[kind] - num_threads, 0)
-            for kind, num_threads in _NUM_THREADS.items()
-        }
-        return {**waiting, "merge": self.num_merges_waiting}
+        waiting = {kind: threads.num_waiting for kind, threads in self._threads.items()}
+        # Whose turn it is may wait for the thread of one that was given up.
+        return {**waiting, "merge": self.num_merges_waiting + waiting["merge"]}
 
     async def read(self, wanted: Composition, digests: Sequence[str]) -> Incoming:
         """What is wanted, of contents that the caller has leased, and the room that it needs.
@@ -74,21 +71,17 @@ class AdapterReaders:
         Raises what `SavedCompositions.terms` does, AdapterCapacityError for more than there is,
         and, before it is computed, for a merge of more than its share.
         """
-        kind, given_up = _kind(wanted), threading.Event()
+        given_up = threading.Event()
 
         def work() -> Incoming:
             terms = self._saved.terms(wanted, digests, given_up.is_set, self._check_share)
             return self._pool.prepare(terms)
 
-        loop = asyncio.get_running_loop()
-        self._num_reading[kind] += 1
         try:
-            found, seconds = await loop.run_in_executor(self._executors[kind], _timed, work)
+            found, seconds = await self._threads[_kind(wanted)].run(partial(_timed, work))
         except asyncio.CancelledError:
             given_up.set()
             raise
-        finally:
-            self._num_reading[kind] -= 1
         self.stats.num_reads += 1
         self.stats.seconds += seconds
         return found
@@ -128,8 +121,8 @@ class AdapterReaders:
 
     def close(self) -> None:
         """Read no more."""
-        for executor in self._executors.values():
-            executor.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.close()
 
 
 def _kind(wanted: Composition) -> str:

@@ -73,6 +73,10 @@ class WorkPool:
         self._pace.record(time.monotonic() - began)
         return found
 
+    def close(self) -> None:
+        """Begin no more work, and let the threads end."""
+        self._executor.shutdown(wait=False)
+
     async def _thread(self) -> None:
         """Wait until one is free; it is taken then."""
         full = self._max_waiting is not None and self._num_waiting >= self._max_waiting

@@ -267,6 +267,43 @@ async def test_what_waits_to_be_read_is_counted_by_its_kind(
         assert queues() == {"adapter": 0, "sum": 0, "merge": 0}
 
 
+async def test_what_is_given_up_keeps_others_waiting_as_long_as_it_has_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving_in(
+        tmp_path, room=1, ranks=same_shapes(*"ab"), adapter_memory=2**22
+    ) as runtime:
+        begun: list[str] = []
+        go_on, terms = threading.Event(), runtime.loader.saved.terms
+
+        def slowly(composition: Composition, *args: Any) -> AdapterTerms:
+            begun.append(str(composition))
+            assert go_on.wait(60)
+            return terms(composition, *args)
+
+        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+
+        def ask(wanted: str | Composition) -> asyncio.Task[Any]:
+            return asyncio.create_task(collect(runtime, spec(adapter=wanted)))
+
+        queues = runtime.loader.readers.queues
+        given_up = [ask("a*0.5"), ask(merge(0.3))]
+        try:
+            await eventually(lambda: len(begun) == 2, "both have a thread")
+            others = [ask("b*0.5"), ask(merge(0.5))]
+            wanted = {"adapter": 0, "sum": 1, "merge": 1}
+            await eventually(lambda: queues() == wanted, "the others wait")
+            for one in given_up:
+                one.cancel()
+            await asyncio.wait(given_up)
+            await eventually(lambda: queues() == wanted, "they wait for what goes on")
+            assert len(begun) == 2
+        finally:
+            go_on.set()
+        assert all(map(finishes, await asyncio.gather(*others)))
+        assert not any(queues().values())
+
+
 async def test_a_merge_that_waits_for_room_is_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
