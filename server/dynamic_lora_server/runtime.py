@@ -165,9 +165,7 @@ class Runtime:
         logger.info("published %d shipped adapters", len(published))
         if registry.list():
             import_peft()
-        saved = SavedCompositions(
-            registry, registry.index, room_bytes=built.pool.stats().budget_bytes
-        )
+        saved = SavedCompositions(registry, registry.index)
         _check_free(base.name, config.served_model_names, saved)
         loader = AdapterLoader(registry, built.pool, saved)
         limits = _limits(config, model, tokenizer, built)

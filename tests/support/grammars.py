@@ -17,7 +17,7 @@ from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.generation import FinishReason, Grammar, GrammarKind
 from dynamic_lora_server.text import TokenizerView
 from tests.support.engines import make_sequence
-from tests.support.models import EOS_ID, tiny_tokenizer
+from tests.support.models import EOS_ID, VOCAB_SIZE, tiny_tokenizer
 
 VIEW = TokenizerView(tiny_tokenizer())
 GRAMMARS = Grammars(VIEW, {EOS_ID})
@@ -78,6 +78,25 @@ def json_of(schema: object, field: str = "response_format") -> Grammar:
 def regex(pattern: str, field: str = "guided_regex") -> Grammar:
     """The grammar of a regular expression."""
     return Grammar(GrammarKind.REGEX, pattern, field)
+
+
+# Each character tells one of many states of its lexer from another.
+MANY_STATES = regex("[ab]*a[ab]{12}")
+
+
+def ids_of(*texts: str) -> set[int]:
+    """The first tokens of texts."""
+    return {VIEW.encode(text, add_special_tokens=False)[0] for text in texts}
+
+
+def follow(one: Guide, text: str) -> str | None:
+    """Have a guide take the characters of a text; why it can follow no further, if so."""
+    for char in text:
+        one.allowed(VOCAB_SIZE)
+        if one.failures != (None,):
+            return one.failures[0]
+        one.take(*ids_of(char))
+    return None
 
 
 def compiled(grammar: Grammar, grammars: Grammars = GRAMMARS) -> CompiledGrammar:

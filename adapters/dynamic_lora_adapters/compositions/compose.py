@@ -5,13 +5,12 @@ A weighted sum is exact: low-rank factors stand side by side, with the weight in
 functions on the dense deltas, one linear layer at a time; DARE's masks alone are drawn here.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamic_lora_adapters.compositions.composition import Merge, Strategy
-from dynamic_lora_adapters.errors import AdapterCapacityError, UnsupportedAdapter
+from dynamic_lora_adapters.errors import UnsupportedAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, EmbeddingTerms, LinearTerms
 from dynamic_lora_adapters.threads import single_threaded
 from dynamic_lora_adapters.value_range import find_too_large
@@ -21,10 +20,8 @@ if TYPE_CHECKING:
 
 GivenUp = Callable[[], bool]
 """Whether nobody waits for it any more."""
-
-MERGE_SHARE = 0.5
-"""What a merge may take of the memory for adapters: a request makes one up, and all others would
-have to leave for one that takes most of it."""
+CheckShapes = Callable[[AdapterTerms], object]
+"""Gets terms of the shapes of what is to be computed, on no device; raises if it must not be."""
 
 T = TypeVar("T", LinearTerms, EmbeddingTerms)
 Weighted = Sequence[tuple[T, float]]
@@ -68,7 +65,7 @@ def merge(
     *,
     names: Sequence[str] = (),
     dtype: "torch.dtype | None" = None,
-    room_bytes: float = math.inf,
+    check_shapes: CheckShapes = lambda _: None,
     given_up: GivenUp = lambda: False,
 ) -> AdapterTerms:
     """The deltas merged by a strategy, as dense terms in `dtype`; needs PEFT.
@@ -76,9 +73,8 @@ def merge(
     On each layer the adapters that have a delta there take part, as in PEFT's
     `add_weighted_adapter`. DARE's draws are seeded by the layer's path. Raises
     UnsupportedAdapter, naming the adapter, where it has more than deltas, and
-    as `compose` does for values that are too large; AdapterCapacityError, before anything is
-    computed, for more than MERGE_SHARE of `room_bytes`; NobodyWaits between two layers once it is
-    `given_up`.
+    as `compose` does for values that are too large; what `check_shapes` does, before anything is
+    computed; NobodyWaits between two layers once it is `given_up`.
     """
     for index, (terms, _) in enumerate(parts):
         _refuse_more_than_deltas(terms, _name(names, index), how)
@@ -86,7 +82,7 @@ def merge(
     for terms, weight in parts:
         for path, linear in terms.linears.items():
             by_path.setdefault(path, []).append((linear, weight))
-    _refuse_above(room_bytes, [own[0][0] for own in by_path.values()], dtype)
+    check_shapes(_shapes({path: own[0][0] for path, own in by_path.items()}))
     linears = {}
     for path in sorted(by_path):
         if given_up():
@@ -99,23 +95,12 @@ def merge(
     return AdapterTerms(linears=linears)
 
 
-def _refuse_above(
-    room_bytes: float, layers: Iterable[LinearTerms], dtype: "torch.dtype | None"
-) -> None:
-    num_values = sum(math.prod(_delta_shape(linear)) for linear in layers)
-    check_share(num_values * (4 if dtype is None else dtype.itemsize), room_bytes)
+def _shapes(layers: Mapping[str, LinearTerms]) -> AdapterTerms:
+    """Dense terms without values, for layers that have a delta."""
+    import torch
 
-
-def check_share(needed: int, room_bytes: float) -> None:
-    """Raise AdapterCapacityError for a merge that takes more than MERGE_SHARE of all room."""
-    most = room_bytes * MERGE_SHARE
-    if needed > most:
-        raise AdapterCapacityError(
-            f"The merged deltas need {needed} bytes on the device; a merge may take {most:.0f}, "
-            "half of what adapters may use.",
-            fix="Use merge_strategy linear, whose sums take no more than their parts, or start "
-            "the server with a larger --adapter-memory.",
-        )
+    dense = {path: torch.empty(_delta_shape(one), device="meta") for path, one in layers.items()}
+    return AdapterTerms(linears={path: LinearTerms(dense=one) for path, one in dense.items()})
 
 
 def _refuse_overflow(total: AdapterTerms, dtype: "torch.dtype | None") -> None:

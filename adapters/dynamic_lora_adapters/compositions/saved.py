@@ -1,12 +1,11 @@
 """Which adapters a text means: names, sums of names, and compositions saved under a name."""
 
-import math
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 
-from dynamic_lora_adapters.compositions.compose import GivenUp, compose, merge
+from dynamic_lora_adapters.compositions.compose import CheckShapes, GivenUp, compose, merge
 from dynamic_lora_adapters.compositions.composition import (
     Composition,
     InvalidComposition,
@@ -49,20 +48,12 @@ class SavedCompositions:
     one space of names; where a race put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
     no disk. `index` is where they are kept. `last_named` is when each adapter was last asked for,
-    by `time.monotonic`.
-    Merges that would take more than their share of `room_bytes` on the device are not computed.
+    by `time.monotonic`, until `delete_adapter`.
     """
 
-    def __init__(
-        self,
-        registry: AdapterRegistry,
-        index: AdapterIndex,
-        *,
-        room_bytes: float = math.inf,
-    ) -> None:
+    def __init__(self, registry: AdapterRegistry, index: AdapterIndex) -> None:
         self._registry = registry
         self._index = index
-        self._room_bytes = room_bytes
         self._lock = threading.Lock()
         self._saved = {one.name: one for one in index.compositions()}
         self.last_named: dict[str, float] = {}
@@ -112,12 +103,13 @@ class SavedCompositions:
         composition: Composition,
         digests: Sequence[str],
         given_up: GivenUp = lambda: False,
+        check_shapes: CheckShapes = lambda _: None,
     ) -> AdapterTerms:
         """What a composition computes; `digests` are its parts', leased by the caller.
 
-        Raises UnsupportedAdapter, naming the adapter, for parts that have no sum, and
-        AdapterCapacityError for merged deltas that are larger than their share of all room. A merge
-        that is `given_up` ends with NobodyWaits.
+        Raises UnsupportedAdapter, naming the adapter, for parts that have no sum, and what
+        `check_shapes` does of a merge, before it is computed. One that is `given_up` ends with
+        NobodyWaits.
         """
         # In the order that the composition's digest has them, not in that of their
         # names: one digest means the same numbers to the last bit.
@@ -133,7 +125,7 @@ class SavedCompositions:
                 composition.merge,
                 names=names,
                 dtype=dtype,
-                room_bytes=self._room_bytes,
+                check_shapes=check_shapes,
                 given_up=given_up,
             )
         return compose(weighted, names=names, dtype=dtype)
@@ -203,6 +195,11 @@ class SavedCompositions:
             self.get(name)
             self._index.drop_composition(name)
             del self._saved[name]
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter's name, here too. Raises what `AdapterRegistry.delete` does."""
+        self._registry.delete(name)
+        self.last_named.pop(name, None)
 
     def _try(self, composition: Composition) -> None:
         with ExitStack() as stack:

@@ -40,7 +40,7 @@ class AdapterPool:
 
     Only adapters that are neither leased nor pinned are evicted, the least
     recently used first. A new slab has `slab_slots` places where the budget allows, and
-    gives up those that nobody has reached before anybody is evicted.
+    gives up those that nobody has reached before anybody is evicted. `reckoner` sizes adapters.
     Low-rank factors are kept in `factor_dtype`, by default in `dtype`, as everything else is,
     and laid out by `layout`, of which TILES are for bfloat16 beside float32. With `shortens`,
     factors that one of SHORT_DTYPES holds without loss are kept in that. With `merges`, terms
@@ -78,7 +78,7 @@ class AdapterPool:
             for kept_in in (*(SHORT_DTYPES if shortens else ()), factor_dtype or dtype)
         ]
         self._layout = layouts[-1]
-        self._reckoner = Reckoner(groups, layouts, device=device, dtype=dtype, merges=merges)
+        self.reckoner = Reckoner(groups, layouts, device=device, dtype=dtype, merges=merges)
         self._upload = upload_for(device)
         self._lock = threading.Lock()
         self._resident: dict[str, ResidentAdapter] = {}
@@ -110,7 +110,7 @@ class AdapterPool:
 
         Raises AdapterCapacityError if it would not fit into an empty pool.
         """
-        incoming = self._reckoner.reckon(terms)
+        incoming = self.reckoner.reckon(terms)
         if incoming.num_bytes > self._budget_bytes:
             raise AdapterCapacityError(
                 f"The adapter needs {incoming.num_bytes} bytes on the device; adapters may use "

@@ -37,7 +37,7 @@ def make_room(
     for passport in _by_use([one for one in fetched if one.name != newest], registry, saved):
         if total <= max_bytes:
             break
-        _delete(passport.name, registry, saved)
+        _delete(passport.name, saved)
         gone.append(passport.name)
         num_names[passport.version] -= 1
         if not num_names[passport.version]:
@@ -45,7 +45,7 @@ def make_room(
     if total <= max_bytes:
         return gone
     if newest is not None:
-        _delete(newest, registry, saved)
+        _delete(newest, saved)
     raise StoreFailed(
         "The adapters from the Hub that are in use take all the room that they may have.",
         field="adapter",
@@ -79,10 +79,9 @@ def _by_use(
     return sorted(idle, key=lambda one: (named.get(one.name, -1.0), one.created_at))
 
 
-def _delete(name: str, registry: AdapterRegistry, saved: SavedCompositions) -> None:
+def _delete(name: str, saved: SavedCompositions) -> None:
     try:
-        registry.delete(name)
+        saved.delete_adapter(name)
     except AdapterNotFound:
         return  # somebody else was faster
-    saved.last_named.pop(name, None)
     logger.info("adapter %r from the Hub was deleted to make room", name)

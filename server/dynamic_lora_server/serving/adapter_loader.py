@@ -8,18 +8,19 @@ from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanag
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from dynamic_lora_adapters.compositions.composition import Composition, Part
 from dynamic_lora_adapters.compositions.saved import SavedCompositions, check_version
 from dynamic_lora_adapters.device.incoming import Incoming
 from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.device.slots import AdapterPool
+from dynamic_lora_adapters.errors import AdapterError
 from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_adapters.home.lease import Lease
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_server.serving.readers import AdapterReaders
 from dynamic_lora_server.serving.room_line import RoomLine
+from dynamic_lora_server.serving.stop import Stop
 
 T = TypeVar("T")
 _Read = Callable[[], Awaitable[Incoming]]
@@ -36,6 +37,16 @@ class Held:
     version: str
     adapter: ResidentAdapter
     chat: ChatFormat | None = None
+
+
+class _Load:
+    """What requests for one digest wait for together; `refusals` are for those who wait now."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.num_waiting = 0
+        # Of each composition with the digest its own: a refusal names adapters.
+        self.refusals: dict[Composition, AdapterError] = {}
 
 
 class AdapterLoader:
@@ -60,12 +71,12 @@ class AdapterLoader:
         self._registry = registry
         self._pool = pool
         # As long as one waits for a load, who comes later waits for the same.
-        self._loads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._loads: dict[str, _Load] = {}
         # Of its own, which ends with this object: the disk or the database may keep it waiting.
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None
-        self._why_none: Exception | None = None
+        self._stop = Stop()
         self._parts: dict[str, frozenset[str]] = {}
         self._parts_lock = threading.Lock()
         # Also what was deleted while it was being loaded, and what a new upload replaced.
@@ -82,7 +93,8 @@ class AdapterLoader:
         None for a composition that is the base model. While it is not there yet, or its room is
         claimed, this is within `waiting`. Raises AdapterNotFound (with near names),
         InvalidComposition, UnsupportedAdapter for parts that do not compose,
-        AdapterCapacityError, QueueFull for a merge, and what `waiting` does.
+        AdapterCapacityError, QueueFull for a merge, what `waiting` does, and what `fail_waiters`
+        was told.
         """
         wanted = self.saved.resolve(adapter) if isinstance(adapter, str) else adapter
         if wanted.is_base:
@@ -97,7 +109,8 @@ class AdapterLoader:
             if (resident := self._resident(version)) is None:
                 read = partial(self.readers.read, wanted, digests)
                 with waiting():
-                    resident = await self._bring(version, read, is_merge=wanted.merge is not None)
+                    async with self._stop.heeded():
+                        resident = await self._bring(version, wanted, read)
             try:
                 # Again: while it waited for room, nobody knew of it.
                 self._remember(version, digests)
@@ -121,9 +134,8 @@ class AdapterLoader:
         return end
 
     def fail_waiters(self, why: Exception) -> None:
-        """No more room will be made: whoever waits for some, now or later, gets this error."""
-        self._why_none = why
-        self.line.announce()
+        """Bring no more: whoever waits for an adapter, now or later, gets this error at once."""
+        self._stop.call(why)
 
     def close(self) -> None:
         """Read no more."""
@@ -164,17 +176,33 @@ class AdapterLoader:
         """Leased, if it is on the device and nobody claims its room."""
         return None if digest in self.line.claimed else self._pool.lease(digest)
 
-    async def _bring(self, digest: str, read: _Read, *, is_merge: bool) -> ResidentAdapter:
-        async with self._loads.setdefault(digest, asyncio.Lock()):
-            while digest in self.line.claimed and self._pool.is_resident(digest):
-                await self.line.until_unclaimed()
-            if (adapter := self._pool.lease(digest)) is not None:
-                return adapter
-            if not is_merge:
-                return await self._find_room(digest, read)
-            async with self.readers.merging():
-                merged = await read()
-                return await self._find_room(digest, partial(_given, merged))
+    async def _bring(self, digest: str, wanted: Composition, read: _Read) -> ResidentAdapter:
+        load = self._loads.setdefault(digest, _Load())
+        load.num_waiting += 1
+        try:
+            async with load.turn:
+                if (refusal := load.refusals.get(wanted)) is not None:
+                    raise refusal
+                return await self._load(digest, read, is_merge=wanted.merge is not None)
+        except AdapterError as error:
+            load.refusals[wanted] = error
+            raise
+        finally:
+            load.num_waiting -= 1
+            if not load.num_waiting:
+                load.refusals.clear()
+                del self._loads[digest]
+
+    async def _load(self, digest: str, read: _Read, *, is_merge: bool) -> ResidentAdapter:
+        while digest in self.line.claimed and self._pool.is_resident(digest):
+            await self.line.until_unclaimed()
+        if (adapter := self._pool.lease(digest)) is not None:
+            return adapter
+        if not is_merge:
+            return await self._find_room(digest, read)
+        async with self.readers.merging():
+            merged = await read()
+            return await self._find_room(digest, partial(_given, merged))
 
     async def _find_room(self, digest: str, read: _Read) -> ResidentAdapter:
         if not self.line.waiting:
@@ -195,8 +223,6 @@ class AdapterLoader:
                 incoming = await read()
             if (adapter := await self._admit(digest, incoming)) is not None:
                 return adapter
-            if self._why_none is not None:
-                raise self._why_none
             self._ask_for_room()
             if self.line.may_claim:
                 claim = partial(self._pool.claim, incoming, self.line.claimed)

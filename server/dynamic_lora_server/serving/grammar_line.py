@@ -1,6 +1,7 @@
 """Grammars of requests: those that are compiled at once, the others in a line that has an end."""
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
 
 from dynamic_lora_server.engine.sampling.grammars import STACK_BYTES, CompiledGrammar, Grammars
@@ -11,10 +12,19 @@ from dynamic_lora_server.serving.work_pool import WorkPool
 _MAX_WAITING = 64
 
 
+@dataclass(slots=True, eq=False)
+class _Coming:
+    """A grammar that is to be compiled, and how many requests wait for it."""
+
+    task: asyncio.Task[CompiledGrammar]
+    num_waiting: int = 0
+
+
 class GrammarLine:
     """Compiles one grammar after the other, on a thread of its own. Lives on one event loop.
 
-    Requests that want the same grammar wait for it together.
+    Requests that want the same grammar wait for it together. When all of them have given up
+    before its turn, it leaves the line.
     """
 
     def __init__(self, grammars: Grammars) -> None:
@@ -26,7 +36,7 @@ class GrammarLine:
             what="grammars",
             stack_bytes=STACK_BYTES,
         )
-        self._coming: dict[Grammar, asyncio.Task[CompiledGrammar]] = {}
+        self._coming: dict[Grammar, _Coming] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -43,13 +53,19 @@ class GrammarLine:
             return found
         if not self._grammars.is_shared(grammar):
             return await self._compile(grammar)
-        task = self._coming.get(grammar)
-        if task is None:
-            task = asyncio.create_task(self._compile(grammar))
-            self._coming[grammar] = task
-            task.add_done_callback(lambda _: self._coming.pop(grammar))
-        # Who gives up leaves the others waiting.
-        return await asyncio.shield(task)
+        coming = self._coming.get(grammar)
+        if coming is None:
+            coming = _Coming(asyncio.create_task(self._compile(grammar)))
+            self._coming[grammar] = coming
+        coming.num_waiting += 1
+        try:
+            # Who gives up leaves the others waiting.
+            return await asyncio.shield(coming.task)
+        finally:
+            coming.num_waiting -= 1
+            if not coming.num_waiting:
+                del self._coming[grammar]
+                coming.task.cancel()
 
     async def _compile(self, grammar: Grammar) -> CompiledGrammar:
         return await self._pool.run(partial(self._grammars.compile, grammar))

@@ -3,20 +3,21 @@
 import asyncio
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
-from dynamic_lora_adapters.compositions.compose import check_share
 from dynamic_lora_adapters.compositions.composition import Composition
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
 from dynamic_lora_adapters.device.incoming import Incoming
 from dynamic_lora_adapters.device.slots import AdapterPool
+from dynamic_lora_adapters.errors import AdapterCapacityError
+from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.errors import QueueFull
 from dynamic_lora_server.serving.pace import Pace
+from dynamic_lora_server.serving.work_pool import WorkPool
 
 T = TypeVar("T")
 
@@ -24,6 +25,9 @@ T = TypeVar("T")
 # parts, and a merge may take minutes: no kind holds up another.
 _NUM_THREADS = {"adapter": 2, "sum": 1, "merge": 1}
 _MOST_MERGES = 8  # that wait for their turn
+# What a merge may take of the memory for adapters: a request makes one up, and all others would
+# have to leave for one that takes most of it.
+_MERGE_SHARE = 0.5
 
 
 @dataclass(slots=True)
@@ -42,11 +46,10 @@ class AdapterReaders:
         self.stats = ReadStats()
         self._saved = saved
         self._pool = pool
-        self._executors = {
-            kind: ThreadPoolExecutor(num_threads, thread_name_prefix=kind)
+        self._threads = {
+            kind: WorkPool(kind, num_threads=num_threads, max_waiting=None)
             for kind, num_threads in _NUM_THREADS.items()
         }
-        self._num_reading: Counter[str] = Counter()
         self._merge = asyncio.Lock()  # a fair one
         self._num_merges = 0
         self._pace = Pace()
@@ -58,34 +61,27 @@ class AdapterReaders:
 
     def queues(self) -> dict[str, int]:
         """How many adapters, sums and merges wait to be read or computed."""
-        waiting = {
-            kind: max(self._num_reading[kind] - num_threads, 0)
-            for kind, num_threads in _NUM_THREADS.items()
-        }
-        return {**waiting, "merge": self.num_merges_waiting}
+        waiting = {kind: threads.num_waiting for kind, threads in self._threads.items()}
+        # Whose turn it is may wait for the thread of one that was given up.
+        return {**waiting, "merge": self.num_merges_waiting + waiting["merge"]}
 
     async def read(self, wanted: Composition, digests: Sequence[str]) -> Incoming:
         """What is wanted, of contents that the caller has leased, and the room that it needs.
 
-        Raises what `SavedCompositions.terms` does, AdapterCapacityError for more than there is.
+        Raises what `SavedCompositions.terms` does, AdapterCapacityError for more than there is,
+        and, before it is computed, for a merge of more than its share.
         """
-        kind, given_up = _kind(wanted), threading.Event()
+        given_up = threading.Event()
 
         def work() -> Incoming:
-            incoming = self._pool.prepare(self._saved.terms(wanted, digests, given_up.is_set))
-            if wanted.merge is not None:
-                check_share(incoming.num_bytes, self._pool.stats().budget_bytes)
-            return incoming
+            terms = self._saved.terms(wanted, digests, given_up.is_set, self._check_share)
+            return self._pool.prepare(terms)
 
-        loop = asyncio.get_running_loop()
-        self._num_reading[kind] += 1
         try:
-            found, seconds = await loop.run_in_executor(self._executors[kind], _timed, work)
+            found, seconds = await self._threads[_kind(wanted)].run(partial(_timed, work))
         except asyncio.CancelledError:
             given_up.set()
             raise
-        finally:
-            self._num_reading[kind] -= 1
         self.stats.num_reads += 1
         self.stats.seconds += seconds
         return found
@@ -112,10 +108,21 @@ class AdapterReaders:
         finally:
             self._num_merges -= 1
 
+    def _check_share(self, merged: AdapterTerms) -> None:
+        needed = self._pool.reckoner.reckon(merged).num_bytes
+        most = self._pool.stats().budget_bytes * _MERGE_SHARE
+        if needed > most:
+            raise AdapterCapacityError(
+                f"The merged deltas need {needed} bytes on the device; a merge may take "
+                f"{most:.0f}, half of what adapters may use.",
+                fix="Use merge_strategy linear, whose sums take no more than their parts, or start "
+                "the server with a larger --adapter-memory.",
+            )
+
     def close(self) -> None:
         """Read no more."""
-        for executor in self._executors.values():
-            executor.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.close()
 
 
 def _kind(wanted: Composition) -> str:

@@ -136,6 +136,9 @@ class GenerationService:
                     waiting = partial(self.places.held_up, spec.n)
                     hold = self._loader.hold(spec.adapter, waiting)
                     held = await until_submitted.enter_async_context(hold)
+                if asked is not None and grammar is not None and grammar.has_failed:
+                    # Another answer broke it, while this one waited for its adapter.
+                    grammar = await self._grammars.compiled(asked)
                 continuations = self._continuations(spec, prompt_ids, echoed, held, grammar)
                 self._fit(spec, continuations.values())
                 started = _started(held, len(prompt_ids))

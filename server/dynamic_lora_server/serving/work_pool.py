@@ -48,7 +48,10 @@ class WorkPool:
         return self._num_waiting
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns. Raises QueueFull where too many wait, and what `work` raises."""
+        """What `work` returns. Raises QueueFull where too many wait, and what `work` raises.
+
+        RuntimeError where the system has no thread to give.
+        """
         await self._thread()
         loop = asyncio.get_running_loop()
         began = time.monotonic()
@@ -57,12 +60,22 @@ class WorkPool:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._free.release)
 
-        with _stacks_of(self._stack_bytes):
-            future = self._executor.submit(work)  # which may start a thread
+        to_do = [work]
+        try:
+            with _stacks_of(self._stack_bytes):
+                future = self._executor.submit(_do, to_do)  # which may start a thread
+        except BaseException:
+            to_do.clear()  # the executor keeps what it has found no thread for
+            self._free.release()
+            raise
         future.add_done_callback(free)
         found = await asyncio.wrap_future(future)
         self._pace.record(time.monotonic() - began)
         return found
+
+    def close(self) -> None:
+        """Begin no more work, and let the threads end."""
+        self._executor.shutdown(wait=False)
 
     async def _thread(self) -> None:
         """Wait until one is free; it is taken then."""
@@ -77,6 +90,10 @@ class WorkPool:
             await self._free.acquire()
         finally:
             self._num_waiting -= 1
+
+
+def _do(work: list[Callable[[], T]]) -> T:
+    return work[0]()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
+from dynamic_lora_adapters.compositions import compose as module
 from dynamic_lora_adapters.compositions.compose import compose, merge
 from dynamic_lora_adapters.compositions.composition import Merge, SignMethod, Strategy
 from dynamic_lora_adapters.errors import AdapterCapacityError, UnsupportedAdapter
@@ -202,18 +203,30 @@ def test_dare_draws_the_same_while_others_use_the_global_generator(
     assert torch.equal(delta(merge(parts, how).linears["q"]), expected)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(None, 4), (torch.bfloat16, 2)])
-def test_more_than_half_of_all_room_is_refused_before_it_is_merged(
-    dtype: torch.dtype | None, size: int
+def test_the_shapes_of_a_merge_are_checked_before_it_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two layers, each once."""
-    how, needed = Merge(strategy=Strategy.TIES, density=0.5), 2 * OUT * IN * size
+    how, found = Merge(strategy=Strategy.TIES, density=0.5), list[AdapterTerms]()
     parts = list(zip(LOW_RANK, (0.7, -0.4), strict=True))
-    merged = merge(parts, how, dtype=dtype, room_bytes=2 * needed)
-    tensors = [one.dense for one in merged.linears.values() if one.dense is not None]
-    assert sum(one.nbytes for one in tensors) == needed
-    with pytest.raises(AdapterCapacityError, match=f"need {needed} .* take {needed - 1}, half"):
-        merge(parts, how, dtype=dtype, room_bytes=2 * (needed - 1))
+    merged = merge(parts, how, check_shapes=found.append)
+    shapes = [
+        {
+            path: tuple(one.dense.shape)
+            for path, one in terms.linears.items()
+            if one.dense is not None
+        }
+        for terms in (merged, *found)
+    ]
+    assert shapes == [dict.fromkeys(merged.linears, (OUT, IN))] * 2
+    assert len(merged.linears) == 2
+
+    def refuse(_: AdapterTerms) -> None:
+        raise AdapterCapacityError("too large")
+
+    monkeypatch.setattr(module, "_merged", None)
+    with pytest.raises(AdapterCapacityError):
+        merge(parts, how, check_shapes=refuse)
 
 
 def test_dare_without_pruning_is_the_sum() -> None:

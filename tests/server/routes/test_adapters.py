@@ -20,18 +20,21 @@ from dynamic_lora_adapters.home.inspection import AdapterVersion, Inspector
 from dynamic_lora_server.app import create_app
 from dynamic_lora_server.intake import publishing
 from dynamic_lora_server.intake.sources import SourceUnavailable
+from dynamic_lora_server.runtime import Runtime
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_llama
 from tests.support.runtimes import load_runtime, publish, tiny_config
 
 
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(
+    folder: Path, load: Callable[[Path], Runtime] = load_runtime
+) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server that is ready, on this event loop."""
     ready = asyncio.Event()
     app = create_app(
         tiny_config(folder),
-        load=partial(load_runtime, folder),
+        load=partial(load, folder),
         on_ready=lambda _: ready.set(),
     )
     async with (
@@ -170,6 +173,26 @@ async def test_a_name_that_cannot_be_given_is_refused_before_anything_is_fetched
             source = {"name": name, "source": "hf://org/ner"}
             assert (await client.post("/adapters", json=source)).status_code == status
             assert (await upload(client, name, adapter)).status_code == status
+
+
+async def test_names_that_are_gone_are_not_kept(tmp_path: Path, adapter: Path) -> None:
+    loaded: list[Runtime] = []
+
+    def load(folder: Path) -> Runtime:
+        loaded.append(load_runtime(folder))
+        return loaded[0]
+
+    async with serving(tmp_path, load) as client:
+        for name in "ab":
+            assert (await upload(client, name, adapter)).status_code == 201
+            asked = {"model": name, "prompt": "the king", "max_tokens": 1}
+            assert (await client.post("/v1/completions", json=asked)).status_code == 200
+        last_named = loaded[0].loader.saved.last_named
+        assert last_named.keys() == {"a", "b"}
+        assert (await client.delete("/adapters/a")).status_code == 204
+        unloaded = await client.post("/v1/unload_lora_adapter", json={"lora_name": "b"})
+        assert unloaded.status_code == 200
+        assert not last_named
 
 
 async def test_an_adapter_that_cannot_be_read_any_more_can_be_deleted(

@@ -17,7 +17,7 @@ from dynamic_lora_adapters.compositions.composition import (
     VersionNotFound,
 )
 from dynamic_lora_adapters.device.upload import HostUpload, Places, Sources
-from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError
+from dynamic_lora_adapters.errors import AdapterCapacityError, AdapterError, StoreFailed
 from dynamic_lora_adapters.home.lease import Lease
 from dynamic_lora_adapters.kernels.factor_layout import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
@@ -75,6 +75,36 @@ async def test_one_load_serves_all_who_wait_for_it(tmp_path: Path) -> None:
         stats = runtime.stats()
         assert stats.adapters.num_loads == stats.reads.num_reads == 1
         assert stats.reads.seconds > 0
+
+
+async def test_a_refused_load_refuses_all_who_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else: who comes later may find things mended."""
+    folder = make_adapter(tmp_path / "a", tiny_llama())
+    async with serving(tmp_path) as runtime:
+        for name in ("a", "twin"):
+            publish(runtime, name, folder)
+        terms, go_on, read = runtime.loader.saved.terms, threading.Event(), list[str]()
+
+        def refuse(composition: Composition, *_: Any) -> AdapterTerms:
+            read.append(str(composition))
+            assert go_on.wait(60)
+            raise StoreFailed(f"the files of {composition} cannot be read")
+
+        monkeypatch.setattr(runtime.loader.saved, "terms", refuse)
+        wanted = ["a", "a", "twin", "a", "twin"]
+        waiting = [asyncio.create_task(collect(runtime, spec(adapter=name))) for name in wanted]
+        held_up = runtime.service.places
+        await eventually(lambda: held_up.num_held_up == len(wanted), "all wait for the load")
+        go_on.set()
+        refused = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [str(one) for one in refused] == [
+            f"the files of {name} cannot be read" for name in wanted
+        ]
+        assert sorted(read) == ["a", "twin"]
+        monkeypatch.setattr(runtime.loader.saved, "terms", terms)
+        assert finishes(await collect(runtime, spec(adapter="a")))
 
 
 async def test_who_found_no_room_joins_a_load_that_is_under_way(
@@ -401,7 +431,7 @@ async def test_a_merge_larger_than_all_room_is_refused_before_it_is_computed(
             [Part(name) for name in names(2)], merge=Merge(strategy=Strategy.TIES, density=0.5)
         )
         monkeypatch.setattr(compose, "_merged", computed)
-        with pytest.raises(AdapterCapacityError, match="merged deltas need 32768 bytes"):
+        with pytest.raises(AdapterCapacityError, match="merged deltas need 65536 bytes"):
             await collect(runtime, spec(adapter=merged))
 
 

@@ -80,6 +80,34 @@ async def test_who_gives_up_leaves_the_others_waiting(grammars: SlowGrammars) ->
     assert await other is await line.compiled(regex("slow"))
 
 
+async def test_what_nobody_waits_for_any_more_leaves_the_line(
+    grammars: SlowGrammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_WAITING", 1)
+    line = GrammarLine(grammars)
+    slow = asyncio.create_task(line.compiled(regex("slow")))
+    await eventually(lambda: grammars.begun, "the first is being compiled")
+    for number in range(3):
+        asked = [asyncio.create_task(line.compiled(regex(f"b{number}"))) for _ in range(2)]
+        await eventually(lambda: line.num_waiting == 1, "it waits")
+        asked[0].cancel()
+        await asyncio.wait({asked[0]})
+        assert line.num_waiting == 1  # for the other
+        asked[1].cancel()
+        await asyncio.wait({asked[1]})
+        # At once another request for it, which is no longer that of those who have gone.
+        again = asyncio.create_task(line.compiled(regex(f"b{number}")))
+        await eventually(lambda: line.num_waiting == 1, "it waits again")
+        again.cancel()
+        await asyncio.wait({again})
+        await eventually(lambda: line.num_waiting == 0, "nobody waits")
+    last = asyncio.create_task(line.compiled(regex("c")))
+    grammars.go_on.set()
+    assert await last
+    assert await slow
+    assert grammars.begun == ["slow", "c"]
+
+
 async def test_what_cannot_be_used_is_told_to_all_who_wait(grammars: SlowGrammars) -> None:
     line = GrammarLine(grammars)
     asked = [line.compiled(regex("slow(")) for _ in range(3)]

@@ -19,7 +19,7 @@ from dynamic_lora_adapters.compositions.composition import Composition, Merge, P
 from dynamic_lora_adapters.errors import AdapterCapacityError
 from dynamic_lora_adapters.kernels.factor_layout import spread_width
 from dynamic_lora_adapters.terms import AdapterTerms
-from dynamic_lora_server.errors import QueueFull
+from dynamic_lora_server.errors import NotReady, QueueFull
 from dynamic_lora_server.readings import readings_of_demand
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.serving import room_line
@@ -267,6 +267,43 @@ async def test_what_waits_to_be_read_is_counted_by_its_kind(
         assert queues() == {"adapter": 0, "sum": 0, "merge": 0}
 
 
+async def test_what_is_given_up_keeps_others_waiting_as_long_as_it_has_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving_in(
+        tmp_path, room=1, ranks=same_shapes(*"ab"), adapter_memory=2**22
+    ) as runtime:
+        begun: list[str] = []
+        go_on, terms = threading.Event(), runtime.loader.saved.terms
+
+        def slowly(composition: Composition, *args: Any) -> AdapterTerms:
+            begun.append(str(composition))
+            assert go_on.wait(60)
+            return terms(composition, *args)
+
+        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+
+        def ask(wanted: str | Composition) -> asyncio.Task[Any]:
+            return asyncio.create_task(collect(runtime, spec(adapter=wanted)))
+
+        queues = runtime.loader.readers.queues
+        given_up = [ask("a*0.5"), ask(merge(0.3))]
+        try:
+            await eventually(lambda: len(begun) == 2, "both have a thread")
+            others = [ask("b*0.5"), ask(merge(0.5))]
+            wanted = {"adapter": 0, "sum": 1, "merge": 1}
+            await eventually(lambda: queues() == wanted, "the others wait")
+            for one in given_up:
+                one.cancel()
+            await asyncio.wait(given_up)
+            await eventually(lambda: queues() == wanted, "they wait for what goes on")
+            assert len(begun) == 2
+        finally:
+            go_on.set()
+        assert all(map(finishes, await asyncio.gather(*others)))
+        assert not any(queues().values())
+
+
 async def test_a_merge_that_waits_for_room_is_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,25 +325,81 @@ async def test_a_merge_that_waits_for_room_is_computed_once(
         assert computed[str(merge(0.5))] == 1
 
 
-@pytest.mark.parametrize("memory", [2 * MERGED - 2, MERGED - 2])
-async def test_a_merge_may_take_half_of_the_memory_for_adapters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+async def stopped(runtime: Runtime, tasks: list[asyncio.Task[Any]]) -> set[type[object]]:
+    """What they are told when the server stops."""
+    runtime.service.refuse()
+    runtime.loader.close()
+    with pytest.raises(NotReady):
+        async with runtime.loader.hold("late"):
+            pass
+    found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+    return {type(one) for one in found}
+
+
+async def test_a_stop_is_told_at_once_to_all_who_wait_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where its layers take more than their deltas, as those beside them have none."""
-    computed = 0
+    monkeypatch.setattr(room_line, "PATIENCE_S", math.inf)
+    async with serving_in(tmp_path, room=1, ranks=same_shapes(*"abcd", "late")) as runtime:
+        busy = await Holding(runtime, "a").begun()
+        waiting = [asyncio.create_task(collect(runtime, spec(adapter=name))) for name in "bccd"]
+        line, reads = runtime.loader.line, runtime.loader.readers.stats
+        await eventually(lambda: line.num_waiting == 3 and line.waited_s > 0, "they wait")
+        before = reads.num_reads
+        assert await stopped(runtime, waiting) == {NotReady}
+        assert reads.num_reads == before
+        await busy.end()
 
-    def count(*args: Any) -> Any:
-        nonlocal computed
-        computed += 1
-        return merged_layer(*args)
 
+async def test_a_stop_is_told_at_once_to_all_whose_adapters_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have a thread, or wait for one, for a turn to merge, or for the load of another."""
     async with serving_in(
-        tmp_path, room=1, ranks=same_shapes(*"ab"), adapter_memory=memory
+        tmp_path, room=1, ranks=same_shapes(*"abcde", "late"), adapter_memory=2**22
     ) as runtime:
-        merged_layer = compose._merged
-        monkeypatch.setattr(compose, "_merged", count)
-        with pytest.raises(AdapterCapacityError, match=f"a merge may take {memory // 2}") as error:
+        begun: list[str] = []
+        go_on, terms = threading.Event(), runtime.loader.saved.terms
+
+        def slowly(composition: Composition, *args: Any) -> AdapterTerms:
+            begun.append(str(composition))
+            assert go_on.wait(60)
+            return terms(composition, *args)
+
+        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        wanted = [*"abcdea", "a*0.5", "b*0.5", merge(0.3), merge(0.5), merge(0.5)]
+        waiting = [asyncio.create_task(collect(runtime, spec(adapter=one))) for one in wanted]
+        try:
+            await eventually(lambda: len(begun) == 4, "two adapters, a sum and a merge are read")
+            queues = {"adapter": 3, "sum": 1, "merge": 1}
+            await eventually(lambda: runtime.loader.readers.queues() == queues, "others wait")
+            assert await stopped(runtime, waiting) == {NotReady}
+            assert len(begun) == 4
+        finally:
+            go_on.set()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_merge_may_take_half_of_the_memory_for_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """With the layers beside its own, which have no delta, and the float32 copies for merging."""
+    computed: list[str] = []
+    merged_layer = compose._merged
+
+    def note(deltas: Any, weights: Any, how: Merge, path: str) -> Any:
+        computed.append(path)
+        return merged_layer(deltas, weights, how, path)
+
+    monkeypatch.setattr(compose, "_merged", note)
+    most = MERGED if dtype == "float32" else MERGED + MERGED // 2
+    options: dict[str, Any] = {"ranks": same_shapes(*"ab"), "dtype": dtype, "mode": "merged"}
+    async with serving_in(tmp_path, room=1, adapter_memory=2 * most - 2, **options) as runtime:
+        text = f"need {most} bytes on the device; a merge may take {most - 1}, half"
+        with pytest.raises(AdapterCapacityError, match=text) as error:
             await collect(runtime, spec(adapter=merge(0.5)))
         assert "Use merge_strategy linear" in str(error.value.fix)
-        # What is too large by the deltas alone is refused before it is computed.
-        assert bool(computed) == (memory // 2 >= MERGED // 2)
+        assert not computed
+    async with serving_in(tmp_path, room=1, adapter_memory=2 * most, **options) as runtime:
+        assert finishes(await collect(runtime, spec(adapter=merge(0.5))))
+        assert len(computed) == 2

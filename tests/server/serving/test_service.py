@@ -1,5 +1,6 @@
 import asyncio
 import json
+import random
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ from peft import PromptTuningConfig, get_peft_model
 
 from dynamic_lora_adapters.apply.merge import MergeFailed, Merger
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
+from dynamic_lora_adapters.terms import AdapterTerms
 from dynamic_lora_server.engine.engine import EngineEvent
 from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.sampling import grammars
+from dynamic_lora_server.engine.sampling.grammars import CompiledGrammar, Grammars
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.errors import (
     ContextOverflow,
@@ -34,6 +38,7 @@ from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
 from tests.support.adapters import quiet as quiet_peft
 from tests.support.eventually import eventually
+from tests.support.grammars import MANY_STATES, follow
 from tests.support.models import (
     BOS,
     EOS,
@@ -211,6 +216,36 @@ async def test_special_tokens_that_are_to_be_shown_are_text(runtime: Runtime) ->
     for shown, text in ((), "ab"), ((PAD, "<none>"), f"a{PAD}b"):
         request = spec(grammar=grammar, ignore_eos=False, shown_tokens=shown)
         assert finishes(await collect(runtime, request))[0].text == text
+
+
+async def test_a_grammar_that_breaks_while_its_adapter_is_awaited_is_compiled_again(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "_MAX_STATES", 500)
+    made: list[CompiledGrammar] = []
+    loading, go_on = threading.Event(), threading.Event()
+    compile_one, load = Grammars.compile, runtime.registry.load
+
+    def compiled(self: Grammars, grammar: Grammar) -> CompiledGrammar:
+        made.append(compile_one(self, grammar))
+        return made[-1]
+
+    def load_late(digest: str) -> AdapterTerms:
+        loading.set()
+        assert go_on.wait(60)
+        return load(digest)
+
+    monkeypatch.setattr(Grammars, "compile", compiled)
+    monkeypatch.setattr(runtime.registry, "load", load_late)
+    request = spec(adapter="ner", grammar=MANY_STATES, max_new_tokens=3, ignore_eos=False)
+    waiting = asyncio.create_task(collect(runtime, request))
+    assert await asyncio.to_thread(loading.wait, 60)
+    (broken,) = made
+    text = "".join(random.Random(1).choices("ab", k=500))
+    assert "too many states" in str(follow(broken.guide(ends=()), text))
+    go_on.set()
+    assert finishes(await waiting)
+    assert len(made) == 2
 
 
 async def test_closing_the_stream_frees_the_place_at_once(runtime: Runtime) -> None:

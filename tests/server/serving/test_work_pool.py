@@ -98,3 +98,20 @@ async def test_a_line_without_an_end_refuses_nobody(go_on: threading.Event) -> N
     await asyncio.sleep(0.01)
     go_on.set()
     assert await asyncio.gather(*tasks) == [True] * 100
+
+
+async def test_a_thread_that_cannot_be_started_fails_its_own_work_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, done = WorkPool("test", num_threads=1, max_waiting=0), list[int]()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for number in range(2):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await pool.run(partial(done.append, number))
+    await asyncio.wait_for(pool.run(partial(done.append, 2)), 60)
+    assert done == [2]

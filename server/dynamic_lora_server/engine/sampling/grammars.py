@@ -40,17 +40,23 @@ class CompiledGrammar:
     """A grammar at its beginning, from where any number of answers may go.
 
     These share its lexer, whose states are worked out once for all of them. Where these become
-    too many, or one takes too long, no answer can go on, so `on_failure` is called.
+    too many, or one takes too long, no answer can go on, so `on_failure` is called, and
+    `has_failed` says so from then on.
     """
 
     def __init__(self, matcher: LLMatcher, on_failure: Callable[[], object]) -> None:
+        self.has_failed = False
         self._matcher = matcher
         self._on_failure = on_failure
 
     def guide(self, *, ends: Collection[int], stops: Collection[int] = ()) -> Guide:
         """What guides one answer, with the end tokens and stop tokens that `Guide` tells of."""
         matcher = self._matcher.deep_copy()
-        return Guide(matcher, ends=ends, stops=stops, on_failure=self._on_failure)
+        return Guide(matcher, ends=ends, stops=stops, on_failure=self._fail)
+
+    def _fail(self) -> None:
+        self._on_failure()
+        self.has_failed = True
 
 
 class Grammars:

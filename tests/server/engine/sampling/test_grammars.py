@@ -29,12 +29,15 @@ from dynamic_lora_server.text import TokenizerView
 from tests.support.engines import make_engine, make_sequence, random_prompt, run_all
 from tests.support.grammars import (
     GRAMMARS,
+    MANY_STATES,
     SCHEMAS,
     VIEW,
     compiled,
     ends_of,
+    follow,
     guide,
     guided,
+    ids_of,
     json_of,
     matcher_of,
     regex,
@@ -148,10 +151,6 @@ def test_the_end_token_comes_where_the_grammar_may_end(one: BuiltEngine, seed: i
 def allowed(one: Guide, *draft: int) -> set[int]:
     *_, mask = one.allowed(VOCAB_SIZE, draft)
     return {token for token in range(VOCAB_SIZE) if mask[token >> 3] >> (token & 7) & 1}
-
-
-def ids_of(*texts: str) -> set[int]:
-    return {VIEW.encode(text, add_special_tokens=False)[0] for text in texts}
 
 
 def test_an_adapters_own_end_tokens_end_where_the_grammar_may() -> None:
@@ -280,20 +279,6 @@ def test_a_grammar_by_which_llguidance_panics_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_written", panic)
     with pytest.raises(InvalidParameter, match="llguidance broke on it: index out of bounds"):
         compiled(regex("a"), Grammars(VIEW, {EOS_ID}))
-
-
-# Each character tells one of many states of its lexer from another.
-MANY_STATES = regex("[ab]*a[ab]{12}")
-
-
-def follow(one: Guide, text: str) -> str | None:
-    """Have a guide take the characters of a text; why it can follow no further, if so."""
-    for char in text:
-        one.allowed(VOCAB_SIZE)
-        if one.failures != (None,):
-            return one.failures[0]
-        one.take(*ids_of(char))
-    return None
 
 
 def test_a_lexer_that_is_full_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
