@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class TemplateRefused(Exception):
-    """What jinja, or the template itself, says against its input."""
+    """What jinja, or the template itself, says against its input, or that of it too much comes."""
 
 
 class TemplateStopped(Exception):
-    """A template took more than one rendering may; the message says of what."""
+    """A rendering took more time or memory than it may; the message says which."""
 
 
 class TemplateProcess:

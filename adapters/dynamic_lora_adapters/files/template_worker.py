@@ -59,7 +59,8 @@ def _answer(render: Any, line: bytes) -> bytes:
         )
         text = "".join(texts)
         if len(text) > (most := _GROWTH * len(line) + _MORE):
-            return json.dumps({"stopped": f"it writes more than {most:,} characters"}).encode()
+            # The input alone may do that: what is nested grows with its square, if indented.
+            return json.dumps({"refused": f"it would write more than {most:,} characters"}).encode()
         return json.dumps({"text": text}).encode()
     except MemoryError:
         return b'{"stopped": "it takes more memory than one rendering may"}'

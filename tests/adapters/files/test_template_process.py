@@ -72,6 +72,7 @@ def test_a_template_is_compiled_for_no_conversation(processes: TemplateProcesses
         ("{{ messages.nix.nix }}", "has no attribute 'nix'"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ raise_exception('x' * 10 ** 5) }}", "^x{2000}$"),
+        ("{{ 'a' * 3 * 10 ** 6 }}", r"would write more than 1,0\d\d,\d\d\d characters"),
     ],
 )
 def test_what_a_template_says_against_its_input(
@@ -90,7 +91,6 @@ def test_what_a_template_says_against_its_input(
         ("{{ 10 ** (10 ** 9) }}", [], "computes for more than 0.3 s"),
         (DOUBLED, [CHAT], "takes more memory|computes for more"),
         ("{{ ('a' * 10 ** 10) | length }}", [CHAT], "takes more memory"),
-        ("{{ 'a' * 3 * 10 ** 6 }}", [CHAT], r"writes more than 1,0\d\d,\d\d\d characters"),
     ],
 )
 def test_what_takes_too_much_is_stopped_and_holds_up_nobody(
