@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 from dynamic_lora_adapters.files import template_worker
@@ -33,6 +33,10 @@ class TemplateRefused(Exception):
 
 class TemplateStopped(Exception):
     """A rendering took more time or memory than it may; the message says which."""
+
+
+class TemplateProcessFailed(RuntimeError):
+    """A process could not render, which says nothing against the template."""
 
 
 class TemplateProcess:
@@ -60,17 +64,17 @@ class TemplateProcess:
         return self._process.poll() is None
 
     def render(self, job: bytes) -> str:
-        """The text of a job, a line of JSON. Raises TemplateRefused, and TemplateStopped, after
-        which the process is of no use; RuntimeError where it did not start."""
+        """The text of a job, a line of JSON. Raises TemplateRefused, and TemplateStopped or
+        TemplateProcessFailed, after which the process is of no use."""
         if not self._begun and not self._answers.readline():
-            raise RuntimeError("the process that renders chat templates did not start")
+            raise TemplateProcessFailed("the process that renders chat templates did not start")
         self._begun = True
         with suppress(BrokenPipeError):
             self._jobs.write(job + b"\n")
             self._jobs.flush()
         line = self._answers.readline()
         if not line.endswith(b"\n"):
-            raise TemplateStopped(self._why_ended())
+            raise self._why_ended()
         answer = json.loads(line)
         if "stopped" in answer:
             raise TemplateStopped(answer["stopped"])
@@ -86,11 +90,13 @@ class TemplateProcess:
                 stream.close()
         self._process.wait()
 
-    def _why_ended(self) -> str:
+    def _why_ended(self) -> TemplateStopped | TemplateProcessFailed:
         status = self._process.wait()
         if sys.platform != "win32" and status == -signal.SIGPROF:
-            return f"it computes for more than {self._seconds:g} s"
-        return f"the process that rendered it ended with status {status}"
+            return TemplateStopped(f"it computes for more than {self._seconds:g} s")
+        return TemplateProcessFailed(
+            f"the process that renders chat templates ended with status {status}"
+        )
 
 
 class TemplateProcesses:
@@ -124,8 +130,8 @@ class TemplateProcesses:
     ) -> str:
         """Conversations as transformers renders them, one behind the other; all values are JSON's.
 
-        Without any, the template is compiled and that is all. Raises TemplateRefused and
-        TemplateStopped.
+        Without any, the template is compiled and that is all. Raises TemplateRefused,
+        TemplateStopped, and TemplateProcessFailed where two processes failed, one after the other.
         """
         job = {
             "template": template,
@@ -139,8 +145,11 @@ class TemplateProcesses:
             line = json.dumps(job).encode()
         except RecursionError:
             raise TemplateRefused("they are nested too deeply") from None
-        with self._leased() as process:
-            return process.render(line)
+        try:
+            return self._rendered(line, self._take())
+        except TemplateProcessFailed as error:  # whoever ended it need not have meant the template
+            logger.warning("%s; a new one tries again", error)
+            return self._rendered(line, self._new())
 
     def close(self) -> None:
         """End those that nobody uses."""
@@ -149,11 +158,9 @@ class TemplateProcesses:
         for process in idle:
             process.close()
 
-    @contextmanager
-    def _leased(self) -> Iterator[TemplateProcess]:
-        process = self._take()
+    def _rendered(self, line: bytes, process: TemplateProcess) -> str:
         try:
-            yield process
+            text = process.render(line)
         except TemplateRefused:
             self._keep(process)
             raise
@@ -165,6 +172,7 @@ class TemplateProcesses:
             process.close()
             raise
         self._keep(process)
+        return text
 
     def _take(self) -> TemplateProcess:
         while True:

@@ -20,6 +20,7 @@ _MAX_REASON = 2000
 
 def main() -> None:
     """Answer jobs until there are no more."""
+    _outlast_signals()
     seconds, room_bytes = float(sys.argv[1]), int(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb")
     with suppress(OSError):  # where the server has no standard error
@@ -32,6 +33,12 @@ def main() -> None:
         answer = _answer(render, line)
         _bound_time(0)
         _send(answers, answer)
+
+
+def _outlast_signals() -> None:
+    """Ignore what tells a group of processes to end: the server ends this one when it has done."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
 
 
 def _renderer() -> Any:

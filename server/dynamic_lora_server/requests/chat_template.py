@@ -7,8 +7,13 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamic_lora_adapters.files.template_process import PROCESSES, TemplateRefused, TemplateStopped
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_adapters.files.template_process import (
+    PROCESSES,
+    TemplateProcessFailed,
+    TemplateRefused,
+    TemplateStopped,
+)
+from dynamic_lora_server.errors import InvalidParameter, ServerError
 from dynamic_lora_server.requests.stopped_templates import StoppedTemplates
 from dynamic_lora_server.schemas.openai import Message
 from dynamic_lora_server.schemas.tools import TemplateRequest
@@ -61,7 +66,7 @@ def render(
     `chat` is that of `adapter`; its template goes before the base model's. `variables` are what the
     request gives to the template, `asked` what it is to write besides the messages. Raises
     InvalidParameter when the template refuses the messages, would leave something out, takes more
-    than one rendering may, or there is none.
+    than one rendering may, or there is none; ServerError where nothing could render it.
     """
     own = _own_template(tokenizer, chat)
     tokens = _special_tokens(tokenizer, chat)
@@ -100,7 +105,8 @@ def check_written(
     """What the template makes of tools; `with_tools` says whether there are.
 
     Raises InvalidParameter for tools, calls or results that it would leave out, for a template
-    that takes more than one rendering may, or if there is none.
+    that takes more than one rendering may, or if there is none; ServerError where nothing could
+    render it.
     """
     own = _own_template(tokenizer, chat)
     template = own or _base_template(tokenizer, with_tools=with_tools)
@@ -143,6 +149,10 @@ def _told(own: str | None, adapter: object, *, is_to_blame: Callable[[], bool]) 
             f"{whose} was stopped: {error}.",
             field="messages",
             fix="Mend it, or send a shorter conversation.",
+        ) from error
+    except TemplateProcessFailed as error:
+        raise ServerError(
+            f"{whose} could not be rendered: {error}.", fix="Send the request again."
         ) from error
 
 

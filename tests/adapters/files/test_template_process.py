@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dynamic_lora_adapters.files import template_process
 from dynamic_lora_adapters.files.template_process import (
     TemplateProcess,
     TemplateProcesses,
+    TemplateProcessFailed,
     TemplateRefused,
     TemplateStopped,
 )
@@ -148,9 +150,46 @@ def test_what_ends_a_process_is_told() -> None:
     with pytest.raises(TemplateRefused):
         process.render(b"{}")
     os.kill(process._process.pid, signal.SIGKILL)
-    with pytest.raises(TemplateStopped, match="ended with status -9"):
+    with pytest.raises(TemplateProcessFailed, match="ended with status -9"):
         process.render(b"{}")
     process.close()
+
+
+def test_what_tells_a_group_of_processes_to_end_ends_none_that_renders() -> None:
+    process = TemplateProcess(seconds=9, room_bytes=2**26)
+    for one in (signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(TemplateRefused):
+            process.render(b"{}")
+        os.kill(process._process.pid, one)
+    with pytest.raises(TemplateRefused):
+        process.render(b"{}")
+    assert process.alive
+    process.close()
+
+
+class Doomed(TemplateProcess):
+    """Somebody ends it before it has answered."""
+
+    def render(self, job: bytes) -> str:
+        os.kill(self._process.pid, signal.SIGKILL)
+        return super().render(job)
+
+
+def test_a_template_whose_process_somebody_ends_is_rendered_by_another() -> None:
+    processes = TemplateProcesses()
+    processes._idle.append(Doomed(seconds=9, room_bytes=2**26))
+    assert processes.render("{{ 1 }}", [CHAT]) == "1"
+    processes.close()
+
+
+def test_two_that_somebody_ends_are_no_fault_of_the_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(template_process, "TemplateProcess", Doomed)
+    processes = TemplateProcesses()
+    with pytest.raises(TemplateProcessFailed):
+        processes.render("{{ 1 }}", [CHAT])
+    assert processes._idle == []
 
 
 def test_one_that_does_not_start_is_no_fault_of_the_template(
@@ -158,7 +197,7 @@ def test_one_that_does_not_start_is_no_fault_of_the_template(
 ) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     processes = TemplateProcesses()
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(TemplateProcessFailed, match="did not start"):
         processes.render("", [])
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError):

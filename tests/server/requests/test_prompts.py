@@ -8,7 +8,7 @@ import pytest
 from dynamic_lora_adapters.files.card import TaskCard
 from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_adapters.files.template_process import TemplateProcesses
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.errors import InvalidParameter, ServerError
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.requests import chat_template
 from dynamic_lora_server.requests.prompts import (
@@ -382,6 +382,22 @@ def test_a_request_that_asks_too_much_of_a_sound_template_is_refused_alone(
     asked = ChatRequest.model_validate(small)
     spec = chat_spec(asked, adapter="sql", tokenizer=TOKENIZER, chat=chat)
     assert spec.prompt in ("hi", "a")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_process_that_fails_is_the_servers_fault_and_no_templates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = ChatRequest.model_validate(
+        {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}
+    )
+    chat = ChatFormat(template=QUADRATIC)
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.executable", "/bin/false")
+        with pytest.raises(ServerError, match="'sql' could not be rendered: the process") as caught:
+            chat_spec(body, adapter="sql", tokenizer=TOKENIZER, chat=chat)
+    assert type(caught.value) is ServerError
+    assert chat_spec(body, adapter="sql", tokenizer=TOKENIZER, chat=chat).prompt == "hi"
 
 
 def test_tools_that_become_too_much_text_are_refused_alone() -> None:
