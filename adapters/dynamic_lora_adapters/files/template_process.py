@@ -22,6 +22,9 @@ from dynamic_lora_adapters.files import template_worker
 # 8 MiB of the shortest messages take a quarter of it: no conversation is to stop a sound template.
 SECONDS = 5.0
 ROOM_BYTES = 512 * 2**20
+# By the clock on the wall, starting included: one that gets no core, or waits for a disk, computes
+# nothing, and is to hold up nobody for ever.
+WAIT_SECONDS = 60.0
 _MAX_IDLE = 2
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,22 @@ class TemplateProcessFailed(RuntimeError):
     """A process could not render, which says nothing against the template."""
 
 
-class TemplateProcess:
-    """One process, for one thread at a time."""
+class TemplateProcessLate(TemplateProcessFailed):
+    """A process gave no answer in time."""
 
-    def __init__(self, *, seconds: float, room_bytes: int) -> None:
+
+class TemplateProcess:
+    """One process, for one thread at a time.
+
+    A rendering may compute for `seconds`, and take `wait_seconds` in all.
+    """
+
+    def __init__(
+        self, *, seconds: float, room_bytes: int, wait_seconds: float = WAIT_SECONDS
+    ) -> None:
         self._seconds = seconds
+        self._wait_seconds = wait_seconds
+        self._is_late = False
         self._process = subprocess.Popen(
             # -P: the folder of the script is none to import from.
             [sys.executable, "-P", template_worker.__file__, str(seconds), str(room_bytes)],
@@ -66,15 +80,24 @@ class TemplateProcess:
     def render(self, job: bytes) -> str:
         """The text of a job, a line of JSON. Raises TemplateRefused, and TemplateStopped or
         TemplateProcessFailed, after which the process is of no use."""
+        timer = threading.Timer(self._wait_seconds, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._answer(job)
+        finally:
+            timer.cancel()
+
+    def _answer(self, job: bytes) -> str:
         if not self._begun and not self._answers.readline():
-            raise TemplateProcessFailed("the process that renders chat templates did not start")
+            raise self._why_ended(otherwise="did not start")
         self._begun = True
         with suppress(BrokenPipeError):
             self._jobs.write(job + b"\n")
             self._jobs.flush()
         line = self._answers.readline()
         if not line.endswith(b"\n"):
-            raise self._why_ended()
+            raise self._why_ended(otherwise="ended")
         answer = json.loads(line)
         if "stopped" in answer:
             raise TemplateStopped(answer["stopped"])
@@ -90,21 +113,37 @@ class TemplateProcess:
                 stream.close()
         self._process.wait()
 
-    def _why_ended(self) -> TemplateStopped | TemplateProcessFailed:
+    def _give_up(self) -> None:
+        self._is_late = True
+        self._process.kill()
+
+    def _why_ended(self, *, otherwise: str) -> TemplateStopped | TemplateProcessFailed:
         status = self._process.wait()
+        if self._is_late:
+            return TemplateProcessLate(
+                "the process that renders chat templates gave no answer in "
+                f"{self._wait_seconds:g} s"
+            )
         if sys.platform != "win32" and status == -signal.SIGPROF:
             return TemplateStopped(f"it computes for more than {self._seconds:g} s")
         return TemplateProcessFailed(
-            f"the process that renders chat templates ended with status {status}"
+            f"the process that renders chat templates {otherwise} (status {status})"
         )
 
 
 class TemplateProcesses:
     """Processes for as many threads as come; a few stay for the next. Safe from any thread."""
 
-    def __init__(self, *, seconds: float = SECONDS, room_bytes: int = ROOM_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        seconds: float = SECONDS,
+        room_bytes: int = ROOM_BYTES,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
         self._seconds = seconds
         self._room_bytes = room_bytes
+        self._wait_seconds = wait_seconds
         self._lock = threading.Lock()
         self._idle: list[TemplateProcess] = []
 
@@ -131,7 +170,8 @@ class TemplateProcesses:
         """Conversations as transformers renders them, one behind the other; all values are JSON's.
 
         Without any, the template is compiled and that is all. Raises TemplateRefused,
-        TemplateStopped, and TemplateProcessFailed where two processes failed, one after the other.
+        TemplateStopped, and TemplateProcessFailed where one was late, or two failed, one after the
+        other.
         """
         job = {
             "template": template,
@@ -147,6 +187,8 @@ class TemplateProcesses:
             raise TemplateRefused("they are nested too deeply") from None
         try:
             return self._rendered(line, self._take())
+        except TemplateProcessLate:  # so would another be
+            raise
         except TemplateProcessFailed as error:  # whoever ended it need not have meant the template
             logger.warning("%s; a new one tries again", error)
             return self._rendered(line, self._new())
@@ -192,7 +234,9 @@ class TemplateProcesses:
         process.close()
 
     def _new(self) -> TemplateProcess:
-        return TemplateProcess(seconds=self._seconds, room_bytes=self._room_bytes)
+        return TemplateProcess(
+            seconds=self._seconds, room_bytes=self._room_bytes, wait_seconds=self._wait_seconds
+        )
 
 
 PROCESSES = TemplateProcesses()

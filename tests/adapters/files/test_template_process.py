@@ -14,6 +14,7 @@ from dynamic_lora_adapters.files.template_process import (
     TemplateProcess,
     TemplateProcesses,
     TemplateProcessFailed,
+    TemplateProcessLate,
     TemplateRefused,
     TemplateStopped,
 )
@@ -150,7 +151,7 @@ def test_what_ends_a_process_is_told() -> None:
     with pytest.raises(TemplateRefused):
         process.render(b"{}")
     os.kill(process._process.pid, signal.SIGKILL)
-    with pytest.raises(TemplateProcessFailed, match="ended with status -9"):
+    with pytest.raises(TemplateProcessFailed, match=r"ended \(status -9\)"):
         process.render(b"{}")
     process.close()
 
@@ -165,6 +166,24 @@ def test_what_tells_a_group_of_processes_to_end_ends_none_that_renders() -> None
         process.render(b"{}")
     assert process.alive
     process.close()
+
+
+def test_one_that_computes_nothing_is_waited_for_no_longer_than_may_be() -> None:
+    process = TemplateProcess(seconds=9, room_bytes=2**26)
+    with pytest.raises(TemplateRefused):
+        process.render(b"{}")
+    process._wait_seconds = 0.1
+    os.kill(process._process.pid, signal.SIGSTOP)
+    with pytest.raises(TemplateProcessLate, match="gave no answer in 0.1 s"):
+        process.render(b"[" * 2**20)  # more than waits in a pipe: writing it is waited for, too
+    process.close()
+
+
+def test_nor_is_one_that_is_long_in_starting() -> None:
+    processes = TemplateProcesses(wait_seconds=0.001)
+    with pytest.raises(TemplateProcessLate, match="gave no answer in 0.001 s"):
+        processes.render("{{ 1 }}", [CHAT])
+    assert processes._idle == []
 
 
 class Doomed(TemplateProcess):
