@@ -9,6 +9,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,13 @@ ROOM_BYTES = 512 * 2**20
 # nothing, and is to hold up nobody for ever.
 WAIT_SECONDS = 60.0
 _MAX_IDLE = 2
+# What an interpreter needs to start, libraries to be found and read, and times to be local: no keys
+# and no tokens, as these processes run what somebody uploaded.
+_PASSED_ON = re.compile(
+    "PATH|HOME|TZ|LANG|LC_[A-Z]+|TMPDIR|TE?MP|VIRTUAL_ENV|(DY)?LD_LIBRARY_PATH"
+    "|PYTHON(PATH|HOME|USERBASE|NOUSERSITE|PYCACHEPREFIX|DONTWRITEBYTECODE|UTF8)"
+    "|SYSTEMROOT|USERPROFILE|(LOCAL)?APPDATA"  # of Windows
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +71,7 @@ class TemplateProcess:
             [sys.executable, "-P", template_worker.__file__, str(seconds), str(room_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Libraries would reserve memory for one thread on each core.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=_environment(),
             start_new_session=True,  # what interrupts the server ends it by closing its input
         )
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -129,6 +136,13 @@ class TemplateProcess:
         return TemplateProcessFailed(
             f"the process that renders chat templates {otherwise} (status {status})"
         )
+
+
+def _environment() -> dict[str, str]:
+    passed_on = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
+    # Libraries would reserve memory for one thread on each core, and have nothing to fetch.
+    own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return passed_on | own
 
 
 class TemplateProcesses:

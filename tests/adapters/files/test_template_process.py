@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,6 +186,19 @@ def test_nor_is_one_that_is_long_in_starting() -> None:
     with pytest.raises(TemplateProcessLate, match="gave no answer in 0.001 s"):
         processes.render("{{ 1 }}", [CHAT])
     assert processes._idle == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
+def test_a_process_gets_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "DYNAMIC_LORA_ADMIN_KEYS", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("LC_TIME", "de_DE.UTF-8")
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    process = TemplateProcess(seconds=9, room_bytes=2**26)
+    found = Path(f"/proc/{process._process.pid}/environ").read_bytes()
+    process.close()
+    assert b"secret" not in found
+    assert {b"LC_TIME=de_DE.UTF-8", b"TZ=Europe/Berlin"} <= set(found.split(b"\0"))
 
 
 class Doomed(TemplateProcess):
