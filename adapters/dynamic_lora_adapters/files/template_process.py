@@ -78,6 +78,7 @@ class TemplateProcess:
         self._jobs: IO[bytes] = self._process.stdin
         self._answers: IO[bytes] = self._process.stdout
         self._begun = False
+        self._is_fresh = True  # it keeps nothing of other templates
 
     @property
     def alive(self) -> bool:
@@ -99,6 +100,7 @@ class TemplateProcess:
         if not self._begun and not self._answers.readline():
             raise self._why_ended(otherwise="did not start")
         self._begun = True
+        fresh, self._is_fresh = self._is_fresh, False
         with suppress(BrokenPipeError):
             self._jobs.write(job + b"\n")
             self._jobs.flush()
@@ -107,6 +109,8 @@ class TemplateProcess:
             raise self._why_ended(otherwise="ended")
         answer = json.loads(line)
         if "stopped" in answer:
+            if not fresh:  # transformers keeps the last templates, which take memory as well
+                raise TemplateProcessFailed("a process that renders chat templates was full")
             raise TemplateStopped(answer["stopped"])
         if "refused" in answer:
             raise TemplateRefused(answer["refused"])
@@ -203,7 +207,7 @@ class TemplateProcesses:
             return self._rendered(line, self._take())
         except TemplateProcessLate:  # so would another be
             raise
-        except TemplateProcessFailed as error:  # whoever ended it need not have meant the template
+        except TemplateProcessFailed as error:  # what ended it need not be this template's doing
             logger.warning("%s; a new one tries again", error)
             return self._rendered(line, self._new())
 

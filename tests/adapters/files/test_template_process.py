@@ -201,6 +201,13 @@ def test_a_process_gets_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {b"LC_TIME=de_DE.UTF-8", b"TZ=Europe/Berlin"} <= set(found.split(b"\0"))
 
 
+def test_what_a_process_keeps_of_other_templates_is_no_fault_of_the_next() -> None:
+    processes = TemplateProcesses(room_bytes=2**25)
+    for number in range(12):
+        assert processes.render(f"{number}{'€' * 2**19}", []) == ""
+    processes.close()
+
+
 class Doomed(TemplateProcess):
     """Somebody ends it before it has answered."""
 
