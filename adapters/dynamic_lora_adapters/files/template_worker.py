@@ -16,6 +16,7 @@ from typing import Any
 # What a rendering may write: so many times what it was given, and so many characters more.
 _GROWTH, _MORE = 4, 2**20
 _MAX_REASON = 2000
+_ASSUMED_SIZE = 2**31
 
 
 def main() -> None:
@@ -85,15 +86,24 @@ def _bound_time(seconds: float) -> None:
 
 
 def _bound_memory(room_bytes: int) -> None:
-    """Have the system give this process so much more than it has, where that can be told."""
+    """Have the system give this process so much more than it has."""
     if sys.platform == "linux":
         import resource
 
-        with open("/proc/self/statm", encoding="ascii") as file:
-            num_pages = int(file.read().split()[0])
-        limit = num_pages * resource.getpagesize() + room_bytes
+        limit = _size() + room_bytes
         with suppress(ValueError):  # a lower limit has been set already
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _size() -> int:
+    """Bytes of address space that this process has; where that is not told, more than it has."""
+    import resource
+
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no /proc, as in a jail
+        return _ASSUMED_SIZE
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dynamic_lora_adapters.files import template_process
+from dynamic_lora_adapters.files import template_process, template_worker
 from dynamic_lora_adapters.files.template_process import (
     TemplateProcess,
     TemplateProcesses,
@@ -205,6 +205,21 @@ def test_what_a_process_keeps_of_other_templates_is_no_fault_of_the_next() -> No
     processes = TemplateProcesses(room_bytes=2**25)
     for number in range(12):
         assert processes.render(f"{number}{'€' * 2**19}", []) == ""
+    processes.close()
+
+
+def test_memory_is_bounded_where_the_system_tells_no_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(template_worker.__file__).read_text()
+    assert "/proc/" in source
+    jailed = tmp_path / "worker.py"
+    jailed.write_text(source.replace("/proc/", "/nowhere/"))
+    monkeypatch.setattr(template_worker, "__file__", str(jailed))
+    processes = TemplateProcesses()
+    assert processes.render("{{ 1 }}", [CHAT]) == "1"
+    with pytest.raises(TemplateStopped, match="takes more memory"):
+        processes.render("{{ ('a' * 10 ** 10) | length }}", [CHAT])
     processes.close()
 
 
