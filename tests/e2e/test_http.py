@@ -17,6 +17,7 @@ import pytest
 from dynamic_lora_adapters.files.template_process import TemplateProcesses
 from dynamic_lora_server.requests import chat_template
 from dynamic_lora_server.serving.adapter_loader import AdapterLoader
+from dynamic_lora_server.tools import template as template_trials
 from tests.support.adapters import make_adapter
 from tests.support.eventually import eventually
 from tests.support.http_server import listening, tiny_app, tiny_config
@@ -341,6 +342,7 @@ async def test_an_adapter_whose_template_has_no_end_is_named(
     assert created.status_code == 201, created.text
     processes = TemplateProcesses(seconds=0.1)
     monkeypatch.setattr(chat_template, "PROCESSES", processes)
+    monkeypatch.setattr(template_trials, "PROCESSES", processes)
     messages = [{"role": "user", "content": "hi"}]
     chat = await client.post(
         "/v1/chat/completions", json={"model": "endless", "messages": messages, "max_tokens": 1}

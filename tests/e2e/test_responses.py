@@ -226,6 +226,16 @@ def test_an_error_names_the_field(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="nothing is stored") as caught:
         client.responses.create(model="base", input="hi", previous_response_id="resp_1")
     assert caught.value.param == "previous_response_id"
+    calls: Any = [
+        {"type": "function_call", "call_id": str(number), "name": "f", "arguments": "{}"}
+        for number in range(129)
+    ]
+    with pytest.raises(BadRequestError, match="more than 128 calls") as caught:
+        client.responses.create(model="base", input=calls)
+    assert caught.value.param == "input.128"
+    with pytest.raises(BadRequestError, match="holds 16,385 messages") as caught:
+        client.responses.create(model="base", input=[USER] * 16_384, instructions="Be brief.")
+    assert caught.value.param == "input"
     with pytest.raises(BadRequestError, match="does not write tools") as caught:
         client.responses.create(model="base", input="hi", tools=FUNCTIONS, stream=True)
     assert caught.value.param == "tools"

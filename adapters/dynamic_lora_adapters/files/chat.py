@@ -23,6 +23,7 @@ CHAT_SOURCES = frozenset({TEMPLATE_FILE, TOKENIZER_FILE, GENERATION_FILE})
 
 # A tokenizer's config lists its added tokens, thousands of them with some models.
 _MAX_TOKENIZER_BYTES = 16 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
 _TEMPLATE_TOKENS = ("bos_token", "eos_token")
 
 
@@ -51,7 +52,7 @@ class ChatFormat(BaseModel):
             return cls._kept(kept)
         tokenizer = _read_optional(folder / TOKENIZER_FILE, _MAX_TOKENIZER_BYTES)
         generation = _read_optional(folder / GENERATION_FILE, MAX_JSON_BYTES)
-        template = _read_template(folder / TEMPLATE_FILE) or _template_of(tokenizer)
+        template = _read_template(folder / TEMPLATE_FILE) or _checked(_template_of(tokenizer))
         tokens = {name: _token(tokenizer, name) for name in _TEMPLATE_TOKENS}
         known = {name: token for name, token in tokens.items() if token is not None}
         end = known.get("eos_token")
@@ -98,9 +99,8 @@ def _read_template(path: Path) -> str | None:
     if not path.exists():
         return None
     with path.open("rb") as stream:
-        data = stream.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise InvalidAdapter(f"{path.name} is larger than {MAX_JSON_BYTES} bytes.", field=path.name)
+        data = stream.read(_MAX_TEMPLATE_BYTES + 1)
+    _check_size(len(data), path.name)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -120,6 +120,18 @@ def _template_of(tokenizer: Mapping[str, Any]) -> str | None:
                     case {"name": "default", "template": str(template)}:
                         return template or None
     raise _wrong(TOKENIZER_FILE, "chat_template", "a text, or several with one named 'default'")
+
+
+def _checked(template: str | None) -> str | None:
+    if template is not None:
+        _check_size(len(template.encode()), f"{TOKENIZER_FILE}: chat_template")
+    return template
+
+
+def _check_size(num_bytes: int, place: str) -> None:
+    """Raise `InvalidAdapter` for a template that is too large: processes keep some of them."""
+    if num_bytes > _MAX_TEMPLATE_BYTES:
+        raise InvalidAdapter(f"{place} is larger than {_MAX_TEMPLATE_BYTES} bytes.", field=place)
 
 
 def _token(tokenizer: Mapping[str, Any], name: str) -> str | None:

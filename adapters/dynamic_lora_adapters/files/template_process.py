@@ -9,12 +9,13 @@ import atexit
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 from dynamic_lora_adapters.files import template_worker
@@ -22,37 +23,62 @@ from dynamic_lora_adapters.files import template_worker
 # 8 MiB of the shortest messages take a quarter of it: no conversation is to stop a sound template.
 SECONDS = 5.0
 ROOM_BYTES = 512 * 2**20
+# By the clock on the wall, starting included: one that gets no core, or waits for a disk, computes
+# nothing, and is to hold up nobody for ever.
+WAIT_SECONDS = 60.0
 _MAX_IDLE = 2
+# What an interpreter needs to start, libraries to be found and read, and times to be local: no keys
+# and no tokens, as these processes run what somebody uploaded.
+_PASSED_ON = re.compile(
+    "PATH|HOME|TZ|LANG|LC_[A-Z]+|TMPDIR|TE?MP|VIRTUAL_ENV|(DY)?LD_LIBRARY_PATH"
+    "|PYTHON(PATH|HOME|USERBASE|NOUSERSITE|PYCACHEPREFIX|DONTWRITEBYTECODE|UTF8)"
+    "|SYSTEMROOT|USERPROFILE|(LOCAL)?APPDATA"  # of Windows
+)
 
 logger = logging.getLogger(__name__)
 
 
 class TemplateRefused(Exception):
-    """What jinja, or the template itself, says against its input."""
+    """What jinja, or the template itself, says against its input, or that of it too much comes."""
 
 
 class TemplateStopped(Exception):
-    """A template took more than one rendering may; the message says of what."""
+    """A rendering took more time or memory than it may; the message says which."""
+
+
+class TemplateProcessFailed(RuntimeError):
+    """A process could not render, which says nothing against the template."""
+
+
+class TemplateProcessLate(TemplateProcessFailed):
+    """A process gave no answer in time."""
 
 
 class TemplateProcess:
-    """One process, for one thread at a time."""
+    """One process, for one thread at a time.
 
-    def __init__(self, *, seconds: float, room_bytes: int) -> None:
+    A rendering may compute for `seconds`, and take `wait_seconds` in all.
+    """
+
+    def __init__(
+        self, *, seconds: float, room_bytes: int, wait_seconds: float = WAIT_SECONDS
+    ) -> None:
         self._seconds = seconds
+        self._wait_seconds = wait_seconds
+        self._is_late = False
         self._process = subprocess.Popen(
             # -P: the folder of the script is none to import from.
             [sys.executable, "-P", template_worker.__file__, str(seconds), str(room_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Libraries would reserve memory for one thread on each core.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=_environment(),
             start_new_session=True,  # what interrupts the server ends it by closing its input
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._jobs: IO[bytes] = self._process.stdin
         self._answers: IO[bytes] = self._process.stdout
         self._begun = False
+        self._is_fresh = True  # it keeps nothing of other templates
 
     @property
     def alive(self) -> bool:
@@ -60,19 +86,31 @@ class TemplateProcess:
         return self._process.poll() is None
 
     def render(self, job: bytes) -> str:
-        """The text of a job, a line of JSON. Raises TemplateRefused, and TemplateStopped, after
-        which the process is of no use; RuntimeError where it did not start."""
+        """The text of a job, a line of JSON. Raises TemplateRefused, and TemplateStopped or
+        TemplateProcessFailed, after which the process is of no use."""
+        timer = threading.Timer(self._wait_seconds, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._answer(job)
+        finally:
+            timer.cancel()
+
+    def _answer(self, job: bytes) -> str:
         if not self._begun and not self._answers.readline():
-            raise RuntimeError("the process that renders chat templates did not start")
+            raise self._why_ended(otherwise="did not start")
         self._begun = True
+        fresh, self._is_fresh = self._is_fresh, False
         with suppress(BrokenPipeError):
             self._jobs.write(job + b"\n")
             self._jobs.flush()
         line = self._answers.readline()
         if not line.endswith(b"\n"):
-            raise TemplateStopped(self._why_ended())
+            raise self._why_ended(otherwise="ended")
         answer = json.loads(line)
         if "stopped" in answer:
+            if not fresh:  # transformers keeps the last templates, which take memory as well
+                raise TemplateProcessFailed("a process that renders chat templates was full")
             raise TemplateStopped(answer["stopped"])
         if "refused" in answer:
             raise TemplateRefused(answer["refused"])
@@ -86,19 +124,44 @@ class TemplateProcess:
                 stream.close()
         self._process.wait()
 
-    def _why_ended(self) -> str:
+    def _give_up(self) -> None:
+        self._is_late = True
+        self._process.kill()
+
+    def _why_ended(self, *, otherwise: str) -> TemplateStopped | TemplateProcessFailed:
         status = self._process.wait()
+        if self._is_late:
+            return TemplateProcessLate(
+                "the process that renders chat templates gave no answer in "
+                f"{self._wait_seconds:g} s"
+            )
         if sys.platform != "win32" and status == -signal.SIGPROF:
-            return f"it computes for more than {self._seconds:g} s"
-        return f"the process that rendered it ended with status {status}"
+            return TemplateStopped(f"it computes for more than {self._seconds:g} s")
+        return TemplateProcessFailed(
+            f"the process that renders chat templates {otherwise} (status {status})"
+        )
+
+
+def _environment() -> dict[str, str]:
+    passed_on = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
+    # Libraries would reserve memory for one thread on each core, and have nothing to fetch.
+    own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return passed_on | own
 
 
 class TemplateProcesses:
     """Processes for as many threads as come; a few stay for the next. Safe from any thread."""
 
-    def __init__(self, *, seconds: float = SECONDS, room_bytes: int = ROOM_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        seconds: float = SECONDS,
+        room_bytes: int = ROOM_BYTES,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
         self._seconds = seconds
         self._room_bytes = room_bytes
+        self._wait_seconds = wait_seconds
         self._lock = threading.Lock()
         self._idle: list[TemplateProcess] = []
 
@@ -124,8 +187,9 @@ class TemplateProcesses:
     ) -> str:
         """Conversations as transformers renders them, one behind the other; all values are JSON's.
 
-        Without any, the template is compiled and that is all. Raises TemplateRefused and
-        TemplateStopped.
+        Without any, the template is compiled and that is all. Raises TemplateRefused,
+        TemplateStopped, and TemplateProcessFailed where one was late, or two failed, one after the
+        other.
         """
         job = {
             "template": template,
@@ -139,8 +203,13 @@ class TemplateProcesses:
             line = json.dumps(job).encode()
         except RecursionError:
             raise TemplateRefused("they are nested too deeply") from None
-        with self._leased() as process:
-            return process.render(line)
+        try:
+            return self._rendered(line, self._take())
+        except TemplateProcessLate:  # so would another be
+            raise
+        except TemplateProcessFailed as error:  # what ended it need not be this template's doing
+            logger.warning("%s; a new one tries again", error)
+            return self._rendered(line, self._new())
 
     def close(self) -> None:
         """End those that nobody uses."""
@@ -149,11 +218,9 @@ class TemplateProcesses:
         for process in idle:
             process.close()
 
-    @contextmanager
-    def _leased(self) -> Iterator[TemplateProcess]:
-        process = self._take()
+    def _rendered(self, line: bytes, process: TemplateProcess) -> str:
         try:
-            yield process
+            text = process.render(line)
         except TemplateRefused:
             self._keep(process)
             raise
@@ -165,6 +232,7 @@ class TemplateProcesses:
             process.close()
             raise
         self._keep(process)
+        return text
 
     def _take(self) -> TemplateProcess:
         while True:
@@ -184,7 +252,9 @@ class TemplateProcesses:
         process.close()
 
     def _new(self) -> TemplateProcess:
-        return TemplateProcess(seconds=self._seconds, room_bytes=self._room_bytes)
+        return TemplateProcess(
+            seconds=self._seconds, room_bytes=self._room_bytes, wait_seconds=self._wait_seconds
+        )
 
 
 PROCESSES = TemplateProcesses()

@@ -16,10 +16,12 @@ from typing import Any
 # What a rendering may write: so many times what it was given, and so many characters more.
 _GROWTH, _MORE = 4, 2**20
 _MAX_REASON = 2000
+_ASSUMED_SIZE = 2**31
 
 
 def main() -> None:
     """Answer jobs until there are no more."""
+    _outlast_signals()
     seconds, room_bytes = float(sys.argv[1]), int(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb")
     with suppress(OSError):  # where the server has no standard error
@@ -32,6 +34,12 @@ def main() -> None:
         answer = _answer(render, line)
         _bound_time(0)
         _send(answers, answer)
+
+
+def _outlast_signals() -> None:
+    """Ignore what tells a group of processes to end: the server ends this one when it has done."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
 
 
 def _renderer() -> Any:
@@ -59,7 +67,8 @@ def _answer(render: Any, line: bytes) -> bytes:
         )
         text = "".join(texts)
         if len(text) > (most := _GROWTH * len(line) + _MORE):
-            return json.dumps({"stopped": f"it writes more than {most:,} characters"}).encode()
+            # The input alone may do that: what is nested grows with its square, if indented.
+            return json.dumps({"refused": f"it would write more than {most:,} characters"}).encode()
         return json.dumps({"text": text}).encode()
     except MemoryError:
         return b'{"stopped": "it takes more memory than one rendering may"}'
@@ -77,15 +86,24 @@ def _bound_time(seconds: float) -> None:
 
 
 def _bound_memory(room_bytes: int) -> None:
-    """Have the system give this process so much more than it has, where that can be told."""
+    """Have the system give this process so much more than it has."""
     if sys.platform == "linux":
         import resource
 
-        with open("/proc/self/statm", encoding="ascii") as file:
-            num_pages = int(file.read().split()[0])
-        limit = num_pages * resource.getpagesize() + room_bytes
+        limit = _size() + room_bytes
         with suppress(ValueError):  # a lower limit has been set already
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _size() -> int:
+    """Bytes of address space that this process has; where that is not told, more than it has."""
+    import resource
+
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no /proc, as in a jail
+        return _ASSUMED_SIZE
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
 """Messages through a chat template: an adapter's own, or the base model's."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamic_lora_adapters.files.template_process import PROCESSES, TemplateRefused, TemplateStopped
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_adapters.files.template_process import (
+    PROCESSES,
+    TemplateProcessFailed,
+    TemplateRefused,
+    TemplateStopped,
+)
+from dynamic_lora_server.errors import InvalidParameter, ServerError
 from dynamic_lora_server.requests.stopped_templates import StoppedTemplates
 from dynamic_lora_server.schemas.openai import Message
 from dynamic_lora_server.schemas.tools import TemplateRequest
 from dynamic_lora_server.tools.conversation import has_calls, has_results, with_calls
 from dynamic_lora_server.tools.offer import described
-from dynamic_lora_server.tools.template import TemplateTools, template_tools
+from dynamic_lora_server.tools.template import TemplateTools, takes_too_much, template_tools
 
 if TYPE_CHECKING:
     from dynamic_lora_adapters.files.chat import ChatFormat
@@ -60,12 +66,11 @@ def render(
     `chat` is that of `adapter`; its template goes before the base model's. `variables` are what the
     request gives to the template, `asked` what it is to write besides the messages. Raises
     InvalidParameter when the template refuses the messages, would leave something out, takes more
-    than one rendering may, or there is none.
+    than one rendering may, or there is none; ServerError where nothing could render it.
     """
     own = _own_template(tokenizer, chat)
+    tokens = _special_tokens(tokenizer, chat)
     _check_variables(variables)
-    if chat is not None and own is not None:
-        variables = {**chat.special_tokens, **variables}
     conversation = [_turn(message) for message in messages]
     ending = _ending(asked, messages)
     tools = described(asked.tools or ())
@@ -73,14 +78,14 @@ def render(
         check_written(messages, tokenizer, chat, with_tools=bool(tools), adapter=adapter)
     turns = with_calls(conversation, messages)
     template = own or _base_template(tokenizer, with_tools=bool(tools))
-    with _told(own, adapter):
+    with _told(own, adapter, is_to_blame=partial(takes_too_much, template, tokens)):
         text = PROCESSES.render(
             template,
             [[_without_none(turn) for turn in turns]],
             tools=tools or None,
             add_generation_prompt=ending is Ending.NEW_TURN,
             continue_final_message=ending is Ending.LAST_TURN,
-            variables={**tokenizer.special_tokens_map, **variables},
+            variables={**tokens, **variables},
         )
     try:
         text.encode()  # a template can write half of a character, which no tokenizer takes
@@ -100,15 +105,13 @@ def check_written(
     """What the template makes of tools; `with_tools` says whether there are.
 
     Raises InvalidParameter for tools, calls or results that it would leave out, for a template
-    that takes more than one rendering may, or if there is none.
+    that takes more than one rendering may, or if there is none; ServerError where nothing could
+    render it.
     """
     own = _own_template(tokenizer, chat)
-    tokens = tokenizer.special_tokens_map
-    if chat is not None and own is not None:
-        tokens = {**tokens, **chat.special_tokens}
     template = own or _base_template(tokenizer, with_tools=with_tools)
-    with _told(own, adapter):
-        found = template_tools(template, tokens)
+    with _told(own, adapter, is_to_blame=lambda: True):  # the conversation is the server's
+        found = template_tools(template, _special_tokens(tokenizer, chat))
     left_out = {
         "tools": ("tools", with_tools and not found.offers),
         "calls of earlier turns": ("messages", has_calls(messages) and not found.calls),
@@ -125,9 +128,9 @@ def check_written(
 
 
 @contextmanager
-def _told(own: str | None, adapter: object) -> Iterator[None]:
-    """Say of a rendering what was wrong with it. An adapter's template that was stopped is left
-    alone for a while; the base model's would be everybody's."""
+def _told(own: str | None, adapter: object, *, is_to_blame: Callable[[], bool]) -> Iterator[None]:
+    """Say of a rendering what was wrong with it. An adapter's template that was stopped, and is to
+    blame for it, is left alone for a while; the base model's would be everybody's."""
     whose = _whose(own, adapter)
     if own is not None and (seconds := _STOPPED.seconds_left(own)):
         raise InvalidParameter(
@@ -140,12 +143,16 @@ def _told(own: str | None, adapter: object) -> Iterator[None]:
     except TemplateRefused as error:
         raise _refused(whose, str(error)) from error
     except TemplateStopped as error:
-        if own is not None:
+        if own is not None and is_to_blame():
             _STOPPED.add(own)
         raise InvalidParameter(
             f"{whose} was stopped: {error}.",
             field="messages",
             fix="Mend it, or send a shorter conversation.",
+        ) from error
+    except TemplateProcessFailed as error:
+        raise ServerError(
+            f"{whose} could not be rendered: {error}.", fix="Send the request again."
         ) from error
 
 
@@ -173,6 +180,12 @@ def _own_template(tokenizer: Tokenizer, chat: "ChatFormat | None") -> str | None
             fix="Write the whole prompt yourself and use /v1/completions or /generate.",
         )
     return own
+
+
+def _special_tokens(tokenizer: Tokenizer, chat: "ChatFormat | None") -> dict[str, Any]:
+    """What the template finds under the names of special tokens: the adapter's go first."""
+    own = {} if chat is None or chat.template is None else chat.special_tokens
+    return {**tokenizer.special_tokens_map, **own}
 
 
 def _whose(own: str | None, adapter: object) -> str:

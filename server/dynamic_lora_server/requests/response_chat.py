@@ -4,8 +4,11 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from pydantic import ValidationError
+
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.schemas.openai import (
+    MAX_MESSAGES,
     ChatRequest,
     Message,
     SamplingFields,
@@ -26,6 +29,7 @@ from dynamic_lora_server.schemas.responses import (
 )
 from dynamic_lora_server.schemas.structured import NamedSchema, ResponseFormat
 from dynamic_lora_server.schemas.tools import (
+    MAX_TOOLS,
     CalledFunction,
     Function,
     FunctionName,
@@ -47,8 +51,18 @@ def chat_of(body: ResponseRequest) -> ResponseChat:
     """The chat completion that asks for the same.
 
     Raises InvalidParameter, naming the field as a response has it, for items that do not belong
-    together and for log-probabilities that have no place.
+    together or are more than a chat may have, and for log-probabilities that have no place.
     """
+    try:
+        return _chat(body)
+    except ValidationError as error:  # together they may break a rule that each of them keeps
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        fault = first["msg"].removeprefix("Value error, ")
+        raise InvalidParameter(f"As a chat, {field} {fault}.", field=field) from error
+
+
+def _chat(body: ResponseRequest) -> ResponseChat:
     shared = {name: getattr(body, name) for name in SamplingFields.model_fields}
     return ResponseChat(
         **shared,
@@ -116,15 +130,15 @@ def _logprobs(body: ResponseRequest) -> bool:
 def _messages(body: ResponseRequest) -> list[Message]:
     conversation = _Conversation()
     if body.instructions is not None:
-        conversation.say("system", body.instructions)
+        conversation.say("system", body.instructions, "instructions")
     if isinstance(body.input, str):
-        conversation.say("user", body.input)
+        conversation.say("user", body.input, "input")
         return conversation.messages()
     for index, item in enumerate(body.input):
         place = f"input.{index}"
         match item:
             case InputMessage():
-                conversation.say(item.role, item.content)
+                conversation.say(item.role, item.content, place)
             case FunctionCall():
                 conversation.call(item, place)
             case FunctionCallOutput():
@@ -164,7 +178,7 @@ class _Conversation:
         self._end_turn()
         return self._messages
 
-    def say(self, role: Role, content: str | list[ContentPart]) -> None:
+    def say(self, role: Role, content: str | list[ContentPart], place: str) -> None:
         parts = _parts(content)
         if role != "assistant":
             self._end_turn()
@@ -173,12 +187,22 @@ class _Conversation:
         # Texts one after another are turns; one behind a call is a part of the call's.
         turn = self._turn if self._turn is not None and self._turn.calls else self._begin_turn()
         turn.said += parts
+        if len(turn.said) > MAX_MESSAGES:
+            raise InvalidParameter(
+                f"The model's turn has more than {MAX_MESSAGES:,} texts, counting those behind its "
+                "calls.",
+                field=f"{place}.content",
+            )
 
     def call(self, item: FunctionCall, place: str) -> None:
         turn = self._turn or self._begin_turn()
         if item.call_id in turn.calls:
             raise InvalidParameter(
                 f"Two calls have the id {item.call_id!r}.", field=f"{place}.call_id"
+            )
+        if len(turn.calls) == MAX_TOOLS:
+            raise InvalidParameter(
+                f"The model's turn has more than {MAX_TOOLS} calls.", field=place
             )
         arguments_of(item.arguments, f"{place}.arguments")
         function = CalledFunction(name=item.name, arguments=item.arguments)

@@ -1,7 +1,9 @@
 """Chat templates that took too much, and are not rendered again for a while.
 
 Each such rendering costs a core for seconds; without a pause, requests for one adapter would leave
-everybody else's chats waiting.
+everybody else's chats waiting. What counts is what a template takes of the server's own small
+conversations: of a client's, a sound one may take too much, too, and nobody is to switch off an
+adapter for all others.
 """
 
 import math

@@ -149,7 +149,7 @@ class TextPart(Wire):
 MAX_MESSAGES = 16_384
 
 
-def _few(what: str) -> BeforeValidator:
+def few(what: str) -> BeforeValidator:
     """Refuses a list that is too long before it looks at any of its items."""
 
     def check(value: object) -> object:
@@ -161,7 +161,7 @@ def _few(what: str) -> BeforeValidator:
 
 
 _Parts = Annotated[
-    list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), _few("parts")
+    list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), few("parts")
 ]
 
 
@@ -203,7 +203,7 @@ class Message(Wire):
 
 
 Messages = Annotated[
-    list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), _few("messages")
+    list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), few("messages")
 ]
 
 

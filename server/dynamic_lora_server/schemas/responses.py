@@ -23,7 +23,7 @@ from dynamic_lora_server.schemas._base import (
     Wire,
     null_is,
 )
-from dynamic_lora_server.schemas.openai import AnyTier, SamplingFields
+from dynamic_lora_server.schemas.openai import MAX_MESSAGES, AnyTier, SamplingFields, few
 from dynamic_lora_server.schemas.structured import StructuredOutputs
 from dynamic_lora_server.schemas.tools import MAX_TOOLS, NAMED_TOOL, WORD, DefinedName
 from dynamic_lora_server.schemas.unserved import UnservedResponse
@@ -110,9 +110,9 @@ class ContentPart(Wire):
 
 
 _Part = Annotated[ContentPart, _of_types("input_text", "output_text")]
+_Several = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
 _Content = Annotated[
-    Annotated[Text, Tag(_TEXT)]
-    | Annotated[list[_Part], Field(min_length=1, fail_fast=True), Tag(_LIST)],
+    Annotated[Text, Tag(_TEXT)] | Annotated[list[_Part], _Several, few("parts"), Tag(_LIST)],
     _TEXT_OR_LIST,
 ]
 
@@ -172,8 +172,7 @@ InputItem = Annotated[
     _of_types(*_ITEMS),
 ]
 _Input = Annotated[
-    Annotated[Text, Tag(_TEXT)]
-    | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), Tag(_LIST)],
+    Annotated[Text, Tag(_TEXT)] | Annotated[list[InputItem], _Several, few("items"), Tag(_LIST)],
     _TEXT_OR_LIST,
 ]
 

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dynamic_lora_adapters.files.template_process import PROCESSES, TemplateRefused
+from dynamic_lora_adapters.files.template_process import (
+    PROCESSES,
+    TemplateProcessFailed,
+    TemplateRefused,
+    TemplateStopped,
+)
 from dynamic_lora_server.tools.notation import HERMES, LLAMA3, MISTRAL, Notation
 
 _KEPT = 64  # templates whose ways stay known
@@ -65,6 +70,17 @@ def template_tools(template: str, special_tokens: Mapping[str, Any]) -> Template
     Raises TemplateStopped for one that takes more than one rendering may.
     """
     return _tried(template, tuple(sorted((k, str(v)) for k, v in special_tokens.items())))
+
+
+def takes_too_much(template: str, special_tokens: Mapping[str, Any]) -> bool:
+    """Whether a template takes more than one rendering may even of one short message."""
+    try:
+        PROCESSES.render(template, [[_ASKED]], add_generation_prompt=True, variables=special_tokens)
+    except TemplateStopped:
+        return True
+    except (TemplateRefused, TemplateProcessFailed):  # which is something else
+        return False
+    return False
 
 
 @lru_cache(maxsize=_KEPT)

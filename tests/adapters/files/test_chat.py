@@ -97,6 +97,7 @@ def test_a_tokenizer_of_many_added_tokens(tmp_path: Path) -> None:
         ({"g": {"eos_token_id": [True]}}, "generation_config.json: eos_token_id"),
         ({"g": {"eos_token_id": -1}}, "generation_config.json: eos_token_id"),
         ({"c": "x" * ((1 << 20) + 1)}, "chat_template.jinja"),
+        ({"t": {"chat_template": "é" * ((1 << 19) + 1)}}, "tokenizer_config.json: chat_template"),
     ],
 )
 def test_broken_files_are_refused_by_name(

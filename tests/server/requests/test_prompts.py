@@ -8,7 +8,7 @@ import pytest
 from dynamic_lora_adapters.files.card import TaskCard
 from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_adapters.files.template_process import TemplateProcesses
-from dynamic_lora_server.errors import InvalidParameter
+from dynamic_lora_server.errors import InvalidParameter, ServerError
 from dynamic_lora_server.generation import GenerationSpec
 from dynamic_lora_server.requests import chat_template
 from dynamic_lora_server.requests.prompts import (
@@ -23,6 +23,7 @@ from dynamic_lora_server.schemas.generate import GenerateRequest
 from dynamic_lora_server.schemas.openai import ChatRequest, CompletionRequest
 from dynamic_lora_server.tools import template
 from tests.support.models import tiny_tokenizer
+from tests.support.tools import TEMPLATES
 
 TOKENIZER = tiny_tokenizer()
 CARD = TaskCard.model_validate(
@@ -341,6 +342,81 @@ def test_so_is_one_that_takes_too_much_of_tools() -> None:
                 adapter="sql",
                 chat=chat,
             )
+
+
+QUADRATIC = (
+    "{% for a in messages %}{% for b in messages %}{% endfor %}{% endfor %}"
+    "{{ messages[0].content }}"
+)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("template", "fields", "why"),
+    [
+        (QUADRATIC, {"messages": [{"role": "user", "content": "hi"}] * 16_384}, "was stopped"),
+        (
+            "{{ 'a' * (width or 1) }}",
+            {"chat_template_kwargs": {"width": 10**10}},
+            "was stopped: it takes more memory",
+        ),
+        (
+            "{{ 'a' * (width or 1) }}",
+            {"chat_template_kwargs": {"width": 10**7}},
+            "refuses these messages: it would write more than 1,0",
+        ),
+    ],
+)
+def test_a_request_that_asks_too_much_of_a_sound_template_is_refused_alone(
+    template: str, fields: dict[str, Any], why: str
+) -> None:
+    small = {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}
+    chat = ChatFormat(template=template)
+    with pytest.raises(InvalidParameter, match=why):
+        chat_spec(
+            ChatRequest.model_validate(small | fields),
+            adapter="sql",
+            tokenizer=TOKENIZER,
+            chat=chat,
+        )
+    asked = ChatRequest.model_validate(small)
+    spec = chat_spec(asked, adapter="sql", tokenizer=TOKENIZER, chat=chat)
+    assert spec.prompt in ("hi", "a")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_process_that_fails_is_the_servers_fault_and_no_templates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = ChatRequest.model_validate(
+        {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}
+    )
+    chat = ChatFormat(template=QUADRATIC)
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.executable", "/bin/false")
+        with pytest.raises(ServerError, match="'sql' could not be rendered: the process") as caught:
+            chat_spec(body, adapter="sql", tokenizer=TOKENIZER, chat=chat)
+    assert type(caught.value) is ServerError
+    assert chat_spec(body, adapter="sql", tokenizer=TOKENIZER, chat=chat).prompt == "hi"
+
+
+def test_tools_that_become_too_much_text_are_refused_alone() -> None:
+    parameters: dict[str, Any] = {"enum": ["a"] * 20_000}
+    for _ in range(95):
+        parameters = {"p": parameters}
+    indented = TEMPLATES["hermes"].replace("tool | tojson", "tool | tojson(indent=4)")
+    body = {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    chat = ChatFormat(template=indented)
+    with pytest.raises(InvalidParameter, match="it would write more than"):
+        chat_spec(
+            ChatRequest.model_validate(body | {"tools": [tool]}),
+            adapter="sql",
+            tokenizer=TOKENIZER,
+            chat=chat,
+        )
+    asked = ChatRequest.model_validate(body)
+    assert "hi" in chat_spec(asked, adapter="sql", tokenizer=TOKENIZER, chat=chat).prompt
 
 
 @pytest.mark.usefixtures("hasty")

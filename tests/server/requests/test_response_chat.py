@@ -8,12 +8,14 @@ from openai.types.responses import (
     ResponseFunctionToolCall,
     ResponseOutputMessage,
 )
+from pydantic import ValidationError
 
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.requests.response_chat import chat_of
 from dynamic_lora_server.requests.structured import openai_grammar
-from dynamic_lora_server.schemas.openai import ChatRequest
+from dynamic_lora_server.schemas.openai import MAX_MESSAGES, ChatRequest
 from dynamic_lora_server.schemas.responses import ResponseRequest
+from dynamic_lora_server.schemas.tools import MAX_TOOLS
 
 USER = {"role": "user", "content": "Weather?"}
 CALL = {"type": "function_call", "call_id": "a", "name": "weather", "arguments": '{"days": 2}'}
@@ -133,6 +135,46 @@ def test_items_that_do_not_belong_together(items: list[Any], field: str, message
         turns(*items)
     assert caught.value.field == field
     assert message in caught.value.message
+
+
+MANY: Any = [{"type": "input_text", "text": "a"}] * MAX_MESSAGES
+CALLS = [{**CALL, "call_id": str(number)} for number in range(MAX_TOOLS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("items", "field", "message"),
+    [
+        ([USER] * MAX_MESSAGES, "messages", "holds 16,385 messages; at most 16,384 are taken"),
+        ([said("x"), *CALLS], "input.129", "The model's turn has more than 128 calls."),
+        (
+            [CALL, {"role": "assistant", "content": MANY}, said("x")],
+            "input.2.content",
+            "The model's turn has more than 16,384 texts",
+        ),
+    ],
+)
+def test_items_that_are_more_than_a_chat_may_have(
+    items: list[Any], field: str, message: str
+) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        turns(*items, instructions="Be brief.")
+    assert caught.value.field == field
+    assert message in caught.value.message
+    assert turns(*items[:-1], instructions="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([USER] * (MAX_MESSAGES + 1), "holds 16,385 items; at most 16,384 are taken"),
+        ([{**USER, "content": [*MANY, MANY[0]]}], "holds 16,385 parts; at most 16,384 are taken"),
+        ([{**RESULT, "output": [*MANY, MANY[0]]}], "holds 16,385 parts; at most 16,384 are taken"),
+    ],
+)
+def test_a_body_of_too_many_items_or_parts(items: list[Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as caught:
+        chat(input=items)
+    assert len(caught.value.errors()) == 1
 
 
 def test_sampling_and_limits_are_those_of_a_chat() -> None:
