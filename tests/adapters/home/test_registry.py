@@ -773,33 +773,6 @@ def test_another_database(home: Path, geometry: BaseGeometry, adapter: Path) -> 
         assert names(registry) == ["ner"]
 
 
-def test_a_home_whose_disk_is_not_mounted_loses_no_names(
-    home: Path,
-    geometry: BaseGeometry,
-    changed: Path,
-    shipped: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    url = f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"
-    with AdapterRegistry(home, geometry, database_url=url) as registry:
-        registry.import_shipped(shipped)
-        publish(registry, "a", changed)
-    home.rename(tmp_path / "disk")
-    with AdapterRegistry(home, geometry, database_url=url) as registry:
-        assert "'a' is not served: the home has none of its adapters" in caplog.text
-        assert [one.name for one in registry.unreadable()] == ["a", "ner"]
-        with pytest.raises(StoreFailed, match="as if its disk were not mounted"):
-            registry.resolve("a")
-        assert registry.import_shipped(shipped) == ["ner"]
-        assert names(registry) == ["ner"]
-    shutil.rmtree(home)
-    (tmp_path / "disk").rename(home)
-    with AdapterRegistry(home, geometry, database_url=url) as registry:
-        assert names(registry) == ["a", "ner"]
-        assert registry.load(registry.resolve("a").digest).linears
-
-
 def test_limits_are_kept(home: Path, geometry: BaseGeometry, adapter: Path) -> None:
     limits = UploadLimits(max_bytes=100)
     with (
