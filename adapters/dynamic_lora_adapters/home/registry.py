@@ -39,16 +39,14 @@ logger = logging.getLogger(__name__)
 class AdapterRegistry:
     """Names to adapter versions, kept on disk under `home` and fitted to one base.
 
-    All methods may be called from any thread; they block, `publish` for as long
-    as reading the weights takes. `resolve`, `lease`, `end_lease` and `list` touch no disk. Opening
-    cleans up after a crash, and raises `AdapterError` while another process
-    uses the home, unless it is given the home's `store`, which it then closes.
-    Use `close`, or the registry as a context manager.
+    All methods may be called from any thread; they block, `publish` for as long as reading the
+    weights takes. `resolve`, `lease`, `end_lease` and `list` touch no disk. Opening cleans up after
+    a crash, and raises `AdapterError` while another process uses the home, unless it is given the
+    home's `store`, which it then closes. Use `close`, or the registry as a context manager.
 
-    `database_url` names another database than `home/index.sqlite`; in a database
-    a base's names belong to one home, and opening raises `StoreFailed` for
-    another. `base` gives the base model's own parameters, for the
-    adapters that are read against them; `dtype` is the one adapters are served
+    `database_url` names another database than `home/index.sqlite`; in a database a base's names
+    belong to one home, and opening another raises `StoreFailed`. `base` gives the base model's own
+    parameters, for the adapters that are read against them; `dtype` is the one adapters are served
     in, and `factor_dtype` that of their factors if it is another, for their self-check.
     `reserved` are further names of the base model, which no adapter may get.
     """
@@ -172,9 +170,15 @@ class AdapterRegistry:
         unreadable = self._unreadable.copy()
         return [unreadable[name] for name in sorted(unreadable)]
 
-    def delete(self, name: str) -> None:
-        """Forget a name. Its files go when no other name and no lease needs them."""
+    def delete(self, name: str, *, only: Passport | None = None) -> None:
+        """Forget a name. Its files go when no other name and no lease needs them.
+
+        Raises `AdapterNotFound` if nothing has the name, or not what `only` says of it.
+        """
         with self._changes.one():
+            version = self._versions.get(name)
+            if only is not None and (version is None or version.passport != only):
+                raise AdapterNotFound(name)
             digest = self._digest(name) or self.resolve(name).digest
             self._index.drop(name, EventKind.DELETED)
             with self._lock:
