@@ -279,6 +279,7 @@ class AdapterRegistry:
         self, version: AdapterVersion, folder: Path, *, shipped: bool = False, replace: bool = True
     ) -> Publication:
         if version.chat is not None:
+            version.chat.check()
             version.chat.save(folder)
         self._store.prepare(folder)
         damaged = is_damaged(self._store, version.digest, self._versions.copy().values())

@@ -39,6 +39,7 @@ from dynamic_lora_adapters import (
 )
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.errors import StoreFailed
+from dynamic_lora_adapters.files.template_process import PROCESSES
 from dynamic_lora_adapters.home.index import AdapterIndex
 from dynamic_lora_adapters.home.inspection import Inspector, folder_digest
 from dynamic_lora_adapters.near_names import near_names
@@ -489,6 +490,29 @@ def test_a_passport_of_another_release_is_written_anew(
         again = AdapterRegistry(home, geometry)
     with again:
         assert again.resolve("ner").passport == after
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it did not start"), OSError("no process")])
+def test_a_start_compiles_no_template(
+    error: Exception,
+    home: Path,
+    geometry: BaseGeometry,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    with AdapterRegistry(home, geometry) as registry:
+        publish(registry, "ner", adapter)
+    rewrite_passports(home, "{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PROCESSES, "render", refuse)
+    with AdapterRegistry(home, geometry) as registry:
+        chat = registry.resolve("ner").chat
+    assert chat is not None
+    assert chat.template == "{{ messages }}"
 
 
 def rewrite_passports(home: Path, passport: str) -> None:
