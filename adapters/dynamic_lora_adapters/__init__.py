@@ -17,8 +17,8 @@ from dynamic_lora_adapters.geometry import BaseGeometry, LinearShape
 from dynamic_lora_adapters.home.index import AdapterEvent, EventKind
 from dynamic_lora_adapters.home.inspection import AdapterVersion
 from dynamic_lora_adapters.home.lease import Lease
-from dynamic_lora_adapters.home.passport import Passport
-from dynamic_lora_adapters.home.registry import AdapterRegistry, Publication
+from dynamic_lora_adapters.home.passport import Passport, Publication
+from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_adapters.lora.spec import LoraSpec
 from dynamic_lora_adapters.lora.weights import read_adapter
 from dynamic_lora_adapters.names import check_adapter_name

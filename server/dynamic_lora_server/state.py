@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from dynamic_lora_adapters.home.passport import Passport
 from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.errors import NotReady
 from dynamic_lora_server.generation import GenerationEvent, GenerationSpec
@@ -43,6 +44,7 @@ class ServerState:
         self.metrics.registry.register(EngineCollector(self._readings, self._resident))
         capacity = config.max_running + config.max_waiting
         self.hub = HubAdapters(config.fetch_from_hub, self._publish_from_hub, max_waiting=capacity)
+        self._making_room = asyncio.Lock()
         # As much as waits here is bounded by `BodyLimit`.
         self._parsing = WorkPool("parse", num_threads=_NUM_PARSING, max_waiting=None)
         self._rendering = WorkPool("render", num_threads=_NUM_RENDERING, max_waiting=capacity)
@@ -130,16 +132,19 @@ class ServerState:
     async def _publish_from_hub(self, name: str) -> None:
         await self._make_hub_room()  # before anything is fetched in vain
         source = AdapterSource(name=name, source=f"{HUB_SCHEME}{name}")
-        await publish_source(self.runtime, source, replace=False, fetched=True)
-        await self._make_hub_room(newest=name)
+        published = await publish_source(self.runtime, source, replace=False, fetched=True)
+        if published.created:  # else somebody uploaded one meanwhile
+            await self._make_hub_room(newest=published.passport)
 
-    async def _make_hub_room(self, *, newest: str | None = None) -> None:
+    async def _make_hub_room(self, *, newest: Passport | None = None) -> None:
         max_bytes, runtime = self.config.max_hub_bytes, self.runtime
         if max_bytes is None:
             return
         make = partial(make_room, runtime.registry, runtime.loader.saved, max_bytes, newest=newest)
-        for gone in await asyncio.to_thread(make):
-            self.metrics.forget(gone)
+        async with self._making_room:
+            gone = await asyncio.to_thread(make)
+        for name in gone:
+            self.metrics.forget(name)
 
     def _readings(self) -> list[Reading]:
         if self._runtime is None:

@@ -3,16 +3,21 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from dynamic_lora_adapters import Passport, Publication
+from dynamic_lora_server import state
 from dynamic_lora_server.intake import hub_room
+from dynamic_lora_server.intake.publishing import publish_source
 from dynamic_lora_server.intake.sources import SourceUnavailable
 from tests.support.adapters import edit_config, make_adapter
+from tests.support.eventually import wait_until
 from tests.support.http_server import listening, tiny_app, tiny_config
 from tests.support.hub import FakeHub, fake_hub
 from tests.support.models import tiny_llama
@@ -334,6 +339,56 @@ def test_the_least_recently_used_make_room(full: httpx.Client, hub: FakeHub) -> 
     assert ask(full, ID).status_code == 200
     assert ask(full, "stranger/x").status_code == 200
     assert names(full) == ["mine", ID, THIRD, OTHER, "stranger/x"]
+
+
+def test_of_two_that_are_too_much_together_one_stays(
+    full: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_room, "_IN_USE_SECONDS", 60.0)
+    assert ask(full, OTHER).status_code == 200
+    published = asyncio.Barrier(2)
+    looked, look = threading.Barrier(2), hub_room._by_use
+
+    async def publish_both(*args: Any, **options: Any) -> Publication:
+        publication = await publish_source(*args, **options)
+        await published.wait()
+        return publication
+
+    def look_both_if_they_can(fetched: list[Passport], *args: Any) -> list[Passport]:
+        if len(fetched) == 2:  # not before they are fetched
+            with suppress(threading.BrokenBarrierError):
+                looked.wait(1)
+        return look(fetched, *args)
+
+    monkeypatch.setattr(state, "publish_source", publish_both)
+    monkeypatch.setattr(hub_room, "_by_use", look_both_if_they_can)
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(ask, full, name) for name in (THIRD, "stranger/x")]
+        assert sorted(answer.result().status_code for answer in answers) == [200, 507]
+    assert len(names(full)) == 2
+
+
+def test_what_is_uploaded_while_it_is_fetched_makes_no_room(
+    full: httpx.Client, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Passport | None] = []
+
+    def make_room(*_: object, newest: Passport | None) -> list[str]:
+        made.append(newest)
+        return []
+
+    monkeypatch.setattr(state, "make_room", make_room)
+    hub.gate.clear()
+    with ThreadPoolExecutor() as pool:
+        try:
+            answer = pool.submit(ask, full, ID)
+            wait_until(lambda: hub.asked == [ID], "it is asked for")
+            assert upload(full, ID, hub.repositories[OTHER]).status_code == 201
+        finally:
+            hub.gate.set()
+        assert answer.result().status_code == 200
+    assert made == [None]  # before it was fetched
+    assert full.get(f"/adapters/{ID}").json()["fetched"] is False
 
 
 def test_where_all_are_in_use_no_other_comes(

@@ -17,6 +17,7 @@ from dynamic_lora_adapters.compositions.text import is_expression, parse, parse_
 from dynamic_lora_adapters.errors import AdapterError, AdapterNotFound
 from dynamic_lora_adapters.home.index import AdapterIndex, StoredComposition
 from dynamic_lora_adapters.home.inspection import AdapterVersion
+from dynamic_lora_adapters.home.passport import Passport
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_adapters.near_names import near_names
@@ -196,9 +197,9 @@ class SavedCompositions:
             self._index.drop_composition(name)
             del self._saved[name]
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, name: str, *, only: Passport | None = None) -> None:
         """Forget an adapter's name, here too. Raises what `AdapterRegistry.delete` does."""
-        self._registry.delete(name)
+        self._registry.delete(name, only=only)
         self.last_named.pop(name, None)
 
     def _try(self, composition: Composition) -> None:

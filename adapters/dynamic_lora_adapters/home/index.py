@@ -1,10 +1,10 @@
 """The index of a home: which name means which content, and what happened to it.
 
-Four tables. `adapter_names` points each name at a digest; `adapter_versions`
+Five tables. `adapter_names` points each name at a digest; `adapter_versions`
 holds the passport of a content under a name; `adapter_events` only grows;
-`adapter_compositions` holds the text of each saved composition. All are kept
-per base model, so that one home can serve several bases in turn and each keeps
-its own names. One database belongs to one home.
+`adapter_compositions` holds the text of each saved composition; `adapter_homes`
+says which home has the files (see `identity`). All are kept per base model, so
+that one home can serve several bases in turn and each keeps its own names.
 """
 
 import json
@@ -14,12 +14,10 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Engine, Text, event
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import ArgumentError, OperationalError
-from sqlmodel import Field, Session, SQLModel, create_engine, select
+from sqlalchemy import Text
+from sqlmodel import Field, Session, SQLModel, select
 
-from dynamic_lora_adapters.errors import StoreFailed
+from dynamic_lora_adapters.home.database import close_database, open_database
 
 
 class EventKind(StrEnum):
@@ -82,6 +80,15 @@ class CompositionRow(SQLModel, table=True):
     updated_at: str
 
 
+class HomeRow(SQLModel, table=True):
+    """The home that has the files of a base's adapters, by its id."""
+
+    __tablename__ = "adapter_homes"
+
+    base: str = Field(primary_key=True)
+    home: str
+
+
 @dataclass(frozen=True, slots=True)
 class StoredComposition:
     """A saved composition as the index holds it; `created_at` survives a new text."""
@@ -121,18 +128,29 @@ class AdapterIndex:
 
     def __init__(self, url: str, base: str) -> None:
         self._base = base
-        self._engine = _engine(url)
-        event.listen(self._engine, "handle_error", _say_what_failed)
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _wait_for_other_connections)
-        tables = [_table(row) for row in (NameRow, VersionRow, EventRow, CompositionRow)]
-        SQLModel.metadata.create_all(self._engine, tables=tables)
+        self._engine = open_database(url)
+        rows = (NameRow, VersionRow, EventRow, CompositionRow, HomeRow)
+        SQLModel.metadata.create_all(self._engine, tables=[_table(row) for row in rows])
 
     def close(self) -> None:
         """Close all connections; none is made again."""
-        if not event.contains(self._engine, "do_connect", _refuse):
-            event.listen(self._engine, "do_connect", _refuse)
-        self._engine.dispose()
+        close_database(self._engine)
+
+    @property
+    def place(self) -> str:
+        """Where it is, as a URL without its password."""
+        return self._engine.url.render_as_string()
+
+    def homes(self) -> dict[str, str]:
+        """The id of each base's home, as far as they have one."""
+        with Session(self._engine) as session:
+            return {row.base: row.home for row in session.exec(select(HomeRow)).all()}
+
+    def put_homes(self, homes: Mapping[str, str]) -> None:
+        """Say which homes bases have that had none."""
+        with Session(self._engine) as session:
+            session.add_all(HomeRow(base=base, home=home) for base, home in homes.items())
+            session.commit()
 
     def names(self) -> dict[str, str]:
         """The digest of each name of this base."""
@@ -303,36 +321,3 @@ def _table(row: type[SQLModel]) -> Any:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
-
-
-def _engine(url: str) -> Engine:
-    try:
-        return create_engine(url)
-    except (ArgumentError, ImportError) as error:  # the URL, and a driver that is not installed
-        raise StoreFailed(
-            f"The index's database cannot be used: {error}.",
-            field="database_url",
-            fix="Write the URL as SQLAlchemy does, and install the driver that it names.",
-        ) from error
-
-
-def _refuse(*_: object) -> None:
-    raise StoreFailed(
-        "The server is shutting down; its index of adapters is closed.",
-        field="database_url",
-        fix="Send the request again once it has started.",
-    )
-
-
-def _say_what_failed(context: ExceptionContext) -> StoreFailed | None:
-    if not isinstance(context.sqlalchemy_exception, OperationalError):
-        return None
-    return StoreFailed(
-        f"The index of adapters failed: {context.original_exception}.",
-        field="database_url",
-        fix="Free space under the server's home, or see to its database.",
-    )
-
-
-def _wait_for_other_connections(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA busy_timeout = 30000")

@@ -113,15 +113,13 @@ class Inspector:
     ) -> AdapterVersion:
         """Check everything about the adapter in `folder` and write its passport.
 
-        `force` accepts an adapter that declares another base model. Raises an
-        `AdapterError`.
+        `force` accepts an adapter that declares another base model. Whether its chat template can
+        be compiled is left to `ChatFormat.check`. Raises an `AdapterError`.
         """
         check_weights(folder, ignored_files)
         config = _config(folder)
         spec = _parse(config)
         card, chat = TaskCard.read(folder), ChatFormat.read(folder)
-        if chat is not None:
-            chat.check()
         declared = read_text(config, _BASE_KEY)
         notes = check_base_model(declared, self._geometry.model_id, force=force)
         if revision := read_text(config, "revision"):

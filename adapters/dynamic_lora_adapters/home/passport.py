@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -72,6 +73,14 @@ class Passport(BaseModel):
     checks: list[str]
     notes: list[str]
     ignored_files: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """The outcome of an upload; `created` is False if the name had this content already."""
+
+    passport: Passport
+    created: bool
 
 
 def write_passport(

@@ -21,6 +21,7 @@ from dynamic_lora_adapters.errors import (
 from dynamic_lora_adapters.files.chat import ChatFormat
 from dynamic_lora_adapters.files.safetensors_file import WEIGHTS_FILE
 from dynamic_lora_adapters.geometry import BaseGeometry
+from dynamic_lora_adapters.home.identity import identify
 from dynamic_lora_adapters.home.index import AdapterIndex, EventKind, StoredVersion
 from dynamic_lora_adapters.home.inspection import AdapterVersion, Inspector, folder_digest
 from dynamic_lora_adapters.home.passport import Passport
@@ -90,17 +91,17 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
 
     Rows whose files are damaged or gone are dropped, files that no row knows are removed. An
     adapter that cannot be read is kept as it is: it may be readable once the disk is mended, or
-    by the release that stored it.
+    by the release that stored it. Raises `StoreFailed`, with nothing changed, where the two do not
+    belong together.
     """
     found = Recovered()
-    current, versions = index.names(), index.versions()
-    there = store.digests()
-    none_there = there.isdisjoint(stored.digest for stored in versions)
-    for stored in versions:
+    bases = identify(store, index, base)
+    current = index.names()
+    for stored in index.versions():
+        if stored.base not in bases:
+            continue
         is_served = stored.base == base and current.get(stored.name) == stored.digest
         try:
-            if none_there:  # with the disk they come back
-                raise OSError("the home has none of its adapters, as if its disk were not mounted")
             if not _is_whole(stored, store, index):
                 logger.warning("adapter %r dropped: its files are damaged or gone", stored.name)
                 index.drop(stored.name, EventKind.LOST, base=stored.base)
@@ -114,12 +115,12 @@ def recover(store: BlobStore, index: AdapterIndex, inspector: Inspector, base: s
             logger.warning("adapter %r is not served: %s", stored.name, unreadable.why)
             if is_served:
                 found.unreadable[stored.name] = unreadable
-    _remove(there - {stored.digest for stored in index.versions()}, store)
+    _remove_unknown(store, {stored.digest for stored in index.versions()})
     return found
 
 
-def _remove(digests: set[str], store: BlobStore) -> None:
-    for digest in digests:
+def _remove_unknown(store: BlobStore, known: set[str]) -> None:
+    for digest in store.digests() - known:
         try:
             store.remove(digest)
         except StoreFailed as error:

@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -23,7 +22,7 @@ from dynamic_lora_adapters.home.index import AdapterIndex, EventKind
 from dynamic_lora_adapters.home.inspection import AdapterVersion, Inspector, folder_digest
 from dynamic_lora_adapters.home.lease import Lease
 from dynamic_lora_adapters.home.mending import is_damaged, mend
-from dynamic_lora_adapters.home.passport import Passport
+from dynamic_lora_adapters.home.passport import Passport, Publication
 from dynamic_lora_adapters.home.recovery import Unreadable, base_key, recover, said
 from dynamic_lora_adapters.home.shipping import is_wanted
 from dynamic_lora_adapters.home.store import BlobStore
@@ -37,26 +36,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """The outcome of an upload; `created` is False if the name had this content already."""
-
-    passport: Passport
-    created: bool
-
-
 class AdapterRegistry:
     """Names to adapter versions, kept on disk under `home` and fitted to one base.
 
-    All methods may be called from any thread; they block, `publish` for as long
-    as reading the weights takes. `resolve`, `lease`, `end_lease` and `list` touch no disk. Opening
-    cleans up after a crash, and raises `AdapterError` while another process
-    uses the home, unless it is given the home's `store`, which it then closes.
-    Use `close`, or the registry as a context manager.
+    All methods may be called from any thread; they block, `publish` for as long as reading the
+    weights takes. `resolve`, `lease`, `end_lease` and `list` touch no disk. Opening cleans up after
+    a crash, and raises `AdapterError` while another process uses the home, unless it is given the
+    home's `store`, which it then closes. Use `close`, or the registry as a context manager.
 
-    `database_url` names another database than `home/index.sqlite`; a database
-    serves one home only. `base` gives the base model's own parameters, for the
-    adapters that are read against them; `dtype` is the one adapters are served
+    `database_url` names another database than `home/index.sqlite`; in a database a base's names
+    belong to one home, and opening another raises `StoreFailed`. `base` gives the base model's own
+    parameters, for the adapters that are read against them; `dtype` is the one adapters are served
     in, and `factor_dtype` that of their factors if it is another, for their self-check.
     `reserved` are further names of the base model, which no adapter may get.
     """
@@ -87,7 +77,11 @@ class AdapterRegistry:
         self._changes = Changes(self._store)
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
-        found = recover(self._store, self._index, self._inspector, base_key(geometry))
+        try:
+            found = recover(self._store, self._index, self._inspector, base_key(geometry))
+        except BaseException:
+            self.close()
+            raise
         self._versions, self._unreadable = found.versions, found.unreadable
         self._forgotten: set[str] = set()  # left by a name, and leased
         # Told the digest of a content that is gone for good, by the thread that ended it, while
@@ -176,9 +170,15 @@ class AdapterRegistry:
         unreadable = self._unreadable.copy()
         return [unreadable[name] for name in sorted(unreadable)]
 
-    def delete(self, name: str) -> None:
-        """Forget a name. Its files go when no other name and no lease needs them."""
+    def delete(self, name: str, *, only: Passport | None = None) -> None:
+        """Forget a name. Its files go when no other name and no lease needs them.
+
+        Raises `AdapterNotFound` if nothing has the name, or not what `only` says of it.
+        """
         with self._changes.one():
+            version = self._versions.get(name)
+            if only is not None and (version is None or version.passport != only):
+                raise AdapterNotFound(name)
             digest = self._digest(name) or self.resolve(name).digest
             self._index.drop(name, EventKind.DELETED)
             with self._lock:
@@ -254,7 +254,7 @@ class AdapterRegistry:
 
     def _import_one(self, name: str, source: Path) -> bool:
         unreadable, current = self._unreadable.get(name), self._digest(name)
-        if unreadable and unreadable.refused and unreadable.digest in self._store.digests():
+        if unreadable is not None and unreadable.refused:
             return False  # it may be whole
         events, model_id = self._index.history(name), self._geometry.model_id
         if not is_wanted(name, source, events, current=current, model_id=model_id):
@@ -279,6 +279,7 @@ class AdapterRegistry:
         self, version: AdapterVersion, folder: Path, *, shipped: bool = False, replace: bool = True
     ) -> Publication:
         if version.chat is not None:
+            version.chat.check()
             version.chat.save(folder)
         self._store.prepare(folder)
         damaged = is_damaged(self._store, version.digest, self._versions.copy().values())

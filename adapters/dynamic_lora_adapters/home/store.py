@@ -2,6 +2,7 @@
 
     home/
         lock                          held while a server uses the folder
+        id                            which home this is (see `identity`)
         index.sqlite                  names, versions, history (see `index`)
         adapters/<digest>/            one adapter, never changed once it is there
             adapter_config.json
@@ -47,24 +48,41 @@ class BlobStore:
     """
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         self._blobs = home / "adapters"
         self._staging = home / "staging"
-        try:
+        with self._usable():
             for folder in (self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _take_home(home)
-        except OSError as error:
-            raise StoreFailed(
-                f"The home {str(home)!r} cannot be written: {error.strerror}.",
-                field="home",
-                fix="Make it a folder that this user may write to, or give another --home.",
-            ) from error
         self._doomed = list(self._staging.iterdir())
         self.sweep()
 
     def close(self) -> None:
         """Let another process have the home."""
         self._lock.close()
+
+    @property
+    def id_file(self) -> Path:
+        """The file with the home's id."""
+        return self.home / "id"
+
+    def id(self) -> str | None:
+        """The home's id, if it has one. Raises `StoreFailed` if it cannot be read."""
+        with self._usable():
+            try:
+                return self.id_file.read_text(encoding="utf-8", errors="replace").strip() or None
+            except FileNotFoundError:
+                return None
+
+    def put_id(self, text: str) -> None:
+        """Give the home an id; a crash leaves it with or without. Raises `StoreFailed`."""
+        draft = self._staging / secrets.token_hex(16)
+        with self._usable():
+            draft.write_text(f"{text}\n", encoding="utf-8")
+            _flush(draft)
+            os.replace(draft, self.id_file)
+            _flush(self.home)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -149,6 +167,17 @@ class BlobStore:
         with contextlib.suppress(IndexError):  # another thread may take the last
             while True:
                 shutil.rmtree(self._doomed.pop(), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreFailed(
+                f"The home {str(self.home)!r} cannot be written: {error.strerror}.",
+                field="home",
+                fix="Make it a folder that this user may write to, or give another --home.",
+            ) from error
 
 
 def _take_home(home: Path) -> IO[bytes]:

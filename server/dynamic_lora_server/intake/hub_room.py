@@ -22,30 +22,31 @@ def make_room(
     saved: SavedCompositions,
     max_bytes: int,
     *,
-    newest: str | None = None,
+    newest: Passport | None = None,
 ) -> list[str]:
     """Delete fetched adapters until their weights take no more than `max_bytes`; their names.
 
     Uploaded ones stay, also where one has the same content; so do those that requests hold or
     have named within a minute, and those of saved compositions. Raises StoreFailed where these
-    take more, and `newest` is deleted. Blocking.
+    take more, and `newest`, which was just fetched, is deleted; if somebody uploaded it meanwhile
+    it stays. Blocking; one at a time, or the newest of two would make way for each other.
     """
     fetched = _fetched(registry)
     num_names = Counter(passport.version for passport in fetched)
     total = sum({passport.version: passport.bytes for passport in fetched}.values())
     gone: list[str] = []
-    for passport in _by_use([one for one in fetched if one.name != newest], registry, saved):
+    for passport in _by_use([one for one in fetched if one != newest], registry, saved):
         if total <= max_bytes:
             break
-        _delete(passport.name, saved)
-        gone.append(passport.name)
+        if _delete(passport, saved):
+            gone.append(passport.name)
         num_names[passport.version] -= 1
         if not num_names[passport.version]:
             total -= passport.bytes
     if total <= max_bytes:
         return gone
-    if newest is not None:
-        _delete(newest, saved)
+    if newest is not None and not _delete(newest, saved):
+        return gone
     raise StoreFailed(
         "The adapters from the Hub that are in use take all the room that they may have.",
         field="adapter",
@@ -79,9 +80,11 @@ def _by_use(
     return sorted(idle, key=lambda one: (named.get(one.name, -1.0), one.created_at))
 
 
-def _delete(name: str, saved: SavedCompositions) -> None:
+def _delete(passport: Passport, saved: SavedCompositions) -> bool:
+    """Whether it was there still: somebody else may have deleted it, or uploaded another."""
     try:
-        saved.delete_adapter(name)
+        saved.delete_adapter(passport.name, only=passport)
     except AdapterNotFound:
-        return  # somebody else was faster
-    logger.info("adapter %r from the Hub was deleted to make room", name)
+        return False
+    logger.info("adapter %r from the Hub was deleted to make room", passport.name)
+    return True

@@ -9,7 +9,7 @@ from fastapi.concurrency import contextmanager_in_threadpool
 from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.files.archive import Intake
-from dynamic_lora_adapters.home.registry import Publication
+from dynamic_lora_adapters.home.passport import Publication
 from dynamic_lora_adapters.names import check_adapter_name
 from dynamic_lora_server.intake.sources import fetch_source
 from dynamic_lora_server.intake.uploads import Upload, drain, receive_upload

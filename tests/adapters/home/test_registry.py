@@ -39,6 +39,7 @@ from dynamic_lora_adapters import (
 )
 from dynamic_lora_adapters.base_weights import ModelWeights
 from dynamic_lora_adapters.errors import StoreFailed
+from dynamic_lora_adapters.files.template_process import PROCESSES
 from dynamic_lora_adapters.home.index import AdapterIndex
 from dynamic_lora_adapters.home.inspection import Inspector, folder_digest
 from dynamic_lora_adapters.near_names import near_names
@@ -491,6 +492,29 @@ def test_a_passport_of_another_release_is_written_anew(
         assert again.resolve("ner").passport == after
 
 
+@pytest.mark.parametrize("error", [RuntimeError("it did not start"), OSError("no process")])
+def test_a_start_compiles_no_template(
+    error: Exception,
+    home: Path,
+    geometry: BaseGeometry,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    with AdapterRegistry(home, geometry) as registry:
+        publish(registry, "ner", adapter)
+    rewrite_passports(home, "{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PROCESSES, "render", refuse)
+    with AdapterRegistry(home, geometry) as registry:
+        chat = registry.resolve("ner").chat
+    assert chat is not None
+    assert chat.template == "{{ messages }}"
+
+
 def rewrite_passports(home: Path, passport: str) -> None:
     with sqlite3.connect(home / "index.sqlite") as connection:
         connection.execute("UPDATE adapter_versions SET passport = ?", (passport,))
@@ -771,33 +795,6 @@ def test_another_database(home: Path, geometry: BaseGeometry, adapter: Path) -> 
     assert not (home / "index.sqlite").exists()
     with AdapterRegistry(home, geometry, database_url=url) as registry:
         assert names(registry) == ["ner"]
-
-
-def test_a_home_whose_disk_is_not_mounted_loses_no_names(
-    home: Path,
-    geometry: BaseGeometry,
-    changed: Path,
-    shipped: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    url = f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"
-    with AdapterRegistry(home, geometry, database_url=url) as registry:
-        registry.import_shipped(shipped)
-        publish(registry, "a", changed)
-    home.rename(tmp_path / "disk")
-    with AdapterRegistry(home, geometry, database_url=url) as registry:
-        assert "'a' is not served: the home has none of its adapters" in caplog.text
-        assert [one.name for one in registry.unreadable()] == ["a", "ner"]
-        with pytest.raises(StoreFailed, match="as if its disk were not mounted"):
-            registry.resolve("a")
-        assert registry.import_shipped(shipped) == ["ner"]
-        assert names(registry) == ["ner"]
-    shutil.rmtree(home)
-    (tmp_path / "disk").rename(home)
-    with AdapterRegistry(home, geometry, database_url=url) as registry:
-        assert names(registry) == ["a", "ner"]
-        assert registry.load(registry.resolve("a").digest).linears
 
 
 def test_limits_are_kept(home: Path, geometry: BaseGeometry, adapter: Path) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynamic_lora_adapters import AdapterRegistry, Passport
 from dynamic_lora_adapters.compositions.composition import Part
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
-from dynamic_lora_adapters.errors import StoreFailed
+from dynamic_lora_adapters.errors import AdapterNotFound, StoreFailed
 from dynamic_lora_server.intake import hub_room
 from dynamic_lora_server.intake.hub_room import make_room
 from tests.support.adapters import make_adapter
@@ -38,7 +39,7 @@ class Home:
             copy_adapter(source, staging)
             return self.registry.publish(name, staging, fetched=fetched).passport
 
-    def make(self, num: float, newest: str | None = None) -> list[str]:
+    def make(self, num: float, newest: Passport | None = None) -> list[str]:
         """Have room made until so many adapters remain."""
         return make_room(self.registry, self.saved, int(num * self.size), newest=newest)
 
@@ -102,7 +103,45 @@ def test_what_is_in_use_stays(home: Home, monkeypatch: pytest.MonkeyPatch) -> No
     home.registry.release(lease)
     assert home.make(1) == ["leased"]
     monkeypatch.setattr(hub_room, "_IN_USE_SECONDS", 60.0)
-    home.add("newest", seed=3)
+    newest = home.add("newest", seed=3)
     with pytest.raises(StoreFailed):
-        home.make(1, newest="newest")
+        home.make(1, newest=newest)
     assert home.names == ["composed"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_somebody_uploads_while_room_is_made_stays(
+    home: Home, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    for number, name in enumerate("abc"):
+        home.add(name, seed=number)
+    find = hub_room._by_use
+
+    def found_then_uploaded(*args: Any) -> list[Passport]:
+        idle = find(*args)
+        home.add("a", seed=seed, fetched=False)
+        return idle
+
+    monkeypatch.setattr(hub_room, "_by_use", found_then_uploaded)
+    assert home.make(1) == ["b"]
+    assert home.names == ["a", "c"]
+    assert not home.registry.resolve("a").passport.fetched
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_somebody_uploads_once_it_was_fetched_stays(home: Home, seed: int) -> None:
+    newest = home.add("newest", seed=0)
+    home.add("newest", seed=seed, fetched=False)
+    home.add("other", seed=2)
+    with home.registry.lease("other"):
+        assert home.make(0.5, newest=newest) == []
+    assert home.names == ["newest", "other"]
+
+
+def test_a_fetch_of_the_same_content_is_another(home: Home) -> None:
+    before = home.add("a")
+    home.registry.delete("a")
+    assert home.add("a").version == before.version
+    with pytest.raises(AdapterNotFound):
+        home.registry.delete("a", only=before)
+    assert home.names == ["a"]

@@ -1,0 +1,58 @@
+"""The database of an index: how it is reached, and what its failures are called."""
+
+from typing import Any
+
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlmodel import create_engine
+
+from dynamic_lora_adapters.errors import StoreFailed
+
+
+def open_database(url: str) -> Engine:
+    """Connections to a database, all of whose operational errors are `StoreFailed`.
+
+    Raises `StoreFailed` for a URL that is none, or names a driver that is not installed.
+    """
+    try:
+        engine = create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise StoreFailed(
+            f"The index's database cannot be used: {error}.",
+            field="database_url",
+            fix="Write the URL as SQLAlchemy does, and install the driver that it names.",
+        ) from error
+    event.listen(engine, "handle_error", _say_what_failed)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _wait_for_other_connections)
+    return engine
+
+
+def close_database(engine: Engine) -> None:
+    """Close all connections; none is made again."""
+    if not event.contains(engine, "do_connect", _refuse):
+        event.listen(engine, "do_connect", _refuse)
+    engine.dispose()
+
+
+def _refuse(*_: object) -> None:
+    raise StoreFailed(
+        "The server is shutting down; its index of adapters is closed.",
+        field="database_url",
+        fix="Send the request again once it has started.",
+    )
+
+
+def _say_what_failed(context: ExceptionContext) -> StoreFailed | None:
+    if not isinstance(context.sqlalchemy_exception, OperationalError):
+        return None
+    return StoreFailed(
+        f"The index of adapters failed: {context.original_exception}.",
+        field="database_url",
+        fix="Free space under the server's home, or see to its database.",
+    )
+
+
+def _wait_for_other_connections(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA busy_timeout = 30000")
