@@ -31,7 +31,7 @@ from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.base.base_model import resolve_base
-from dynamic_lora_server.engine.decoder.native_decoder import decode_trial
+from dynamic_lora_server.engine.decoder.trial import decode_trial
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
@@ -40,6 +40,9 @@ from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions,
 from dynamic_lora_server.engine.startup.costs import startup_costs
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
+from dynamic_lora_server.nothing import nothing
+
+PREFILL_CHUNK = 512  # as the simulator has it
 
 Pick = Callable[[random.Random], int | None]
 
@@ -110,8 +113,10 @@ class _DrainController(ModeController):
     strategy: DrainAndMerge
     merger: Merger
 
-    def before_step(self, pieces: Sequence[Piece], requests: object) -> None:
-        del requests
+    def before_step(
+        self, pieces: Sequence[Piece], requests: object, meanwhile: Callable[[], object] = nothing
+    ) -> None:
+        del requests, meanwhile
         wanted = self.strategy.choose(None, 0.0)  # type: ignore[arg-type]
         adapters = (piece.sequence.adapter for piece in pieces)
         present = {adapter.digest: adapter for adapter in adapters if adapter is not None}
@@ -191,7 +196,7 @@ class Bench:
         scheduler = scheduler_type(
             self.built.space,
             max_running=self.arguments.clients,
-            prefill_chunk=self.options.prefill_chunk,
+            prefill_chunk=PREFILL_CHUNK,
         )
         controller_type = ModeController if cell.mode is not None else _DrainController
         controller = controller_type(

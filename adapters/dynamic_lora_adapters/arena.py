@@ -2,7 +2,7 @@
 
 On pages of 4 KiB a step of hundreds of megabytes looks up a hundred thousand of
 them, and a processor's own prefetching stops at each one's end. Linux gives larger
-pages where it is asked to (`madvise(2)`, MADV_HUGEPAGE); where there are none, the
+pages where it is asked to (`madvise(2)`, MADVHUGE_PAGE_BYTESPAGE); where there are none, the
 memory is as any other.
 """
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import torch
 
-_HUGE = 2 * 2**20
+HUGE_PAGE_BYTES = 2 * 2**20
 _CHUNK = 32 * 2**20
 _LINE = 64
 
@@ -53,15 +53,15 @@ class Arena:
 
 def _mapping(num_bytes: int) -> torch.Tensor:
     """Bytes [num_bytes], from a huge page's beginning on if they fill one."""
-    if num_bytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADVHUGE_PAGE_BYTESPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     try:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, num_bytes + _HUGE, flags=private)
+        memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=private)
     except OSError as error:
         raise MemoryError(f"no room for a mapping of {num_bytes} bytes: {error}") from error
     with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(mmap.MADVHUGE_PAGE_BYTESPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE
+    start = -whole.data_ptr() % HUGE_PAGE_BYTES
     return whole[start : start + num_bytes]

@@ -95,9 +95,9 @@ def recorded_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     run = ModelRunner.run
 
-    def recording(self: ModelRunner, *args: Any, greedily: bool = False) -> Any:
-        del greedily  # there would be none
-        pieces, logits = run(self, *args)
+    def recording(self: ModelRunner, *args: Any, **options: Any) -> Any:
+        options.pop("greedily", None)  # there would be none
+        pieces, logits = run(self, *args, **options)
         found.append(logits.clone())
         return pieces, logits
 

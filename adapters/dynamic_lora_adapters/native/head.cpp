@@ -1,5 +1,6 @@
-// The end of a model, where only the highest logit of each row is wanted: the last norm, the output
-// head, and a look at what it gives. Nothing is written of all these numbers, nor read again.
+// The end of a model, where only the highest logit of each row is wanted, and perhaps how likely that
+// makes its token: the last norm, the output head, and a look at what it gives. Nothing is written
+// of all these numbers, nor read again.
 
 #include <cmath>
 #include <vector>
@@ -40,7 +41,21 @@ struct Scratch {
   Lines<float> normed;
   InputCopies copies;
   std::vector<Peak> peaks;
+  Masses masses;
+  Lines<float> tops;  // [rows], and what makes them whole vectors
 };
+
+// log sum e^(output - highest) of each row, whose highest are known; no number if one of the row
+// is none. Called by a whole team of threads.
+void share_log_masses(const Scratch& scratch, int64_t count, int64_t panels, float* log_masses) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < count; row += kLanes) {
+    double totals[kLanes];
+    scratch.masses.total(row, panels, scratch.tops.data() + row, totals);
+    for (int64_t i = row; i < std::min<int64_t>(row + kLanes, count); i++)
+      log_masses[i] = scratch.peaks[i].odd ? NAN : std::log(totals[i - row]);
+  }
+}
 
 }  // namespace
 
@@ -50,19 +65,25 @@ extern "C" {
 void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && kBFloat16Inputs; }
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
-// outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Returns
-// what `Memory` says.
+// outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Where
+// `log_masses` [count] are wanted: what the logarithm of each token's probability is below nothing.
+// Returns what `Memory` says.
 int64_t dynamic_lora_highest(const Head* head, const float* hidden, const int64_t* rows,
-                             int64_t count, int64_t* tokens, int64_t* sound) {
+                             int64_t count, int64_t* tokens, int64_t* sound,
+                             float* log_masses) {
   static thread_local Scratch own;
   Scratch& scratch = own;  // of this thread, for the whole team
   const Projection& base = head->base;
   const Batch batch(count);
+  const int64_t panels = (base.n + kWidth - 1) / kWidth;
   Memory memory;
   const bool ready = memory.suffices([&] {
     have_room(scratch.normed, count * base.k);
     base.make_room(batch, scratch.copies);
     scratch.peaks.assign(count, {});
+    if (!log_masses) return;
+    scratch.masses.make_room(panels, count);
+    scratch.tops.assign(scratch.masses.stride, 0.0f);
   });
   if (!ready) return memory.status();
   float* normed = scratch.normed.data();
@@ -81,11 +102,17 @@ int64_t dynamic_lora_highest(const Head* head, const float* hidden, const int64_
     meet();
     // All threads know the same of it.
     if (!memory.ran_out()) {
-      share_product(normed, base, Seen{&tops}, batch, NoDeltas{}, scratch.copies);
+      const Seen seen{&tops, log_masses ? &scratch.masses : nullptr};
+      share_product(normed, base, seen, batch, NoDeltas{}, scratch.copies);
 #pragma omp critical
       for (int64_t i = 0; i < count; i++) scratch.peaks[i].consider(tops, i);
     }
     meet();
+    if (log_masses && !memory.ran_out()) {
+#pragma omp single
+      for (int64_t i = 0; i < count; i++) scratch.tops[i] = scratch.peaks[i].height;
+      share_log_masses(scratch, count, panels, log_masses);
+    }
   }
   if (memory.ran_out()) return memory.status();
   for (int64_t i = 0; i < count; i++) {

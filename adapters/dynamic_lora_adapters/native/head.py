@@ -21,9 +21,11 @@ class Highest:
     """Where each row of logits is highest, and whether it is sound: `verdicts` [2, rows], int64.
 
     Of equal ones it is the first. A row is sound if it holds no NaN and its highest is finite.
+    `log_masses` [rows], float32, are minus the log-probabilities of the tokens, if asked for.
     """
 
     verdicts: torch.Tensor
+    log_masses: torch.Tensor | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -39,7 +41,7 @@ class NativeHead:
     """
 
     def __init__(self, norm: NativeRmsNorm, base: PackedWeight) -> None:
-        argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER, _POINTER]
+        argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_int64, *[_POINTER] * 3]
         self._highest = allocating(load_library("head"), "dynamic_lora_highest", argtypes)
         self._kept = norm.weight, base
         self._width = len(norm.weight)
@@ -47,12 +49,18 @@ class NativeHead:
         self._c = _Head(norm=NormParts.of(norm), base=base.projection)
         self._address = ctypes.addressof(self._c)
 
-    def __call__(self, hidden: torch.Tensor, rows: torch.Tensor) -> Highest:
-        """Of rows [num_rows], int64, of hidden states [..., all rows, width]."""
+    def __call__(
+        self, hidden: torch.Tensor, rows: torch.Tensor, *, weighed: bool = False
+    ) -> Highest:
+        """Of rows [num_rows], int64, of hidden states [..., all rows, width].
+
+        With `weighed` it says how likely they are.
+        """
         hidden, rows = hidden.contiguous(), rows.contiguous()
         assert hidden.dtype == torch.float32 and hidden.shape[-1] == self._width
         assert rows.dtype == torch.int64
         found = torch.empty(2, len(rows), dtype=torch.long)
+        log_masses = torch.empty(len(rows)) if weighed else None
         first = found.data_ptr()
         self._highest(
             self._address,
@@ -61,5 +69,6 @@ class NativeHead:
             len(rows),
             first,
             first + found.stride(0) * found.itemsize,
+            None if log_masses is None else log_masses.data_ptr(),
         )
-        return Highest(found)
+        return Highest(found, log_masses)

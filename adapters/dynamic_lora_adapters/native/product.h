@@ -348,9 +348,57 @@ struct Tops {
   }
 };
 
-// Where it goes only to be looked at.
+// Of each panel of outputs and each row, the highest and the sum of e^(output - highest): what
+// log-probabilities need. Each panel has a place of its own, so that the same outputs add up to the
+// same total whichever threads they come from.
+struct Masses {
+  Lines<float> heights, sums;  // [panels, stride]
+  int64_t stride = 0;
+
+  void make_room(int64_t panels, int64_t rows) {
+    stride = (rows + kLanes - 1) / kLanes * kLanes;
+    have_room(heights, panels * stride);
+    have_room(sums, panels * stride);
+  }
+
+  // Outputs [kWidth] of a row.
+  void weigh(int64_t row, const float* outputs, int64_t panel) {
+    Vec tops = load(outputs);
+    UNROLL
+    for (int v = 1; v < kPanelVecs; v++) {
+      const Vec next = load(outputs + v * kLanes);
+      tops = next > tops ? next : tops;
+    }
+    float top = tops[0];
+    for (int lane = 1; lane < kLanes; lane++) top = std::max(top, tops[lane]);
+    Vec total{};
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++) total += exp_negative(load(outputs + v * kLanes) - top);
+    heights[panel * stride + row] = top;
+    // Of nothing but minus infinity: no difference to itself.
+    sums[panel * stride + row] = top == -INFINITY ? 0.0f : sum(total);
+  }
+
+  // The sums of e^(output - top) of rows [kLanes], from `row` on, over all panels.
+  void total(int64_t row, int64_t panels, const float* tops, double* totals) const {
+    constexpr int64_t kTogether = 64;  // so many are added up before float64 takes over
+    const Vec top = load(tops);
+    for (int lane = 0; lane < kLanes; lane++) totals[lane] = 0;
+    for (int64_t first = 0; first < panels; first += kTogether) {
+      Vec found{};
+      for (int64_t p = first; p < std::min(first + kTogether, panels); p++) {
+        const int64_t place = p * stride + row;
+        found += load(&sums[place]) * exp_negative(load(&heights[place]) - top);
+      }
+      for (int lane = 0; lane < kLanes; lane++) totals[lane] += found[lane];
+    }
+  }
+};
+
+// Where it goes only to be looked at, and weighed if there is somewhere to note that.
 struct Seen {
   Tops* tops;
+  Masses* masses;
 };
 
 // What a product is made of beside its size. `Extra` adds to the sums of a panel before
@@ -479,6 +527,7 @@ struct Product {
       float* outputs = sums + r * kWidth;
       for (int64_t c = width; c < kWidth; c++) outputs[c] = -INFINITY;
       to.tops->look(group.row + r, outputs, column);
+      if (to.masses) to.masses->weigh(group.row + r, outputs, column / kWidth);
     }
   }
 

@@ -24,7 +24,7 @@ from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.transfer import milestone
 from dynamic_lora_server.engine.mode_controller import ModeController
-from dynamic_lora_server.engine.model_runner import ModelRunner
+from dynamic_lora_server.engine.model_runner import Greedily, ModelRunner
 from dynamic_lora_server.engine.sampling.adjustments import ScoredRow
 from dynamic_lora_server.engine.sampling.sampler import (
     Choice,
@@ -37,6 +37,7 @@ from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.generation import FinishReason
+from dynamic_lora_server.nothing import nothing
 
 logger = logging.getLogger(__name__)
 
@@ -185,11 +186,13 @@ class Engine:
         """End a sequence at once, wherever it is; nothing if it has ended already."""
         self.scheduler.end(sequence)
 
-    def step(self) -> list[EngineEvent]:
+    def step(self, meanwhile: Callable[[], object] = nothing) -> list[EngineEvent]:
         """Run one step and return what happened to whom.
 
-        With `overlap`, start one step and return what came of the one before. Raises
-        WeightsLost, and torch.AcceleratorError, after which CUDA does nothing more.
+        With `overlap`, start one step and return what came of the one before. On a CPU
+        `meanwhile` is called whenever this thread is about to leave Python alone for long, and
+        not at all if it never is. Raises WeightsLost, and torch.AcceleratorError, after which
+        CUDA does nothing more.
         """
         begin = time.perf_counter()
         events = self.finish() if self._started is not None and self._started.is_guided else []
@@ -197,7 +200,7 @@ class Engine:
         started, error = None, None
         if pieces:
             try:
-                started = self._start(pieces)
+                started = self._start(pieces, meanwhile)
             except _FATAL:
                 raise
             except Exception as caught:  # whatever broke, the sequences of this step must end
@@ -218,11 +221,13 @@ class Engine:
         return events
 
     @torch.inference_mode()
-    def _start(self, pieces: list[Piece]) -> _Started:
+    def _start(self, pieces: list[Piece], meanwhile: Callable[[], object]) -> _Started:
         unread = None if self._started is None else self._started.unread
-        self.modes.before_step(pieces, self.scheduler.num_by_adapter)
-        self.runner.cache.copy(self.scheduler.take_copies())
-        places, told, choice = self._run(pieces, unread)
+        self.modes.before_step(pieces, self.scheduler.num_by_adapter, meanwhile)
+        if copies := self.scheduler.take_copies():
+            meanwhile()
+            self.runner.cache.copy(copies)
+        places, told, choice = self._run(pieces, unread, meanwhile)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece, lasting=self.runner.lasts(piece.sequence))
@@ -236,13 +241,17 @@ class Engine:
         )
 
     def _run(
-        self, pieces: list[Piece], unread: UnreadTokens | None
+        self,
+        pieces: list[Piece],
+        unread: UnreadTokens | None,
+        meanwhile: Callable[[], object],
     ) -> tuple[dict[int, int], dict[int, slice], Choice | None]:
         """The tokens chosen, where those of each sequence that samples begin, and of prompts."""
-        plain = self._sampling is not None and all(
-            takes_highest(piece.sequence) for piece in pieces if piece.num_scored
-        )
-        scored, scores = self.runner.run(pieces, unread, greedily=plain)
+        scoring = [piece.sequence for piece in pieces if piece.num_scored]
+        greedily = None
+        if self._sampling is not None and all(map(takes_highest, scoring)):
+            greedily = Greedily(any(sequence.sampling.logprobs for sequence in scoring))
+        scored, scores = self.runner.run(pieces, unread, greedily=greedily, meanwhile=meanwhile)
         rows: list[ScoredRow] = []
         places, told = {}, {}
         for piece in scored:
@@ -255,7 +264,7 @@ class Engine:
         if not rows:
             return places, told, None
         if isinstance(scores, Highest):
-            return places, told, taken(scores)
+            return places, told, taken(scores, rows)
         return places, told, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dynamic_lora_adapters.apply.merge import MergeFailed, Merger
@@ -12,6 +12,7 @@ from dynamic_lora_adapters.device.slots import AdapterPool
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy
+from dynamic_lora_server.nothing import nothing
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,19 @@ class ModeController:
         self._barred: dict[str, float] = {}  # until when, by digest
         self._counts = _Counts()
 
-    def before_step(self, pieces: Sequence[Piece], requests: Mapping[str | None, int]) -> None:
-        """Merge, unmerge or swap if the policy says so.
+    def before_step(
+        self,
+        pieces: Sequence[Piece],
+        requests: Mapping[str | None, int],
+        meanwhile: Callable[[], object] = nothing,
+    ) -> None:
+        """Merge, unmerge or swap if the policy says so, and call `meanwhile` before that.
 
         `requests` counts the running and waiting sequences by adapter digest.
         """
         merged = self._merger.merged
         if merged is not None and merged.doomed:
+            meanwhile()
             self._switch(None)
             merged = None
         rows = self._survey(pieces)
@@ -81,6 +88,7 @@ class ModeController:
         load = Load(merged=now, rows=rows, requests=requests, sizes=sizes)
         chosen = self._policy.decide(load, time.monotonic())
         if chosen != now:
+            meanwhile()
             self._switch(None if chosen is None else self._present[chosen])
         self._count(rows)
 

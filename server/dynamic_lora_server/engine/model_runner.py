@@ -1,5 +1,6 @@
 """The only caller of the model."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import overload
@@ -27,6 +28,14 @@ from dynamic_lora_server.engine.kv.cache import KVCache
 from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.nothing import nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Greedily:
+    """Only where logits are highest is wanted; if `weighed`, how likely that is, too."""
+
+    weighed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,12 @@ class ModelRunner:
 
     @overload
     def run(
-        self, pieces: Seq[Piece], unread: UnreadTokens | None = None, *, greedily: bool
+        self,
+        pieces: Seq[Piece],
+        unread: UnreadTokens | None = None,
+        *,
+        greedily: Greedily | None,
+        meanwhile: Callable[[], object] = nothing,
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]: ...
 
     @torch.inference_mode()
@@ -64,14 +78,16 @@ class ModelRunner:
         pieces: Seq[Piece],
         unread: UnreadTokens | None = None,
         *,
-        greedily: bool = False,
+        greedily: Greedily | None = None,
+        meanwhile: Callable[[], object] = nothing,
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         """Run the pieces; on CUDA, start to.
 
         `unread` has the tokens of sequences whose last one is not read yet. Returns the
         pieces that score and their logits [num_scored, vocab] in float32, which the
-        next step may overwrite. `greedily` says that all of these take their highest
+        next step may overwrite. `greedily` is there if all of these take their highest
         logit: where that is known without logits, it is returned in their place.
+        On a CPU `meanwhile` is called once all is ready to be computed.
         """
         for piece in pieces:
             if piece.sequence.adapter is not None:
@@ -82,7 +98,7 @@ class ModelRunner:
             logits = self.graphs.run(ordered, merged, unread)
             if logits is not None:
                 return ordered, logits
-        return self._run_packed(pieces, unread, greedily=greedily)
+        return self._run_packed(pieces, unread, greedily=greedily, meanwhile=meanwhile)
 
     def lasts(self, sequence: Sequence) -> bool:
         """Whether keys and values that are computed for a sequence now are as good in any step.
@@ -94,7 +110,12 @@ class ModelRunner:
         return merged is None or sequence.adapter is merged or not self.merger.rounds
 
     def _run_packed(
-        self, pieces: Seq[Piece], unread: UnreadTokens | None, *, greedily: bool
+        self,
+        pieces: Seq[Piece],
+        unread: UnreadTokens | None,
+        *,
+        greedily: Greedily | None,
+        meanwhile: Callable[[], object],
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
         self._write_given(pieces)
@@ -103,11 +124,20 @@ class ModelRunner:
         self.site.segments = batch.segments
         self.hooks.prepare(batch.segments)
         step = AttentionStep(
-            batch.spans, batch.cells, self.cache, self._paged_kernel(batch), self.decoder.attention
+            batch.spans,
+            batch.cells,
+            self.cache,
+            self._paged_kernel(batch),
+            self.decoder.attention,
+            meanwhile=meanwhile,
         )
         try:
-            compute = self.decoder.highest if greedily else self.decoder.logits
-            found = compute(step, batch.input_ids, batch.position_ids, batch.logit_rows)
+            inputs = step, batch.input_ids, batch.position_ids, batch.logit_rows
+            found: torch.Tensor | Highest
+            if greedily is None:
+                found = self.decoder.logits(*inputs)
+            else:
+                found = self.decoder.highest(*inputs, weighed=greedily.weighed)
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.engine.outbox import EventSink, Outbox
 from dynamic_lora_server.engine.sequence import Sequence
+from dynamic_lora_server.nothing import nothing
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +22,6 @@ logger = logging.getLogger(__name__)
 # core without it.
 _NICER_BY = 5
 _NICEST = 19
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Submit:
     """
 
     sequence: Sequence
-    left: Callable[[], object] = _nothing
+    left: Callable[[], object] = nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +61,11 @@ class Stop:
 
 
 Message = Submit | Cancel | MakeRoom | Stop
-EventSink = Callable[[list[EngineEvent]], None]
 
 
 class Worker:
-    """Owns the engine thread. `sink` is called on that thread with the events of each step.
+    """Owns the engine thread. `sink` is called on that thread with the events of each step: on a
+    CPU, where another step follows, when the model computes that.
 
     Messages are handled between steps, in the order in which they were sent. Should the loop
     break, beyond what a step answers for, everything fails by name, also what is sent later,
@@ -77,10 +75,10 @@ class Worker:
     """
 
     def __init__(
-        self, engine: Engine, sink: EventSink, on_broken: Callable[[], object] = _nothing
+        self, engine: Engine, sink: EventSink, on_broken: Callable[[], object] = nothing
     ) -> None:
         self._engine = engine
-        self._sink = sink
+        self._outbox = Outbox(sink)
         self._on_broken = on_broken
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._live: dict[int, Submit] = {}
@@ -116,8 +114,11 @@ class Worker:
             _give_way()
         try:
             while self._read_mail():
-                self._deliver(self._engine.step())
+                events = self._engine.step(self._outbox.send)
+                self._outbox.send()  # where it did not compute
+                self._deliver(events)
             self._deliver(self._engine.finish())
+            self._outbox.send()
         except BaseException as error:  # nobody waits for this thread: it must say so itself
             logger.exception("The engine has stopped")
             self._failure = f"the engine has stopped: {type(error).__name__}: {error}"
@@ -132,8 +133,9 @@ class Worker:
                 self._finish(event.sequence_id)
             elif isinstance(event, TokenEvent) and event.reason is not None:
                 self._finish(event.sequence_id)
-        if events:
-            self._sink(events)
+        self._outbox.put(events)
+        if not (self._engine.on_host and self._engine.has_work):
+            self._outbox.send()
 
     def _read_mail(self) -> bool:
         """Handle all messages, waiting for one if there is nothing to run; False on Stop."""
@@ -148,8 +150,10 @@ class Worker:
                     self._engine.add(sequence)
                 case Cancel(sequence):
                     self._engine.cancel(sequence)
+                    self._outbox.drop(sequence.id)
                     self._finish(sequence.id)
                 case MakeRoom(doomed_only, done):
+                    self._outbox.send()
                     if self._engine.modes.make_room(doomed_only=doomed_only):
                         done()
                 case Stop():
@@ -182,8 +186,8 @@ class Worker:
         ended = list(self._live)
         for sequence_id in ended:
             self._finish(sequence_id)
-        if ended:
-            self._sink([FailedEvent(sequence_id, why) for sequence_id in ended])
+        self._outbox.put([FailedEvent(sequence_id, why) for sequence_id in ended])
+        self._outbox.send()
 
 
 def _give_way() -> None:

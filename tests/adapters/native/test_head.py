@@ -30,11 +30,13 @@ def find(
     *,
     bias: torch.Tensor | None = None,
     kind: ProductKind = ProductKind.NATIVE,
+    weighed: bool = False,
 ) -> tuple[Highest, torch.Tensor]:
     """What is found, and the logits as the product writes them."""
     norm, product = make_norm(weight.shape[1]), make_product(kind, weight, bias)
     assert isinstance(product, PackedWeight)
-    return NativeHead(norm, product)(hidden, rows), product(norm(hidden[rows]))
+    found = NativeHead(norm, product)(hidden, rows, weighed=weighed)
+    return found, product(norm(hidden[rows]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,6 +60,12 @@ def test_the_highest_is_torchs(
     found, logits = find(weight, hidden, rows, bias=bias, kind=kind)
     assert found.positions.tolist() == logits.argmax(dim=-1).tolist()
     assert found.verdicts[1].tolist() == [1] * num_rows
+    assert found.log_masses is None
+    weighed, _ = find(weight, hidden, rows, bias=bias, kind=kind, weighed=True)
+    assert torch.equal(weighed.verdicts, found.verdicts)
+    assert weighed.log_masses is not None
+    expected = logits.double().log_softmax(dim=-1).amax(dim=-1)
+    torch.testing.assert_close(-weighed.log_masses.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,8 +94,10 @@ def test_what_is_no_finite_number_shows_in_its_row_alone(value: float, place: in
     bias = torch.zeros(100)
     hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     hidden[1] = value
-    found, _ = find(weight, hidden, torch.arange(3))
+    found, _ = find(weight, hidden, torch.arange(3), weighed=True)
     assert found.verdicts[1].tolist() == [1, 0, 1]
+    assert found.log_masses is not None
+    assert found.log_masses.isnan().tolist() == [False, True, False]
     bias[place] = value
     found, _ = find(weight, hidden[:1], torch.tensor([0, 0]), bias=bias)
     assert found.verdicts[1].tolist() == [0, 0]
@@ -100,5 +110,18 @@ def test_minus_infinity_is_unsound_only_where_there_is_nothing_else() -> None:
     found, _ = find(weight, torch.ones(1, 16), torch.tensor([0]), bias=bias)
     assert found.verdicts[1].tolist() == [0]
     bias[70] = -1e30
-    found, _ = find(weight, torch.ones(1, 16), torch.tensor([0]), bias=bias)
+    found, _ = find(weight, torch.ones(1, 16), torch.tensor([0]), bias=bias, weighed=True)
     assert found.verdicts.tolist() == [[70], [1]]
+    assert found.log_masses is not None
+    assert found.log_masses.tolist() == [0.0]
+
+
+@torch.inference_mode()
+def test_how_likely_a_token_is_depends_on_no_thread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(5000, 16, generator=generator), torch.randn(9, 16)
+    norm, product = make_norm(16), make_product(ProductKind.NATIVE, weight, None)
+    assert isinstance(product, PackedWeight)
+    head = NativeHead(norm, product)
+    found = [head(hidden, torch.arange(9), weighed=True).log_masses for _ in range(20)]
+    assert len({None if one is None else tuple(one.tolist()) for one in found}) == 1

@@ -17,6 +17,7 @@ from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from dynamic_lora_server.generation import FinishReason
 from dynamic_lora_server.modes import Mode
+from dynamic_lora_server.nothing import nothing
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import VOCAB_SIZE, tiny_llama
 from tests.support.traffic import assert_same, requests, serve
@@ -220,9 +221,9 @@ def test_what_is_on_its_way_at_the_stop_is_delivered() -> None:
     last = make_sequence(random_prompt(5, seed=0), max_new_tokens=1)
     step = worker._engine.step
 
-    def stopping() -> list[EngineEvent]:
+    def stopping(meanwhile: Callable[[], object] = nothing) -> list[EngineEvent]:
         worker.send(Stop())
-        return step()
+        return step(meanwhile)
 
     worker._engine.step = stopping  # type: ignore[method-assign]
     worker.send(Submit(last))

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from tests.support.engines import make_engine, make_sequence
 from tests.support.eventually import wait_until
@@ -56,6 +57,50 @@ def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
     wait_until(lambda: "end" in order, "the sequence ends")
     worker.stop()
     assert order == ["token", "token", "left", "end"]
+
+
+def test_tokens_are_told_when_the_next_step_is_being_computed() -> None:
+    order: list[str] = []
+
+    def sink(events: list[EngineEvent]) -> None:
+        order.extend("token" for _ in events)
+
+    engine = make_engine(tiny_llama()).engine
+    schedule = engine.scheduler.schedule
+
+    def scheduled() -> list[Piece]:
+        order.append("step")
+        return schedule()
+
+    engine.scheduler.schedule = scheduled  # type: ignore[method-assign]
+    worker = Worker(engine, sink)
+    worker.send(Submit(make_sequence([1, 2, 3], max_new_tokens=3)))
+    worker.start()
+    wait_until(lambda: order.count("token") == 3, "the sequence ends")
+    worker.stop()
+    assert order == ["step", "step", "token", "step", "token", "token"]
+
+
+def test_nothing_more_is_told_of_a_cancelled_sequence() -> None:
+    """Of its last step neither, which the other's next step would tell."""
+    engine = make_engine(tiny_llama()).engine
+    events: list[EngineEvent] = []
+    worker = Worker(engine, events.extend)
+    one, other = (make_sequence([1, 2, number], max_new_tokens=3) for number in (3, 4))
+    schedule = engine.scheduler.schedule
+
+    def cancelling() -> list[Piece]:
+        if not engine.num_steps:
+            worker.send(Cancel(one))
+        return schedule()
+
+    engine.scheduler.schedule = cancelling  # type: ignore[method-assign]
+    worker.send(Submit(one))
+    worker.send(Submit(other))
+    worker.start()
+    wait_until(lambda: len(events) == 3, "the other ends")
+    worker.stop()
+    assert {event.sequence_id for event in events} == {other.id}
 
 
 class Panic(BaseException):

@@ -119,9 +119,9 @@ def _recorded_logits() -> Iterator[dict[int, list[torch.Tensor]]]:
     recorded: dict[int, list[torch.Tensor]] = defaultdict(list)
     run = ModelRunner.run
 
-    def recording(self: ModelRunner, *args: Any, greedily: bool = False) -> Any:
-        del greedily  # there would be none
-        sampled, logits = run(self, *args)
+    def recording(self: ModelRunner, *args: Any, **options: Any) -> Any:
+        options.pop("greedily", None)  # there would be none
+        sampled, logits = run(self, *args, **options)
         for piece, row in zip(sampled, logits, strict=True):
             recorded[piece.sequence.id].append(row.clone())
         return sampled, logits

@@ -6,7 +6,7 @@ attends, sequence by sequence, to what the cache holds. The step at hand is
 passed beside the model, in a context variable that `attending` sets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from dynamic_lora_server.engine.attention.paged import PagedKernel
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.kv.cache import KVCache
 from dynamic_lora_server.errors import UnsupportedModel
+from dynamic_lora_server.nothing import nothing
 
 ATTENTION_NAME = "dynamic_lora"
 
@@ -72,7 +73,8 @@ class AttentionStep:
     Without a cache each sequence attends to its own new tokens only, and the
     layers' geometry is recorded; the start-up probe uses this. Sequences with more
     than FEW_TOKENS new ones are left to torch's kernel where a layer has more than
-    `cached_bytes` of keys and values for them.
+    `cached_bytes` of keys and values for them. `meanwhile` is called when the model begins to
+    compute.
     """
 
     spans: Sequence[Span]
@@ -81,6 +83,7 @@ class AttentionStep:
     paged_kernel: PagedKernel | None = None
     native: NativeAttention | None = None
     cached_bytes: int = field(default_factory=lambda: CACHED_BYTES)
+    meanwhile: Callable[[], object] = nothing
     observed: dict[int, LayerGeometry] = field(default_factory=dict)
     rules: dict[int, Rule] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)

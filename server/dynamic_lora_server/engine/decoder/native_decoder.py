@@ -9,7 +9,7 @@ steps: hooks on others do not act.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,7 +47,7 @@ from dynamic_lora_server.engine.decoder.llama_layers import (
 )
 from dynamic_lora_server.engine.decoder.rotary import RotaryTables, Rotation, context_window
 from dynamic_lora_server.engine.kv.cache import KVCache
-from dynamic_lora_server.engine.probe import forward, packed_spans
+from dynamic_lora_server.engine.probe import forward
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,7 @@ class NativeDecoder:
         """
         hidden = self._hidden(step, input_ids, position_ids)
         if hidden is None:
-            with attending(step):
-                return forward(self._model, input_ids, position_ids, logit_rows)
+            return self._by_transformers(step, input_ids, position_ids, logit_rows)
         return self._logits_of(hidden, logit_rows)
 
     def highest(
@@ -148,15 +147,30 @@ class NativeDecoder:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         logit_rows: torch.Tensor,
+        *,
+        weighed: bool = False,
     ) -> torch.Tensor | Highest:
-        """The same, or where the logits of each row are highest: what takes less time."""
+        """The same, or where the logits of each row are highest: what takes less time.
+
+        With `weighed` that says how likely those are.
+        """
         hidden = self._hidden(step, input_ids, position_ids)
         if hidden is None:
-            with attending(step):
-                return forward(self._model, input_ids, position_ids, logit_rows)
+            return self._by_transformers(step, input_ids, position_ids, logit_rows)
         if self._head is None or not self._head.projection.is_plain:
             return self._logits_of(hidden, logit_rows)
-        return self._head.native(hidden, logit_rows)
+        return self._head.native(hidden, logit_rows, weighed=weighed)
+
+    def _by_transformers(
+        self,
+        step: AttentionStep,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logit_rows: torch.Tensor | int,
+    ) -> torch.Tensor:
+        step.meanwhile()
+        with attending(step):
+            return forward(self._model, input_ids, position_ids, logit_rows)
 
     def _hidden(
         self, step: AttentionStep, input_ids: torch.Tensor, position_ids: torch.Tensor
@@ -190,6 +204,8 @@ class NativeDecoder:
         while number < len(self._layers):
             layer = self._layers[number]
             step, complete = running.layer_step(number, layer)
+            if number == 0:
+                running.attention.meanwhile()
             if complete:
                 stack = self._stacks[number]
                 hidden = stack.run(step, hidden)
@@ -327,22 +343,3 @@ def _head(frame: LlamaFrame, projections: Sequence[GroupedProjection]) -> _Head 
     if not isinstance(projection.base, PackedWeight):
         return None
     return _Head(projection, NativeHead(norm, projection.base))
-
-
-def decode_trial(
-    model: PreTrainedModel, cache: KVCache, decoder: NativeDecoder
-) -> Callable[[int], torch.Tensor]:
-    """A step of so many sequences of one new token and nothing before it, to be timed.
-
-    Where layers run in C++ it writes to the cache, which must not be in use.
-    """
-
-    @torch.inference_mode()
-    def run(num_rows: int) -> torch.Tensor:
-        ids = torch.zeros(1, num_rows, dtype=torch.long, device=model.device)
-        step = AttentionStep(packed_spans((1,) * num_rows))
-        if decoder.num_layers and num_rows <= len(cache.keys[0]):
-            step.cells, step.cache, step.native = torch.arange(num_rows), cache, decoder.attention
-        return decoder.logits(step, ids, torch.zeros_like(ids), 0)
-
-    return run

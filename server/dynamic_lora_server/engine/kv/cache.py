@@ -6,6 +6,7 @@ import torch
 
 from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_adapters.geometry import LayerGeometry
+from dynamic_lora_server.engine.kv.ahead import CommittedAhead
 from dynamic_lora_server.engine.kv.prefix_cache import CellCopy
 
 
@@ -14,8 +15,9 @@ class KVCache:
 
     A cell belongs to one token of one sequence; who holds which is
     `kv_space`'s business. On a CPU the tables lie on huge pages where there are some,
-    which the operating system commits when they are first written. `dtype` may be shorter than the
-    model's: what is written is rounded to it, to the nearest.
+    which the operating system commits when they are first written, or, of the cells `aside` that
+    prefixes are copied to, shortly before. `dtype` may be shorter than the model's: what is
+    written is rounded to it, to the nearest.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class KVCache:
         num_cells: int,
         device: torch.device,
         dtype: torch.dtype,
+        aside: range = range(0),
     ) -> None:
         arena = Arena()
 
@@ -36,6 +39,10 @@ class KVCache:
 
         self.keys = [table(layer, layer.key_dim) for layer in layers]
         self.values = [table(layer, layer.value_dim) for layer in layers]
+        self._aside = aside
+        tables = [*self.keys, *self.values] if device.type == "cpu" else []
+        self._ahead = CommittedAhead(tables, aside)
+        self._ahead.use(aside.start)
 
     def similar(self, *, num_cells: int, dtype: torch.dtype) -> "KVCache":
         """Another one for the same layers."""
@@ -60,6 +67,9 @@ class KVCache:
 
     def copy(self, copies: Sequence[CellCopy]) -> None:
         """Copy the keys and values of runs of cells, in this order."""
+        kept = [one for one in copies if one.target in self._aside]
+        if kept:
+            self._ahead.use(max(one.target + one.num_cells for one in kept))
         for table in (*self.keys, *self.values):
             for one in copies:
                 source = table[one.source : one.source + one.num_cells]

@@ -11,11 +11,15 @@ _PREFIX_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """Who may use which cells; the tables must have `num_cells` of them."""
+    """Who may use which cells; the tables must have `num_cells` of them.
+
+    `aside` are those that only prefixes are copied to.
+    """
 
     space: KVSpace
     prefixes: PrefixCache
     num_cells: int
+    aside: range = range(0)
 
 
 def paged_layout(
@@ -49,4 +53,5 @@ def contiguous_layout(
     space = ContiguousSpace(min(num_cells - num_blocks * BLOCK_SIZE, most_used))
     aside = PagedSpace(num_blocks, BLOCK_SIZE, first_cell=space.num_cells)
     prefixes = PrefixCache(aside, shared=False)
-    return KVLayout(space=space, prefixes=prefixes, num_cells=space.num_cells + aside.num_cells)
+    cells = range(space.num_cells, space.num_cells + aside.num_cells)
+    return KVLayout(space=space, prefixes=prefixes, num_cells=cells.stop, aside=cells)

@@ -4,11 +4,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from llguidance import LLMatcher
 
+from dynamic_lora_server.nothing import nothing
+
 _MAX_MESSAGE = 500  # characters of llguidance's that an error quotes
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
 
 
 class Guide:
@@ -26,7 +24,7 @@ class Guide:
         *,
         ends: Collection[int] = (),
         stops: Collection[int] = (),
-        on_failure: Callable[[], object] = _nothing,
+        on_failure: Callable[[], object] = nothing,
     ) -> None:
         self._matcher = matcher
         self._ends = tuple(ends)

@@ -73,15 +73,30 @@ class Choice:
 
 
 def takes_highest(sequence: Sequence) -> bool:
-    """Whether all that is wanted of a sequence's logits is where they are highest."""
+    """Whether only where a sequence's logits are highest is wanted, and how likely that is."""
     sampling = sequence.sampling
-    reports = sampling.logprobs or sampling.top_logprobs
+    reports = sampling.prompt_logprobs or sampling.top_logprobs
     return sampling.greedy and not (sequence.adjusts_scores or reports)
 
 
-def taken(highest: Highest) -> Choice:
+def taken(highest: Highest, owners: Seq[ScoredRow]) -> Choice:
     """The choice of rows that all take their highest logit."""
-    return Choice(highest.positions, highest.verdicts, None)
+    wanted = [row for row, owner in enumerate(owners) if owner.sequence.sampling.logprobs]
+    return Choice(highest.positions, highest.verdicts, _likelihoods(highest, wanted))
+
+
+def _likelihoods(highest: Highest, wanted: list[int]) -> _Reports | None:
+    """What the rows that ask for their token's log-probability, and no more, get."""
+    if not wanted:
+        return None
+    assert highest.log_masses is not None, "nobody has weighed them"
+    return _Reports(
+        rows=tuple(wanted),
+        num_top=(0,) * len(wanted),
+        picked=0 - highest.log_masses[wanted],  # no zero has a sign
+        ids=torch.empty(len(wanted), 0, dtype=torch.long),
+        logprobs=torch.empty(len(wanted), 0),
+    )
 
 
 def choose(
@@ -200,7 +215,9 @@ def _reports(
     heights, log_masses = _divisors(logits) if peaks is None else peaks[1:]
     picked = logits.gather(1, chosen[:, None]).squeeze(1) - heights - log_masses
     num_top = tuple(owners[row].sequence.sampling.top_logprobs for row in wanted)
-    best = logits.topk(min(max(num_top), logits.shape[-1]), dim=-1)
+    # Of no columns torch would look for the likeliest all the same.
+    most = min(max(num_top), logits.shape[-1])
+    best = (logits if most else logits[:, :0]).topk(most, dim=-1)
     return _Reports(
         rows=tuple(wanted),
         num_top=num_top,

@@ -28,8 +28,9 @@ from dynamic_lora_adapters.kernels.factor_layout import FactorLayout, layout_for
 from dynamic_lora_adapters.native.norm import adopt_native_norms
 from dynamic_lora_adapters.native.sampling import native_sampling
 from dynamic_lora_server.engine.decoder.llama_layers import has_llama_layers
-from dynamic_lora_server.engine.decoder.native_decoder import adopt_native_layers, decode_trial
+from dynamic_lora_server.engine.decoder.native_decoder import adopt_native_layers
 from dynamic_lora_server.engine.decoder.rotary import context_window
+from dynamic_lora_server.engine.decoder.trial import decode_trial
 from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT, Drafter
 from dynamic_lora_server.engine.engine import Engine
 from dynamic_lora_server.engine.graphs.decode_graphs import DecodeGraphs
@@ -71,13 +72,15 @@ class EngineOptions:
     `speculate` tokens of each decoding sequence are drafted in a step, 0 for none; only on a CPU.
     `base_product` None takes the fastest that there is memory for; without `native`
     nothing runs in the project's own C++.
+    `prefill_chunk` None means 512 tokens on CUDA and 128 on a CPU, where a step of more keeps all
+    others waiting for as long, and is no faster by the token.
     `costs_file` keeps what is measured at start for the next one. `mode` says
     whether adapters are merged, and AUTO never does on CUDA; `restore` how the base comes
     back; to subtract needs `checkpoint`, the folder the model was loaded from.
     """
 
     max_running: int = 64
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     adapter_memory: int | None = None
     kv_memory: int | None = None
     kv_dtype: torch.dtype | None = None
@@ -251,14 +254,14 @@ def _engine(
     steps: StepCosts,
     options: EngineOptions,
 ) -> Engine:
+    on_cuda = runner.model.device.type == "cuda"
     scheduler = Scheduler(
         kv.space,
         max_running=options.max_running,
-        prefill_chunk=options.prefill_chunk,
+        prefill_chunk=options.prefill_chunk or (512 if on_cuda else 128),
         prefixes=kv.prefixes,
         drafter=Drafter(steps, options.speculate) if options.speculate else None,
     )
-    on_cuda = runner.model.device.type == "cuda"
     sampling = native_sampling(wanted=options.native and not on_cuda)
     overlap = on_cuda if options.overlap is None else options.overlap
     return Engine(scheduler, runner, modes, sampling, overlap=overlap)

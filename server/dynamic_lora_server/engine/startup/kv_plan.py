@@ -56,7 +56,13 @@ class KVPlan:
         """The tensors for it."""
         # Behind what is handed out, one page for the padding of static steps.
         num_cells = self.layout.num_cells + (PAGE_SIZE if self.paged else 0)
-        return KVCache(layers, num_cells=num_cells, device=device, dtype=self.dtype)
+        return KVCache(
+            layers,
+            num_cells=num_cells,
+            device=device,
+            dtype=self.dtype,
+            aside=self.layout.aside,
+        )
 
 
 def plan_kv(

@@ -27,6 +27,7 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.attention import packed
 from dynamic_lora_server.engine.attention.paged import PAGE_SIZE
 from dynamic_lora_server.engine.decoder.native_decoder import NativeDecoder
+from dynamic_lora_server.engine.engine import TokenEvent
 from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
 from tests.support.adapters import load_with_peft, make_adapter
@@ -375,7 +376,8 @@ def test_terms_of_other_kinds_go_through_the_models_own_layers(
     [
         ({}, 10),
         ({"temperature": 0.7}, 6),
-        ({"logprobs": True}, 6),
+        ({"logprobs": True}, 10),
+        ({"logprobs": True, "prompt_logprobs": True}, 6),
         ({"top_logprobs": 2}, 6),
         ({"repetition_penalty": 1.3}, 6),
         ({"frequency_penalty": 0.5}, 6),
@@ -393,6 +395,21 @@ def test_logits_are_written_for_steps_that_read_them_alone(
     assert len(found) == num_found
     (alone,) = run_all(native_engine(tiny_llama()), [make_sequence(plain.prompt_ids)])
     assert tokens == alone
+
+
+def test_log_probabilities_are_the_same_with_and_without_logits() -> None:
+    def told(**others: Any) -> list[float]:
+        built = native_engine(tiny_llama(), mode=Mode.BYPASS)
+        sequence = make_sequence(random_prompt(5, seed=1), logprobs=True, **others)
+        built.engine.add(sequence)
+        events = [event for _ in range(10) for event in built.engine.step()]
+        assert not built.engine.has_work
+        tokens = [event.sampled for event in events if isinstance(event, TokenEvent)]
+        return [one.logprob for one in tokens if one.logprob is not None]
+
+    found, expected = told(), told(top_logprobs=1)
+    assert len(found) == 10
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_logits_are_written_where_an_adapter_changes_them(
@@ -416,8 +433,8 @@ def counted_heads(monkeypatch: pytest.MonkeyPatch) -> list[Highest]:
     found: list[Highest] = []
     call = NativeHead.__call__
 
-    def counting(self: NativeHead, *args: Any) -> Highest:
-        found.append(call(self, *args))
+    def counting(self: NativeHead, *args: Any, **options: Any) -> Highest:
+        found.append(call(self, *args, **options))
         return found[-1]
 
     monkeypatch.setattr(NativeHead, "__call__", counting)
