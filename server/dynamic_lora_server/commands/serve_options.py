@@ -126,7 +126,11 @@ KeepAliveSeconds = Annotated[
     ),
 ]
 PrefillChunk = Annotated[
-    int, typer.Option(help="Prompt tokens in one step, beside a token of each answer.")
+    int | None,
+    typer.Option(
+        help="Prompt tokens in one step, beside a token of each answer.",
+        show_default="128 on a CPU, 512 on a GPU",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
