@@ -2,7 +2,7 @@
 
 On pages of 4 KiB a step of hundreds of megabytes looks up a hundred thousand of
 them, and a processor's own prefetching stops at each one's end. Linux gives larger
-pages where it is asked to (`madvise(2)`, MADVHUGE_PAGE_BYTESPAGE); where there are none, the
+pages where it is asked to (`madvise(2)`, MADV_HUGEPAGE); where there are none, the
 memory is as any other.
 """
 
@@ -53,7 +53,7 @@ class Arena:
 
 def _mapping(num_bytes: int) -> torch.Tensor:
     """Bytes [num_bytes], from a huge page's beginning on if they fill one."""
-    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADVHUGE_PAGE_BYTESPAGE"):
+    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     try:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -61,7 +61,7 @@ def _mapping(num_bytes: int) -> torch.Tensor:
     except OSError as error:
         raise MemoryError(f"no room for a mapping of {num_bytes} bytes: {error}") from error
     with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADVHUGE_PAGE_BYTESPAGE)
+        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE_BYTES
     return whole[start : start + num_bytes]

@@ -48,7 +48,7 @@ struct Scratch {
 // log sum e^(output - highest) of each row, whose highest are known; no number if one of the row
 // is none. Called by a whole team of threads.
 void share_log_masses(const Scratch& scratch, int64_t count, int64_t panels, float* log_masses) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < count; row += kLanes) {
     double totals[kLanes];
     scratch.masses.total(row, panels, scratch.tops.data() + row, totals);
@@ -66,7 +66,7 @@ void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted &
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
 // outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Where
-// `log_masses` [count] are wanted: what the logarithm of each token's probability is below nothing.
+// `log_masses` [count] are wanted: minus the logarithm of each token's probability.
 // Returns what `Memory` says.
 int64_t dynamic_lora_highest(const Head* head, const float* hidden, const int64_t* rows,
                              int64_t count, int64_t* tokens, int64_t* sound,
@@ -107,12 +107,11 @@ int64_t dynamic_lora_highest(const Head* head, const float* hidden, const int64_
 #pragma omp critical
       for (int64_t i = 0; i < count; i++) scratch.peaks[i].consider(tops, i);
     }
-    meet();
-    if (log_masses && !memory.ran_out()) {
-#pragma omp single
-      for (int64_t i = 0; i < count; i++) scratch.tops[i] = scratch.peaks[i].height;
-      share_log_masses(scratch, count, panels, log_masses);
-    }
+    meet([&] {
+      if (log_masses)
+        for (int64_t i = 0; i < count; i++) scratch.tops[i] = scratch.peaks[i].height;
+    });
+    if (log_masses && !memory.ran_out()) share_log_masses(scratch, count, panels, log_masses);
   }
   if (memory.ran_out()) return memory.status();
   for (int64_t i = 0; i < count; i++) {

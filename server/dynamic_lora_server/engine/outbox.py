@@ -29,7 +29,7 @@ class Outbox:
         self._events = [event for event in self._events if event.sequence_id != sequence_id]
 
     def send(self) -> None:
-        """Call the sink, on this thread, with what waits; nothing if nothing does."""
+        """Call the sink, which must not raise, with what waits; nothing if nothing does."""
         events, self._events = self._events, []
         if events:
             self._sink(events)

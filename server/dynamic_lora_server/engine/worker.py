@@ -134,12 +134,15 @@ class Worker:
             elif isinstance(event, TokenEvent) and event.reason is not None:
                 self._finish(event.sequence_id)
         self._outbox.put(events)
-        if not (self._engine.on_host and self._engine.has_work):
+        if not self._engine.on_host:
             self._outbox.send()
 
     def _read_mail(self) -> bool:
         """Handle all messages, waiting for one if there is nothing to run; False on Stop."""
         while True:
+            if not self._engine.has_work:
+                # Nor may there be any more if it was for one that has been cancelled.
+                self._outbox.send()
             try:
                 message = self._inbox.get(block=not self._engine.has_work)
             except queue.Empty:

@@ -118,10 +118,21 @@ def test_minus_infinity_is_unsound_only_where_there_is_nothing_else() -> None:
 
 @torch.inference_mode()
 def test_how_likely_a_token_is_depends_on_no_thread() -> None:
+    """In a vocabulary of hundreds of panels."""
     generator = torch.Generator().manual_seed(0)
-    weight, hidden = torch.randn(5000, 16, generator=generator), torch.randn(9, 16)
+    weight, hidden = (torch.randn(number, 16, generator=generator) for number in (5000, 9))
     norm, product = make_norm(16), make_product(ProductKind.NATIVE, weight, None)
     assert isinstance(product, PackedWeight)
-    head = NativeHead(norm, product)
-    found = [head(hidden, torch.arange(9), weighed=True).log_masses for _ in range(20)]
-    assert len({None if one is None else tuple(one.tolist()) for one in found}) == 1
+    head, rows, usual = NativeHead(norm, product), torch.arange(9), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = head(hidden, rows, weighed=True).log_masses
+    finally:
+        torch.set_num_threads(usual)
+    assert alone is not None
+    expected = product(norm(hidden)).double().log_softmax(dim=-1).amax(dim=-1)
+    torch.testing.assert_close(-alone.double(), expected, rtol=1e-5, atol=1e-5)
+    for _ in range(20):
+        found = head(hidden, rows, weighed=True).log_masses
+        assert found is not None
+        assert found.equal(alone)

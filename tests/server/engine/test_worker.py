@@ -3,14 +3,22 @@
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dynamic_lora_adapters.apply.merge import Merger
+from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.engine.kv.prefix_cache import CellCopy
+from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
-from tests.support.engines import make_engine, make_sequence
+from dynamic_lora_server.modes import Mode
+from tests.support.engines import admit, make_engine, make_sequence, random_prompt
 from tests.support.eventually import wait_until
 from tests.support.models import tiny_llama
 
@@ -59,26 +67,86 @@ def test_a_finished_sequence_is_let_go_before_its_end_is_told() -> None:
     assert order == ["token", "token", "left", "end"]
 
 
-def test_tokens_are_told_when_the_next_step_is_being_computed() -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_tokens_are_told_when_the_next_step_is_being_computed(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
 
     def sink(events: list[EngineEvent]) -> None:
         order.extend("token" for _ in events)
 
-    engine = make_engine(tiny_llama()).engine
-    schedule = engine.scheduler.schedule
+    run = ModelRunner.run
 
-    def scheduled() -> list[Piece]:
-        order.append("step")
-        return schedule()
+    def running(self: ModelRunner, *args: Any, **options: Any) -> Any:
+        order.append("begins")
+        found = run(self, *args, **options)
+        order.append("ends")
+        return found
 
-    engine.scheduler.schedule = scheduled  # type: ignore[method-assign]
-    worker = Worker(engine, sink)
+    monkeypatch.setattr(ModelRunner, "run", running)
+    worker = Worker(make_engine(tiny_llama(), native=native).engine, sink)
     worker.send(Submit(make_sequence([1, 2, 3], max_new_tokens=3)))
     worker.start()
     wait_until(lambda: order.count("token") == 3, "the sequence ends")
     worker.stop()
-    assert order == ["step", "step", "token", "step", "token", "token"]
+    step = ["begins", "token", "ends"]
+    assert order == ["begins", "ends", *step, *step, "token"]
+
+
+def test_tokens_are_told_before_an_adapter_is_merged(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    built = make_engine(tiny_llama(), mode=Mode.MERGED)
+    switch = Merger.switch
+
+    def switching(self: Merger, adapter: ResidentAdapter | None) -> None:
+        order.append("switch")
+        switch(self, adapter)
+
+    monkeypatch.setattr(Merger, "switch", switching)
+    built.engine.add(make_sequence([1, 2, 3], adapter=admit(built, folders["all"])))
+    built.engine.step(lambda: order.append("told"))
+    assert order == ["told", "switch", "told"]
+
+
+def test_tokens_are_told_before_keys_and_values_are_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    engine = make_engine(tiny_llama(), prefill_chunk=64).engine
+    copy = engine.runner.cache.copy
+
+    def copying(copies: Sequence[CellCopy]) -> None:
+        order.append("copy")
+        copy(copies)
+
+    monkeypatch.setattr(engine.runner.cache, "copy", copying)
+    engine.add(make_sequence(random_prompt(40, seed=0), max_new_tokens=2))
+    for _ in range(2):
+        engine.step(lambda: order.append("told"))
+    assert order == ["told", "told", "copy", "told"]
+
+
+def test_an_end_is_told_where_those_that_ran_beside_it_are_cancelled() -> None:
+    engine = make_engine(tiny_llama()).engine
+    events: list[EngineEvent] = []
+    worker = Worker(engine, events.extend)
+    short, cancelled = (make_sequence([1, 2, 3], max_new_tokens=number) for number in (1, 50))
+    schedule = engine.scheduler.schedule
+
+    def cancelling() -> list[Piece]:
+        worker.send(Cancel(cancelled))
+        return schedule()
+
+    engine.scheduler.schedule = cancelling  # type: ignore[method-assign]
+    worker.send(Submit(short))
+    worker.send(Submit(cancelled))
+    worker.start()
+    wait_until(lambda: events, "the end of the one is told")
+    worker.stop()
+    assert [event.sequence_id for event in events] == [short.id]
 
 
 def test_nothing_more_is_told_of_a_cancelled_sequence() -> None:

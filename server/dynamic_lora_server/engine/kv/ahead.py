@@ -26,7 +26,8 @@ class CommittedAhead:
         self._cells = cells
         smallest = min((table[0].nbytes for table in tables), default=HUGE_PAGE_BYTES)
         self._together = HUGE_PAGE_BYTES // smallest  # cells that a page holds, of small ones
-        self._committed = cells.start if self._together < len(cells) else cells.stop
+        paged = bool(tables) and self._together < len(cells)
+        self._committed = cells.start if paged else cells.stop
 
     def use(self, stop: int) -> None:
         """Cells below `stop` are in use from now on."""

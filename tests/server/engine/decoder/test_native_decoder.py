@@ -412,6 +412,30 @@ def test_log_probabilities_are_the_same_with_and_without_logits() -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_log_probabilities_are_told_to_those_who_ask_alone() -> None:
+    built = native_engine(tiny_llama(), mode=Mode.BYPASS)
+    asking = [make_sequence([1, 2, number], logprobs=number % 2 == 0) for number in range(3, 7)]
+    for sequence in asking:
+        built.engine.add(sequence)
+    events = [event for _ in range(11) for event in built.engine.step()]
+    told: dict[int, list[float | None]] = {sequence.id: [] for sequence in asking}
+    for event in events:
+        if isinstance(event, TokenEvent):
+            told[event.sequence_id].append(event.sampled.logprob)
+    for sequence in asking:
+        alone = make_sequence(sequence.prompt_ids, logprobs=True)
+        fresh = native_engine(tiny_llama(), mode=Mode.BYPASS)
+        fresh.engine.add(alone)
+        expected = [
+            event.sampled.logprob
+            for _ in range(11)
+            for event in fresh.engine.step()
+            if isinstance(event, TokenEvent)
+        ]
+        wanted = expected if sequence.sampling.logprobs else [None] * 10
+        assert told[sequence.id] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_logits_are_written_where_an_adapter_changes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 """Memory that is committed before prefixes come to it."""
 
 import mmap
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,8 @@ import pytest
 import torch
 
 from dynamic_lora_adapters.arena import HUGE_PAGE_BYTES, Arena
+from dynamic_lora_adapters.device.populate import populate
+from dynamic_lora_server.engine.kv import ahead
 from dynamic_lora_server.engine.kv.ahead import CommittedAhead
 from tests.support.eventually import wait_until
 
@@ -35,22 +36,30 @@ def committed(tables: Sequence[torch.Tensor]) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system cannot be asked to")
 def test_a_page_of_each_table_is_committed_behind_what_is_used() -> None:
     tables = make_tables(2, num_pages=4)
+    if not (populate(make_tables(1, num_pages=1)) and Path("/proc/self/pagemap").exists()):
+        pytest.skip("the system cannot be asked to")
 
     def reached(expected: list[int]) -> bool:
         return committed(tables) == expected
 
-    ahead = CommittedAhead(tables, range(TOGETHER, 4 * TOGETHER))
+    following = CommittedAhead(tables, range(TOGETHER, 4 * TOGETHER))
     assert committed(tables) == [0, 0]
     for used, pages in [(TOGETHER, 1), (TOGETHER + 1, 2), (2 * TOGETHER, 2), (3 * TOGETHER, 3)]:
-        ahead.use(used)
+        following.use(used)
         wait_until(partial(reached, [pages, pages]), f"{pages} pages")
 
 
-def test_cells_that_fit_into_a_page_are_left_to_who_uses_them() -> None:
+def test_cells_that_fit_into_a_page_are_left_to_who_uses_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[object] = []
+    monkeypatch.setattr(ahead, "populate_soon", lambda *args, **_: begun.append(args))
     tables = make_tables(1, num_pages=2)
     CommittedAhead(tables, range(TOGETHER)).use(0)
     CommittedAhead([], range(0)).use(0)
-    assert committed(tables) == [0]
+    CommittedAhead([], range(2 * TOGETHER)).use(0)
+    assert not begun
+    CommittedAhead(tables, range(2 * TOGETHER)).use(0)
+    assert begun
