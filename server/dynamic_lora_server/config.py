@@ -114,7 +114,7 @@ class ServerConfig:
     max_waiting: int = 1024
     grace_seconds: int = 10
     keep_alive_seconds: int = 75
-    prefill_chunk: int | None = None
+    prefill_chunk: int = 512
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -133,9 +133,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check("host", bool(self.host), "must not be empty")
         _check("port", 0 <= self.port < 2**16, "must lie between 0 and 65535")
-        for name in ("max_upload_bytes", "max_body_bytes", "max_running"):
+        for name in ("max_upload_bytes", "max_body_bytes", "max_running", "prefill_chunk"):
             _check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("adapter_memory", "kv_memory", "threads", "prefill_chunk"):
+        for name in ("adapter_memory", "kv_memory", "threads"):
             value = getattr(self, name)
             _check(name, value is None or value >= 1, "must be at least 1")
         prefixes = self.prefix_cache_memory

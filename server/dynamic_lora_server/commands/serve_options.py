@@ -126,11 +126,7 @@ KeepAliveSeconds = Annotated[
     ),
 ]
 PrefillChunk = Annotated[
-    int | None,
-    typer.Option(
-        help="Prompt tokens in one step, beside a token of each answer.",
-        show_default="128 on a CPU, 512 on a GPU",
-    ),
+    int, typer.Option(help="Prompt tokens in one step, beside a token of each answer.")
 ]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")]
