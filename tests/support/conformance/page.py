@@ -16,8 +16,8 @@ or is one that PEFT itself cannot make there.
 
 - `≤1e-4`: served. No logit of any row differs from PEFT's by more, and all
   greedy tokens are equal, or tie within twice the difference.
-- `bypass`, a cell of the table of merged mode: served just as exactly, but never
-  merged: it runs in bypass there too.
+- `bypass`, a cell of the table of merged mode: served just as exactly, but in
+  bypass there too, because it is never merged.
 - `R1`: refused, with the message under that number below the table.
 - `P1`: PEFT itself does not make or run this kind on this architecture, for the
   reason under that number.
