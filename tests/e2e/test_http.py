@@ -748,7 +748,15 @@ async def test_two_adapters_in_one_address_are_refused(client: httpx.AsyncClient
         ("POST", "/v1/chat/completions", 400),
         ("GET", "/v1/models", 400),
         ("GET", "/v1/models/base", 400),
+        ("GET", "/adapters", 422),
         ("POST", "/adapters", 422),
+        ("GET", "/adapters/ner", 422),
+        ("DELETE", "/adapters/ner", 422),
+        ("GET", "/compositions", 422),
+        ("GET", "/compositions/both", 422),
+        ("PUT", "/compositions/both", 422),
+        ("DELETE", "/compositions/both", 422),
+        ("GET", "/info", 422),
         ("POST", "/tokenize", 422),
         ("POST", "/detokenize", 422),
     ],
@@ -759,6 +767,30 @@ async def test_a_wish_in_an_address_that_takes_none_is_refused(
     response = await client.request(method, route, params={"adapter": "ner"}, json={})
     assert response.status_code == status
     assert f"{route} takes no adapter in its address" in response.text
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "fix"),
+    [
+        ("GET", "/adapters", "Leave it out."),
+        ("DELETE", "/adapters/ner", "Leave it out."),
+        ("PUT", "/compositions/both", "Send it in the body, if it is a field of that."),
+        ("POST", "/tokenize", "Below /v1, the field model of the body names the adapter."),
+    ],
+)
+async def test_who_wishes_in_an_address_is_told_where_to_wish(
+    client: httpx.AsyncClient, method: str, route: str, fix: str
+) -> None:
+    response = await client.request(method, route, params={"adapter": "ner"}, json={})
+    assert response.json()["fix"] == fix
+
+
+async def test_what_an_address_wishes_of_a_deletion_deletes_nothing(
+    client: httpx.AsyncClient, adapter_files: dict[str, bytes]
+) -> None:
+    await upload(client, "ner", adapter_files)
+    assert (await client.delete("/adapters/ner?dry_run=true")).status_code == 422
+    assert (await client.get("/adapters/ner")).status_code == 200
 
 
 async def test_null_is_the_same_as_nothing(client: httpx.AsyncClient) -> None:

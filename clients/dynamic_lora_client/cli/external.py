@@ -44,7 +44,7 @@ def _add_command(app: typer.Typer, entry_point: EntryPoint) -> None:
                 raise  # a fault of this package, not of the installation
             print_failure(
                 f"'{entry_point.name}' needs packages that are not installed: {error}.",
-                "pip install 'dynamic-lora[server]'",
+                "In a checkout of Dynamic LoRA: pip install '.[server]'",
             )
             raise typer.Exit(ExitCode.MISSING_DEPENDENCY) from error
 

@@ -70,14 +70,15 @@ register_url_convertor("name", _NameConvertor())
 
 def no_query(request: Request) -> None:
     """For routes without query parameters. Raises InvalidParameter: a wish would be ignored."""
+    path = request.url.path
     for name in request.query_params:
-        if request.method == "GET":
+        if request.method in ("GET", "DELETE"):
             fix = "Leave it out."
-        elif name == "adapter":
+        elif name == "adapter" and not path.startswith("/compositions/"):
             fix = "Below /v1, the field model of the body names the adapter."
         else:
             fix = "Send it in the body, if it is a field of that."
-        message = f"{request.url.path} takes no {name} in its address."
+        message = f"{path} takes no {name} in its address."
         raise InvalidParameter(message, field=name, fix=fix)
 
 

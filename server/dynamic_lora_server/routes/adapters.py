@@ -25,7 +25,7 @@ from dynamic_lora_server.schemas.adapters import (
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[NoQuery])
 
 
 @router.post(
@@ -36,7 +36,6 @@ router = APIRouter(prefix="/adapters", tags=["adapters"])
         200: {"description": "The name had this content already", "model": Adapter},
         **problems(400, 409, 413, 415, 422, 502, 503),
     },
-    dependencies=[NoQuery],
     openapi_extra=UPLOAD_BODY,
     summary="Upload a LoRA adapter, or name where the server finds it",
 )
@@ -65,7 +64,7 @@ async def upload(request: Request, state: State, runtime: Ready) -> Response:
     )
 
 
-@router.get("", responses=problems(503), summary="List the adapters")
+@router.get("", responses=problems(422, 503), summary="List the adapters")
 def list_adapters(runtime: Ready) -> AdapterList:
     """The passports of all adapters, by name, and what is here but cannot be read."""
     adapters = [_adapter(runtime, p) for p in runtime.registry.list()]
@@ -76,14 +75,14 @@ def list_adapters(runtime: Ready) -> AdapterList:
     return AdapterList(adapters=adapters, unreadable=unreadable, modes=_modes(runtime))
 
 
-@router.get("/{name:name}", responses=problems(404, 503), summary="An adapter's passport")
+@router.get("/{name:name}", responses=problems(404, 422, 503), summary="An adapter's passport")
 async def get_adapter(name: str, runtime: Ready) -> Adapter:
     """What the server knows about an adapter, and where its weights are now."""
     return _adapter(runtime, runtime.registry.resolve(name).passport)
 
 
 @router.delete(
-    "/{name:name}", status_code=204, responses=problems(404, 503), summary="Delete an adapter"
+    "/{name:name}", status_code=204, responses=problems(404, 422, 503), summary="Delete an adapter"
 )
 async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
     """Forget the name at once; requests that use the adapter finish with it."""

@@ -13,7 +13,7 @@ from dynamic_lora_adapters.home.index import StoredComposition
 from dynamic_lora_server.errors import InvalidParameter
 from dynamic_lora_server.http.disconnect import until_disconnect
 from dynamic_lora_server.requests.selection import weighted_parts
-from dynamic_lora_server.routes._deps import Ready, State, StrictRoute, problems
+from dynamic_lora_server.routes._deps import NoQuery, Ready, State, StrictRoute, problems
 from dynamic_lora_server.schemas.compositions import (
     CompositionList,
     CompositionPart,
@@ -24,7 +24,12 @@ from dynamic_lora_server.schemas.compositions import (
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
 
-router = APIRouter(prefix="/compositions", tags=["compositions"], route_class=StrictRoute)
+router = APIRouter(
+    prefix="/compositions",
+    tags=["compositions"],
+    route_class=StrictRoute,
+    dependencies=[NoQuery],
+)
 
 
 @router.put(
@@ -59,21 +64,24 @@ async def save(
     )
 
 
-@router.get("", responses=problems(503), summary="List the saved compositions")
+@router.get("", responses=problems(422, 503), summary="List the saved compositions")
 async def list_compositions(runtime: Ready) -> CompositionList:
     """All saved compositions, by name."""
     saved = runtime.loader.saved.list()
     return CompositionList(compositions=[_document(runtime, one) for one in saved])
 
 
-@router.get("/{name:name}", responses=problems(404, 503), summary="A saved composition")
+@router.get("/{name:name}", responses=problems(404, 422, 503), summary="A saved composition")
 async def get_composition(name: str, runtime: Ready) -> SavedComposition:
     """Its text, its parts, and what they are now."""
     return _document(runtime, runtime.loader.saved.get(name))
 
 
 @router.delete(
-    "/{name:name}", status_code=204, responses=problems(404, 503), summary="Delete a composition"
+    "/{name:name}",
+    status_code=204,
+    responses=problems(404, 422, 503),
+    summary="Delete a composition",
 )
 async def delete_composition(name: str, runtime: Ready) -> None:
     """Forget the name; its adapters stay, and requests that use it finish with it."""

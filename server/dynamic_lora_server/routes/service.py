@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from dynamic_lora_adapters.files.card import MAX_STOP_STRINGS
 from dynamic_lora_server.generation import MAX_N
-from dynamic_lora_server.routes._deps import Ready, State, problems
+from dynamic_lora_server.routes._deps import NoQuery, Ready, State, problems
 from dynamic_lora_server.schemas import service as wire
 
 router = APIRouter(tags=["service"])
@@ -27,7 +27,7 @@ async def ready(runtime: Ready) -> wire.Ready:
     return wire.Ready(model_id=runtime.model_id, num_adapters=len(runtime.registry.list()))
 
 
-@router.get("/info", responses=problems(503), summary="What is served")
+@router.get("/info", responses=problems(422, 503), dependencies=[NoQuery], summary="What is served")
 async def info(runtime: Ready) -> wire.Info:
     """The model and the limits of a request, under TGI's names."""
     config = runtime.config

@@ -80,7 +80,7 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(name: str) -
     result = CliRunner().invoke(create_app(), [name])
     assert result.exit_code == ExitCode.MISSING_DEPENDENCY
     assert "no_such_package" in result.stderr
-    assert "fix: pip install 'dynamic-lora[server]'" in result.stderr
+    assert "fix: In a checkout of Dynamic LoRA: pip install '.[server]'" in result.stderr
 
 
 def test_a_fault_of_the_package_itself_is_not_hidden() -> None:

@@ -9,14 +9,15 @@ from tests.support.conformance.cells import TOLERANCE, Cell, Status, Table
 _INTRODUCTION = """\
 # Conformance
 
-What the server makes of PEFT checkpoints, with PEFT as the oracle. In the
-tables below, every kind on every architecture gives PEFT's own answers, is
-refused by name, or is one that PEFT itself cannot make there.
+What the server makes of PEFT checkpoints, with PEFT as the oracle. There is one
+table for each of the server's [modes](modes.md), bypass and merged. In both,
+every kind on every architecture gives PEFT's own answers, is refused by name,
+or is one that PEFT itself cannot make there.
 
 - `≤1e-4`: served. No logit of any row differs from PEFT's by more, and all
   greedy tokens are equal, or tie within twice the difference.
-- `bypass`: served just as exactly, but never merged: in merged mode it runs in
-  bypass.
+- `bypass`, a cell of the table of merged mode: served just as exactly, but in
+  bypass there too, because it is never merged.
 - `R1`: refused, with the message under that number below the table.
 - `P1`: PEFT itself does not make or run this kind on this architecture, for the
   reason under that number.

@@ -73,7 +73,7 @@ class EngineOptions:
     `base_product` None takes the fastest that there is memory for; without `native`
     nothing runs in the project's own C++.
     `prefill_chunk` None means 512 tokens on CUDA and 128 on a CPU, where a step of more keeps all
-    others waiting for as long, and is no faster by the token.
+    others waiting for as long, and is hardly faster by the token.
     `costs_file` keeps what is measured at start for the next one. `mode` says
     whether adapters are merged, and AUTO never does on CUDA; `restore` how the base comes
     back; to subtract needs `checkpoint`, the folder the model was loaded from.
