@@ -42,8 +42,6 @@ from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.nothing import nothing
 
-PREFILL_CHUNK = 512  # as the simulator has it
-
 Pick = Callable[[random.Random], int | None]
 
 
@@ -196,7 +194,7 @@ class Bench:
         scheduler = scheduler_type(
             self.built.space,
             max_running=self.arguments.clients,
-            prefill_chunk=PREFILL_CHUNK,
+            prefill_chunk=self.options.prefill_chunk,
         )
         controller_type = ModeController if cell.mode is not None else _DrainController
         controller = controller_type(

@@ -72,15 +72,13 @@ class EngineOptions:
     `speculate` tokens of each decoding sequence are drafted in a step, 0 for none; only on a CPU.
     `base_product` None takes the fastest that there is memory for; without `native`
     nothing runs in the project's own C++.
-    `prefill_chunk` None means 512 tokens on CUDA and 128 on a CPU, where a step of more keeps all
-    others waiting for as long, and is hardly faster by the token.
     `costs_file` keeps what is measured at start for the next one. `mode` says
     whether adapters are merged, and AUTO never does on CUDA; `restore` how the base comes
     back; to subtract needs `checkpoint`, the folder the model was loaded from.
     """
 
     max_running: int = 64
-    prefill_chunk: int | None = None
+    prefill_chunk: int = 512
     adapter_memory: int | None = None
     kv_memory: int | None = None
     kv_dtype: torch.dtype | None = None
@@ -254,14 +252,14 @@ def _engine(
     steps: StepCosts,
     options: EngineOptions,
 ) -> Engine:
-    on_cuda = runner.model.device.type == "cuda"
     scheduler = Scheduler(
         kv.space,
         max_running=options.max_running,
-        prefill_chunk=options.prefill_chunk or (512 if on_cuda else 128),
+        prefill_chunk=options.prefill_chunk,
         prefixes=kv.prefixes,
         drafter=Drafter(steps, options.speculate) if options.speculate else None,
     )
+    on_cuda = runner.model.device.type == "cuda"
     sampling = native_sampling(wanted=options.native and not on_cuda)
     overlap = on_cuda if options.overlap is None else options.overlap
     return Engine(scheduler, runner, modes, sampling, overlap=overlap)
