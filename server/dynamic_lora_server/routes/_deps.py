@@ -74,7 +74,7 @@ def no_query(request: Request) -> None:
     for name in request.query_params:
         if request.method in ("GET", "DELETE"):
             fix = "Leave it out."
-        elif name == "adapter" and not path.startswith("/compositions/"):
+        elif name == "adapter" and not path.startswith(("/adapters", "/compositions/")):
             fix = "Below /v1, the field model of the body names the adapter."
         else:
             fix = "Send it in the body, if it is a field of that."
