@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -165,8 +166,9 @@ def _draw_counts(
 
 def _colours(report: Report) -> dict[str, str]:
     """A colour for each peer, the same in all figures of a report."""
-    peers = dict.fromkeys(cell.peer for cell in report.cells)
-    return {peer: f"C{index % 10}" for index, peer in enumerate(peers)}
+    peers = list(dict.fromkeys(cell.peer for cell in report.cells))
+    colours = matplotlib.colormaps["tab10" if len(peers) <= 10 else "tab20"]
+    return {peer: to_hex(colours(index % colours.N)) for index, peer in enumerate(peers)}
 
 
 def save(figure: Figure, path: Path) -> None:
