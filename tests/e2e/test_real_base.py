@@ -149,8 +149,8 @@ def test_hugging_face_clients_are_served(address: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_ten_lines_of_the_readme_work(address: str) -> None:
-    block = re.search(r"## Ten lines that work\n+```\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_commands_of_the_readme_work(address: str) -> None:
+    block = re.search(r"## Try it\n+```\n(.*?)```", README.read_text(), re.DOTALL)
     assert block is not None
     variables, *commands = block[1].splitlines()
     assert len(commands) == 10
