@@ -3,7 +3,6 @@
 import os
 import sys
 import threading
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import pytest
 
 from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.device.slab import ResidentAdapter
-from dynamic_lora_server.engine.engine import EngineEvent, FailedEvent, TokenEvent
+from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.kv.prefix_cache import CellCopy
 from dynamic_lora_server.engine.model_runner import ModelRunner
 from dynamic_lora_server.engine.scheduler import Piece
+from dynamic_lora_server.engine.sequence import Sequence
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from dynamic_lora_server.modes import Mode
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt
@@ -33,6 +33,18 @@ def run(*messages: Submit | Cancel | Stop) -> list[EngineEvent]:
     worker.stop()
     assert not worker.alive
     return events
+
+
+def cancel_in_the_first_step(engine: Engine, worker: Worker, sequence: Sequence) -> None:
+    """So that it is read when that step's events wait for the next."""
+    schedule = engine.scheduler.schedule
+
+    def cancelling() -> list[Piece]:
+        if not engine.num_steps:
+            worker.send(Cancel(sequence))
+        return schedule()
+
+    engine.scheduler.schedule = cancelling  # type: ignore[method-assign]
 
 
 def test_a_submission_behind_the_stop_fails_by_name_and_is_let_go() -> None:
@@ -118,7 +130,7 @@ def test_tokens_are_told_before_keys_and_values_are_copied(
     engine = make_engine(tiny_llama(), prefill_chunk=64).engine
     copy = engine.runner.cache.copy
 
-    def copying(copies: Sequence[CellCopy]) -> None:
+    def copying(copies: list[CellCopy]) -> None:
         order.append("copy")
         copy(copies)
 
@@ -134,13 +146,7 @@ def test_an_end_is_told_where_those_that_ran_beside_it_are_cancelled() -> None:
     events: list[EngineEvent] = []
     worker = Worker(engine, events.extend)
     short, cancelled = (make_sequence([1, 2, 3], max_new_tokens=number) for number in (1, 50))
-    schedule = engine.scheduler.schedule
-
-    def cancelling() -> list[Piece]:
-        worker.send(Cancel(cancelled))
-        return schedule()
-
-    engine.scheduler.schedule = cancelling  # type: ignore[method-assign]
+    cancel_in_the_first_step(engine, worker, cancelled)
     worker.send(Submit(short))
     worker.send(Submit(cancelled))
     worker.start()
@@ -155,14 +161,7 @@ def test_nothing_more_is_told_of_a_cancelled_sequence() -> None:
     events: list[EngineEvent] = []
     worker = Worker(engine, events.extend)
     one, other = (make_sequence([1, 2, number], max_new_tokens=3) for number in (3, 4))
-    schedule = engine.scheduler.schedule
-
-    def cancelling() -> list[Piece]:
-        if not engine.num_steps:
-            worker.send(Cancel(one))
-        return schedule()
-
-    engine.scheduler.schedule = cancelling  # type: ignore[method-assign]
+    cancel_in_the_first_step(engine, worker, one)
     worker.send(Submit(one))
     worker.send(Submit(other))
     worker.start()

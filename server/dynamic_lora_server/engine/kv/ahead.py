@@ -26,8 +26,8 @@ class CommittedAhead:
         self._cells = cells
         smallest = min((table[0].nbytes for table in tables), default=HUGE_PAGE_BYTES)
         self._together = HUGE_PAGE_BYTES // smallest  # cells that a page holds, of small ones
-        paged = bool(tables) and self._together < len(cells)
-        self._committed = cells.start if paged else cells.stop
+        is_larger = bool(tables) and self._together < len(cells)
+        self._committed = cells.start if is_larger else cells.stop
 
     def use(self, stop: int) -> None:
         """Cells below `stop` are in use from now on."""
