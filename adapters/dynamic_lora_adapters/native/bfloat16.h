@@ -1,12 +1,11 @@
 // Products of weights in bfloat16, summed in float32.
 //
-// Where the processor multiplies pairs of bfloat16 (AVX-512-BF16), inputs are rounded to it too,
-// and one instruction multiplies twice as many as one in float32. Elsewhere inputs stay as they
-// are, and the weights are widened in registers: half the memory is read.
+// Where the processor multiplies pairs of bfloat16 (AVX-512-BF16) faster than floats, inputs are
+// rounded to it too, and one instruction multiplies twice as many as one in float32. Elsewhere inputs
+// stay as they are, and the weights are widened in registers: half the memory is read.
 
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,15 +19,6 @@ namespace dynamic_lora {
 struct BFloat16 {
   uint16_t bits;
 };
-
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-constexpr bool kBFloat16Inputs = true;
-#else
-constexpr bool kBFloat16Inputs = false;
-#endif
-
-// Whether calls that begin now round inputs: what compares two ways to compute has it switched off.
-static std::atomic<bool> bfloat16_inputs{kBFloat16Inputs};
 
 // Rounded to the nearest, to the even one of two as near.
 inline BFloat16 to_bfloat16(float value) {

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -56,6 +57,21 @@ inline int64_t panel_depth(Format format, int64_t k) {
 inline int64_t panel_column(int64_t number, int64_t n, bool halves) {
   return halves ? number % 2 * (n / 2) + number / 2 * kWidth : number * kWidth;
 }
+
+// Whether the processor multiplies pairs of bfloat16 faster than floats. Intel's vector units begin such
+// an instruction every second cycle, and two fused multiply-adds in each: only the matrix unit gains.
+inline bool pairs_pay() {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  __builtin_cpu_init();
+  return kMatrixUnit || !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// Whether calls that begin now round inputs to bfloat16: what compares two ways to compute has it
+// switched off.
+static std::atomic<bool> bfloat16_inputs{pairs_pay()};
 
 // The rows of one call, and whether its products round them to bfloat16 where they can: asked for
 // once, for all of a call must agree on what lies where.

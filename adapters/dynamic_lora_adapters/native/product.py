@@ -136,8 +136,8 @@ class NativeProduct(PackedWeight):
 class Bfloat16Product(NativeProduct):
     """The same with the weight, and what is merged into it, rounded to bfloat16.
 
-    Sums are float32. Inputs are rounded to bfloat16 where the processor multiplies that
-    (AVX-512-BF16, and faster still its matrix unit, AMX), and stay as they are elsewhere.
+    Sums are float32. Inputs are rounded to bfloat16 where the processor multiplies that faster
+    than float32 (AMD's AVX-512-BF16, Intel's matrix unit AMX), and stay as they are elsewhere.
     """
 
     _dtype = torch.bfloat16
