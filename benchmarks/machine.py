@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,10 @@ _WIDEST = ("amx_bf16", "avx512f", "avx2", "sve", "asimd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Processor, memory, accelerator and versions."""
+    """Processor, memory, accelerator and versions.
+
+    `commit` is the checkout's, with a `+` behind it where files differ from it; None outside of one.
+    """
 
     cpu: str
     num_cores: int
@@ -26,6 +30,7 @@ class Machine:
     system: str
     python: str
     packages: dict[str, str]
+    commit: str | None = None
 
     @property
     def line(self) -> str:
@@ -33,6 +38,7 @@ class Machine:
         parts = [f"{self.cpu}, {self.num_cores} cores", ", ".join(self.cpu_flags)]
         parts += [f"{self.memory_gib:.0f} GiB", self.gpu or "no GPU", f"Python {self.python}"]
         parts += [f"{name} {number}" for name, number in self.packages.items()]
+        parts += [f"commit {self.commit}"] if self.commit else []
         return "; ".join(part for part in parts if part)
 
     @property
@@ -57,6 +63,7 @@ def describe_machine() -> Machine:
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         packages=_versions(),
+        commit=_commit(),
     )
 
 
@@ -88,3 +95,14 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

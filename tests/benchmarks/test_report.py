@@ -1,6 +1,7 @@
 """The table and the JSON of a run."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,3 +144,11 @@ def test_this_machine_is_described() -> None:
     assert machine.num_cores >= 1
     assert machine.memory_gib > 0
     assert machine.packages["torch"] != "not installed"
+    assert replace(machine, commit="abc1234+").line.endswith("; commit abc1234+")
+
+
+def test_a_checkout_has_a_commit() -> None:
+    """So has a clone without tags; what is no checkout has none."""
+    if not (Path(__file__).parents[2] / ".git").exists():
+        pytest.skip("not in a checkout")
+    assert re.fullmatch(r"[0-9a-f]{7,40}\+?", describe_machine().commit or "")
