@@ -19,7 +19,7 @@ _WIDEST = ("amx_bf16", "avx512f", "avx2", "sve", "asimd")
 class Machine:
     """Processor, memory, accelerator and versions.
 
-    `commit` is the checkout's, with a `+` behind it where files differ from it; None outside of one.
+    `commit` is the checkout's, with a `+` behind it where files differ; None outside of one.
     """
 
     cpu: str
