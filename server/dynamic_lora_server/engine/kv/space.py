@@ -1,4 +1,4 @@
-"""Bookkeeping of KV-cache space; the tensors are in `kv_cache`. Imports no torch.
+"""Bookkeeping of KV-cache space; the tensors are in `cache`. Imports no torch.
 
 Space is counted in *cells*: one cell holds the keys and values of one token in
 every layer. Two layouts share one contract:
