@@ -95,10 +95,10 @@ class AdapterPool:
         return self._layout.factor_dtype
 
     def lease(self, digest: str) -> ResidentAdapter | None:
-        """Pin the adapter if it is resident, else return None."""
+        """Lease the adapter if it is resident, else return None."""
         with self._lock:
             adapter = self._resident.get(digest)
-            return None if adapter is None else self._pin(adapter)
+            return None if adapter is None else self._lease(adapter)
 
     def admit(self, digest: str, terms: AdapterTerms) -> ResidentAdapter | None:
         """`prepare` and `bring` at once."""
@@ -121,7 +121,7 @@ class AdapterPool:
 
     @single_threaded()
     def bring(self, digest: str, incoming: Incoming) -> ResidentAdapter | None:
-        """Bring an adapter on to the device and pin it.
+        """Bring an adapter on to the device and lease it.
 
         Evicts others as needed; returns None when there is no room because
         all that could go is leased.
@@ -129,7 +129,7 @@ class AdapterPool:
         kind = incoming.kind
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
-                return self._pin(known)
+                return self._lease(known)
             if (place := self._make_room(kind, incoming.own_bytes)) is None:
                 return None
             slab, slot = place
@@ -153,11 +153,11 @@ class AdapterPool:
         with self._lock:
             if (known := self._resident.get(digest)) is not None:
                 self._vacate(adapter)
-                return self._pin(known)
+                return self._lease(known)
             if not adapter.doomed:
                 self._resident[digest] = adapter
             self._num_loads += 1
-            self._pin(adapter)
+            self._lease(adapter)
         self._prepare_next(kind)
         return adapter
 
@@ -278,7 +278,7 @@ class AdapterPool:
             if any(slab.empty for slab in self._slabs):
                 raise RuntimeError("an empty slab was not given back")
 
-    def _pin(self, adapter: ResidentAdapter) -> ResidentAdapter:
+    def _lease(self, adapter: ResidentAdapter) -> ResidentAdapter:
         adapter.num_leases += 1
         adapter.last_used = next(self._clock)
         return adapter
