@@ -71,7 +71,7 @@ struct Rows {
 struct Step {
   const float* cos;  // [positions, dim]
   const float* sin;
-  const int64_t* places;  // [rows]: the position of each
+  const int64_t* places;  // [rows]: the row in cos and sin of each
   const int64_t* cells;  // [rows]
   const Item* items;
   const Run* runs;
@@ -79,9 +79,9 @@ struct Step {
   int64_t alone;  // whether all are of different sequences: no token sees another's keys
 };
 
-// The deltas of one projection. Those of few rows are added `apart` from the product, once that is
-// done, for tiles of an adapter's own rows would not be full; unless rows have two adapters' deltas.
-// Those of factors in tiles are all added behind it.
+// The deltas of one projection. `within`: added while the product's sums are at hand. `apart`:
+// after it, for segments too short to fill a tile, unless a row has two adapters' deltas. `tiled`:
+// factors in tiles, also after it.
 struct SiteDeltas {
   std::vector<Segment> segments;
   std::vector<Part> within, apart;
@@ -182,7 +182,7 @@ void part_segments(SiteDeltas& deltas) {
                    [](const Part& one, const Part& other) { return one.row < other.row; });
 }
 
-// The functions below are called by a whole team of threads.
+// share_* functions are entered by every thread of a team; the others work on their own.
 
 // Makes of row number `row`, x, what a projection and its deltas read in its place.
 void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x, int64_t row,
@@ -245,7 +245,7 @@ void share_multiplying(const Site& site, Scratch& scratch, int number, const flo
     share_product(x, site.base, to, batch, PanelDeltas(within, scratch.memory), copies);
 }
 
-// Those that are added behind it.
+// Adds the deltas that share_multiplying did not: tiled and `apart`.
 void share_expanding_behind(const Site& site, Scratch& scratch, int number, float* out) {
   const SiteDeltas& deltas = scratch.deltas[number];
   const int64_t outs = site.base.n;
@@ -301,7 +301,7 @@ void rotate_row(const Layer& layer, const Step& step, float* qkv, int64_t row) {
   keep(v, layer.kv_heads * dim, values);
 }
 
-// Of columns [column, stop) of some rows.
+// silu(gate) * up for columns [column, stop) of rows [first, first + rows).
 void activate(const Layer& layer, const float* gate_up, int64_t first, int64_t rows,
               int64_t column, int64_t stop, const Gated& to) {
   const int64_t dim = layer.down.base.k, width = layer.gate_up.base.n;
@@ -316,7 +316,7 @@ void activate(const Layer& layer, const float* gate_up, int64_t first, int64_t r
   }
 }
 
-// Is done for sure behind the next barrier.
+// Activates these rows; visible to the team only after the next meet().
 void share_activation(const Layer& layer, const float* gate_up, const Rows& rows,
                       const Gated& to) {
   const int64_t dim = layer.down.base.k, parts = (dim + kActivated - 1) / kActivated;
@@ -411,7 +411,7 @@ void share_attending(const Layer& layer, const Step& step, const Batch& batch, S
     share_cached<float>(layer, step, batch, scratch, qkv, attended);
 }
 
-// `copied` says that what was attended to has been.
+// `copied`: `attended` is already in the input copies of `o`.
 void share_finish(const Layer& layer, const Batch& batch, Scratch& scratch, const float* hidden,
                   const float* attended, bool copied, float* out) {
   if (!copied) share_copies(layer.o, scratch, kO, attended, batch);
@@ -424,7 +424,7 @@ void share_finish(const Layer& layer, const Batch& batch, Scratch& scratch, cons
   share_site(layer.down, scratch, kDown, activated.y, {out, out}, batch);
 }
 
-// That of the calling thread, for its team.
+// The calling thread's scratch, used by its whole team.
 Scratch& own_scratch() {
   static thread_local Scratch scratch;
   scratch.memory.begin();
@@ -450,7 +450,7 @@ void prepare(const Layer& layer, const Step& step, const Batch& batch, Scratch& 
   scratch.attended.next = 0;
 }
 
-// The same; whether there was memory for it, and for what was done before.
+// prepare(); false if memory ran out, now or earlier in this call.
 bool prepared(const Layer& layer, const Step& step, const Batch& batch, Scratch& scratch) {
   Memory& memory = scratch.memory;
   return !memory.ran_out() && memory.suffices([&] { prepare(layer, step, batch, scratch); });
