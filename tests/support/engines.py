@@ -96,7 +96,7 @@ def recorded_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     run = ModelRunner.run
 
     def recording(self: ModelRunner, *args: Any, **options: Any) -> Any:
-        options.pop("greedily", None)  # there would be none
+        options.pop("greedy_only", None)  # there would be none
         pieces, logits = run(self, *args, **options)
         found.append(logits.clone())
         return pieces, logits

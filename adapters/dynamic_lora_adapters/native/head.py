@@ -50,17 +50,17 @@ class NativeHead:
         self._address = ctypes.addressof(self._c)
 
     def __call__(
-        self, hidden: torch.Tensor, rows: torch.Tensor, *, weighed: bool = False
+        self, hidden: torch.Tensor, rows: torch.Tensor, *, with_logprobs: bool = False
     ) -> Highest:
         """Of rows [num_rows], int64, of hidden states [..., all rows, width].
 
-        With `weighed` it says how likely they are.
+        `with_logprobs` asks for the `log_masses`.
         """
         hidden, rows = hidden.contiguous(), rows.contiguous()
         assert hidden.dtype == torch.float32 and hidden.shape[-1] == self._width
         assert rows.dtype == torch.int64
         found = torch.empty(2, len(rows), dtype=torch.long)
-        log_masses = torch.empty(len(rows)) if weighed else None
+        log_masses = torch.empty(len(rows)) if with_logprobs else None
         first = found.data_ptr()
         self._highest(
             self._address,

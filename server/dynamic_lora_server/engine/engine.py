@@ -24,13 +24,13 @@ from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.native.sampling import NativeSampling
 from dynamic_lora_adapters.transfer import milestone
 from dynamic_lora_server.engine.mode_controller import ModeController
-from dynamic_lora_server.engine.model_runner import Greedily, ModelRunner
+from dynamic_lora_server.engine.model_runner import GreedyOnly, ModelRunner
 from dynamic_lora_server.engine.sampling.adjustments import ScoredRow
 from dynamic_lora_server.engine.sampling.sampler import (
     Choice,
     Sampled,
     choose,
-    taken,
+    choose_highest,
     takes_highest,
 )
 from dynamic_lora_server.engine.sampling.unread import UnreadTokens
@@ -248,10 +248,12 @@ class Engine:
     ) -> tuple[dict[int, int], dict[int, slice], Choice | None]:
         """The tokens chosen, where those of each sequence that samples begin, and of prompts."""
         scoring = [piece.sequence for piece in pieces if piece.num_scored]
-        greedily = None
+        greedy_only = None
         if self._sampling is not None and all(map(takes_highest, scoring)):
-            greedily = Greedily(any(sequence.sampling.logprobs for sequence in scoring))
-        scored, scores = self.runner.run(pieces, unread, greedily=greedily, meanwhile=meanwhile)
+            greedy_only = GreedyOnly(any(sequence.sampling.logprobs for sequence in scoring))
+        scored, scores = self.runner.run(
+            pieces, unread, greedy_only=greedy_only, meanwhile=meanwhile
+        )
         rows: list[ScoredRow] = []
         places, told = {}, {}
         for piece in scored:
@@ -264,7 +266,7 @@ class Engine:
         if not rows:
             return places, told, None
         if isinstance(scores, Highest):
-            return places, told, taken(scores, rows)
+            return places, told, choose_highest(scores, rows)
         return places, told, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:

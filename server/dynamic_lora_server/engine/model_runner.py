@@ -32,10 +32,10 @@ from dynamic_lora_server.nothing import nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Greedily:
-    """Only where logits are highest is wanted; if `weighed`, how likely that is, too."""
+class GreedyOnly:
+    """Only where logits are highest is wanted; `with_logprobs`, how likely that is, too."""
 
-    weighed: bool
+    with_logprobs: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class ModelRunner:
         pieces: Seq[Piece],
         unread: UnreadTokens | None = None,
         *,
-        greedily: Greedily | None,
+        greedy_only: GreedyOnly | None,
         meanwhile: Callable[[], object] = nothing,
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]: ...
 
@@ -78,14 +78,14 @@ class ModelRunner:
         pieces: Seq[Piece],
         unread: UnreadTokens | None = None,
         *,
-        greedily: Greedily | None = None,
+        greedy_only: GreedyOnly | None = None,
         meanwhile: Callable[[], object] = nothing,
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         """Run the pieces; on CUDA, start to.
 
         `unread` has the tokens of sequences whose last one is not read yet. Returns the
         pieces that score and their logits [num_scored, vocab] in float32, which the
-        next step may overwrite. `greedily` is there if all of these take their highest
+        next step may overwrite. `greedy_only` is there if all of these take their highest
         logit: where that is known without logits, it is returned in their place.
         On a CPU `meanwhile` is called once all is ready to be computed.
         """
@@ -98,7 +98,7 @@ class ModelRunner:
             logits = self.graphs.run(ordered, merged, unread)
             if logits is not None:
                 return ordered, logits
-        return self._run_packed(pieces, unread, greedily=greedily, meanwhile=meanwhile)
+        return self._run_packed(pieces, unread, greedy_only=greedy_only, meanwhile=meanwhile)
 
     def lasts(self, sequence: Sequence) -> bool:
         """Whether keys and values that are computed for a sequence now are as good in any step.
@@ -114,7 +114,7 @@ class ModelRunner:
         pieces: Seq[Piece],
         unread: UnreadTokens | None,
         *,
-        greedily: Greedily | None,
+        greedy_only: GreedyOnly | None,
         meanwhile: Callable[[], object],
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
@@ -134,10 +134,10 @@ class ModelRunner:
         try:
             inputs = step, batch.input_ids, batch.position_ids, batch.logit_rows
             found: torch.Tensor | Highest
-            if greedily is None:
+            if greedy_only is None:
                 found = self.decoder.logits(*inputs)
             else:
-                found = self.decoder.highest(*inputs, weighed=greedily.weighed)
+                found = self.decoder.highest(*inputs, with_logprobs=greedy_only.with_logprobs)
         finally:
             self.site.plan = self.site.head_plan = None
             self.site.segments = ()

@@ -30,12 +30,12 @@ def find(
     *,
     bias: torch.Tensor | None = None,
     kind: ProductKind = ProductKind.NATIVE,
-    weighed: bool = False,
+    with_logprobs: bool = False,
 ) -> tuple[Highest, torch.Tensor]:
     """What is found, and the logits as the product writes them."""
     norm, product = make_norm(weight.shape[1]), make_product(kind, weight, bias)
     assert isinstance(product, PackedWeight)
-    found = NativeHead(norm, product)(hidden, rows, weighed=weighed)
+    found = NativeHead(norm, product)(hidden, rows, with_logprobs=with_logprobs)
     return found, product(norm(hidden[rows]))
 
 
@@ -61,11 +61,11 @@ def test_the_highest_is_torchs(
     assert found.positions.tolist() == logits.argmax(dim=-1).tolist()
     assert found.verdicts[1].tolist() == [1] * num_rows
     assert found.log_masses is None
-    weighed, _ = find(weight, hidden, rows, bias=bias, kind=kind, weighed=True)
-    assert torch.equal(weighed.verdicts, found.verdicts)
-    assert weighed.log_masses is not None
+    reported, _ = find(weight, hidden, rows, bias=bias, kind=kind, with_logprobs=True)
+    assert torch.equal(reported.verdicts, found.verdicts)
+    assert reported.log_masses is not None
     expected = logits.double().log_softmax(dim=-1).amax(dim=-1)
-    torch.testing.assert_close(-weighed.log_masses.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(-reported.log_masses.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +94,7 @@ def test_what_is_no_finite_number_shows_in_its_row_alone(value: float, place: in
     bias = torch.zeros(100)
     hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     hidden[1] = value
-    found, _ = find(weight, hidden, torch.arange(3), weighed=True)
+    found, _ = find(weight, hidden, torch.arange(3), with_logprobs=True)
     assert found.verdicts[1].tolist() == [1, 0, 1]
     assert found.log_masses is not None
     assert found.log_masses.isnan().tolist() == [False, True, False]
@@ -110,7 +110,7 @@ def test_minus_infinity_is_unsound_only_where_there_is_nothing_else() -> None:
     found, _ = find(weight, torch.ones(1, 16), torch.tensor([0]), bias=bias)
     assert found.verdicts[1].tolist() == [0]
     bias[70] = -1e30
-    found, _ = find(weight, torch.ones(1, 16), torch.tensor([0]), bias=bias, weighed=True)
+    found, _ = find(weight, torch.ones(1, 16), torch.tensor([0]), bias=bias, with_logprobs=True)
     assert found.verdicts.tolist() == [[70], [1]]
     assert found.log_masses is not None
     assert found.log_masses.tolist() == [0.0]
@@ -126,13 +126,13 @@ def test_how_likely_a_token_is_depends_on_no_thread() -> None:
     head, rows, usual = NativeHead(norm, product), torch.arange(9), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = head(hidden, rows, weighed=True).log_masses
+        alone = head(hidden, rows, with_logprobs=True).log_masses
     finally:
         torch.set_num_threads(usual)
     assert alone is not None
     expected = product(norm(hidden)).double().log_softmax(dim=-1).amax(dim=-1)
     torch.testing.assert_close(-alone.double(), expected, rtol=1e-5, atol=1e-5)
     for _ in range(20):
-        found = head(hidden, rows, weighed=True).log_masses
+        found = head(hidden, rows, with_logprobs=True).log_masses
         assert found is not None
         assert found.equal(alone)

@@ -120,7 +120,7 @@ def _recorded_logits() -> Iterator[dict[int, list[torch.Tensor]]]:
     run = ModelRunner.run
 
     def recording(self: ModelRunner, *args: Any, **options: Any) -> Any:
-        options.pop("greedily", None)  # there would be none
+        options.pop("greedy_only", None)  # there would be none
         sampled, logits = run(self, *args, **options)
         for piece, row in zip(sampled, logits, strict=True):
             recorded[piece.sequence.id].append(row.clone())

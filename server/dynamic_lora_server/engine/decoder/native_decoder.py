@@ -148,18 +148,18 @@ class NativeDecoder:
         position_ids: torch.Tensor,
         logit_rows: torch.Tensor,
         *,
-        weighed: bool = False,
+        with_logprobs: bool = False,
     ) -> torch.Tensor | Highest:
         """The same, or where the logits of each row are highest: what takes less time.
 
-        With `weighed` that says how likely those are.
+        `with_logprobs` asks for the log-probabilities of those as well.
         """
         hidden = self._hidden(step, input_ids, position_ids)
         if hidden is None:
             return self._by_transformers(step, input_ids, position_ids, logit_rows)
         if self._head is None or not self._head.projection.is_plain:
             return self._logits_of(hidden, logit_rows)
-        return self._head.native(hidden, logit_rows, weighed=weighed)
+        return self._head.native(hidden, logit_rows, with_logprobs=with_logprobs)
 
     def _by_transformers(
         self,

@@ -73,13 +73,14 @@ class Choice:
 
 
 def takes_highest(sequence: Sequence) -> bool:
-    """Whether only where a sequence's logits are highest is wanted, and how likely that is."""
+    """Whether the sequence needs only its highest logit's position and, at most, that token's
+    log-probability."""
     sampling = sequence.sampling
     reports = sampling.prompt_logprobs or sampling.top_logprobs
     return sampling.greedy and not (sequence.adjusts_scores or reports)
 
 
-def taken(highest: Highest, owners: Seq[ScoredRow]) -> Choice:
+def choose_highest(highest: Highest, owners: Seq[ScoredRow]) -> Choice:
     """The choice of rows that all take their highest logit."""
     wanted = [row for row, owner in enumerate(owners) if owner.sequence.sampling.logprobs]
     return Choice(highest.positions, highest.verdicts, _likelihoods(highest, wanted))
@@ -89,7 +90,7 @@ def _likelihoods(highest: Highest, wanted: list[int]) -> _Reports | None:
     """What the rows that ask for their token's log-probability, and no more, get."""
     if not wanted:
         return None
-    assert highest.log_masses is not None, "nobody has weighed them"
+    assert highest.log_masses is not None, "they were not asked for"
     return _Reports(
         rows=tuple(wanted),
         num_top=(0,) * len(wanted),
