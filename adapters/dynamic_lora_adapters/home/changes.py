@@ -17,10 +17,10 @@ class Changes:
         self._over = False
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """While something changes. What was removed is deleted when others may go on.
+    def changing(self) -> Iterator[None]:
+        """Hold the right to change; once it is given back, delete what was removed.
 
-        Raises `StoreFailed` after the `last`.
+        Raises `StoreFailed` after `closing`.
         """
         try:
             with self._lock:
@@ -36,8 +36,8 @@ class Changes:
                 self._store.sweep()
 
     @contextmanager
-    def last(self) -> Iterator[None]:
-        """Once what changes is done; nothing changes afterwards."""
+    def closing(self) -> Iterator[None]:
+        """Wait for what changes; nothing changes afterwards."""
         with self._lock:
             self._over = True
             yield

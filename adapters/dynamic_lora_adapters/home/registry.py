@@ -72,8 +72,8 @@ class AdapterRegistry:
         self._index = AdapterIndex(
             database_url or f"sqlite:///{home / 'index.sqlite'}", base_key(geometry)
         )
-        # What changes waits for the disk; the lock, for what requests read, never does. Whoever
-        # needs both begins with the change.
+        # `_changes` serialises writers and may wait for the disk; `_lock` guards what requests read
+        # and never does. Take `_changes` first.
         self._changes = Changes(self._store)
         self._lock = threading.RLock()
         self._num_leases: Counter[str] = Counter()
@@ -99,7 +99,7 @@ class AdapterRegistry:
 
         Later changes raise `StoreFailed`.
         """
-        with self._changes.last():
+        with self._changes.closing():
             self._index.close()
             self._store.close()
 
@@ -175,7 +175,7 @@ class AdapterRegistry:
 
         Raises `AdapterNotFound` if nothing has the name, or not what `only` says of it.
         """
-        with self._changes.one():
+        with self._changes.changing():
             version = self._versions.get(name)
             if only is not None and (version is None or version.passport != only):
                 raise AdapterNotFound(name)
@@ -184,7 +184,7 @@ class AdapterRegistry:
             with self._lock:
                 self._versions.pop(name, None)
                 self._unreadable.pop(name, None)
-            self._collect(digest)
+            self._try_remove_unused(digest)
 
     def lease(self, name: str) -> Lease:
         """Resolve a name and keep that version's files until `release`."""
@@ -220,8 +220,8 @@ class AdapterRegistry:
 
         A registry that is closed leaves them to the next start.
         """
-        with suppress(StoreFailed), self._changes.one():
-            self._collect(digest)
+        with suppress(StoreFailed), self._changes.changing():
+            self._try_remove_unused(digest)
 
     def load(self, digest: str) -> AdapterTerms:
         """Read what a version does, checked again.
@@ -283,7 +283,7 @@ class AdapterRegistry:
             version.chat.save(folder)
         self._store.prepare(folder)
         damaged = is_damaged(self._store, version.digest, self._versions.copy().values())
-        with self._changes.one():
+        with self._changes.changing():
             if damaged:
                 mend(self._store, self._index, version.digest, folder)
             current = self._versions.get(version.name)
@@ -304,13 +304,13 @@ class AdapterRegistry:
                     shipped=shipped,
                 )
             except Exception:
-                self._collect(version.digest)
+                self._try_remove_unused(version.digest)
                 raise
             with self._lock:
                 self._versions[version.name] = version
                 self._unreadable.pop(version.name, None)
             if before not in (None, version.digest):
-                self._collect(before)
+                self._try_remove_unused(before)
             return Publication(version.passport, created=True)
 
     def _keep(self, version: AdapterVersion) -> AdapterVersion:
@@ -326,18 +326,18 @@ class AdapterRegistry:
         found = self._versions.get(name) or self._unreadable.get(name)
         return None if found is None else found.digest
 
-    def _collect(self, digest: str) -> None:
+    def _try_remove_unused(self, digest: str) -> None:
         """Remove a content that a name has left, unless something else needs it.
 
         Who asks has had its answer, which is right even if the index cannot be asked: the next
         start finds files that no name needs.
         """
         try:
-            self._discard(digest)
+            self._remove_unused(digest)
         except Exception:
             logger.exception("content %.12s stays until the next start", digest)
 
-    def _discard(self, digest: str) -> None:
+    def _remove_unused(self, digest: str) -> None:
         with self._lock:
             if digest in self._num_leases:
                 self._forgotten.add(digest)

@@ -126,7 +126,7 @@ class BlobStore:
         return {name: (folder / name).stat().st_size for name in names}
 
     def prepare(self, folder: Path) -> None:
-        """Flush a staged folder to disk, for `publish`; other folders may change meanwhile."""
+        """Delete files that are not kept, and flush the rest for `publish`."""
         for path in folder.iterdir():
             if path.name in KEPT_FILES:
                 _flush(path)
