@@ -40,7 +40,7 @@ from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions,
 from dynamic_lora_server.engine.startup.costs import startup_costs
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 Pick = Callable[[random.Random], int | None]
 
@@ -112,9 +112,9 @@ class _DrainController(ModeController):
     merger: Merger
 
     def before_step(
-        self, pieces: Sequence[Piece], requests: object, meanwhile: Callable[[], object] = nothing
+        self, pieces: Sequence[Piece], requests: object, before_compute: Callable[[], object] = noop
     ) -> None:
-        del requests, meanwhile
+        del requests, before_compute
         wanted = self.strategy.choose(None, 0.0)  # type: ignore[arg-type]
         adapters = (piece.sequence.adapter for piece in pieces)
         present = {adapter.digest: adapter for adapter in adapters if adapter is not None}

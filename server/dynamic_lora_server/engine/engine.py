@@ -37,7 +37,7 @@ from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece, Scheduler
 from dynamic_lora_server.engine.sequence import Phase, Sequence
 from dynamic_lora_server.generation import FinishReason
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 logger = logging.getLogger(__name__)
 
@@ -186,13 +186,12 @@ class Engine:
         """End a sequence at once, wherever it is; nothing if it has ended already."""
         self.scheduler.end(sequence)
 
-    def step(self, meanwhile: Callable[[], object] = nothing) -> list[EngineEvent]:
+    def step(self, before_compute: Callable[[], object] = noop) -> list[EngineEvent]:
         """Run one step and return what happened to whom.
 
         With `overlap`, start one step and return what came of the one before. On a CPU
-        `meanwhile` is called whenever this thread is about to leave Python alone for long, and
-        not at all if it never is. Raises WeightsLost, and torch.AcceleratorError, after which
-        CUDA does nothing more.
+        `before_compute` is called before this thread releases the GIL for long, each time that it
+        does. Raises WeightsLost, and torch.AcceleratorError, after which CUDA does nothing more.
         """
         begin = time.perf_counter()
         events = self.finish() if self._started is not None and self._started.is_guided else []
@@ -200,7 +199,7 @@ class Engine:
         started, error = None, None
         if pieces:
             try:
-                started = self._start(pieces, meanwhile)
+                started = self._start(pieces, before_compute)
             except _FATAL:
                 raise
             except Exception as caught:  # whatever broke, the sequences of this step must end
@@ -221,13 +220,13 @@ class Engine:
         return events
 
     @torch.inference_mode()
-    def _start(self, pieces: list[Piece], meanwhile: Callable[[], object]) -> _Started:
+    def _start(self, pieces: list[Piece], before_compute: Callable[[], object]) -> _Started:
         unread = None if self._started is None else self._started.unread
-        self.modes.before_step(pieces, self.scheduler.num_by_adapter, meanwhile)
+        self.modes.before_step(pieces, self.scheduler.num_by_adapter, before_compute)
         if copies := self.scheduler.take_copies():
-            meanwhile()
+            before_compute()
             self.runner.cache.copy(copies)
-        places, told, choice = self._run(pieces, unread, meanwhile)
+        places, told, choice = self._run(pieces, unread, before_compute)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece, lasting=self.runner.lasts(piece.sequence))
@@ -244,7 +243,7 @@ class Engine:
         self,
         pieces: list[Piece],
         unread: UnreadTokens | None,
-        meanwhile: Callable[[], object],
+        before_compute: Callable[[], object],
     ) -> tuple[dict[int, int], dict[int, slice], Choice | None]:
         """The tokens chosen, where those of each sequence that samples begin, and of prompts."""
         scoring = [piece.sequence for piece in pieces if piece.num_scored]
@@ -252,7 +251,7 @@ class Engine:
         if self._sampling is not None and all(map(takes_highest, scoring)):
             greedy_only = GreedyOnly(any(sequence.sampling.logprobs for sequence in scoring))
         scored, scores = self.runner.run(
-            pieces, unread, greedy_only=greedy_only, meanwhile=meanwhile
+            pieces, unread, greedy_only=greedy_only, before_compute=before_compute
         )
         rows: list[ScoredRow] = []
         places, told = {}, {}

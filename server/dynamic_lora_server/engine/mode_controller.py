@@ -12,7 +12,7 @@ from dynamic_lora_adapters.device.slots import AdapterPool
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.modes.costs import StepCosts
 from dynamic_lora_server.modes.policy import Load, Mode, ModePolicy
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +69,16 @@ class ModeController:
         self,
         pieces: Sequence[Piece],
         requests: Mapping[str | None, int],
-        meanwhile: Callable[[], object] = nothing,
+        before_compute: Callable[[], object] = noop,
     ) -> None:
-        """Merge, unmerge or swap if the policy says so, and call `meanwhile` before that.
+        """Merge, unmerge or swap if the policy says so.
 
-        `requests` counts the running and waiting sequences by adapter digest.
+        `requests` counts the running and waiting sequences by adapter digest. `before_compute`:
+        see `Engine.step`.
         """
         merged = self._merger.merged
         if merged is not None and merged.doomed:
-            meanwhile()
+            before_compute()
             self._switch(None)
             merged = None
         rows = self._survey(pieces)
@@ -88,7 +89,7 @@ class ModeController:
         load = Load(merged=now, rows=rows, requests=requests, sizes=sizes)
         chosen = self._policy.decide(load, time.monotonic())
         if chosen != now:
-            meanwhile()
+            before_compute()
             self._switch(None if chosen is None else self._present[chosen])
         self._count(rows)
 

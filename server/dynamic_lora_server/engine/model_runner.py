@@ -28,7 +28,7 @@ from dynamic_lora_server.engine.kv.cache import KVCache
 from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece
 from dynamic_lora_server.engine.sequence import Sequence
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ModelRunner:
         unread: UnreadTokens | None = None,
         *,
         greedy_only: GreedyOnly | None,
-        meanwhile: Callable[[], object] = nothing,
+        before_compute: Callable[[], object] = noop,
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]: ...
 
     @torch.inference_mode()
@@ -79,7 +79,7 @@ class ModelRunner:
         unread: UnreadTokens | None = None,
         *,
         greedy_only: GreedyOnly | None = None,
-        meanwhile: Callable[[], object] = nothing,
+        before_compute: Callable[[], object] = noop,
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         """Run the pieces; on CUDA, start to.
 
@@ -87,7 +87,7 @@ class ModelRunner:
         pieces that score and their logits [num_scored, vocab] in float32, which the
         next step may overwrite. `greedy_only` is there if all of these take their highest
         logit: where that is known without logits, it is returned in their place.
-        On a CPU `meanwhile` is called once all is ready to be computed.
+        `before_compute`: see `Engine.step`.
         """
         for piece in pieces:
             if piece.sequence.adapter is not None:
@@ -98,7 +98,9 @@ class ModelRunner:
             logits = self.graphs.run(ordered, merged, unread)
             if logits is not None:
                 return ordered, logits
-        return self._run_packed(pieces, unread, greedy_only=greedy_only, meanwhile=meanwhile)
+        return self._run_packed(
+            pieces, unread, greedy_only=greedy_only, before_compute=before_compute
+        )
 
     def lasts(self, sequence: Sequence) -> bool:
         """Whether keys and values that are computed for a sequence now are as good in any step.
@@ -115,7 +117,7 @@ class ModelRunner:
         unread: UnreadTokens | None,
         *,
         greedy_only: GreedyOnly | None,
-        meanwhile: Callable[[], object],
+        before_compute: Callable[[], object],
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
         batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
         self._write_given(pieces)
@@ -129,7 +131,7 @@ class ModelRunner:
             self.cache,
             self._paged_kernel(batch),
             self.decoder.attention,
-            meanwhile=meanwhile,
+            before_compute=before_compute,
         )
         try:
             inputs = step, batch.input_ids, batch.position_ids, batch.logit_rows

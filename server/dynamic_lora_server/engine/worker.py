@@ -14,7 +14,7 @@ import torch
 from dynamic_lora_server.engine.engine import Engine, EngineEvent, FailedEvent, TokenEvent
 from dynamic_lora_server.engine.outbox import EventSink, Outbox
 from dynamic_lora_server.engine.sequence import Sequence
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Submit:
     """
 
     sequence: Sequence
-    left: Callable[[], object] = nothing
+    left: Callable[[], object] = noop
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Worker:
     """
 
     def __init__(
-        self, engine: Engine, sink: EventSink, on_broken: Callable[[], object] = nothing
+        self, engine: Engine, sink: EventSink, on_broken: Callable[[], object] = noop
     ) -> None:
         self._engine = engine
         self._outbox = Outbox(sink)

@@ -17,7 +17,7 @@ from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.engine.worker import Cancel, Stop, Submit, Worker
 from dynamic_lora_server.generation import FinishReason
 from dynamic_lora_server.modes import Mode
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 from tests.support.engines import admit, make_engine, make_sequence, random_prompt, run_all
 from tests.support.models import VOCAB_SIZE, tiny_llama
 from tests.support.traffic import assert_same, requests, serve
@@ -221,9 +221,9 @@ def test_what_is_on_its_way_at_the_stop_is_delivered() -> None:
     last = make_sequence(random_prompt(5, seed=0), max_new_tokens=1)
     step = worker._engine.step
 
-    def stopping(meanwhile: Callable[[], object] = nothing) -> list[EngineEvent]:
+    def stopping(before_compute: Callable[[], object] = noop) -> list[EngineEvent]:
         worker.send(Stop())
-        return step(meanwhile)
+        return step(before_compute)
 
     worker._engine.step = stopping  # type: ignore[method-assign]
     worker.send(Submit(last))

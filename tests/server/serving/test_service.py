@@ -33,7 +33,7 @@ from dynamic_lora_server.generation import (
     TokenPiece,
 )
 from dynamic_lora_server.modes import Mode
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 from dynamic_lora_server.runtime import Runtime
 from dynamic_lora_server.text import TokenizerView
 from tests.support.adapters import make_adapter
@@ -473,10 +473,10 @@ async def test_a_slot_is_kept_while_a_step_reads_it_for_a_request_that_has_gone(
     engine = runtime.built.engine
     step, stepping, go_on = engine.step, threading.Event(), threading.Event()
 
-    def slowly(meanwhile: Callable[[], object] = nothing) -> list[EngineEvent]:
+    def slowly(before_compute: Callable[[], object] = noop) -> list[EngineEvent]:
         stepping.set()
         assert go_on.wait(10)
-        return step(meanwhile)
+        return step(before_compute)
 
     monkeypatch.setattr(engine, "step", slowly)
     request = asyncio.create_task(collect(runtime, spec(adapter="ner", max_new_tokens=100)))

@@ -27,7 +27,7 @@ from dynamic_lora_server.engine.attention.paged import PagedKernel
 from dynamic_lora_server.engine.batch import Span
 from dynamic_lora_server.engine.kv.cache import KVCache
 from dynamic_lora_server.errors import UnsupportedModel
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 ATTENTION_NAME = "dynamic_lora"
 
@@ -73,8 +73,7 @@ class AttentionStep:
     Without a cache each sequence attends to its own new tokens only, and the
     layers' geometry is recorded; the start-up probe uses this. Sequences with more
     than FEW_TOKENS new ones are left to torch's kernel where a layer has more than
-    `cached_bytes` of keys and values for them. `meanwhile` is called when the model begins to
-    compute.
+    `cached_bytes` of keys and values for them. `before_compute`: see `Engine.step`.
     """
 
     spans: Sequence[Span]
@@ -83,7 +82,7 @@ class AttentionStep:
     paged_kernel: PagedKernel | None = None
     native: NativeAttention | None = None
     cached_bytes: int = field(default_factory=lambda: CACHED_BYTES)
-    meanwhile: Callable[[], object] = nothing
+    before_compute: Callable[[], object] = noop
     observed: dict[int, LayerGeometry] = field(default_factory=dict)
     rules: dict[int, Rule] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)

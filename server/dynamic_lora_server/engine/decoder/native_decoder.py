@@ -168,7 +168,7 @@ class NativeDecoder:
         position_ids: torch.Tensor,
         logit_rows: torch.Tensor | int,
     ) -> torch.Tensor:
-        step.meanwhile()
+        step.before_compute()
         with attending(step):
             return forward(self._model, input_ids, position_ids, logit_rows)
 
@@ -205,7 +205,7 @@ class NativeDecoder:
             layer = self._layers[number]
             step, complete = running.layer_step(number, layer)
             if number == 0:
-                running.attention.meanwhile()
+                running.attention.before_compute()
             if complete:
                 stack = self._stacks[number]
                 hidden = stack.run(step, hidden)

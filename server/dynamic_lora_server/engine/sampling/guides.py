@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from llguidance import LLMatcher
 
-from dynamic_lora_server.nothing import nothing
+from dynamic_lora_server.noop import noop
 
 _MAX_MESSAGE = 500  # characters of llguidance's that an error quotes
 
@@ -24,7 +24,7 @@ class Guide:
         *,
         ends: Collection[int] = (),
         stops: Collection[int] = (),
-        on_failure: Callable[[], object] = nothing,
+        on_failure: Callable[[], object] = noop,
     ) -> None:
         self._matcher = matcher
         self._ends = tuple(ends)

@@ -1,0 +1,5 @@
+"""The default for callbacks nobody passed."""
+
+
+def noop() -> None:
+    """Do nothing."""
