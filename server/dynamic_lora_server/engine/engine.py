@@ -86,16 +86,16 @@ class _Outcome(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Started:
+class _StepUnderway:
     """A step that was given to the device.
 
-    `choice` is for the sequences of `places`, by id: the first of their rows in it that is
-    sampled. Those of `told` are of their prompts. `merged` was in the weights.
+    `choice` has a row for each token: by sequence id, `first_rows` are the first that are sampled,
+    `told` those of prompts. `merged` was in the weights.
     """
 
     pieces: Seq[Piece]
     choice: Choice | None
-    places: dict[int, int]
+    first_rows: dict[int, int]
     told: dict[int, slice]
     merged: ResidentAdapter | None
     wait: Callable[[], None]
@@ -103,13 +103,13 @@ class _Started:
     @property
     def unread(self) -> UnreadTokens | None:
         """The tokens it chooses."""
-        return None if self.choice is None else UnreadTokens(self.choice.token_ids, self.places)
+        return None if self.choice is None else UnreadTokens(self.choice.token_ids, self.first_rows)
 
     @property
     def is_guided(self) -> bool:
         """Whether it chooses a token by a grammar."""
         sequences = (piece.sequence for piece in self.pieces)
-        return any(one.guide is not None and one.id in self.places for one in sequences)
+        return any(one.guide is not None and one.id in self.first_rows for one in sequences)
 
     def read(self) -> list[_Outcome]:
         """What came of each piece, once the step was waited for.
@@ -119,8 +119,8 @@ class _Started:
         tokens = [] if self.choice is None else self.choice.read()
         outcomes = []
         for piece in self.pieces:
-            place, told = self.places.get(piece.sequence.id), self.told.get(piece.sequence.id)
-            sampled = [] if place is None else _borne_out(tokens[place:], piece)
+            first, told = self.first_rows.get(piece.sequence.id), self.told.get(piece.sequence.id)
+            sampled = [] if first is None else _borne_out(tokens[first:], piece)
             outcomes.append(_Outcome(piece, [] if told is None else tokens[told], sampled))
         return outcomes
 
@@ -141,7 +141,7 @@ def _borne_out(tokens: Seq[Sampled | None], piece: Piece) -> list[Sampled | None
 class Engine:
     """Runs sequences to their ends. Not thread-safe: one thread owns it.
 
-    `sampling` is what chooses tokens, where not torch. With `overlap` a step is
+    `sampling` chooses tokens in C++; None: torch does. With `overlap` a step is
     started before the one before is read; `waited_s` are the seconds that the host had nothing
     to do but wait for the device. Raises ValueError with that and a scheduler that
     drafts, which must know a step's tokens before the next one.
@@ -166,7 +166,7 @@ class Engine:
         self.num_overlapped = 0
         self.waited_s = 0.0
         self._sampling = sampling
-        self._started: _Started | None = None
+        self._underway: _StepUnderway | None = None
 
     @property
     def on_host(self) -> bool:
@@ -176,7 +176,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or self._started is not None
+        return self.scheduler.has_work or self._underway is not None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -190,27 +190,18 @@ class Engine:
         """Run one step and return what happened to whom.
 
         With `overlap`, start one step and return what came of the one before. On a CPU
-        `before_compute` is called before this thread releases the GIL for long, each time that it
-        does. Raises WeightsLost, and torch.AcceleratorError, after which CUDA does nothing more.
+        `before_compute` is called before this thread releases the GIL for long, and not at all if
+        it never does. Raises WeightsLost, and torch.AcceleratorError, after which CUDA does nothing
+        more.
         """
         begin = time.perf_counter()
-        events = self.finish() if self._started is not None and self._started.is_guided else []
+        events = self.finish() if self._underway is not None and self._underway.is_guided else []
         pieces = self.scheduler.schedule()
-        started, error = None, None
-        if pieces:
-            try:
-                started = self._start(pieces, before_compute)
-            except _FATAL:
-                raise
-            except Exception as caught:  # whatever broke, the sequences of this step must end
-                error = caught
-            else:
-                self.num_steps += 1
-                self.num_overlapped += self._started is not None
+        underway, error = self._try_start(pieces, before_compute)
         events += self.finish()
-        self._started = started
+        self._underway = underway
         if error is not None:
-            # Of those that were to move in the step nobody knows where they are.
+            # Sequences being moved may be half copied: fail them too.
             events += self._fail(pieces, error, self.scheduler.moved)
         if self.overlap:
             return events
@@ -219,21 +210,37 @@ class Engine:
             self.scheduler.observe(pieces, time.perf_counter() - begin)
         return events
 
+    def _try_start(
+        self, pieces: list[Piece], before_compute: Callable[[], object]
+    ) -> tuple[_StepUnderway | None, Exception | None]:
+        """The step of these pieces, or why it broke; neither where there are none."""
+        if not pieces:
+            return None, None
+        try:
+            started = self._start(pieces, before_compute)
+        except _FATAL:
+            raise
+        except Exception as error:  # whatever broke, the sequences of this step must end
+            return None, error
+        self.num_steps += 1
+        self.num_overlapped += self._underway is not None
+        return started, None
+
     @torch.inference_mode()
-    def _start(self, pieces: list[Piece], before_compute: Callable[[], object]) -> _Started:
-        unread = None if self._started is None else self._started.unread
+    def _start(self, pieces: list[Piece], before_compute: Callable[[], object]) -> _StepUnderway:
+        unread = None if self._underway is None else self._underway.unread
         self.modes.before_step(pieces, self.scheduler.num_by_adapter, before_compute)
         if copies := self.scheduler.take_copies():
             before_compute()
             self.runner.cache.copy(copies)
-        places, told, choice = self._run(pieces, unread, before_compute)
+        first_rows, told, choice = self._run(pieces, unread, before_compute)
         wait = milestone(self.runner.model.device)
         for piece in pieces:
             self.scheduler.begin(piece, lasting=self.runner.lasts(piece.sequence))
-        return _Started(
+        return _StepUnderway(
             pieces=pieces,
             choice=choice,
-            places=places,
+            first_rows=first_rows,
             told=told,
             merged=self.runner.merger.merged,
             wait=wait,
@@ -245,7 +252,7 @@ class Engine:
         unread: UnreadTokens | None,
         before_compute: Callable[[], object],
     ) -> tuple[dict[int, int], dict[int, slice], Choice | None]:
-        """The tokens chosen, where those of each sequence that samples begin, and of prompts."""
+        """Each sampling sequence's first row, the prompt rows by sequence, and the choice."""
         scoring = [piece.sequence for piece in pieces if piece.num_scored]
         greedy_only = None
         if self._sampling is not None and all(map(takes_highest, scoring)):
@@ -254,41 +261,41 @@ class Engine:
             pieces, unread, greedy_only=greedy_only, before_compute=before_compute
         )
         rows: list[ScoredRow] = []
-        places, told = {}, {}
+        first_rows, told = {}, {}
         for piece in scored:
             sequence, begin = piece.sequence, len(rows)
             rows += [ScoredRow(sequence, told=token_id) for token_id in piece.told_ids]
             told[sequence.id] = slice(begin, len(rows))
             if piece.samples:
-                places[sequence.id] = len(rows)
+                first_rows[sequence.id] = len(rows)
             rows += [ScoredRow(sequence, piece.draft[:n]) for n in range(piece.num_sampled)]
         if not rows:
-            return places, told, None
+            return first_rows, told, None
         if isinstance(scores, Highest):
-            return places, told, choose_highest(scores, rows)
-        return places, told, choose(scores, rows, self._sampling, unread)
+            return first_rows, told, choose_highest(scores, rows)
+        return first_rows, told, choose(scores, rows, self._sampling, unread)
 
     def finish(self) -> list[EngineEvent]:
         """Wait for the step under way, if there is one, and return what came of it.
 
         Raises torch.AcceleratorError, as `step` does.
         """
-        started, self._started = self._started, None
-        if started is None:
+        underway, self._underway = self._underway, None
+        if underway is None:
             return []
         begin = time.perf_counter()
         try:
-            started.wait()
+            underway.wait()
             self.waited_s += time.perf_counter() - begin
-            outcomes = started.read()
+            outcomes = underway.read()
         except _FATAL:
             raise
         except Exception as error:
-            return self._fail(started.pieces, error)
+            return self._fail(underway.pieces, error)
         events: list[EngineEvent] = []
         for outcome in outcomes:
             if outcome.piece.sequence.phase is not Phase.ENDED:
-                events += self._settle(outcome, started.merged)
+                events += self._settle(outcome, underway.merged)
         return events
 
     def _settle(self, outcome: _Outcome, merged: ResidentAdapter | None) -> list[EngineEvent]:
