@@ -85,8 +85,8 @@ class EngineStats:
 class Runtime:
     """A loaded server without its HTTP side. `start` belongs on the serving event loop.
 
-    Who unpacks an upload, fetches a source, or checks either or tries a composition holds
-    `unpacking`, `fetching` or `checking` meanwhile.
+    Hold `unpacking` to unpack an upload, `fetching` to fetch a source, `checking` to check either
+    or try a composition.
     """
 
     config: ServerConfig

@@ -28,7 +28,7 @@ from dynamic_lora_adapters.value_range import check_range
 if TYPE_CHECKING:
     import torch
 
-# Of lists with as many entries as are read.
+# Enough for the longest lists that are accepted.
 _MAX_CONFIG_BYTES = 4 << 20
 _BASE_KEY = "base_model_name_or_path"
 

@@ -69,13 +69,13 @@ async def begin(events: Events) -> Generation:
 async def begin_prepared(
     prepare: Callable[[], Awaitable[Prepared[A]]], generate: Callable[[GenerationSpec], Events]
 ) -> tuple[Generation, A]:
-    """A generation that was admitted, by the version that its prompt was rendered for."""
+    """Begin; start over if the adapter was replaced after its prompt was rendered."""
     while True:
         prepared = await prepare()
         generation = await begin(generate(prepared.spec))
         if generation.started.version == prepared.version:
             return generation, prepared.answer
-        await generation.events.aclose()  # the adapter was replaced in between
+        await generation.events.aclose()
 
 
 async def begin_all(streams: Sequence[Events]) -> list[Generation]:

@@ -141,7 +141,7 @@ class Worker:
         """Handle all messages, waiting for one if there is nothing to run; False on Stop."""
         while True:
             if not self._engine.has_work:
-                # Nor may there be any more if it was for one that has been cancelled.
+                # No step follows to send events beside; Cancel may have removed the last sequence.
                 self._outbox.send()
             try:
                 message = self._inbox.get(block=not self._engine.has_work)

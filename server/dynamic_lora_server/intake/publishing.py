@@ -24,7 +24,7 @@ async def publish_source(
 ) -> Publication:
     """Fetch an adapter, check it whole and publish it, all or nothing.
 
-    It is marked as `fetched` where nobody but a request that named it asked for it.
+    `fetched`: brought by a request that named it, not by an operator.
     """
     _check_name(source.name, runtime)
     async with _staging(runtime) as inbox, _staging(runtime) as folder:

@@ -93,8 +93,8 @@ class _StrictRequest(Request):
         self._field = field
 
     async def json(self) -> Any:
-        """The body as JSON, or checked as what the route takes, which the framework then leaves as
-        it is. Read once. Raises DuplicateKey and RequestValidationError."""
+        """Parse the body, once. A large one is also validated on a thread; FastAPI leaves the
+        validated model as it is. Raises DuplicateKey and RequestValidationError."""
         if not hasattr(self, "_json"):
             body = await self.body()
             state = _state(self)

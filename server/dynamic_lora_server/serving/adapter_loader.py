@@ -45,7 +45,7 @@ class _Load:
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
         self.num_waiting = 0
-        # Of each composition with the digest its own: a refusal names adapters.
+        # Per composition, since a refusal names adapters.
         self.refusals: dict[Composition, AdapterError] = {}
 
 
@@ -72,7 +72,7 @@ class AdapterLoader:
         self._pool = pool
         # As long as one waits for a load, who comes later waits for the same.
         self._loads: dict[str, _Load] = {}
-        # Of its own, which ends with this object: the disk or the database may keep it waiting.
+        # Its own pool: the disk or database may block it.
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.make_room: Callable[[bool, Callable[[], object]], object] | None = None

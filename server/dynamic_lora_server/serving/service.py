@@ -140,7 +140,7 @@ class GenerationService:
                     # Another answer broke it, while this one waited for its adapter.
                     grammar = await self._grammars.compiled(asked)
                 continuations = self._continuations(spec, prompt_ids, echoed, held, grammar)
-                self._fit(spec, continuations.values())
+                self._clip_to_context(spec, continuations.values())
                 started = _started(held, len(prompt_ids))
                 self.check_alive()  # it may have waited long
                 # From here on each sequence has a lease of its own. One that nobody drives would
@@ -152,8 +152,8 @@ class GenerationService:
                     self._record(started, event, arrived_s)
                 yield event
 
-    def _fit(self, spec: GenerationSpec, found: Iterable[Continuation]) -> None:
-        """Once more with the virtual tokens that an adapter puts before the prompt."""
+    def _clip_to_context(self, spec: GenerationSpec, found: Iterable[Continuation]) -> None:
+        """Refit, now that the adapter's virtual tokens are known."""
         for continuation in found:
             sequence = continuation.sequence
             sequence.sampling = self._admission.fitted(
@@ -169,7 +169,7 @@ class GenerationService:
         grammar: CompiledGrammar | None,
     ) -> dict[int, Continuation]:
         seed = spec.sampling.seed
-        first = secrets.randbits(64) if seed is None else seed
+        first_seed = secrets.randbits(64) if seed is None else seed
         stop_ids = self._stop_ids(held)
         stops = spec.sampling.stop_token_ids
         shown = self._view.known_ids(spec.shown_tokens, ())
@@ -180,7 +180,7 @@ class GenerationService:
                 prompt_ids=prompt_ids,
                 sampling=spec.sampling,
                 stop_ids=stop_ids,
-                seed=(first + index) % _SEED_SPACE,
+                seed=(first_seed + index) % _SEED_SPACE,
                 adapter=None if held is None else held.adapter,
                 guide=None if grammar is None else grammar.guide(ends=stop_ids, stops=stops),
             )
