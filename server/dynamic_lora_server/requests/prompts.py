@@ -58,7 +58,7 @@ def generate_spec(
     own = body.parameters
     _check_combinations(own, stream=body.stream)
     text = body.inputs if card is None else card.render(body.inputs)
-    merged = _merge(own, card)
+    merged = _with_card_defaults(own, card)
     return GenerationSpec(
         prompt=text,
         adapter=adapter,
@@ -106,7 +106,7 @@ def _needs_details(name: str) -> InvalidParameter:
     )
 
 
-def _merge(own: GenerateParameters, card: TaskCard | None) -> dict[str, Any]:
+def _with_card_defaults(own: GenerateParameters, card: TaskCard | None) -> dict[str, Any]:
     defaults = {} if card is None else card.parameters.model_dump(exclude_none=True)
     asked = own.model_dump(exclude_none=True)
     if not own.stop:
@@ -119,11 +119,14 @@ def _given(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _temperature(own: GenerateParameters, card: TaskCard | None) -> float:
-    """What asks to sample, as in TGI: `do_sample`, a temperature above 0, or a filter.
+    """What asks to sample, as in TGI; the first of these that is set decides:
 
-    The request's temperature counts before its `do_sample`, and both before the card's. Its
-    filters count where neither says anything; those of a card alone, and a seed, ask for nothing.
-    Nor does a `do_sample` of false: TGI's and LoRAX's clients send it where none is given.
+    1. the request's temperature;
+    2. its `do_sample`: the card's temperature, or 1;
+    3. the card's temperature;
+    4. the card's `do_sample` or the request's filters: 1; else 0.
+
+    A `do_sample` of false is unset: TGI's and LoRAX's clients send it where none is given.
     """
     if own.temperature is not None:
         return _floored(own.temperature)

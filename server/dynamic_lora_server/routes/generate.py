@@ -20,7 +20,6 @@ from dynamic_lora_server.schemas.generate import GenerateRequest, GenerateRespon
 from dynamic_lora_server.state import ServerState
 
 if TYPE_CHECKING:
-    from dynamic_lora_adapters.files.card import TaskCard
     from dynamic_lora_server.runtime import Runtime
 
 router = APIRouter(tags=["generate"], route_class=StrictRoute)
@@ -126,17 +125,14 @@ async def _prepare(
     versions = [saved.version(part) for part in adapter.parts]
     card = None if body.raw or query.raw else card_of(adapter, versions)
     spec = generate_spec(body, adapter=adapter, card=card)
+    assert isinstance(spec.prompt, str)
     answer = TgiAnswer(
-        prefix=_rendered(body, card) if body.parameters.return_full_text else "",
+        prefix=spec.prompt if body.parameters.return_full_text else "",
         num_top=body.parameters.top_n_tokens or 0,
         special_ids=runtime.view.special_ids,
     )
     version = None if adapter.is_base else adapter.digest([found.digest for found in versions])
     return Prepared(spec, answer, version)
-
-
-def _rendered(body: GenerateRequest, card: "TaskCard | None") -> str:
-    return body.inputs if card is None else card.render(body.inputs)
 
 
 async def _whole(state: ServerState, prepare: _Prepare, *, details: bool) -> Response:
