@@ -95,6 +95,7 @@ class Runtime:
     tokenizer: PreTrainedTokenizerBase
     view: TokenizerView
     registry: AdapterRegistry
+    saved: SavedCompositions
     service: GenerationService
     built: BuiltEngine
     loader: AdapterLoader
@@ -177,6 +178,7 @@ class Runtime:
             tokenizer=tokenizer,
             view=view,
             registry=registry,
+            saved=saved,
             service=service,
             built=built,
             loader=loader,

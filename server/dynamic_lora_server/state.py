@@ -140,7 +140,7 @@ class ServerState:
         max_bytes, runtime = self.config.max_hub_bytes, self.runtime
         if max_bytes is None:
             return
-        make = partial(make_room, runtime.registry, runtime.loader.saved, max_bytes, newest=newest)
+        make = partial(make_room, runtime.registry, runtime.saved, max_bytes, newest=newest)
         async with self._making_room:
             gone = await asyncio.to_thread(make)
         for name in gone:

@@ -89,7 +89,7 @@ async def test_names_that_something_has_are_refused_at_the_start(
     async with serving(tmp_path) as runtime:
         publish(runtime, "ner", adapter)
         publish(runtime, "org/Tone", adapter)
-        saved = runtime.loader.saved
+        saved = runtime.saved
         saved.save("newsy", saved.resolve("ner*0.5").parts)
     taken = (("ner", "ner"), ("NER", "ner"), ("newsy", "newsy"), ("org/tone", "org/Tone"))
     for name, other in taken:

@@ -53,7 +53,7 @@ def _staging(runtime: "Runtime") -> AbstractAsyncContextManager[Path]:
 def _check_name(name: str, runtime: "Runtime") -> None:
     """Before what takes long; once more when it is published, as it may be given meanwhile."""
     check_adapter_name(name, reserved=runtime.registry.reserved)
-    runtime.loader.saved.check_free(name)
+    runtime.saved.check_free(name)
 
 
 async def _receive(
@@ -101,7 +101,7 @@ async def _publish(
     fetched: bool = False,
 ) -> Publication:
     def publish() -> Publication:
-        runtime.loader.saved.check_free(wanted.name)
+        runtime.saved.check_free(wanted.name)
         return runtime.registry.publish(
             wanted.name,
             folder,

@@ -41,7 +41,7 @@ async def rendered(
     what making it raises.
     """
     runtime.service.places.check(num_answers)
-    select = partial(select_chat, model, saved=runtime.loader.saved, base_names=runtime.base_names)
+    select = partial(select_chat, model, saved=runtime.saved, base_names=runtime.base_names)
     asked = await state.hub.found(select)
     spec, offer = await state.render(lambda: _specified(chat(), asked, runtime))
     name = runtime.name_of_base(model) if asked.adapter.is_base else model

@@ -86,7 +86,7 @@ async def get_adapter(name: str, runtime: Ready) -> Adapter:
 )
 async def delete_adapter(name: str, state: State, runtime: Ready) -> None:
     """Forget the name at once; requests that use the adapter finish with it."""
-    await run_in_threadpool(runtime.loader.saved.delete_adapter, name)
+    await run_in_threadpool(runtime.saved.delete_adapter, name)
     state.metrics.forget(name)
 
 

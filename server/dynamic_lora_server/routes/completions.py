@@ -46,7 +46,7 @@ async def complete(
     body: CompletionRequest, request: Request, state: State, runtime: Ready
 ) -> Response:
     """The prompts go to the model as they are: no task card, no chat template."""
-    known = runtime.loader.saved.has
+    known = runtime.saved.has
     adapter = openai_adapter_name(body.model, base_names=runtime.base_names, known=known)
     specs = completion_specs(body, adapter=adapter)
     _check_room(specs, runtime.service.places.capacity)
@@ -107,7 +107,7 @@ async def _begun(
     runtime.service.places.check(sum(spec.n for spec in specs))
     adapter = specs[0].adapter
     if isinstance(adapter, str):
-        await state.hub.found(partial(runtime.loader.saved.resolve, adapter))
+        await state.hub.found(partial(runtime.saved.resolve, adapter))
     generations = await begin_all([state.generate(spec) for spec in specs])
     try:
         _check_told(specs, generations)

@@ -51,7 +51,7 @@ async def save(
     server does so for requests. An existing composition is replaced; requests
     that run keep the old one.
     """
-    saved, parts, reserved = runtime.loader.saved, _parts(body), runtime.registry.reserved
+    saved, parts, reserved = runtime.saved, _parts(body), runtime.registry.reserved
     check = partial(saved.check, name, parts, reserved=reserved)
     await until_disconnect(request.receive, state.hub.found(check))
     async with runtime.checking:
@@ -67,14 +67,14 @@ async def save(
 @router.get("", responses=problems(422, 503), summary="List the saved compositions")
 async def list_compositions(runtime: Ready) -> CompositionList:
     """All saved compositions, by name."""
-    saved = runtime.loader.saved.list()
+    saved = runtime.saved.list()
     return CompositionList(compositions=[_document(runtime, one) for one in saved])
 
 
 @router.get("/{name:name}", responses=problems(404, 422, 503), summary="A saved composition")
 async def get_composition(name: str, runtime: Ready) -> SavedComposition:
     """Its text, its parts, and what they are now."""
-    return _document(runtime, runtime.loader.saved.get(name))
+    return _document(runtime, runtime.saved.get(name))
 
 
 @router.delete(
@@ -85,7 +85,7 @@ async def get_composition(name: str, runtime: Ready) -> SavedComposition:
 )
 async def delete_composition(name: str, runtime: Ready) -> None:
     """Forget the name; its adapters stay, and requests that use it finish with it."""
-    await run_in_threadpool(runtime.loader.saved.delete, name)
+    await run_in_threadpool(runtime.saved.delete, name)
 
 
 def _parts(body: NewComposition) -> list[Part]:
@@ -120,6 +120,6 @@ def _document(runtime: "Runtime", stored: StoredComposition) -> SavedComposition
 
 def _version(runtime: "Runtime", part: Part) -> str | None:
     try:
-        return runtime.loader.saved.version(part).digest
+        return runtime.saved.version(part).digest
     except AdapterNotFound:
         return None

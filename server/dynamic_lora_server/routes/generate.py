@@ -117,7 +117,7 @@ _Prepare = Callable[[], Awaitable[Prepared[TgiAnswer]]]
 async def _prepare(
     body: GenerateRequest, query: GenerateQuery, state: ServerState, runtime: "Runtime"
 ) -> Prepared[TgiAnswer]:
-    saved = runtime.loader.saved
+    saved = runtime.saved
     adapter = await state.hub.found(
         partial(select, query.adapter, body, saved=saved, base_names=runtime.base_names),
         wanted=body.parameters.adapter_source is not None,

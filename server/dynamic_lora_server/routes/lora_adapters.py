@@ -59,7 +59,7 @@ async def unload_lora_adapter(
 ) -> PlainTextResponse:
     """Forget the name at once; requests that use the adapter finish with it."""
     name = asked.lora_name
-    await run_in_threadpool(runtime.loader.saved.delete_adapter, name)
+    await run_in_threadpool(runtime.saved.delete_adapter, name)
     state.metrics.forget(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

@@ -23,7 +23,7 @@ async def list_models(runtime: Ready, state: State) -> ModelList:
     """The base model first, under each of its names, then the adapters by name, then the saved
     compositions."""
     adapters = [_adapter(runtime, passport) for passport in runtime.registry.list()]
-    saved = [_composition(runtime, stored) for stored in runtime.loader.saved.list()]
+    saved = [_composition(runtime, stored) for stored in runtime.saved.list()]
     names = runtime.config.served_model_names or (runtime.model_id,)
     return ModelList(data=[*(_base(runtime, state, name) for name in names), *adapters, *saved])
 
@@ -38,7 +38,7 @@ async def get_model(model: str, runtime: Ready, state: State) -> Model:
         served = model in runtime.config.served_model_names
         return _base(runtime, state, model if served else runtime.name_of_base(runtime.model_id))
     try:
-        return _composition(runtime, runtime.loader.saved.get(name))
+        return _composition(runtime, runtime.saved.get(name))
     except CompositionNotFound:
         return _adapter(runtime, runtime.registry.resolve(name).passport)
 

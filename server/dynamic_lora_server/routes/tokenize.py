@@ -84,8 +84,7 @@ def _check_named(body: TokenizeRequest, runtime: "Runtime") -> None:
 
 
 def _chat_adapter(model: str | None, runtime: "Runtime") -> ChatAdapter:
-    saved = runtime.loader.saved
-    return select_chat(model, saved=saved, base_names=runtime.base_names)
+    return select_chat(model, saved=runtime.saved, base_names=runtime.base_names)
 
 
 def _tokenized(body: TokenizeRequest, runtime: "Runtime") -> bytes:
@@ -138,7 +137,7 @@ def _detokenized(body: DetokenizeRequest, runtime: "Runtime") -> bytes:
 
 def _check_model(model: str | None, runtime: "Runtime") -> None:
     """The tokenizer is the base's for all; a name that nothing has is refused all the same."""
-    saved = runtime.loader.saved
+    saved = runtime.saved
     name = openai_adapter_name(model, base_names=runtime.base_names, known=saved.has)
     if name is not None:
         saved.resolve(name)

@@ -65,7 +65,7 @@ class AdapterLoader:
     def __init__(
         self, registry: AdapterRegistry, pool: AdapterPool, saved: SavedCompositions
     ) -> None:
-        self.saved = saved
+        self._saved = saved
         self.readers = AdapterReaders(saved, pool)
         self.line = RoomLine()
         self._registry = registry
@@ -96,7 +96,7 @@ class AdapterLoader:
         AdapterCapacityError, QueueFull for a merge, what `waiting` does, and what `fail_waiters`
         was told.
         """
-        wanted = self.saved.resolve(adapter) if isinstance(adapter, str) else adapter
+        wanted = self._saved.resolve(adapter) if isinstance(adapter, str) else adapter
         if wanted.is_base:
             yield None
             return

@@ -187,7 +187,7 @@ async def test_names_that_are_gone_are_not_kept(tmp_path: Path, adapter: Path) -
             assert (await upload(client, name, adapter)).status_code == 201
             asked = {"model": name, "prompt": "the king", "max_tokens": 1}
             assert (await client.post("/v1/completions", json=asked)).status_code == 200
-        last_named = loaded[0].loader.saved.last_named
+        last_named = loaded[0].saved.last_named
         assert last_named.keys() == {"a", "b"}
         assert (await client.delete("/adapters/a")).status_code == 204
         unloaded = await client.post("/v1/unload_lora_adapter", json={"lora_name": "b"})

@@ -85,14 +85,14 @@ async def test_a_refused_load_refuses_all_who_wait_for_it(
     async with serving(tmp_path) as runtime:
         for name in ("a", "twin"):
             publish(runtime, name, folder)
-        terms, go_on, read = runtime.loader.saved.terms, threading.Event(), list[str]()
+        terms, go_on, read = runtime.saved.terms, threading.Event(), list[str]()
 
         def refuse(composition: Composition, *_: Any) -> AdapterTerms:
             read.append(str(composition))
             assert go_on.wait(60)
             raise StoreFailed(f"the files of {composition} cannot be read")
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", refuse)
+        monkeypatch.setattr(runtime.saved, "terms", refuse)
         wanted = ["a", "a", "twin", "a", "twin"]
         waiting = [asyncio.create_task(collect(runtime, spec(adapter=name))) for name in wanted]
         held_up = runtime.service.places
@@ -103,7 +103,7 @@ async def test_a_refused_load_refuses_all_who_wait_for_it(
             f"the files of {name} cannot be read" for name in wanted
         ]
         assert sorted(read) == ["a", "twin"]
-        monkeypatch.setattr(runtime.loader.saved, "terms", terms)
+        monkeypatch.setattr(runtime.saved, "terms", terms)
         assert finishes(await collect(runtime, spec(adapter="a")))
 
 
@@ -368,14 +368,14 @@ async def test_compositions_that_are_computed_hold_up_no_adapter(
     async with serving(tmp_path) as runtime:
         for seed, name in enumerate(names(2)):
             publish(runtime, name, make_adapter(tmp_path / name, tiny_llama(), seed=seed))
-        terms, alone = runtime.loader.saved.terms, names(2)[0]
+        terms, alone = runtime.saved.terms, names(2)[0]
 
         def slowly(composition: Composition, *args: Any) -> AdapterTerms:
             if composition.plain is None:
                 assert go_on.wait(60)
             return terms(composition, *args)
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        monkeypatch.setattr(runtime.saved, "terms", slowly)
         texts = [f"{alone}*0.{number}" for number in range(1, 4)]
         waiting = [asyncio.create_task(collect(runtime, spec(adapter=text))) for text in texts]
         await asyncio.sleep(0.1)

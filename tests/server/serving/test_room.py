@@ -215,14 +215,14 @@ async def test_sums_do_not_wait_for_merges_and_few_merges_wait(
     async with serving_in(
         tmp_path, room=1, ranks=same_shapes(*"ab"), adapter_memory=2**22
     ) as runtime:
-        go_on, terms = threading.Event(), runtime.loader.saved.terms
+        go_on, terms = threading.Event(), runtime.saved.terms
 
         def slowly(composition: Composition, *args: Any) -> AdapterTerms:
             if composition.merge is not None:
                 assert go_on.wait(60)
             return terms(composition, *args)
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        monkeypatch.setattr(runtime.saved, "terms", slowly)
         wanted = [spec(adapter=merge(number / 10)) for number in range(1, 10)]
         merges = [asyncio.create_task(collect(runtime, one)) for one in wanted]
         try:
@@ -248,13 +248,13 @@ async def test_what_waits_to_be_read_is_counted_by_its_kind(
     async with serving_in(
         tmp_path, room=1, ranks=same_shapes(*names), adapter_memory=2**22
     ) as runtime:
-        go_on, terms = threading.Event(), runtime.loader.saved.terms
+        go_on, terms = threading.Event(), runtime.saved.terms
 
         def slowly(*args: Any) -> AdapterTerms:
             assert go_on.wait(60)
             return terms(*args)
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        monkeypatch.setattr(runtime.saved, "terms", slowly)
         texts = [*names, "a*0.5", "b*0.5"]  # two adapters are read at a time, and one sum
         asked = [asyncio.create_task(collect(runtime, spec(adapter=text))) for text in texts]
         queues = runtime.loader.readers.queues
@@ -274,14 +274,14 @@ async def test_what_is_given_up_keeps_others_waiting_as_long_as_it_has_the_threa
         tmp_path, room=1, ranks=same_shapes(*"ab"), adapter_memory=2**22
     ) as runtime:
         begun: list[str] = []
-        go_on, terms = threading.Event(), runtime.loader.saved.terms
+        go_on, terms = threading.Event(), runtime.saved.terms
 
         def slowly(composition: Composition, *args: Any) -> AdapterTerms:
             begun.append(str(composition))
             assert go_on.wait(60)
             return terms(composition, *args)
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        monkeypatch.setattr(runtime.saved, "terms", slowly)
 
         def ask(wanted: str | Composition) -> asyncio.Task[Any]:
             return asyncio.create_task(collect(runtime, spec(adapter=wanted)))
@@ -310,13 +310,13 @@ async def test_a_merge_that_waits_for_room_is_computed_once(
     async with serving_in(
         tmp_path, room=1, ranks={"a": 8, "b": 8, "large": 48}, adapter_memory=2 * MERGED
     ) as runtime:
-        terms, computed = runtime.loader.saved.terms, Counter[str]()
+        terms, computed = runtime.saved.terms, Counter[str]()
 
         def count(composition: Composition, *args: Any) -> AdapterTerms:
             computed[str(composition)] += 1
             return terms(composition, *args)
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", count)
+        monkeypatch.setattr(runtime.saved, "terms", count)
         busy = await Holding(runtime, "large").begun()
         merged = asyncio.create_task(collect(runtime, spec(adapter=merge(0.5))))
         await eventually(lambda: runtime.loader.line.waited_s > 0, "it waits for room")
@@ -359,14 +359,14 @@ async def test_a_stop_is_told_at_once_to_all_whose_adapters_are_read(
         tmp_path, room=1, ranks=same_shapes(*"abcde", "late"), adapter_memory=2**22
     ) as runtime:
         begun: list[str] = []
-        go_on, terms = threading.Event(), runtime.loader.saved.terms
+        go_on, terms = threading.Event(), runtime.saved.terms
 
         def slowly(composition: Composition, *args: Any) -> AdapterTerms:
             begun.append(str(composition))
             assert go_on.wait(60)
             return terms(composition, *args)
 
-        monkeypatch.setattr(runtime.loader.saved, "terms", slowly)
+        monkeypatch.setattr(runtime.saved, "terms", slowly)
         wanted = [*"abcdea", "a*0.5", "b*0.5", merge(0.3), merge(0.5), merge(0.5)]
         waiting = [asyncio.create_task(collect(runtime, spec(adapter=one))) for one in wanted]
         try:
