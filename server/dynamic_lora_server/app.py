@@ -50,8 +50,16 @@ Until the model is loaded everything but `/health` and `/metrics` answers 503.
 
 
 _RESOURCES = (
-    *(generate, adapters, compositions, completions, chat, responses, models),
-    *(lora_adapters, tokenize, service),
+    generate,
+    adapters,
+    compositions,
+    completions,
+    chat,
+    responses,
+    models,
+    lora_adapters,
+    tokenize,
+    service,
 )
 _ROUTES = tuple(route for resource in _RESOURCES for route in resource.router.routes)
 _REQUEST_ID_HEADER = {

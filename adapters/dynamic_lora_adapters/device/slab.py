@@ -63,8 +63,13 @@ class Slab:
                     [0] * 7
                     if a is None or b is None or columns is None
                     else [
-                        *(a.data_ptr(), b.data_ptr(), columns.data_ptr()),
-                        *(a.shape[1], b.stride(1), FACTOR_FORMATS[a.dtype], self.tiled),
+                        a.data_ptr(),
+                        b.data_ptr(),
+                        columns.data_ptr(),
+                        a.shape[1],
+                        b.stride(1),
+                        FACTOR_FORMATS[a.dtype],
+                        self.tiled,
                     ]
                     for a, b, columns in tables
                 ]

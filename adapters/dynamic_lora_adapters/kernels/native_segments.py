@@ -68,8 +68,13 @@ def _sizes(
 ) -> ctypes.Array[ctypes.c_int64]:
     a, b = factors.a, factors.b
     return _Sizes(
-        *(x.stride(0), out.stride(0), b.stride(1), b.stride(0)),
-        *(*a.shape, b.shape[2], FACTOR_FORMATS[a.dtype]),
+        x.stride(0),
+        out.stride(0),
+        b.stride(1),
+        b.stride(0),
+        *a.shape,
+        b.shape[2],
+        FACTOR_FORMATS[a.dtype],
     )
 
 

@@ -161,8 +161,10 @@ def _hub_errors(repo: str) -> Iterator[None]:
     )
 
     not_there = (
-        *(DisabledRepoError, HFValidationError),
-        *(RepositoryNotFoundError, RevisionNotFoundError),
+        DisabledRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
     try:
         yield
