@@ -116,7 +116,7 @@ class Intake:
     @property
     def ignored_files(self) -> list[str]:
         """Names of the files that were dropped unread, in order of arrival."""
-        return list(self._ignored)
+        return [_readable(name) for name in self._ignored]
 
     def add(self, filename: str, stream: BinaryIO) -> None:
         """Take one uploaded file: an adapter's file, or an archive of them.
@@ -193,6 +193,11 @@ class Intake:
             while chunk := stream.read(CHUNK_BYTES):
                 self._count(len(chunk))
                 target.write(chunk)
+
+
+def _readable(name: str) -> str:
+    """A name whose bytes were not UTF-8 as one that can be written in JSON."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _checked_parts(name: str) -> list[str]:

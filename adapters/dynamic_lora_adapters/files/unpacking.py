@@ -22,6 +22,7 @@ BROKEN_ARCHIVE = (
     EOFError,
     NotImplementedError,
     OverflowError,
+    RecursionError,  # of one tar header that names the next, and so on
     ValueError,
     struct.error,
 )

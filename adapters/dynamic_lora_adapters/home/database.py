@@ -4,19 +4,28 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    IntegrityError,
+    InterfaceError,
+    ProgrammingError,
+)
 from sqlmodel import create_engine
 
 from dynamic_lora_adapters.errors import StoreFailed
 
 
 def open_database(url: str) -> Engine:
-    """Connections to a database, all of whose operational errors are `StoreFailed`.
+    """Connections to a database, all of whose failures are `StoreFailed`.
+
+    A statement that is wrong, or that a constraint of a table forbids, raises as SQLAlchemy has it.
 
     Raises `StoreFailed` for a URL that is none, or names a driver that is not installed.
     """
     try:
-        engine = create_engine(url)
+        # A server may have closed a connection that nobody used for long.
+        engine = create_engine(url, pool_pre_ping=True)
     except (ArgumentError, ImportError) as error:
         raise StoreFailed(
             f"The index's database cannot be used: {error}.",
@@ -45,7 +54,12 @@ def _refuse(*_: object) -> None:
 
 
 def _say_what_failed(context: ExceptionContext) -> StoreFailed | None:
-    if not isinstance(context.sqlalchemy_exception, OperationalError):
+    error = context.sqlalchemy_exception
+    if context.is_pre_ping:  # the connection is made anew
+        return None
+    if not isinstance(error, (DatabaseError, InterfaceError)):
+        return None
+    if isinstance(error, (IntegrityError, ProgrammingError)):
         return None
     return StoreFailed(
         f"The index of adapters failed: {context.original_exception}.",

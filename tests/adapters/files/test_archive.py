@@ -252,6 +252,19 @@ def test_a_bomb_of_a_tar_header_is_stopped(tmp_path: Path) -> None:
         take(tmp_path, "a.tar.gz", bomb)
 
 
+def test_a_tar_whose_headers_name_each_other_is_broken(tmp_path: Path) -> None:
+    long_name = pack_gnu_tar({"x" * 200: b""})[:1024]  # a header, and the name behind it
+    with pytest.raises(InvalidAdapter, match="archive 'a.tar' is broken: maximum recursion"):
+        take(tmp_path, "a.tar", long_name * 800)
+
+
+def test_names_that_are_not_utf8_can_be_told(tmp_path: Path) -> None:
+    names = {f"mod\udce8le/{name}": data for name, data in FILES.items()}
+    intake = take(tmp_path, "a.tar", pack_gnu_tar({**names, "mod\udce8le/README.md": b""}))
+    assert intake.ignored_files == ["mod?le/README.md"]
+    assert contents(tmp_path) == FILES
+
+
 def test_a_zip_of_endless_entries_is_not_read_whole(tmp_path: Path) -> None:
     """Folders take no room in it but in its directory, of which an object is made for each."""
     entries = pack_zip({f"folder-{number:06}/": b"" for number in range(30_000)})
