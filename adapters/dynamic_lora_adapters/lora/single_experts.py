@@ -27,7 +27,7 @@ _LAYERS = {
 
 
 def stacked_spec(spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry) -> LoraSpec:
-    """`spec` with stacked parameters as targets where the file has single experts.
+    """`spec` with parameters as targets where the file has single experts, or routers, as layers.
 
     By PEFT's own function. Raises `UnsupportedAdapter` where PEFT does not stack them,
     `InvalidAdapter` for a pattern that takes unreasonably long to match.
@@ -35,7 +35,7 @@ def stacked_spec(spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry)
     singles = [path for path in checkpoint.left(Part.A) if _SINGLE.fullmatch(path)]
     singles = [path for path in singles if path not in geometry.modules]
     if not singles:
-        return spec
+        return _with_routers(spec, checkpoint, geometry)
     if isinstance(spec.target_modules, str) and spec.target_modules.lower() == ALL_LINEAR:
         raise _refusal(checkpoint, singles[0], f"{ALL_LINEAR!r} does not tell which they were.")
     prove_fast(spec.patterns(), _matched_names(geometry))
@@ -49,6 +49,19 @@ def stacked_spec(spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry)
         reason = "PEFT stacks them only where all layers of an expert are adapted."
         raise _refusal(checkpoint, singles[0], reason)
     return stacked
+
+
+def _with_routers(spec: LoraSpec, checkpoint: Checkpoint, geometry: BaseGeometry) -> LoraSpec:
+    """`spec` with routers as parameters, which they are now, of a file without single experts."""
+    others = {*geometry.linears, *geometry.embeddings, *geometry.heads}
+    routers = {name.removesuffix(".weight") for name in geometry.parameters} - others
+    saved = {saved_router(checkpoint, path) for path in routers}
+    if isinstance(spec.target_modules, str) or saved.isdisjoint(checkpoint.left(Part.A)):
+        return spec
+    try:
+        return _converted(spec, geometry)
+    except ValueError:  # the config lists a part of an expert's layers, of which the file has none
+        return spec
 
 
 def stacked_factors(

@@ -116,13 +116,13 @@ def ties_targets(spec: LoraSpec, geometry: BaseGeometry) -> bool:
     return any(re.fullmatch(spec.target_modules, name) for name in EMBEDDING_LAYER_NAMES)
 
 
-def unmatched_names(
-    spec: LoraSpec, targets: Iterable[Target], geometry: BaseGeometry
-) -> list[tuple[str, str]]:
-    """Entries of lists in the config that matched nothing, as (key, name): PEFT lets them pass."""
+def unmatched_names(spec: LoraSpec, geometry: BaseGeometry) -> list[tuple[str, str]]:
+    """Entries of lists in the config that name nothing of the base, as (key, name).
+
+    PEFT lets them pass.
+    """
     listed = () if isinstance(spec.target_modules, str) else spec.target_modules
-    paths = [target.path for target in targets]
-    found = [("target_modules", name) for name in listed if not _is_end(name, paths)]
+    found = [("target_modules", name) for name in listed if not _is_end(name, geometry.modules)]
     found += [
         ("target_parameters", name)
         for name in spec.target_parameters

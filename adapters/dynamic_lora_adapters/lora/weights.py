@@ -60,7 +60,7 @@ def read_with_notes(
     targets = find_targets(spec, geometry)
     notes = [
         f"{key} lists {name!r}, which the base does not have."
-        for key, name in unmatched_names(spec, targets, geometry)
+        for key, name in unmatched_names(spec, geometry)
     ]
     values, bias_notes = replaced_values(spec, checkpoint, geometry, targets)
     copies = read_copies(checkpoint, geometry, values)

@@ -168,6 +168,20 @@ def test_experts_adapted_one_by_one_are_stacked(
     check_against_peft(tmp_path, model)
 
 
+@pytest.mark.parametrize("family", SINGLE)
+def test_routers_adapted_as_layers(family: str, tmp_path: Path) -> None:
+    """They were layers under transformers 4; no expert has factors here."""
+    model = TINY_MOE_MODELS[family]()
+    save_single(tmp_path, model, family, router=True, target_modules=["q_proj", "gate"])
+    edit_tensors(tmp_path, drop_experts)
+    check_against_peft(tmp_path, model)
+
+
+def drop_experts(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if ".experts." in name]:
+        del tensors[name]
+
+
 def test_single_experts_by_a_pattern(tmp_path: Path) -> None:
     model = TINY_MOE_MODELS["qwen3_moe"]()
     pattern = r".*(q_proj|experts\..*(gate|up|down)_proj)"
