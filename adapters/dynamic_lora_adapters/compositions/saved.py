@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from dynamic_lora_adapters.compositions.compose import CheckShapes, GivenUp, compose, merge
 from dynamic_lora_adapters.compositions.composition import (
@@ -46,7 +47,7 @@ class SavedCompositions:
 
     A saved name is used like an adapter's and stands for its text, so that a
     part without a version follows its adapter. Adapters and compositions share
-    one space of names; where a race put a name into both, the adapter counts.
+    one space of names; where another process put a name into both, the adapter counts.
     All methods may be called from any thread; `has`, `resolve`, `get` and `list` touch
     no disk. `index` is where they are kept. `last_named` is when each adapter was last asked for,
     by `time.monotonic`, until `delete_adapter`.
@@ -57,6 +58,7 @@ class SavedCompositions:
         self._index = index
         self._lock = threading.Lock()
         self._saved = {one.name: one for one in index.compositions()}
+        self._publishing: Counter[str] = Counter()  # adapters' names that are being given
         self.last_named: dict[str, float] = {}
 
     def has(self, name: str) -> bool:
@@ -168,6 +170,19 @@ class SavedCompositions:
             raise InvalidComposition("The weights add up to nothing.")
         return composition
 
+    @contextmanager
+    def kept_for_adapter(self, name: str) -> Iterator[None]:
+        """Keep a name from compositions until an adapter has it. Raises NameTaken."""
+        with self._lock:
+            self.check_free(name)
+            self._publishing[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._publishing[name] -= 1
+                self._publishing += Counter()  # drops what is at nothing
+
     def check_free(self, name: str) -> None:
         """Raise NameTaken if a composition has the name that an adapter is to get."""
         if self._is_saved(name):
@@ -225,7 +240,7 @@ class SavedCompositions:
         return saved
 
     def _check_no_adapter(self, name: str) -> None:
-        if self._is_adapter(name):
+        if self._is_adapter(name) or name in self._publishing:
             raise NameTaken(
                 f"{name!r} is the name of an adapter.", field="name", fix="Choose another name."
             )

@@ -101,15 +101,15 @@ async def _publish(
     fetched: bool = False,
 ) -> Publication:
     def publish() -> Publication:
-        runtime.saved.check_free(wanted.name)
-        return runtime.registry.publish(
-            wanted.name,
-            folder,
-            force=wanted.force,
-            replace=replace,
-            fetched=fetched,
-            ignored_files=intake.ignored_files,
-        )
+        with runtime.saved.kept_for_adapter(wanted.name):
+            return runtime.registry.publish(
+                wanted.name,
+                folder,
+                force=wanted.force,
+                replace=replace,
+                fetched=fetched,
+                ignored_files=intake.ignored_files,
+            )
 
     async with runtime.checking:
         return await run_in_threadpool(publish)

@@ -177,6 +177,15 @@ def test_names_are_given_once(saved: SavedCompositions) -> None:
     with pytest.raises(NameTaken, match="'newsy' is the name of a saved composition"):
         saved.check_free("newsy")
     saved.check_free("other")
+    with pytest.raises(NameTaken), saved.kept_for_adapter("newsy"):
+        pytest.fail("a composition has the name")
+    with (
+        saved.kept_for_adapter("fresh"),
+        saved.kept_for_adapter("fresh"),
+        pytest.raises(NameTaken, match="'fresh' is the name of an adapter"),
+    ):
+        save(saved, "fresh", "tone*2")
+    save(saved, "fresh", "tone*2")
     with pytest.raises(InvalidAdapterName, match="cannot be an adapter's name"):
         save(saved, "News y", "tone*2")
     with pytest.raises(InvalidAdapterName, match="means the base model"):
