@@ -117,21 +117,31 @@ class Merger:
             adapter.await_upload()
         before = [] if self._merged is None else _terms(self._merged)
         after = [] if adapter is None else _terms(adapter)
+        index = 0
         with self._pristine.changing():
             try:
                 for index in range(len(self._projections)):
                     self._switch_group(index, before, after)
             except Exception as error:
                 self._merged = None
-                self._restore(before, after)
+                self._restore(before, after[: index + 1])
                 raise MergeFailed(f"{type(error).__name__}: {error}") from error
         self._merged = adapter
 
+    def forget_copies(self) -> None:
+        """Give back the memory that merges have taken for copies; nothing may be merged."""
+        assert self._merged is None, "it is needed to bring the base back"
+        self._pristine.forget_copies()
+
     def _restore(self, before: Sequence[GroupTerms], after: Sequence[GroupTerms]) -> None:
+        """Bring back the groups that held `before`, and those that `after` was to come to.
+
+        No others: that takes memory, of which there may be none.
+        """
         try:
             for index, projection in enumerate(self._projections):
                 if _foldable(before, index) or _foldable(after, index):
-                    projection.base.replace(self._pristine.value(index, projection))
+                    self._pristine.restore(index, projection)
         except Exception as error:
             raise WeightsLost(
                 f"the base's weights cannot be brought back: {type(error).__name__}: {error}"
@@ -156,7 +166,7 @@ class Merger:
 
 def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:
     """The terms on a group, if there are any that its weight can hold."""
-    return terms[index] if terms and terms[index].foldable else None
+    return terms[index] if index < len(terms) and terms[index].foldable else None
 
 
 def _plain(terms: Sequence[GroupTerms], group: ProjectionGroup, index: int) -> GroupTerms | None:

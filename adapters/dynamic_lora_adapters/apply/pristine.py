@@ -47,6 +47,14 @@ class Pristine(ABC):
     def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
         """The group's weight [out, in] as the checkpoint has it; from any thread."""
 
+    def restore(self, index: int, projection: GroupedProjection) -> None:
+        """Have the layer multiply by that again, whatever it holds."""
+        projection.base.replace(self.value(index, projection))
+
+    @abstractmethod
+    def forget_copies(self) -> None:
+        """Drop copies of weights that are the checkpoint's now, if there are any."""
+
 
 class CopiedWeights(Pristine):
     """Keeps a copy in host memory of each layer that a merge has touched, from then on.
@@ -77,6 +85,16 @@ class CopiedWeights(Pristine):
             if copy is not None:
                 return copy
             return projection.weight if projection.base.separate else projection.weight.clone()
+
+    def restore(self, index: int, projection: GroupedProjection) -> None:
+        """As the base class says; what was never copied was never changed."""
+        if projection.base.separate or index in self._copies:
+            super().restore(index, projection)
+
+    def forget_copies(self) -> None:
+        """As the base class says."""
+        with self._lock:
+            self._copies.clear()
 
 
 class SubtractedWeights(Pristine):
@@ -122,6 +140,9 @@ class SubtractedWeights(Pristine):
     def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
         """As the base class says, read from the checkpoint."""
         return projection.weight if projection.base.separate else self._reload(index)
+
+    def forget_copies(self) -> None:
+        """As the base class says: there are none."""
 
     def _measure(self, index: int, weight: torch.Tensor) -> None:
         now = weight[self._rows[index].to(weight.device)]

@@ -2,11 +2,13 @@
 
 import hashlib
 import random
+from itertools import count
 
 import pytest
 import torch
 
 from dynamic_lora_adapters import BaseGeometry
+from dynamic_lora_adapters.apply import pristine
 from dynamic_lora_adapters.apply.inject import head_group, inject, observe_groups
 from dynamic_lora_adapters.apply.merge import MergeFailed, Merger, WeightsLost
 from dynamic_lora_adapters.apply.pristine import CopiedWeights, PristineWeights, SubtractedWeights
@@ -205,6 +207,44 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch: pytest.MonkeyPatch) ->
         rig.merger.switch(rig.admit("b", random_terms(rig.geometry, 2)))
     assert rig.merger.merged is None
     assert rig.digest() == before
+
+
+@torch.inference_mode()
+def test_a_first_merge_without_memory_for_copies_leaves_the_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was not touched is left alone: bringing it back would take memory."""
+    rig = Rig()
+    before, made, copied = rig.digest(), count(), pristine._host_copy
+
+    def copy(weight: torch.Tensor) -> torch.Tensor:
+        if next(made) == 3:
+            raise MemoryError("no room")
+        return copied(weight)
+
+    def restored(_weight: torch.Tensor) -> None:
+        pytest.fail("it held nothing else")
+
+    monkeypatch.setattr(pristine, "_host_copy", copy)
+    for projection in rig.projections[3:]:
+        monkeypatch.setattr(projection.base, "replace", restored)
+    with pytest.raises(MergeFailed, match="MemoryError: no room"):
+        rig.merger.switch(rig.admit("a", random_terms(rig.geometry, 1)))
+    assert (rig.merger.merged, rig.digest()) == (None, before)
+
+
+@torch.inference_mode()
+def test_copies_may_be_given_back_while_nothing_is_merged() -> None:
+    rig = Rig()
+    before, adapter = rig.digest(), rig.admit("a", random_terms(rig.geometry, 1))
+    for _ in range(2):
+        rig.merger.switch(adapter)
+        assert rig.digest() != before
+        with pytest.raises(AssertionError, match="needed to bring the base back"):
+            rig.merger.forget_copies()
+        rig.merger.switch(None)
+        rig.merger.forget_copies()
+        assert rig.digest() == before
 
 
 @torch.inference_mode()

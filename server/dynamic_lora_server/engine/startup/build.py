@@ -72,8 +72,8 @@ class EngineOptions:
     `speculate` tokens of each decoding sequence are drafted in a step, 0 for none; only on a CPU.
     `base_product` None takes the fastest that there is memory for; without `native`
     nothing runs in the project's own C++.
-    `costs_file` keeps what is measured at start for the next one. `mode` says
-    whether adapters are merged, and AUTO never does on CUDA; `restore` how the base comes
+    `costs_file` keeps what is measured at start for the next one. `mode` says whether adapters are
+    merged, and AUTO never does on CUDA or where memory is short; `restore` how the base comes
     back; to subtract needs `checkpoint`, the folder the model was loaded from.
     """
 
@@ -128,7 +128,6 @@ def build_engine(
     `on_step` is told what is being done. Raises UnsupportedModel if the model
     cannot be served exactly.
     """
-    options = replace(options, mode=settled_mode(options.mode, model.device))
     on_step("Checking the model")
     geometry = BaseGeometry.of(model, model_id=model_id)
     layers = _checked_layers(model, options)
@@ -136,6 +135,10 @@ def build_engine(
         groups = _groups(model, geometry)
     geometry = replace(geometry, rows=rows, layers=tuple(layers))
     kind = _product_kind(model, groups, options)
+    copied = 0  # by merges
+    if kind is ProductKind.PLAIN and options.restore is Restore.COPY:
+        copied = sum(p.nbytes for p in model.parameters())
+    options = replace(options, mode=settled_mode(options.mode, model.device, copied=copied))
     wish = _kv_wish(model, kind, options)
     dtype = kv_dtype(model, wish)  # refused, if so, before what takes long
     on_step(f"Laying out the weights ({kind} products)")

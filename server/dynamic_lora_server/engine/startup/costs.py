@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,9 +66,13 @@ def startup_costs(
     compile_ahead(kernels, [(g.in_features, g.out_features) for g in groups], device, dtype)
     if file is not None and file.is_file():
         try:
-            return StartupCosts.from_json(file.read_text(), kernels)
+            found = StartupCosts.from_json(file.read_text(), kernels)
         except ValueError:
             file.unlink()  # written by another version: measure anew
+        else:
+            # A start with too little memory to merge has measured no switch.
+            if not merges or math.isfinite(found.steps.switch_s):
+                return found
     on_step("Measuring the delta kernels")
     measured = measure_costs(groups, kernels, device=device, dtype=dtype, factor_dtype=factor_dtype)
     steps = StepCosts.never_merging()

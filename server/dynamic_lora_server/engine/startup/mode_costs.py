@@ -1,5 +1,6 @@
 """Measures, at start-up, what the choices between bypass and merged, and of drafts, depend on."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,11 @@ from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.device.groups import PROBE_RANK, ProjectionGroup
 from dynamic_lora_adapters.device.slots import AdapterPool
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
+from dynamic_lora_server.engine.startup.memory import free_memory
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.costs import Points, StepCosts, rising
+
+logger = logging.getLogger(__name__)
 
 _ROWS = (1, 4, 8, 16, 32, 64, 128)
 # Rows of each adapter, of those in `costs.LENGTH_GRID`: between two of them the nearer one counts,
@@ -21,13 +25,25 @@ _LENGTHS = (1, 4, 32)
 _SAMPLES = 2
 
 
-def settled_mode(wanted: Mode, device: torch.device) -> Mode:
-    """What is wanted, but that AUTO never merges on a GPU.
+def settled_mode(wanted: Mode, device: torch.device, *, copied: int) -> Mode:
+    """What is wanted, but that AUTO never merges on a GPU, nor where memory is short.
 
     Costs are measured of steps that run operator by operator. On a GPU decoding steps are captured
     ones, where deltas cost something else, and a merge that takes other rows out of them far more.
+    Merges keep copies of weights, `copied` bytes in all, which may take half of what is free.
     """
-    return Mode.BYPASS if wanted is Mode.AUTO and device.type == "cuda" else wanted
+    if wanted is not Mode.AUTO:
+        return wanted
+    if device.type == "cuda":
+        return Mode.BYPASS
+    if copied and 2 * copied >= (free := free_memory(device)):
+        logger.warning(
+            "Adapters are not merged: a copy of the weights takes %d MiB, and of free memory "
+            "(%d MiB) half is for the caches",
+            *(copied >> 20, free >> 20),
+        )
+        return Mode.BYPASS
+    return wanted
 
 
 def measure_mode_costs(
@@ -45,7 +61,7 @@ def measure_mode_costs(
 
     `trial` runs a step of so many rows, one new token for each sequence. The
     switch is the merge of an adapter of rank 16 on every layer; without `merges` there is
-    none: on plain weights even one would leave a copy of the base in host memory. Takes a few
+    none: on plain weights even one takes the memory of a copy of the base. Takes a few
     steps' time: one to two seconds for a small model on a CPU. Layers that run
     whole in C++ add their deltas for somewhat less than the kernels alone take.
     """
@@ -106,7 +122,10 @@ def _switch_s(
         return seconds
 
     # The first merge may also copy the weights to the host, which happens once.
-    return min(merge() for _ in range(_SAMPLES))
+    seconds = min(merge() for _ in range(_SAMPLES))
+    if device.type == "cpu":
+        merger.forget_copies()  # so that a start that measures leaves as much memory as another
+    return seconds
 
 
 def _timed(device: torch.device, run: Callable[[], object]) -> float:

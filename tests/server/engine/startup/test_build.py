@@ -100,15 +100,47 @@ def test_without_native_code_nothing_of_it_is_used() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_on_a_gpu_adapters_are_merged_only_if_that_is_asked_for(device: str) -> None:
-    settled = {mode: settled_mode(mode, torch.device(device)) for mode in Mode}
+    settled = {mode: settled_mode(mode, torch.device(device), copied=0) for mode in Mode}
     auto = Mode.BYPASS if device == "cuda" else Mode.AUTO
     assert settled == {Mode.AUTO: auto, Mode.BYPASS: Mode.BYPASS, Mode.MERGED: Mode.MERGED}
+
+
+def test_where_memory_is_short_adapters_are_merged_only_if_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dynamic_lora_server.engine.startup.mode_costs.free_memory", lambda _: 99)
+    plain, packed = ProductKind.PLAIN, ProductKind.PACKED
+    modes = make_engine(tiny_llama(), base_product=plain).modes
+    assert modes.stats().mode is Mode.BYPASS
+    assert "Adapters are not merged: a copy of the weights takes" in caplog.text
+    modes = make_engine(tiny_llama(), base_product=plain, mode=Mode.MERGED).modes
+    assert modes.stats().mode is Mode.MERGED
+    modes = make_engine(tiny_llama(), base_product=packed).modes
+    assert modes.stats().mode is Mode.AUTO
+
+
+def test_a_start_with_memory_again_measures_the_switch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"base_product": ProductKind.PLAIN, "costs_file": tmp_path / "costs.json"}
+    with monkeypatch.context() as patched:
+        patched.setattr("dynamic_lora_server.engine.startup.mode_costs.free_memory", lambda _: 99)
+        said: list[str] = []
+        build(said, **options)
+    assert "Measuring steps and switches" not in said
+    for expected in (True, False):
+        said = []
+        build(said, **options)
+        assert ("Measuring steps and switches" in said) == expected
 
 
 def test_the_mode_that_is_settled_for_the_device_is_the_engine_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(building, "settled_mode", lambda mode, _: settled_mode(mode, CUDA))
+    def on_cuda(mode: Mode, _device: torch.device, *, copied: int) -> Mode:
+        return settled_mode(mode, CUDA, copied=copied)
+
+    monkeypatch.setattr(building, "settled_mode", on_cuda)
     said: list[str] = []
     build(said, mode=Mode.AUTO)
     assert "Measuring the delta kernels" in said
