@@ -186,11 +186,8 @@ class AdapterPool:
         if not self._on_host:
             return
         with self._lock:
-            place = self._free_place(kind) or self._spare_place(kind)
-            if place is None:
-                return
-            slab, slot = place
-            if slot < slab.num_prepared:
+            slab, slot = self._free_place(kind) or self._spare_place(kind) or (None, 0)
+            if slab is None or slot < slab.num_prepared:
                 return
             slab.num_prepared = slot + 1
 
@@ -326,11 +323,13 @@ class AdapterPool:
         if kind.is_large:
             return None
         if self._spare is None or not kind.includes(self._spare):
-            free = self._budget_bytes - self._used_bytes()
-            num_slots = kind.num_slots_for(free)
+            num_slots = kind.num_slots_for(self._budget_bytes - self._used_bytes())
             if num_slots < 1:
                 return None
-            self._spare = kind.new_slab(next(self._slab_numbers), num_slots)
+            try:
+                self._spare = kind.new_slab(next(self._slab_numbers), num_slots)
+            except (MemoryError, RuntimeError):  # no harm yet: who needs it is told
+                return None
         return self._spare, 0
 
     def _idle(self) -> list[ResidentAdapter]:

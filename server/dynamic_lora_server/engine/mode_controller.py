@@ -64,6 +64,7 @@ class ModeController:
         self._pool = pool
         self._barred: dict[str, float] = {}  # until when, by digest
         self._counts = _Counts()
+        self._let_go = False  # whether a slot was unpinned that `make_room` has not told of
 
     def before_step(
         self,
@@ -118,14 +119,13 @@ class ModeController:
 
         False if nothing was merged, or with `doomed_only` nothing deleted, or if requests use the
         adapter: its slot would not be free without them, and it would be merged again for them.
+        But True if a step has let one go since the last call, for nobody was told of that.
         """
         merged = self._merger.merged
-        if merged is None or (doomed_only and not merged.doomed):
-            return False
-        if merged.num_leases and not merged.doomed:
-            return False
-        self._switch(None)
-        return True
+        if merged is not None and (merged.doomed or not (doomed_only or merged.num_leases)):
+            self._switch(None)
+        let_go, self._let_go = self._let_go, False
+        return let_go
 
     def stats(self) -> ModeStats:
         """A snapshot; may be taken from any thread."""
@@ -165,6 +165,7 @@ class ModeController:
             for pinned in (before, adapter):
                 if pinned is not None and pinned is not self._merger.merged:
                     self._pool.unpin(pinned)
+                    self._let_go = True
         self._counts.num_switches += 1
         self._counts.last_switch_s = time.perf_counter() - begin
         self._counts.switch_s += self._counts.last_switch_s

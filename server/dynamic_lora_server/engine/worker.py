@@ -47,8 +47,8 @@ class Cancel:
 class MakeRoom:
     """Unmerge, so that the merged adapter's slot may be given to another.
 
-    `done` is called if there was something to unmerge; with `doomed_only` that
-    is an adapter which has been deleted.
+    `done` is called if there was something to unmerge, with `doomed_only` an adapter which has been
+    deleted; or if a step has unmerged something since it was last asked.
     """
 
     doomed_only: bool
@@ -83,6 +83,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._live: dict[int, Submit] = {}
         self._failure: str | None = None
+        self._told_to_stop = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -160,6 +161,7 @@ class Worker:
                     if self._engine.modes.make_room(doomed_only=doomed_only):
                         done()
                 case Stop():
+                    self._told_to_stop = True
                     return False
 
     def _finish(self, sequence_id: int) -> None:
@@ -170,10 +172,16 @@ class Worker:
         """Fail what runs and all that is sent, until the server stops; the engine is left alone."""
         self._fail(why)
         self._on_broken()
-        while not isinstance(message := self._inbox.get(), Stop):
+        while True:
+            try:
+                message = self._inbox.get(block=not self._told_to_stop)
+            except queue.Empty:
+                return
             if isinstance(message, Submit):
                 self._live[message.sequence.id] = message
                 self._fail(why)
+            elif isinstance(message, Stop):
+                self._told_to_stop = True
 
     def _fail_the_rest(self) -> None:
         while not self._inbox.empty():

@@ -259,7 +259,7 @@ class GenerationService:
         self._recorder.record(arrival)
 
     def _make_room(self, doomed_only: bool, done: Callable[[], object]) -> None:
-        """Have the engine unmerge; `done` is called on its thread if it did."""
+        """Have the engine unmerge; `done` is called on its thread if it did, or just has."""
         self._worker.send(MakeRoom(doomed_only, done))
 
     def _on_broken(self) -> None:

@@ -1,6 +1,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, cast
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.device.groups import GroupShape, ProjectionGroup
-from dynamic_lora_adapters.device.slab import ResidentAdapter
+from dynamic_lora_adapters.device.slab import ResidentAdapter, Slab
+from dynamic_lora_adapters.device.slab_layout import SlabKind
 from dynamic_lora_adapters.device.slots import SHORT_DTYPES, SLAB_SLOTS, AdapterPool
 from dynamic_lora_adapters.device.upload import HostUpload, Places, Sources
 from dynamic_lora_adapters.errors import AdapterCapacityError
@@ -579,6 +581,25 @@ def test_behind_a_full_slab_the_first_slot_of_the_next_is_asked_for(asked: Asked
     assert newest.slot == 0 and a.data_ptr() == newest.slab.a[0].data_ptr()
     assert len(newest.slab.tenants) == 3, "what the budget has left"
     assert pool.stats().used_bytes == used + newest.slab.num_bytes
+    pool.check_integrity()
+
+
+def test_a_system_without_memory_for_later_costs_no_lease(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, new_slab, numbers = make_pool(2, slab_slots=1), SlabKind.new_slab, count()
+
+    def once(kind: SlabKind, number: int, num_slots: int) -> Slab:
+        if next(numbers):
+            raise RuntimeError("the system has no memory left")
+        return new_slab(kind, number, num_slots)
+
+    monkeypatch.setattr(SlabKind, "new_slab", once)
+    pool.release(admit(pool, "a"))
+    assert next(numbers) == 2, "one was wanted for later"
+    assert asked == []
+    pool.drop("a")
+    assert pool.stats().used_bytes == 0
     pool.check_integrity()
 
 

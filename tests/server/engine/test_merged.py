@@ -189,6 +189,17 @@ def test_room_is_made_of_a_merged_adapter_that_nobody_uses(
     assert built.modes.stats().merged is None
 
 
+def test_room_that_a_step_made_is_told_once(built: BuiltEngine, folders: dict[str, Path]) -> None:
+    """Who asked for it before that step would otherwise wait for nothing."""
+    adapter = admit(built, folders["all"])
+    run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=adapter)])
+    built.pool.drop(adapter.digest)
+    built.modes.before_step([], {})
+    assert built.modes.stats().merged is None
+    assert built.modes.make_room(doomed_only=True)
+    assert not built.modes.make_room()
+
+
 def test_bypass_never_merges(folders: dict[str, Path]) -> None:
     built = make_engine(tiny_llama(), mode=Mode.BYPASS)
     run_all(built, [make_sequence(random_prompt(8, seed=1), adapter=admit(built, folders["all"]))])

@@ -203,6 +203,24 @@ def test_a_loop_that_breaks_fails_everybody_by_name_and_says_so(
     assert told == ["broken"]
 
 
+def test_a_step_that_breaks_as_the_loop_ends_does_not_keep_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that was under way when it was told to stop."""
+    worker = Worker(make_engine(tiny_llama()).engine, lambda _: None)
+
+    def lost(_engine: Engine) -> list[EngineEvent]:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(Engine, "finish", lost)
+    worker.start()
+    stopping = threading.Thread(target=worker.stop, daemon=True)
+    stopping.start()
+    stopping.join(20)
+    assert not stopping.is_alive()
+    assert worker.failure == "the engine has stopped: RuntimeError: the device is lost"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priorities here")
 def test_the_engine_gives_way_to_what_is_short_and_waited_for() -> None:
     def niceness() -> int:
