@@ -22,7 +22,7 @@ from dynamic_lora_adapters.files.template_process import PROCESSES
 from dynamic_lora_adapters.home.registry import AdapterRegistry
 from dynamic_lora_adapters.home.store import BlobStore
 from dynamic_lora_adapters.lora.targets import import_peft
-from dynamic_lora_adapters.native import processor, sources_digest
+from dynamic_lora_adapters.native import has_matrix_unit, processor, sources_digest
 from dynamic_lora_server.base.base_model import BaseModel, resolve_base
 from dynamic_lora_server.base.dtypes import named_dtype
 from dynamic_lora_server.base.fingerprint import fingerprint
@@ -319,6 +319,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype, *, dr
         torch.get_num_threads(),
         torch.__version__,
         processor(),
+        has_matrix_unit(),
         torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     )
     key = sha256(repr(conditions).encode()).hexdigest()[:16]

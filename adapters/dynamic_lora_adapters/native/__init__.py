@@ -7,9 +7,17 @@ torch's own operators to fall back to, and the log says at level info why it doe
 from dynamic_lora_adapters.native.library import (
     NativeUnavailable,
     allocating,
+    has_matrix_unit,
     load_library,
     processor,
     sources_digest,
 )
 
-__all__ = ["NativeUnavailable", "allocating", "load_library", "processor", "sources_digest"]
+__all__ = [
+    "NativeUnavailable",
+    "allocating",
+    "has_matrix_unit",
+    "load_library",
+    "processor",
+    "sources_digest",
+]

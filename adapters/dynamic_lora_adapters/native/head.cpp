@@ -61,7 +61,7 @@ void share_log_masses(const Scratch& scratch, int64_t count, int64_t panels, flo
 
 extern "C" {
 
-// Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
+// Whether calls from now on round inputs to bfloat16, where that pays.
 void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && pairs_pay(); }
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its

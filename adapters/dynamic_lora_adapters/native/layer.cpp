@@ -460,7 +460,7 @@ bool prepared(const Layer& layer, const Step& step, const Batch& batch, Scratch&
 
 extern "C" {
 
-// Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
+// Whether calls from now on round inputs to bfloat16, where that pays.
 void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && pairs_pay(); }
 
 // Layers one after the other, for a step whose tokens all are among its items.

@@ -19,7 +19,8 @@ from platformdirs import user_cache_path
 logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
-_COMPILERS = ("c++", "g++", "clang++")
+# GCC first: its OpenMP runtime is the one that PyTorch's wheels bring.
+_COMPILERS = ("g++", "c++", "clang++")
 # Sums may be contracted to fused multiply-adds, but never reordered by the compiler, and NaN is to
 # be told from numbers: some compilers do otherwise unless told not to. That says something of
 # contractions too, so that these come behind it. Functions that begin at cache lines take as long
@@ -97,10 +98,19 @@ def _load(name: str) -> ctypes.CDLL:
         _compile(compiler, flags, _SOURCES / f"{name}.cpp", library)
     try:
         loaded = ctypes.CDLL(str(library))
-    except OSError as error:
-        raise NativeUnavailable(f"{library} cannot be loaded: {error}") from error
+    except OSError as error:  # cut short as a machine went down, or of one that has another libc
+        logger.warning("%s cannot be loaded and is made anew: %s", library, error)
+        _compile(compiler, flags, _SOURCES / f"{name}.cpp", library)
+        loaded = _load_made(library)
     _refuse_second_runtime()
     return loaded
+
+
+def _load_made(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailable(f"{library} cannot be loaded: {error}") from error
 
 
 def _flags() -> tuple[str, ...]:
@@ -180,6 +190,8 @@ def _compile(compiler: str, flags: tuple[str, ...], source: Path, library: Path)
             )
             if done.returncode:
                 raise NativeUnavailable(f"{compiler} failed on {source.name}: {done.stderr[:2000]}")
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # or a machine that goes down may leave a part of it
             made.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"{source.name} could not be compiled: {error}") from error

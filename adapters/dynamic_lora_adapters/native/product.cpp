@@ -211,10 +211,10 @@ int64_t dynamic_lora_panel_depth(int64_t format, int64_t k) {
   return panel_depth(static_cast<Format>(format), k);
 }
 
-// Whether calls from now on round inputs to bfloat16, where the processor multiplies that.
+// Whether calls from now on round inputs to bfloat16, where that pays.
 void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && pairs_pay(); }
 
-// Whether they can be rounded to it.
+// Whether they ever are.
 int64_t dynamic_lora_rounds_to_bfloat16() { return pairs_pay(); }
 
 // weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n

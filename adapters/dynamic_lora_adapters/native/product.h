@@ -58,8 +58,9 @@ inline int64_t panel_column(int64_t number, int64_t n, bool halves) {
   return halves ? number % 2 * (n / 2) + number / 2 * kWidth : number * kWidth;
 }
 
-// Whether the processor multiplies pairs of bfloat16 faster than floats. Intel's vector units begin such
-// an instruction every second cycle, and two fused multiply-adds in each: only the matrix unit gains.
+// Whether the processor multiplies pairs of bfloat16 faster than floats. Intel's vector units begin
+// such an instruction every second cycle, and two fused multiply-adds in each: there only the matrix
+// unit gains.
 inline bool pairs_pay() {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
   __builtin_cpu_init();
@@ -268,7 +269,7 @@ struct WholeBFloat16Inputs {
   }
 };
 
-// x [m, k] in bfloat16 too, where the processor multiplies that.
+// x [m, k] in bfloat16 too, where that pays.
 struct BFloat16Inputs {
   using Way = InRegisters;
   using Weight = BFloat16;

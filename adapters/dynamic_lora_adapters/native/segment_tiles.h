@@ -20,7 +20,7 @@ inline int64_t factor_bytes(int64_t format) {
 }
 
 // What the factors of a segment are kept in, and how they are multiplied: in sixteen bits they are
-// widened in registers or, those in bfloat16, multiplied in pairs (AVX-512-BF16) by inputs that are
+// widened in registers or, those in bfloat16, multiplied in pairs (where that pays) by inputs that are
 // rounded too, as is what they are shrunk to. Sums are float32.
 enum class Factors { kFloats, kBFloat16, kHalves, kPaired };
 

@@ -257,6 +257,17 @@ def test_a_library_is_compiled_once(no_cache: Path) -> None:
     assert made.stat().st_mtime_ns == stamp
 
 
+@needs_compiler
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("left", [b"", b"\x7fELF"], ids=["nothing", "a part"])
+def test_a_library_that_was_cut_short_is_made_anew(left: bytes) -> None:
+    made = library._library_path("peaks", library._compiler(), library._flags())
+    made.parent.mkdir()
+    made.write_bytes(left)
+    assert load_library("peaks").dynamic_lora_peaks
+    assert made.stat().st_size > len(left)
+
+
 @pytest.mark.usefixtures("no_cache")
 def test_that_there_is_no_compiler_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
