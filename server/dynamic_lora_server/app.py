@@ -17,6 +17,7 @@ from dynamic_lora_server.http import problems
 from dynamic_lora_server.http.access import Guard, Keys, describe_keys
 from dynamic_lora_server.http.access_log import REQUEST_ID, AccessLog
 from dynamic_lora_server.http.body_limit import BodyLimit
+from dynamic_lora_server.http.head import HeadAsGet
 from dynamic_lora_server.metrics import RequestCounter
 from dynamic_lora_server.routes import (
     adapters,
@@ -87,7 +88,7 @@ class _Application(FastAPI):
                 allow_headers=["*"],
                 expose_headers=["*"],
             )
-        return AccessLog(RequestCounter(stack, server.metrics, _ROUTES))
+        return AccessLog(RequestCounter(HeadAsGet(stack), server.metrics, _ROUTES))
 
 
 def create_app(

@@ -117,6 +117,7 @@ def _stream_details(finish: Finish) -> wire.StreamDetails:
         finish_reason=_FINISH[finish.reason],
         generated_tokens=finish.num_output_tokens,
         prompt_tokens=finish.num_prompt_tokens,
+        input_length=finish.num_prompt_tokens,
         cached_tokens=finish.num_cached_tokens,
         seed=finish.seed,
         mode=finish.mode,

@@ -9,7 +9,7 @@ expect.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import takewhile
@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_adapters.files.json_file import DuplicateKey, unique_keys
@@ -29,6 +30,7 @@ from dynamic_lora_server.http.fault_kinds import (
     BY_STATUS,
     INVALID_REQUEST,
     MALFORMED_JSON,
+    METHOD_NOT_ALLOWED,
     TABLE,
     UNSUPPORTED_MEDIA_TYPE,
     Kind,
@@ -111,10 +113,30 @@ def _refuse_duplicates(body: bytes) -> None:
 
 async def _handle(request: Request, error: Exception) -> Response:
     fault = fault_of(error, content_type=request.headers.get("content-type", ""))
+    if fault.kind is METHOD_NOT_ALLOWED:
+        fault = dataclasses.replace(fault, headers={"Allow": _allowed(request)})
     if fault.kind.status in _LOGGED:
         what = (request.method, request.url.path, error, request_id())
         _log.error("%s %s: %s (request %s)", *what)
     return answer(fault, path=request.url.path)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes that have the path; the framework names those of the first."""
+    methods: set[str] = set()
+    for route in _routes(request.app.routes):
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= set(getattr(route, "methods", None) or ())
+    if "GET" in methods:
+        methods.add("HEAD")
+    return ", ".join(sorted(methods))
+
+
+def _routes(routes: Iterable[BaseRoute]) -> Iterator[BaseRoute]:
+    """Those of included routers, too, which FastAPI keeps as a route each."""
+    for route in routes:
+        inner = getattr(route, "original_router", None)
+        yield from [route] if inner is None else _routes(inner.routes)
 
 
 def fault_of(error: Exception, *, content_type: str = "application/json") -> Fault:
@@ -272,7 +294,7 @@ def _validation_fault(faults: Sequence[Mapping[str, Any]], content_type: str) ->
     return Fault(
         kind=INVALID_REQUEST,
         detail=_describe(faults),
-        field=_path(first["loc"]),
+        field=_place(first),
         fix="GET /openapi.json has every field with the values it takes.",
     )
 
@@ -286,7 +308,7 @@ def _describe(faults: Sequence[Mapping[str, Any]]) -> str:
     """One clause per field; a field of several accepted forms names what each would need."""
     clauses: dict[str, list[str]] = {}
     for fault in faults[:_MAX_TOLD]:
-        reasons = clauses.setdefault(_path(fault["loc"]), [])
+        reasons = clauses.setdefault(_place(fault), [])
         reason = _reason(fault)
         if reason not in reasons:
             reasons.append(reason)
@@ -300,6 +322,16 @@ def _reason(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         return "is not a field of this request"
     return str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _place(fault: Mapping[str, Any]) -> str:
+    """The path of a field, whatever a field that is not known is called."""
+    location = fault["loc"]
+    if fault["type"] != "extra_forbidden":
+        return _path(location)
+    *path, name = location
+    inside = _path(path) if len(path) > 1 else ""
+    return f"{inside}.{name}" if inside and inside != path[0] else str(name)
 
 
 def _path(location: Sequence[str | int]) -> str:

@@ -69,12 +69,12 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        await _until_taken(send(start))  # an answer before it may not have been read yet
         async for chunk in self._events:
             await _until_taken(
                 send({"type": "http.response.body", "body": chunk, "more_body": True})
             )
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await _until_taken(send({"type": "http.response.body", "body": b"", "more_body": False}))
 
 
 async def _until_taken(sending: Awaitable[None]) -> None:

@@ -306,7 +306,7 @@ def _openai_sampling(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logit_bias=_biases(body.logit_bias),
         min_new_tokens=body.min_tokens or 0,
-        **_given(body.model_dump(exclude_none=True), _SAMPLING_FIELDS),
+        **body.model_dump(include={*_SAMPLING_FIELDS}, exclude_none=True),
     )
 
 

@@ -22,7 +22,7 @@ from dynamic_lora_server.schemas.adapters import (
     UnloadLoraAdapter,
 )
 
-_FIELDS = {"name": "lora_name", "source": "lora_path"}
+_FIELDS = {"name": "lora_name", "adapter": "lora_name", "source": "lora_path"}
 
 router = APIRouter(prefix="/v1", tags=["adapters"], route_class=StrictRoute)
 
@@ -59,7 +59,8 @@ async def unload_lora_adapter(
 ) -> PlainTextResponse:
     """Forget the name at once; requests that use the adapter finish with it."""
     name = asked.lora_name
-    await run_in_threadpool(runtime.saved.delete_adapter, name)
+    with _own_fields():
+        await run_in_threadpool(runtime.saved.delete_adapter, name)
     state.metrics.forget(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

@@ -71,7 +71,7 @@ class GenerateParameters(Wire):
     adapters: WeightedAdapters | None = Field(default=None, description="A sum, as a list.")
     merged_adapters: MergedAdapters | None = None
     max_new_tokens: int | None = Field(
-        default=None, ge=1, description="Default 100, or what the context has left."
+        default=None, ge=1, lt=2**31, description="Default 100, or what the context has left."
     )
     do_sample: bool | None = Field(
         default=None,
@@ -88,7 +88,10 @@ class GenerateParameters(Wire):
         default=None, description="What is added to the logits of tokens, by their ids."
     )
     min_new_tokens: int | None = Field(
-        default=None, ge=0, description="Before these neither the end nor a stop token comes."
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="Before these neither the end nor a stop token comes.",
     )
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     stop: StopStrings | None = Field(
@@ -111,7 +114,7 @@ class GenerateParameters(Wire):
         default=None, description="Put the prompt before the answer."
     )
     truncate: int | None = Field(
-        default=None, ge=1, description="Keep the prompt's last tokens only."
+        default=None, ge=1, lt=2**31, description="Keep the prompt's last tokens only."
     )
     grammar: TgiGrammar | None = Field(default=None, description="What the answer must be like.")
     response_format: ResponseFormat | None = Field(
@@ -213,6 +216,7 @@ class StreamDetails(Answer):
     finish_reason: FinishName
     generated_tokens: int
     prompt_tokens: int
+    input_length: int = Field(description="The same, as TGI's clients look for it.")
     cached_tokens: int
     seed: int | None
     mode: ServedMode

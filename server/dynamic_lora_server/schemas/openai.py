@@ -82,6 +82,7 @@ class SamplingFields(Wire):
     min_tokens: int | None = Field(
         default=None,
         ge=0,
+        lt=2**31,
         description="Before these neither the end nor a stop token comes. Not in OpenAI's API.",
     )
     seed: _Seed | None = Field(default=None, description="-1 is none.")
@@ -126,6 +127,7 @@ class CompletionRequest(SamplingRequest, UnservedCompletion):
     max_tokens: int | None = Field(
         default=None,
         ge=0,
+        lt=2**31,
         description="Default 16, or what the context has left. 0 needs `echo`.",
     )
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -226,9 +228,11 @@ class ChatRequest(SamplingRequest, TemplateRequest, UnservedChat):
     )
 
     messages: Messages
-    max_tokens: int | None = Field(default=None, ge=1, description="As `max_completion_tokens`.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, lt=2**31, description="As `max_completion_tokens`."
+    )
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="Default 1024, or what the context has left."
+        default=None, ge=1, lt=2**31, description="Default 1024, or what the context has left."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs `logprobs`.")

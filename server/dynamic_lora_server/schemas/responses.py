@@ -270,7 +270,7 @@ class ResponseRequest(SamplingFields, UnservedResponse):
         default=None, description="What the system says before all of `input`."
     )
     max_output_tokens: int | None = Field(
-        default=None, ge=1, description="Default 1024, or what the context has left."
+        default=None, ge=1, lt=2**31, description="Default 1024, or what the context has left."
     )
     text: TextConfig | None = None
     tools: (

@@ -11,7 +11,9 @@ from starlette.testclient import TestClient
 
 from dynamic_lora_adapters import errors as adapter_errors
 from dynamic_lora_server import errors
+from dynamic_lora_server.app import create_app
 from dynamic_lora_server.base import base_model
+from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.http import fault_kinds, problems
 from dynamic_lora_server.http.disconnect import ClientDisconnected
 from dynamic_lora_server.intake import sources
@@ -207,6 +209,18 @@ def test_the_frameworks_errors_are_problems_too(
     assert response.headers["content-type"] == problems.PROBLEM_MEDIA_TYPE
     assert document["type"] == f"/problems/{slug}"
     assert "secret" not in response.text
+
+
+def test_a_path_tells_all_methods_that_it_takes(tmp_path: Path) -> None:
+    client = TestClient(create_app(ServerConfig(home=tmp_path)))
+    for path, methods in (
+        ("/adapters", "GET, HEAD, POST"),
+        ("/adapters/x", "DELETE, GET, HEAD"),
+        ("/compositions/x", "DELETE, GET, HEAD, PUT"),
+        ("/generate", "POST"),
+    ):
+        answer = client.request("PATCH", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
 def test_every_problem_is_documented() -> None:

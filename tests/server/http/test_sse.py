@@ -81,29 +81,33 @@ async def test_a_client_that_goes_closes_the_generator_at_once() -> None:
     assert closed.is_set()
 
 
+@pytest.mark.parametrize("num_taken", [0, 3, 5])
 async def test_a_client_that_reads_no_more_closes_the_generator(
-    monkeypatch: pytest.MonkeyPatch,
+    num_taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether it takes nothing, some events, or all but the end."""
     monkeypatch.setattr(sse, "_STALLED_SECONDS", 0.05)
     closed = asyncio.Event()
 
-    async def endless() -> AsyncGenerator[bytes, None]:
+    async def four() -> AsyncGenerator[bytes, None]:
         try:
-            while True:
+            for _ in range(4):
                 yield b"1"
         finally:
             closed.set()
 
     class Stalled(Client):
         async def send(self, message: Message) -> None:
-            if len(self.sent) == 3:
+            if len(self.sent) == num_taken:
                 await asyncio.Event().wait()
             await super().send(message)
 
-    client = Stalled()
-    await asyncio.wait_for(EventStream(endless())({}, client.receive, client.send), 5)
-    assert closed.is_set()
-    assert len(client.sent) == 3
+    client, events = Stalled(), four()
+    await asyncio.wait_for(EventStream(events)({}, client.receive, client.send), 5)
+    with pytest.raises(StopAsyncIteration):
+        await anext(events)
+    assert closed.is_set() == (num_taken > 0), "what never began has nothing to close"
+    assert len(client.sent) == num_taken
 
 
 async def test_an_error_closes_the_generator_and_comes_out() -> None:

@@ -69,6 +69,8 @@ async def test_an_adapter_comes_and_goes_as_in_vllm(folders: Path) -> None:
         )
         assert (await client.post("/v1/completions", json=prompt)).status_code == 404
         again = await client.post(UNLOAD, json={"lora_name": "tone"})
+        assert (again.status_code, again.json()["error"]["param"]) == (404, "lora_name")
+        again = await client.post(UNLOAD, json={"lora_name": "tone"})
         assert again.status_code == 404
         assert "'tone'" in again.json()["error"]["message"]
 

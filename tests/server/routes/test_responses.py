@@ -133,6 +133,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "messages: is not a field of this request."),
     ({"response_format": {}}, "response_format", "is not a field of this request."),
     ({"n": 2}, "n", "n: is not a field of this request."),
+    ({"stop[]": ["a"]}, "stop[]", "stop[]: is not a field of this request."),
+    ({"str": 1}, "str", "str: is not a field of this request."),
+    ({"text": {"str": 1}}, "text.str", "text.str: is not a field of this request."),
+    ({"max_output_tokens": int("9" * 4300)}, "max_output_tokens", "less than 2147483648"),
     ({"input": "a\ud83d"}, "input", "which is half of a character."),
 ]
 
