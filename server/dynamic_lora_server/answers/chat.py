@@ -39,6 +39,7 @@ class ChatAnswer:
         self._usage = usage
         self._count = UsageCount()
         self._offer = offer
+        self._told: set[int] = set()  # choices with tools that have words or calls
 
     def whole(self, continuations: Sequence[WholeAnswer]) -> wire.ChatCompletion:
         """The answer that is sent at once."""
@@ -97,12 +98,17 @@ class ChatAnswer:
     def _with_calls(self, current: TokenPiece | Finish, reader: Reader) -> Iterator[bytes]:
         """Chunks of one delta each; clients add up the deltas of a call one by one."""
         if isinstance(current, Finish):
-            for part in [*reader.push(current.tail), *reader.finish()]:
-                yield self._chunk(current.index, delta_of(part))
+            rest = [delta_of(part) for part in [*reader.push(current.tail), *reader.finish()]]
+            if not rest and current.index not in self._told:
+                rest = [wire.ChatDelta(content="")]  # as the whole answer has it
+            for delta in rest:
+                yield self._chunk(current.index, delta)
             end = finish_name(current.reason, called=reader.called)
             yield self._chunk(current.index, wire.ChatDelta(), finish=end)
             return
         deltas = [delta_of(part) for part in reader.push(current.text)]
+        if deltas:
+            self._told.add(current.index)
         if self._with_logprobs and not deltas:
             deltas = [wire.ChatDelta()]
         for number, delta in enumerate(deltas):

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dynamic_lora_adapters.files.json_file import DuplicateKey, unique_keys
 from dynamic_lora_server.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -79,12 +78,19 @@ def _calls_by_id(message: "Message", place: str) -> dict[str, dict[str, Any]]:
 
 
 def arguments_of(text: str, field: str) -> dict[str, Any]:
-    """The arguments of a call, which are an object. Raises InvalidParameter, naming the field."""
+    """The arguments of a call, which are an object. Raises InvalidParameter, naming the field.
+
+    A model wrote them, and they are read as clients read them: of a key that comes twice the last
+    value counts. Halves of surrogate pairs, which no text can hold, become question marks.
+    """
     if not text.strip():
         return {}  # so do some models call a function without parameters
     try:
-        found = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError, DuplicateKey) as error:
+        found = json.loads(text)
+        if "\\u" in text:
+            whole = json.dumps(found, ensure_ascii=False).encode("utf-8", "replace")
+            found = json.loads(whole)
+    except (ValueError, RecursionError) as error:
         raise InvalidParameter(f"{field} is no JSON: {error}.", field=field) from error
     if not isinstance(found, dict):
         raise InvalidParameter(f"{field} is no JSON object.", field=field)

@@ -75,6 +75,7 @@ async def test_tgi_stream_ends_with_the_whole_text_on_its_last_token() -> None:
     assert [event["generated_text"] for event in events] == [None, "hi"]
     assert events[0]["details"] is None
     assert events[1]["details"]["finish_reason"] == "stop_sequence"
+    assert events[1]["details"]["input_length"] == events[1]["details"]["prompt_tokens"] == 3
 
 
 async def test_tgi_stream_shows_text_that_a_special_token_lets_go() -> None:
@@ -357,7 +358,7 @@ async def test_calls_in_a_chat(
     assert [(one.function.name, one.function.arguments) for one in found] == calls
     snapshot = await streamed(answer, *pieces, end)
     assert message_of(snapshot.choices[0]) == message_of(choice)
-    assert snapshot.choices[0].message.content == (content or None)
+    assert snapshot.choices[0].message.content == content
     assert snapshot.usage == whole.usage
     if logprobs and text:
         assert len(snapshot.choices[0].logprobs.content) == len(pieces)

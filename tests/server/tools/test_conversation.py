@@ -26,6 +26,22 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": CALL["id"], "content": "rain"}
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('{"a": 1, "a": 2}', '{"a": 2}'),
+        (r'{"a": "\ud83d", "b": "\ud83d\ude00"}', '{"a": "?", "b": "😀"}'),
+    ],
+)
+def test_what_a_model_wrote_oddly_can_be_sent_back(written: str, read: str) -> None:
+    odd, plain = (
+        prompt(HERMES, [USER, {**CALLED, "tool_calls": [call("weather", text)]}, RESULT])
+        for text in (written, read)
+    )
+    assert odd == plain
+    assert f'"arguments": {read}}}' in odd
+
+
 def prompt(template: str | None, messages: list[Any], **more: Any) -> str:
     tokenizer = tiny_tokenizer() if template is None else tokenizer_for(template)
     body = ChatRequest.model_validate({"model": "m", "messages": messages} | more)
@@ -145,7 +161,6 @@ def calls(*arguments: str, call_id: str = "a") -> dict[str, Any]:
         ([USER, calls("{")], "messages.1.tool_calls.0.function.arguments"),
         ([USER, calls("{}", "[1]")], "messages.1.tool_calls.1.id"),
         ([USER, calls("[1]")], "messages.1.tool_calls.0.function.arguments"),
-        ([USER, calls('{"a": 1, "a": 2}')], "messages.1.tool_calls.0.function.arguments"),
         ([USER, calls("[" * 10**5)], "messages.1.tool_calls.0.function.arguments"),
         ([USER, RESULT], "messages.1.tool_call_id"),
         ([USER, CALLED, {**RESULT, "tool_call_id": "b"}], "messages.2.tool_call_id"),
