@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import psutil
+
 from benchmarks.bar import OURS
 from benchmarks.cells import Cell, LimitCell
 from benchmarks.errors import BenchmarkError, InvalidWorkload, PeerUnavailable
@@ -18,6 +20,9 @@ from benchmarks.workload import PromptMaker, Workload
 
 # After the first round a peer has seen the shapes of the workload, and is warm.
 _LATER_WARM_UP = 8
+# Bytes that are free before a peer starts. vLLM alone takes so many, and all peers stay in memory:
+# where it runs out, the system ends one of them, or rereads what it has dropped beside each cell.
+_ROOM = 5 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +104,8 @@ class Rounds:
                 name = choice.peer.name
                 self.say(f"{name}: starting")
                 try:
+                    if sessions:
+                        _check_room()
                     sessions[name] = stack.enter_context(choice.peer.session(self.setup))
                 except PeerUnavailable as reason:
                     self.report.left_out[name] = str(reason)
@@ -225,3 +232,11 @@ def outcome(cell: Cell) -> str:
 
 def _same(cell: Cell, number: int, name: str, workload: Workload) -> bool:
     return (cell.round, cell.peer, cell.workload) == (number, name, workload)
+
+
+def _check_room() -> None:
+    if (free := psutil.virtual_memory().available) < _ROOM:
+        raise PeerUnavailable(
+            f"beside the peers before it {free >> 20} MiB of memory are free, of {_ROOM >> 20} "
+            "that it is to have; name fewer with --peers"
+        )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,6 +21,12 @@ from benchmarks.rounds import Choice, Rounds
 from benchmarks.serve import parser, workloads
 from benchmarks.stats import Summary, Timing, summarise
 from benchmarks.workload import Popularity, PromptMaker, Workload
+
+
+@pytest.fixture(autouse=True)
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs on this machine."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
 
 
 class _OneWord:
@@ -211,6 +218,16 @@ def test_a_cell_that_fails_does_not_end_the_run() -> None:
     assert [cell.error for cell in run.report.cells] == ["too many clients", None]
     assert run.report.versions == {"a": "1.0"}
     assert any("failed: too many clients" in text for text in run.said)
+
+
+def test_a_peer_that_memory_is_too_short_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system would end one of them, as a rule the one that measures."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**32))
+    run = _Run(_report())
+    _run([_workload()], [Choice(peer=_Peer(name, run.log)) for name in ("a", "b")], run)
+    assert run.log == ["a base 1 None"]
+    assert list(run.report.left_out) == ["b"]
+    assert "4096 MiB of memory are free, of 5120" in run.report.left_out["b"]
 
 
 def test_a_peer_that_cannot_start_is_left_out() -> None:
