@@ -19,6 +19,7 @@ and leaves it by one rename back to `staging/`. So whatever a crash interrupts,
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -37,6 +38,7 @@ if sys.platform != "win32":
 
 # A disk that takes no more, by its own size, a quota's or ulimit's, or because it is read-only.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DRAFT = re.compile(r"[0-9a-f]{32}")  # names in the staging folder
 KEPT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CHAT_FILE})
 
 
@@ -55,7 +57,8 @@ class BlobStore:
             for folder in (self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _take_home(home)
-        self._doomed = list(self._staging.iterdir())
+        # What a process that was killed has left. All else is somebody's whose --home was a mistake.
+        self._doomed = [one for one in self._staging.iterdir() if _DRAFT.fullmatch(one.name)]
         self.sweep()
 
     def close(self) -> None:

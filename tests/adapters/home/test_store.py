@@ -154,12 +154,15 @@ def test_files_are_flushed_before_the_rename(
 
 
 def test_what_a_crash_left_in_staging_is_swept(store: BlobStore, home: Path) -> None:
-    left = home / "staging" / "left"
-    left.mkdir()
-    fill(left)
+    """What somebody else put there is not."""
+    left, theirs = home / "staging" / f"{7:032x}", home / "staging" / "release"
+    for folder in (left, theirs):
+        folder.mkdir()
+        fill(folder)
     store.close()
     BlobStore(home).close()
-    assert staged(home) == []
+    assert staged(home) == [theirs]
+    assert list(theirs.iterdir())
 
 
 def test_a_removal_cut_short_is_finished_at_the_next_start(store: BlobStore, home: Path) -> None:
