@@ -130,7 +130,7 @@ def create_app(
     keys = Keys.of(config.api_keys, config.admin_keys)
     # The last that is added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(Guard, keys=keys)
+    app.add_middleware(Guard, keys=keys, origins=config.allowed_origins)
     problems.install(app)
     app.openapi = partial(_openapi, app, app.openapi, keys)  # type: ignore[method-assign]
     return app

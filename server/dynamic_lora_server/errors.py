@@ -46,6 +46,10 @@ class Forbidden(ServerError):
     """The key is one of the server's, but not one that may change adapters."""
 
 
+class CrossOrigin(Forbidden):
+    """A browser sent it for a page of an origin that is not allowed to."""
+
+
 class QueueFull(ServerError):
     """The waiting queue is full; `retry_after` is the advised pause in seconds."""
 

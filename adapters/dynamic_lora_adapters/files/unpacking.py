@@ -1,6 +1,7 @@
 """Reading the members of archives: .zip, .tar and .tar.gz, within bounds."""
 
 import gzip
+import os
 import stat
 import struct
 import tarfile
@@ -116,8 +117,14 @@ class _ShortReads:
     """
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
+        self.tell, self.seekable = stream.tell, stream.seekable
         self._stream = stream
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Seek as a file does; raises `BadZipFile` for a place before its beginning."""
+        if whence == os.SEEK_SET and offset < 0:
+            raise zipfile.BadZipFile("a member lies before the archive's beginning")
+        return self._stream.seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
         """Read as a file does; raises for longer pieces."""

@@ -1,5 +1,6 @@
 """The database of an index: how it is reached, and what its failures are called."""
 
+import logging
 from typing import Any
 
 from sqlalchemy import Engine, event
@@ -14,6 +15,8 @@ from sqlalchemy.exc import (
 from sqlmodel import create_engine
 
 from dynamic_lora_adapters.errors import StoreFailed
+
+logger = logging.getLogger(__name__)
 
 
 def open_database(url: str) -> Engine:
@@ -61,8 +64,11 @@ def _say_what_failed(context: ExceptionContext) -> StoreFailed | None:
         return None
     if isinstance(error, (IntegrityError, ProgrammingError)):
         return None
+    # A server's driver tells its address and user, which are no client's business.
+    reason = f": {context.original_exception}" if context.dialect.name == "sqlite" else ""
+    logger.error("The index of adapters failed: %s", context.original_exception)
     return StoreFailed(
-        f"The index of adapters failed: {context.original_exception}.",
+        f"The index of adapters failed{reason}.",
         field="database_url",
         fix="Free space under the server's home, or see to its database.",
     )

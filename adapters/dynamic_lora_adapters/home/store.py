@@ -57,7 +57,7 @@ class BlobStore:
             for folder in (self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _take_home(home)
-        # What a process that was killed has left. All else is somebody's whose --home was a mistake.
+        # What a process that was killed has left. All else is somebody else's.
         self._doomed = [one for one in self._staging.iterdir() if _DRAFT.fullmatch(one.name)]
         self.sweep()
 

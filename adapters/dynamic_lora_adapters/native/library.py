@@ -186,7 +186,12 @@ def _compile(compiler: str, flags: tuple[str, ...], source: Path, library: Path)
                 command.append(_CPP_RUNTIME)
             logger.info("Compiling %s", source.name)
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+                command,
+                env={**os.environ, "TMPDIR": folder},  # /tmp may be read-only
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
+                check=False,
             )
             if done.returncode:
                 raise NativeUnavailable(f"{compiler} failed on {source.name}: {done.stderr[:2000]}")

@@ -231,6 +231,9 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 
 def _publish(folder: Path, target: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut may leave a folder of files cut short
     try:
         folder.rename(target)
     except OSError:

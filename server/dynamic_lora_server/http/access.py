@@ -3,15 +3,16 @@
 Clients send a key as OAuth's bearer tokens go (RFC 6750): `Authorization: Bearer KEY`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dynamic_lora_server.errors import Forbidden, Unauthorized
+from dynamic_lora_server.errors import CrossOrigin, Forbidden, Unauthorized
 from dynamic_lora_server.http.problems import PROBLEM_MEDIA_TYPE, answer, fault_of
 
 # What probes ask, and what a browser shows before anybody has given it a key.
@@ -23,6 +24,7 @@ _ADMINISTERED = (
     *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
 )
 _READS = frozenset({"GET", "HEAD"})
+_OWN_SITE = ("same-origin", "none")  # none: whoever uses the browser
 _SCHEME = "key"  # its name in the OpenAPI document
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})  # as OpenAPI has them
 
@@ -69,23 +71,44 @@ class Keys:
 
 
 class Guard:
-    """ASGI middleware: 401 and 403 for requests without the key that their route wants."""
+    """ASGI middleware: 401 and 403 for requests without the key that their route wants.
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    And 403 for what a browser sends without a key for a page of another origin than `origins`: that
+    could not read the answer, but a form may change adapters.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, origins: Collection[str] = ()) -> None:
         self._app = app
         self._keys = keys
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application."""
         if scope["type"] == "http":
-            authorization = Headers(scope=scope).get("authorization")
+            headers = Headers(scope=scope)
             try:
-                self._keys.check(scope["method"], scope["path"], authorization)
+                self._keys.check(scope["method"], scope["path"], headers.get("authorization"))
+                self._check_origin(scope["method"], headers)
             except (Unauthorized, Forbidden) as error:
                 refusal = answer(fault_of(error), path=scope["path"])
                 await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if method in _READS or origin is None or "authorization" in headers:
+            return
+        if "*" in self._origins or origin in self._origins:
+            return
+        # Browsers that tell it know better: a proxy may have changed the host.
+        site = headers.get("sec-fetch-site")
+        own = urlsplit(origin).netloc == headers.get("host") if site is None else site in _OWN_SITE
+        if not own:
+            raise CrossOrigin(
+                f"A page of the origin {origin} may not send this.",
+                fix="Start the server with --allowed-origin to let it.",
+            )
 
 
 def describe_keys(schema: dict[str, Any], keys: Keys) -> None:

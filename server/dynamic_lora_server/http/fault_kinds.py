@@ -52,6 +52,7 @@ TABLE: Mapping[type[Exception], Kind] = {
     errors.QueueFull: Kind("queue-full", "Too many requests wait", 429, "rate_limit_exceeded"),
     errors.Unauthorized: Kind("unauthorized", "No valid key", 401, "invalid_api_key"),
     errors.Forbidden: Kind("forbidden", "Not with this key", 403),
+    errors.CrossOrigin: Kind("cross-origin", "Not from this page", 403),
     errors.NotReady: Kind("not-ready", "Not ready", 503),
     errors.EngineFailed: Kind("engine-failed", "The engine failed", 500),
     errors.GrammarFailed: Kind("grammar-failed", "The grammar leads nowhere", 422),

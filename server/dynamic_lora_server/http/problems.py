@@ -244,6 +244,8 @@ def _headers(error: Exception) -> dict[str, str]:
             return {"Retry-After": str(seconds)}
         case errors.Unauthorized():
             return {"WWW-Authenticate": 'Bearer error="invalid_token"' if error.given else "Bearer"}
+        case errors.CrossOrigin():
+            return {}
         case errors.Forbidden():
             return {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
     return {}

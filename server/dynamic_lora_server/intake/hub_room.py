@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
@@ -35,7 +36,10 @@ def make_room(
     num_names = Counter(passport.version for passport in fetched)
     total = sum({passport.version: passport.bytes for passport in fetched}.values())
     gone: list[str] = []
-    for passport in _by_use([one for one in fetched if one != newest], registry, saved):
+    idle = _by_use([one for one in fetched if one != newest], registry, saved)
+    if total - _freed(idle, num_names) > max_bytes:
+        idle = []  # none is to go in vain
+    for passport in idle:
         if total <= max_bytes:
             break
         if _delete(passport, saved):
@@ -52,6 +56,13 @@ def make_room(
         field="adapter",
         fix="Try again later, or start the server with a larger --max-hub-bytes.",
     )
+
+
+def _freed(idle: list[Passport], num_names: Mapping[str, int]) -> int:
+    """Bytes of the contents that nobody names any more once these have gone."""
+    going = Counter(passport.version for passport in idle)
+    sizes = {passport.version: passport.bytes for passport in idle}
+    return sum(sizes[version] for version, count in going.items() if count == num_names[version])
 
 
 def _fetched(registry: AdapterRegistry) -> list[Passport]:

@@ -272,6 +272,18 @@ def test_a_zip_of_endless_entries_is_not_read_whole(tmp_path: Path) -> None:
         take(tmp_path, "a.zip", entries)
 
 
+def test_a_zip_whose_members_lie_before_its_beginning_is_broken(tmp_path: Path) -> None:
+    """In a file; other streams say by themselves what they cannot do."""
+    data = bytearray(pack_zip(FILES))
+    place = len(data) - 22 + 16  # where the end record has the directory's offset
+    data[place : place + 4] = (int.from_bytes(data[place : place + 4], "little") + 9).to_bytes(
+        4, "little"
+    )
+    (tmp_path / "a.zip").write_bytes(data)
+    with (tmp_path / "a.zip").open("rb") as stream, pytest.raises(InvalidAdapter, match="broken"):
+        Intake(tmp_path).add("a.zip", stream)
+
+
 def test_a_zip_that_lies_about_sizes_gains_nothing(tmp_path: Path) -> None:
     data = bytearray(pack_zip({WEIGHTS: bytes(1_000_000)}))
     directory = data.index(b"PK\x01\x02")

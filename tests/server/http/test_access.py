@@ -170,3 +170,37 @@ def test_a_page_of_another_origin_may_not(home: Path, origins: tuple[str, ...]) 
     server = Server(home, allowed_origins=origins)
     answer = server.client.get("/health", headers={"origin": "https://elsewhere.org"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+def _upload(server: Server, **headers: str) -> int:
+    """As a form of a page does it: no browser asks first whether it may."""
+    form = {"data": {"name": "x"}, "files": {"files": ("adapter_config.json", b"{}")}}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return server.client.post("/adapters", headers=named, **form).status_code
+
+
+def test_a_page_of_another_origin_changes_nothing(home: Path) -> None:
+    server = Server(home, allowed_origins=(PAGE,))
+    passes = _upload(server)
+    assert passes not in (401, 403)
+    for origin in ("https://elsewhere.org", "null", "http://testserver.elsewhere.org"):
+        assert _upload(server, origin=origin) == 403
+    assert _upload(server, origin=PAGE) == passes
+    assert _upload(server, origin="http://testserver") == passes
+    assert _upload(server, origin="https://proxy", sec_fetch_site="same-origin") == passes
+    assert _upload(server, origin="http://testserver", sec_fetch_site="cross-site") == 403
+    refused = server.client.post("/generate", json={}, headers={"origin": "null"})
+    assert refused.json()["type"] == "/problems/cross-origin"
+    assert "www-authenticate" not in refused.headers
+    assert server.client.get("/health", headers={"origin": "null"}).status_code == 200
+
+
+def test_a_page_with_a_key_needs_no_other_leave(home: Path) -> None:
+    """Somebody gave it the key, and it had to ask first whether it may send one."""
+    server = Server(home, api_keys=(CLIENT,))
+    assert _upload(server, origin=PAGE, **_bearer(CLIENT)) not in (401, 403)
+
+
+def test_with_all_origins_allowed_all_pages_may(home: Path) -> None:
+    server = Server(home, allowed_origins=("*",))
+    assert _upload(server, origin=PAGE) == _upload(server)
