@@ -2,9 +2,9 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import progress as bars
@@ -50,7 +50,7 @@ def train(
         run_training,
     )
 
-    console = Console(stderr=True)
+    console = Console(file=cast("IO[str]", _Dispensable(Console(stderr=True).file)))
     try:
         recipe = load_config(config)
         path = resolve_base(base or recipe.base, console=console).path
@@ -73,6 +73,28 @@ def train(
         f"{summary.output}: trained on {summary.num_answers} answers{left_out}; "
         f"loss of the last steps {summary.final_loss:.4f}{dev}"
     )
+
+
+class _Dispensable:
+    """A text stream that passes over what it cannot write: a disk is full, a reader has gone.
+
+    A run of hours must not end for a line about it.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The folder that a run leaves: looked at before training, then written whole or not at all."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dynamic_lora_server.training.artifacts import FILES
@@ -33,10 +34,33 @@ def write_output(output: Path, files: Mapping[str, bytes]) -> None:
     training are not thrown away for a full disk. Raises TrainingError, which names that folder.
     """
     try:
-        _replace(output, files)
+        replace_output(output, files)
     except OSError as error:
         reason = f"the output {output} cannot be written: {error}"
         raise TrainingError(f"{reason}; {_rescue(output, files)}") from error
+
+
+def replace_output(output: Path, files: Mapping[str, bytes]) -> None:
+    """As `write_output`, but what cannot be written is written nowhere: raises OSError."""
+    _check_replaceable(output)
+    with _beside(output) as work:
+        made, old = work / "made", work / "old"
+        _write(made, files)
+        if output.exists():
+            output.rename(old)
+        try:
+            made.rename(output)
+        except BaseException:
+            if old.exists():
+                old.rename(output)
+            raise
+
+
+def remove_output(output: Path) -> None:
+    """Take away what a run wrote; where that cannot be, or other things lie there, leave it."""
+    with suppress(OSError):
+        _check_replaceable(output)
+        shutil.rmtree(output)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -52,21 +76,6 @@ def _check_replaceable(folder: Path) -> None:
     others = (path for path in folder.iterdir() if path.name not in FILES or not path.is_file())
     if other := min(others, default=None):
         raise FileExistsError(f"it holds {other.name}, which is no file of a training run")
-
-
-def _replace(output: Path, files: Mapping[str, bytes]) -> None:
-    _check_replaceable(output)
-    with _beside(output) as work:
-        made, old = work / "made", work / "old"
-        _write(made, files)
-        if output.exists():
-            output.rename(old)
-        try:
-            made.rename(output)
-        except BaseException:
-            if old.exists():
-                old.rename(output)
-            raise
 
 
 def _rescue(output: Path, files: Mapping[str, bytes]) -> str:

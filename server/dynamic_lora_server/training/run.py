@@ -1,7 +1,7 @@
 """One whole training run: recipe in, adapter folder out."""
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,16 @@ from dynamic_lora_server.training.base import (
 from dynamic_lora_server.training.chat import build_chat_template
 from dynamic_lora_server.training.config import TrainingConfig
 from dynamic_lora_server.training.errors import TrainingError, TrainingInterrupted
-from dynamic_lora_server.training.output import check_output, write_output
+from dynamic_lora_server.training.output import (
+    check_output,
+    remove_output,
+    replace_output,
+    write_output,
+)
 from dynamic_lora_server.training.rows import TrainingRows, load_rows
 from dynamic_lora_server.training.trainer import Progress, attach_lora, train_adapter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +58,8 @@ def run_training(
 
     Every `save_every` steps (0: never), and when a KeyboardInterrupt ends the run, the adapter
     as it is then goes to a folder beside `output`, its name ending in `-partial`; a run that is
-    finished takes away what it kept there. `device` is as of `training_device`. Raises a
-    `TrainingError`.
+    finished takes away what it kept there. A copy on the way that cannot be written is left out
+    with a warning. `device` is as of `training_device`. Raises a `TrainingError`.
     """
     where = training_device(device)
     output = check_output(output)
@@ -65,28 +72,36 @@ def run_training(
     with _enough_memory():
         adapted = attach_lora(load_model(base, where), config.lora)
 
-        def save(folder: Path) -> None:
-            write_output(folder, adapter_files(adapted, config, template))
+        def files() -> dict[str, bytes]:
+            return adapter_files(adapted, config, template)
 
         steps: list[Progress] = []
-        with _interruptible(steps, partial, save):
+        with _interruptible(steps, partial, files):
 
             def record(progress: Progress) -> None:
                 steps.append(progress)
                 on_step(progress)
                 if save_every and progress.step % save_every == 0:
-                    save(partial)
+                    _keep(partial, files())
 
             train_adapter(adapted, rows, config, record)
-    save(output)
+            write_output(output, files())
     if save_every and len(steps) >= save_every:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_output(partial)
     return _summary(output, steps, rows)
+
+
+def _keep(partial: Path, files: Mapping[str, bytes]) -> None:
+    """Write a copy for the case that the machine fails; a run need not end for want of one."""
+    try:
+        replace_output(partial, files)
+    except OSError as error:
+        logger.warning("%s cannot be written, training goes on without: %s", partial, error)
 
 
 @contextmanager
 def _interruptible(
-    steps: Sequence[Progress], partial: Path, save: Callable[[Path], None]
+    steps: Sequence[Progress], partial: Path, files: Callable[[], Mapping[str, bytes]]
 ) -> Iterator[None]:
     """Save what there is to `partial` where somebody ends the run after its first step."""
     try:
@@ -94,7 +109,7 @@ def _interruptible(
     except KeyboardInterrupt as interrupt:
         if not steps:
             raise
-        save(partial)
+        write_output(partial, files())
         raise TrainingInterrupted(
             f"interrupted after step {steps[-1].step} of {steps[-1].num_steps}; "
             f"the adapter as it is now is in {partial}"

@@ -1,6 +1,9 @@
 """The `train` command on a tiny base."""
 
+import errno
+import io
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,38 @@ def test_an_interrupted_run_says_where_its_adapter_is(
     assert result.exit_code == 130
     assert f"the adapter as it is now is in {output}-partial" in result.stderr
     assert (workplace / "made-partial" / "task.json").is_file()
+
+
+class Lost(io.StringIO):
+    """A stream that takes nothing about the steps of a run."""
+
+    def __init__(self, number: int, terminal: bool) -> None:
+        super().__init__()
+        self._number = number
+        self._terminal = terminal
+        self.num_lost = 0
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, text: str) -> int:
+        if "step 1/" in text or "Training" in text:
+            self.num_lost += 1
+            raise OSError(self._number, os.strerror(self._number))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_progress_that_cannot_be_written_ends_no_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, number: int, terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Lost(number, terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    train(workplace / "recipe.yaml", data=workplace, output=workplace / "made", device="cpu")
+    assert stream.num_lost > 0
+    assert (workplace / "made" / "task.json").is_file()
 
 
 def test_the_loss_of_the_dev_split_is_printed(workplace: Path) -> None:

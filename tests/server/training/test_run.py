@@ -1,6 +1,8 @@
 """A whole run on a tiny base: the loss falls, and what is saved is what was trained."""
 
 import json
+import tempfile
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,10 @@ from dynamic_lora_server.training import (
     TrainingConfig,
     TrainingConfigError,
     TrainingError,
+    TrainingInterrupted,
     TrainingSummary,
     run_training,
 )
-from dynamic_lora_server.training.artifacts import adapter_files
-from dynamic_lora_server.training.config import OptimizerSettings
-from dynamic_lora_server.training.output import write_output
-from dynamic_lora_server.training.trainer import attach_lora, lr_factor
 from tests.server.training.test_config import recipe
 from tests.support.models import save_tiny_base, tiny_llama
 
@@ -123,24 +122,6 @@ def test_the_files_of_an_adapter(data: Path) -> None:
     assert card["metrics"] == {}
 
 
-def test_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
-    settings = config()
-    trained = attach_lora(tiny_llama(), settings.lora)
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    write_output(tmp_path / "out", adapter_files(trained, settings, None))
-    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
-    ids = torch.tensor([[5, 9, 40, 77]])
-    with torch.no_grad():
-        expected, found = trained(ids).logits, loaded(ids).logits
-        plain = tiny_llama()(ids).logits
-    # fp16 keeps about three digits of each factor.
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
-    assert (expected - plain).abs().max() > 0.5
-
-
 def test_a_seed_fixes_the_adapter(data: Path) -> None:
     for output, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(data, output, epochs=1, seed=seed)
@@ -219,6 +200,62 @@ def test_what_is_kept_on_the_way_survives_a_crash_and_goes_with_the_end(data: Pa
     assert not (data / "out-partial").exists()
 
 
+@pytest.mark.parametrize("save_every", [0, 5])
+def test_an_interrupt_while_the_finished_adapter_is_written_keeps_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
+    rename = Path.rename
+
+    def interrupt(self: Path, target: Path) -> Path:
+        if target.name == "out":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(TrainingInterrupted, match="after step 30 of 30; .* in .*/out-partial"):
+        run(data, save_every=save_every)
+    assert not (data / "out").exists()
+    PeftModel.from_pretrained(tiny_llama(), str(data / "out-partial"))
+
+
+def test_a_copy_on_the_way_that_cannot_be_written_is_left_out(
+    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rename, seen = Path.rename, list[str]()
+
+    def refuse_second(self: Path, target: Path) -> Path:
+        seen.append(target.name)
+        if seen.count("out-partial") == 2 and target.name == "out-partial":
+            raise OSError(ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_second)
+    monkeypatch.setattr(tempfile, "tempdir", str(data))
+    run(data, epochs=3, save_every=5)
+    (said,) = caplog.messages
+    assert said.startswith(f"{data / 'out-partial'} cannot be written, training goes on without")
+    assert "No space left on device" in said
+    assert (data / "out" / "task.json").is_file()
+    assert sorted(path.name for path in data.iterdir()) == ["base", "out", "train.jsonl"]
+
+
+def test_what_others_put_beside_a_kept_adapter_stays(data: Path) -> None:
+    def on_step(progress: Progress) -> None:
+        if progress.step == 6:
+            (data / "out-partial" / "notes.txt").touch()
+
+    run_training(
+        config(epochs=2),
+        base=data / "base",
+        data=data,
+        output=data / "out",
+        on_step=on_step,
+        save_every=5,
+    )
+    assert (data / "out" / "task.json").is_file()
+    assert (data / "out-partial" / "notes.txt").is_file()
+
+
 def test_a_gpu_that_is_too_small_is_said(data: Path) -> None:
     error = torch.OutOfMemoryError("tried to allocate 2 GiB")
     run_until(data, 1, error)
@@ -285,17 +322,3 @@ def test_shared_prompts_are_rows_of_at_most_max_length(data: Path) -> None:
     summary, steps = run(data, epochs=1, share_prompts=True, batch_size=1, max_length=64)
     assert summary.num_answers == 20
     assert 1 < len(steps) < 10
-
-
-@pytest.mark.parametrize(
-    ("schedule", "middle", "end"),
-    [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)],
-)
-def test_schedules(schedule: Any, middle: float, end: float) -> None:
-    settings = OptimizerSettings(schedule=schedule, warmup_ratio=0.1)
-    factors = [lr_factor(step, 100, settings) for step in range(101)]
-    assert factors[:10] == sorted(factors[:10])
-    assert 0 < factors[0] < 0.2
-    assert factors[10] == 1.0
-    assert factors[55] == pytest.approx(middle)
-    assert factors[100] == pytest.approx(end)
