@@ -128,7 +128,7 @@ class TrainingConfig(_Strict):
     batch_size: int = Field(default=16, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=1, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)  # what torch takes
     max_length: int = Field(default=512, ge=2)
     share_prompts: bool = False
     output: str
@@ -159,7 +159,7 @@ def load_config(path: Path) -> TrainingConfig:
     """Read and check a recipe; raises `TrainingConfigError` naming each field at fault."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: 2024-02-30, no UTF-8
         raise TrainingConfigError(f"cannot read the recipe {path}: {error}") from error
     try:
         return TrainingConfig.model_validate(loaded)

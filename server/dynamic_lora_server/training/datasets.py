@@ -115,7 +115,17 @@ def _parse_pair(line: str, number: int) -> Example:
         raise DatasetError(f"line {number} must hold exactly the keys `input` and `output`")
     if not all(isinstance(value, str) for value in pair.values()):
         raise DatasetError(f"line {number}: `input` and `output` must be strings")
+    if not all(_is_unicode(value) for value in pair.values()):
+        raise DatasetError(f"line {number} holds half a surrogate pair, which is no character")
     return Example(input=pair["input"], outputs=(pair["output"],))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_conll(lines: Iterator[str]) -> list[Example]:
@@ -143,8 +153,8 @@ def _sentences(lines: Iterator[str]) -> Iterator[tuple[list[str], list[str]]]:
     tags: list[str] = []
     for number, line in enumerate(lines, start=1):
         token, tab, tag = line.rstrip("\r\n").partition("\t")
-        if token.strip():
-            if not tab or not tag:
+        if line.strip():
+            if not token or not tab or not tag:
                 raise DatasetError(f"line {number} is not `token<TAB>tag`")
             tokens.append(token)
             tags.append(tag.strip())
@@ -191,6 +201,8 @@ def _read_e2e(lines: Iterator[str]) -> dict[str, list[str]]:
         raise DatasetError("the header is not `mr,ref`")
     try:
         for row in rows:
+            if None in row:  # where the reader puts what is beyond the header's fields
+                raise csv.Error("too many fields")
             meanings.setdefault(row["mr"], []).append(" ".join(row["ref"].split()))
     except (csv.Error, AttributeError) as error:
         raise DatasetError(f"line {rows.line_num} is not `mr,ref`") from error

@@ -57,6 +57,8 @@ def test_defaults_and_rendering(tmp_path: Path) -> None:
             {"card": {**recipe()["card"], "parameters": {"max_tokens": 8}}},
             "card.parameters.max_tok",
         ),
+        ({"seed": 2**64}, "seed: Input should be less than 18446744073709551616"),
+        ({"seed": -(2**63) - 1}, "seed: Input should be greater than or equal to -9223372036854"),
         ({"epoch": 2}, "epoch: is not a key of a recipe"),
     ],
 )
@@ -71,6 +73,9 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(TrainingConfigError, match="cannot read the recipe .*broken.yaml"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "date.yaml").write_text("card: {dataset: 2024-02-30}", encoding="utf-8")
+    with pytest.raises(TrainingConfigError, match=r"cannot read the recipe .*date\.yaml: day"):
+        load_config(tmp_path / "date.yaml")
     with pytest.raises(TrainingConfigError, match="recipe: Input should be a valid dictionary"):
         load_config(write(tmp_path / "list.yaml", ["a"]))
 

@@ -60,6 +60,14 @@ def test_conll_sentences_become_entity_lists(tmp_path: Path) -> None:
     ]
 
 
+def test_a_conll_token_of_white_space_ends_no_sentence(tmp_path: Path) -> None:
+    text = "Rick\tB-x\n\u00a0\tI-x\nMorty\tI-x\n\u3000\tO\n\t\t\nhi\tO\n"
+    assert [example.input for example in load(tmp_path, CONLL, text)] == [
+        "Rick \u00a0 Morty \u3000",
+        "hi",
+    ]
+
+
 def test_keep_empty_thins_training_only(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("Bonn\tB-location\n\n" + "hi\tO\n\n" * 50, encoding="utf-8")
     dataset = CONLL.model_copy(update={"keep_empty": 0.5})
@@ -97,10 +105,13 @@ def test_a_header_of_a_tsv_file_is_no_example(tmp_path: Path) -> None:
         (JSONL, "{", "line 1 is not JSON"),
         (JSONL, '{"input": "a"}', "line 1 must hold exactly the keys"),
         (JSONL, '{"input": "a", "output": 1}', "line 1: `input` and `output` must be strings"),
+        (JSONL, '\n{"input": "a", "output": "\\ud83d"}', "line 2 holds half a surrogate pair"),
         (CONLL, "word\n", "line 1 is not `token<TAB>tag`"),
+        (CONLL, "word\tO\n\tO\n", "line 2 is not `token<TAB>tag`"),
         (CONLL, "word\tX-person\n", "tag 'X-person' is neither O, B-type nor I-type"),
         (E2E, "a,b\n1,2\n", "the header is not `mr,ref`"),
         (E2E, "mr,ref\nonly\n", "line 2 is not `mr,ref`"),
+        (E2E, "mr,ref\nm,a good place, cheap\n", "line 2 is not `mr,ref`"),
         (E2E, "mr,ref\n", "the train split of f with held_out=0.25 holds no example"),
     ],
 )
