@@ -84,7 +84,7 @@ class OptimizerSettings(_Strict):
     """AdamW, its schedule, and LoRA+ where `loraplus_ratio` is set.
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354) trains B at `loraplus_ratio` times
-    the learning rate of A.
+    the learning rate of A; on embeddings both factors learn at `lr`.
     """
 
     lr: float = Field(default=3e-4, gt=0)

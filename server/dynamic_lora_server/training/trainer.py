@@ -183,6 +183,7 @@ def _build_optimizer(model: PeftModel, settings: OptimizerSettings) -> torch.opt
             optimizer_cls=torch.optim.AdamW,
             lr=settings.lr,
             loraplus_lr_ratio=settings.loraplus_ratio,
+            loraplus_lr_embedding=settings.lr,  # PEFT's 1e-6 teaches nothing
             loraplus_weight_decay=settings.weight_decay,
         )
         assert isinstance(optimizer, torch.optim.Optimizer)

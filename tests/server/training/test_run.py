@@ -256,6 +256,14 @@ def test_what_others_put_beside_a_kept_adapter_stays(data: Path) -> None:
     assert (data / "out-partial" / "notes.txt").is_file()
 
 
+def test_lora_plus_trains_embeddings_too(data: Path) -> None:
+    run(data, epochs=1, lora={"target_modules": ["embed_tokens", "q_proj"]})
+    tensors = load_file(data / "out" / "adapter_model.safetensors")
+    (factor,) = (tensor for name, tensor in tensors.items() if "lora_embedding_A" in name)
+    # It starts at zero; AdamW goes about one learning rate a step.
+    assert factor.abs().max() > 5e-3
+
+
 def test_a_gpu_that_is_too_small_is_said(data: Path) -> None:
     error = torch.OutOfMemoryError("tried to allocate 2 GiB")
     run_until(data, 1, error)
