@@ -24,11 +24,13 @@ from dynamic_lora_client.files import UploadFiles
 from dynamic_lora_client.retry import RetryPolicy
 from dynamic_lora_client.types import (
     Adapter,
+    AdapterList,
     Composition,
     Continuation,
     Generation,
     Parameters,
     Token,
+    UnreadableAdapter,
     Upload,
     WeightedAdapters,
 )
@@ -36,6 +38,7 @@ from dynamic_lora_client.types import (
 __all__ = [
     "AccessDenied",
     "Adapter",
+    "AdapterList",
     "AdapterNotFound",
     "ApiError",
     "AsyncClient",
@@ -58,6 +61,7 @@ __all__ = [
     "Token",
     "TransportError",
     "Unavailable",
+    "UnreadableAdapter",
     "Upload",
     "UploadFiles",
     "WeightedAdapters",

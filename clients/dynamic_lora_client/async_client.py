@@ -21,6 +21,7 @@ from dynamic_lora_client.transport import (
 )
 from dynamic_lora_client.types import (
     Adapter,
+    AdapterList,
     Composition,
     Generation,
     Parameters,
@@ -153,8 +154,8 @@ class AsyncClient:
         """
         return await self._call(protocol.fetch(name, source, force=force))
 
-    async def adapters(self) -> list[Adapter]:
-        """All adapters of the server."""
+    async def adapters(self) -> AdapterList:
+        """All adapters of the server; `unreadable` of the list are those it cannot serve."""
         return await self._call(protocol.list_adapters())
 
     async def adapter(self, name: str) -> Adapter:

@@ -22,6 +22,7 @@ from dynamic_lora_client.resources import (
 )
 from dynamic_lora_client.types import (
     Adapter,
+    AdapterList,
     Composition,
     Generation,
     Parameters,
@@ -156,7 +157,7 @@ def fetch(name: str, source: str, *, force: bool) -> Call[Upload]:
     )
 
 
-def list_adapters() -> Call[list[Adapter]]:
+def list_adapters() -> Call[AdapterList]:
     """All adapters."""
     return Call(method="GET", path="/adapters", read=read_adapters)
 

@@ -4,12 +4,16 @@ import httpx
 
 from dynamic_lora_client.documents import Document
 from dynamic_lora_client.errors import InvalidResponse
-from dynamic_lora_client.types import Adapter, Composition
+from dynamic_lora_client.types import Adapter, AdapterList, Composition, UnreadableAdapter
 
 
-def read_adapters(response: httpx.Response) -> list[Adapter]:
+def read_adapters(response: httpx.Response) -> AdapterList:
     """The answer of `GET /adapters`. Raises InvalidResponse, as all here do."""
-    return [_adapter(passport) for passport in _listed(response, "adapters")]
+    document = Document.parse(response.content)
+    return AdapterList(
+        (_adapter(passport) for passport in _listed(document, "adapters")),
+        unreadable=tuple(_unreadable(one) for one in document.children("unreadable")),
+    )
 
 
 def read_adapter(response: httpx.Response) -> Adapter:
@@ -19,7 +23,8 @@ def read_adapter(response: httpx.Response) -> Adapter:
 
 def read_compositions(response: httpx.Response) -> list[Composition]:
     """The answer of `GET /compositions`."""
-    return [_composition(document) for document in _listed(response, "compositions")]
+    listed = _listed(Document.parse(response.content), "compositions")
+    return [_composition(document) for document in listed]
 
 
 def read_composition(response: httpx.Response) -> Composition:
@@ -27,11 +32,19 @@ def read_composition(response: httpx.Response) -> Composition:
     return _composition(Document.parse(response.content))
 
 
-def _listed(response: httpx.Response, key: str) -> list[Document]:
-    document = Document.parse(response.content)
+def _listed(document: Document, key: str) -> list[Document]:
     if not isinstance(document.values.get(key), list):
         raise InvalidResponse(f"The server's answer has no list {key!r}.")
     return document.children(key)
+
+
+def _unreadable(document: Document) -> UnreadableAdapter:
+    return UnreadableAdapter(
+        name=document.text("name"),
+        version=document.text("version"),
+        reason=document.text("reason"),
+        document=document.values,
+    )
 
 
 def _composition(document: Document) -> Composition:

@@ -1,6 +1,6 @@
 """What goes in and what comes back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -127,6 +127,29 @@ class Adapter:
     tier: str | None
     mode: str | None
     document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadableAdapter:
+    """An adapter that the server keeps and cannot serve, and the `reason`."""
+
+    name: str
+    version: str
+    reason: str
+    document: Mapping[str, Any]
+
+
+class AdapterList(list[Adapter]):
+    """The server's adapters; `unreadable` are those that it cannot serve."""
+
+    def __init__(
+        self,
+        adapters: Iterable[Adapter] = (),
+        *,
+        unreadable: tuple[UnreadableAdapter, ...] = (),
+    ) -> None:
+        super().__init__(adapters)
+        self.unreadable = unreadable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -352,6 +352,15 @@ def test_adapters_and_adapter(call: Caller) -> None:
     assert [r.url.path for r in call.requests] == ["/adapters", "/adapters/ner"]
 
 
+def test_adapters_tell_of_unreadable_ones(call: Caller) -> None:
+    unreadable = {"name": "old", "version": VERSION, "reason": "Another release stored it."}
+    listed = call([_ok({"adapters": [PASSPORT], "unreadable": [unreadable]})], "adapters")
+    assert [adapter.name for adapter in listed] == ["ner"]
+    (one,) = listed.unreadable
+    assert (one.name, one.version, one.reason) == ("old", VERSION, unreadable["reason"])
+    assert one.document == unreadable
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -59,6 +59,7 @@ def ls(as_json: Json = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) ->
             output.print_json(
                 {
                     "adapters": [adapter.document for adapter in adapters],
+                    "unreadable": [adapter.document for adapter in adapters.unreadable],
                     "compositions": [composition.document for composition in compositions],
                 }
             )
@@ -67,7 +68,8 @@ def ls(as_json: Json = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) ->
             output.print_adapters(adapters)
         if compositions:
             output.print_compositions(compositions)
-        if not adapters and not compositions:
+        output.print_unreadable(adapters.unreadable)
+        if not adapters and not adapters.unreadable and not compositions:
             output.messages().print("No adapters yet: 'dynamic-lora push NAME PATH' uploads one.")
 
 
@@ -162,8 +164,9 @@ def _print_upload(upload: Upload, skipped: tuple[str, ...]) -> None:
         soft_wrap=True,
     )
     if skipped:
-        console.print(f"Not sent: {', '.join(skipped)}", markup=False)
+        console.print(output.one_line(f"Not sent: {', '.join(skipped)}"), markup=False)
     if adapter.ignored_files:
-        console.print(f"Not needed: {', '.join(adapter.ignored_files)}", markup=False)
+        ignored = ", ".join(adapter.ignored_files)
+        console.print(output.one_line(f"Not needed: {ignored}"), markup=False)
     for note in adapter.notes:
         console.print(f"Note: {output.one_line(note)}", markup=False)

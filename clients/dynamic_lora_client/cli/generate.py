@@ -67,7 +67,7 @@ def _print_stream(
     client: Client, inputs: str, adapter: str | None, raw: bool, parameters: Parameters
 ) -> None:
     """Print each piece as it arrives, and a line end after the last."""
-    num_printed = 0
+    num_printed, is_whole = 0, False
     try:
         with closing(client.stream(inputs, adapter=adapter, raw=raw, **parameters)) as events:
             for event in events:
@@ -77,7 +77,7 @@ def _print_stream(
                 num_printed += len(piece)
     finally:
         # Also after an interruption, so that what follows starts on its own line.
-        if num_printed:
+        if num_printed or is_whole:
             typer.echo()
 
 

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from dynamic_lora_client.cli.exit_codes import ExitCode, exit_code
 from dynamic_lora_client.errors import ApiError, DynamicLoraError
-from dynamic_lora_client.types import Adapter, Composition
+from dynamic_lora_client.types import Adapter, Composition, UnreadableAdapter
 
-# Wide enough that no cell is cut where no terminal sets a width.
-_PIPE_WIDTH = 1000
+# Where no terminal sets a width, none does: rich cuts the cells of a wider table.
+_PIPE_WIDTH = sys.maxsize
 
 
 def results() -> Console:
@@ -104,10 +104,17 @@ def print_adapters(adapters: Sequence[Adapter]) -> None:
             f"{adapter.num_parameters:,}",
             format_bytes(adapter.num_bytes),
             "merged" if adapter.mode == "merged" else adapter.tier or "-",
-            one_line(adapter.description or "-"),
+            adapter.description or "-",
         )
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(one_line(cell)) for cell in cells))
     _print_table(table)
+
+
+def print_unreadable(adapters: Sequence[UnreadableAdapter]) -> None:
+    """A message for each adapter that the server keeps and cannot serve."""
+    for adapter in adapters:
+        message = f"Unreadable: {adapter.name} {adapter.version[:12]}: {adapter.reason}"
+        messages().print(one_line(message), markup=False)
 
 
 def print_compositions(compositions: Sequence[Composition]) -> None:
@@ -128,7 +135,7 @@ def print_document(document: Mapping[str, Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in _flatten(document):
-        table.add_row(Text(key, style="bold"), Text(value))
+        table.add_row(Text(one_line(key), style="bold"), Text(value))
     _print_table(table)
 
 

@@ -117,10 +117,48 @@ def test_ls_writes_whole_lines_into_a_pipe(shell: Shell) -> None:
     assert "n" * 63 in second and "d" * 300 in second
 
 
+def test_a_pipe_gets_lines_of_any_length(shell: Shell) -> None:
+    long = PASSPORT | {"name": "n" * 63, "card": {"description": "d " * 5000 + "end"}}
+    shell.wire.reply({"adapters": [PASSPORT, long]})
+    shell.wire.reply({"compositions": [COMPOSITION | {"adapter": "ner+" * 1000 + "tone"}]})
+    _, first, second, _, third = shell("ls").stdout.splitlines()
+    assert first.startswith("ner ") and "2,442,240" in first
+    assert second.startswith("n" * 63) and second.endswith("d " * 5000 + "end")
+    assert third.startswith("newsy") and third.endswith("ner+" * 1000 + "tone")
+    shell.wire.reply(long | {"card": {"k" * 2000: "d" * 5000}})
+    lines = [line.split() for line in shell("show", "ner").stdout.splitlines()]
+    assert ["card." + "k" * 2000, "d" * 5000] in lines
+
+
+def test_ls_tells_of_unreadable_adapters(shell: Shell) -> None:
+    unreadable = {"name": "old", "version": VERSION, "reason": "Stored by\x1b[2J [2.0]."}
+    shell.wire.reply({"adapters": [], "unreadable": [unreadable]})
+    shell.wire.reply({"compositions": []})
+    result = shell("ls")
+    assert (result.exit_code, result.stdout) == (ExitCode.OK, "")
+    assert result.stderr == f"Unreadable: old {VERSION[:12]}: Stored by\\x1b[2J [2.0].\n"
+    shell.wire.reply({"adapters": [], "unreadable": [unreadable]})
+    shell.wire.reply({"compositions": []})
+    listed = {"adapters": [], "unreadable": [unreadable], "compositions": []}
+    assert json.loads(shell("ls", "--json").stdout) == listed
+
+
+def test_control_characters_of_strangers_are_escaped(shell: Shell, peft_dir: Path) -> None:
+    foreign = PASSPORT | {"ignored_files": ["a\x1b[2J"], "card": {"metrics": {"b\x1b[2J": 1}}}
+    shell.wire.reply(foreign, status=201)
+    (peft_dir / "c\x1b[2J").write_text("")
+    pushed = shell("push", "ner", str(peft_dir)).stderr
+    assert r"Not needed: a\x1b[2J" in pushed and r"Not sent: c\x1b[2J" in pushed
+    shell.wire.reply(foreign)
+    shown = shell("show", "ner").stdout
+    assert r"card.metrics.b\x1b[2J" in shown
+    assert "\x1b" not in pushed + shown
+
+
 def test_ls_for_scripts(shell: Shell) -> None:
     shell.wire.reply({"adapters": [PASSPORT]})
     shell.wire.reply({"compositions": [COMPOSITION]})
-    listed = {"adapters": [PASSPORT], "compositions": [COMPOSITION]}
+    listed = {"adapters": [PASSPORT], "unreadable": [], "compositions": [COMPOSITION]}
     assert json.loads(shell("ls", "--json").stdout) == listed
 
 
@@ -273,6 +311,11 @@ def test_generate_prints_what_tokens_left_out(shell: Shell) -> None:
     tail = token_event(2) | {"token": None}
     shell.wire.reply(chunks=[sse(token_event(0), tail)])
     assert shell("generate", "Ada").stdout == TEXT + "\n"
+
+
+def test_generate_ends_the_line_of_an_empty_answer_too(shell: Shell) -> None:
+    shell.wire.reply(chunks=[sse(token_event(2) | {"generated_text": ""})])
+    assert shell("generate", "Ada").stdout == "\n"
 
 
 def test_generate_that_breaks_keeps_the_error_off_stdout(shell: Shell) -> None:
