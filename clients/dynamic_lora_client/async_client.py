@@ -193,7 +193,7 @@ class AsyncClient:
     async def _call(self, call: protocol.Call[T], retry: RetryPolicy | None = None) -> T:
         budget = RetryBudget(retry or self._config.retry)
         while True:
-            with transport_errors(self._config), call.arguments() as arguments:
+            with transport_errors(self._config, self._http), call.arguments() as arguments:
                 response = await self._http.request(**arguments)
             wait = budget.spend(response)
             if wait is None:
@@ -217,7 +217,7 @@ class AsyncClient:
     async def _open(self, call: protocol.Call[GenerationStream]) -> httpx.Response:
         budget = RetryBudget(self._config.retry)
         while True:
-            with transport_errors(self._config), call.arguments() as arguments:
+            with transport_errors(self._config, self._http), call.arguments() as arguments:
                 request = self._http.build_request(**arguments)
                 response = await self._http.send(request, stream=True)
                 if response.is_success:

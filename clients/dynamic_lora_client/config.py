@@ -1,6 +1,7 @@
 """Settings that both clients share."""
 
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +13,9 @@ from dynamic_lora_client.retry import RetryPolicy
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_MAX_CONNECTIONS = 100
+_MAX_PORT = 65535
 _KEY = re.compile(r"[!-~]+")
+_CREDENTIALS = re.compile(r"^(.*?//)?.*@", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +23,10 @@ class ClientConfig:
     """Where the server is and how long to wait for it.
 
     `connect_timeout` and `read_timeout` are in seconds; the second bounds the
-    silence between two packets, so a stream may last longer. Of the calls made at
-    once, `max_connections` go out, streams that are read included, and the others
-    wait for one of these to end, for as long as that takes. `api_key` goes with every
-    request as a bearer token, and so do `headers`.
+    silence between two packets, so a stream may last longer; `math.inf` sets no
+    bound. Of the calls made at once, `max_connections` go out, streams that are read
+    included, and the others wait for one of these to end, for as long as that takes.
+    `api_key` goes with every request as a bearer token, and so do `headers`.
 
     Raises InvalidArgument.
     """
@@ -37,19 +40,10 @@ class ClientConfig:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            url = httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise InvalidArgument(f"The server's URL {self.url!r} is not valid: {error}.") from None
-        if url.scheme not in ("http", "https") or not url.host:
-            raise InvalidArgument(
-                f"The server's URL {self.url!r} is not an http or https address.",
-                fix=f"Give one like {DEFAULT_URL}.",
-            )
+        self._check_url()
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):
             raise InvalidArgument("api_key must be of visible ASCII characters, without spaces.")
-        if self.api_key is not None and "authorization" in map(str.lower, self.headers):
-            raise InvalidArgument("api_key and the header Authorization would be sent as one.")
+        self._check_credentials()
         try:
             httpx.Headers(dict(self.headers))
         except UnicodeEncodeError as error:
@@ -60,10 +54,47 @@ class ClientConfig:
         if self.max_connections < 1:
             raise InvalidArgument("max_connections must be at least 1.")
 
+    def _check_url(self) -> None:
+        problem = f"The server's URL {self.shown_url!r} is not"
+        try:
+            url = httpx.URL(self.url)
+            url.raw_host.decode().encode("idna")  # as who looks the name up does
+        except (httpx.InvalidURL, UnicodeError) as error:
+            # The parser may quote a part of a password that has a '/' in it.
+            is_secret = self.shown_url != self.url
+            reason = "its credentials or its host cannot be read" if is_secret else error
+            raise InvalidArgument(f"{problem} valid: {reason}.") from None
+        fix = f"Give one like {DEFAULT_URL}."
+        if url.scheme not in ("http", "https") or not url.host:
+            raise InvalidArgument(f"{problem} an http or https address.", fix=fix)
+        if url.port is not None and not 0 < url.port <= _MAX_PORT:
+            raise InvalidArgument(f"{problem} valid: ports are from 1 to {_MAX_PORT}.")
+        if "?" in self.url or "#" in self.url:
+            raise InvalidArgument(f"{problem} an address alone: it has a query or a fragment.")
+
+    def _check_credentials(self) -> None:
+        """One request has one Authorization header, and there are three ways to give it."""
+        url = httpx.URL(self.url)
+        given = {
+            "api_key": self.api_key is not None,
+            "the header Authorization": "authorization" in map(str.lower, self.headers),
+            "the credentials in the URL": bool(url.username or url.password),
+        }
+        names = [name for name, is_given in given.items() if is_given]
+        if len(names) > 1:
+            raise InvalidArgument(f"{' and '.join(names)} would be sent as one.", fix="Give one.")
+
+    @property
+    def shown_url(self) -> str:
+        """The URL for messages: without the credentials that may be in it."""
+        return _CREDENTIALS.sub(r"\1***@", self.url)
+
     @property
     def timeout(self) -> httpx.Timeout:
         """The timeouts in httpx's form; writing is bounded like reading, waiting here is not."""
-        return httpx.Timeout(self.read_timeout, connect=self.connect_timeout, pool=None)
+        return httpx.Timeout(
+            _bound(self.read_timeout), connect=_bound(self.connect_timeout), pool=None
+        )
 
     @property
     def limits(self) -> httpx.Limits:
@@ -77,3 +108,8 @@ class ClientConfig:
         """The headers of every request, with the client's own name."""
         key = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
         return {"user-agent": f"dynamic-lora-client/{__version__}", **key, **self.headers}
+
+
+def _bound(seconds: float) -> float | None:
+    """None for what is longer than sockets can wait: they refuse it, infinity above all."""
+    return None if seconds > threading.TIMEOUT_MAX else seconds

@@ -52,7 +52,12 @@ class Call(Generic[T]):
 
     @contextmanager
     def arguments(self) -> Iterator[dict[str, Any]]:
-        """Arguments for httpx's `build_request`; files are open within the block."""
+        """Arguments for httpx's `build_request`; files are open within the block.
+
+        Raises InvalidArgument for what cannot be sent.
+        """
+        for text in self._texts():
+            _check_text(text)
         arguments: dict[str, Any] = {
             "method": self.method,
             "url": self.path,
@@ -66,6 +71,12 @@ class Call(Generic[T]):
             return
         with self.files.open(self.on_progress) as parts:
             yield arguments | {"data": dict(self.form), "files": parts}
+
+    def _texts(self) -> Iterator[str]:
+        """What goes out as UTF-8; JSON is ASCII."""
+        yield from (*self.params.values(), *self.form.values())
+        if self.files is not None:
+            yield from (path.name for path in self.files.paths)
 
     def finish(self, response: httpx.Response) -> T:
         """The result of an answer that was read whole. Raises ApiError, InvalidResponse."""
@@ -83,6 +94,14 @@ class Call(Generic[T]):
                 f"The server answered with status {response.status_code}.",
                 fix="Check its URL: nothing of this API redirects.",
             )
+
+
+def _check_text(text: str) -> None:
+    """A lone surrogate cannot be sent: so Python reads a command line that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{text!r} cannot be written as UTF-8.") from None
 
 
 def _encode(values: Mapping[str, Any]) -> bytes:
@@ -224,6 +243,7 @@ def _adapter_query(adapter: str | None) -> dict[str, str]:
 def _path(resource: str, name: str) -> str:
     if not {"", ".", ".."}.isdisjoint(name.split("/")):  # another path, to who resolves these
         raise InvalidArgument(f"{name!r} is not the name of an adapter or a composition.")
+    _check_text(name)
     return f"/{resource}/{quote(name)}"
 
 

@@ -44,25 +44,35 @@ def environment_errors() -> Iterator[None]:
 
 
 @contextmanager
-def transport_errors(config: ClientConfig) -> Iterator[None]:
-    """While sending, and while reading an answer whole."""
+def transport_errors(
+    config: ClientConfig, client: httpx.Client | httpx.AsyncClient
+) -> Iterator[None]:
+    """While `client` sends, and while it reads an answer whole."""
     try:
         yield
     except httpx.ConnectTimeout as error:
-        message = f"{config.url} did not accept the connection in {config.connect_timeout:g} s."
+        message = (
+            f"{config.shown_url} did not accept the connection in {config.connect_timeout:g} s."
+        )
         raise Timeout(message) from error
     except httpx.PoolTimeout as error:
         message = "No connection of the client's own became free in time; nothing was sent."
         raise Timeout(message, fix="Raise the limits of its transport.") from error
     except httpx.TimeoutException as error:
-        raise Timeout(f"{config.url} was silent for {config.read_timeout:g} s.") from error
-    except httpx.ConnectError as error:
+        raise Timeout(f"{config.shown_url} was silent for {config.read_timeout:g} s.") from error
+    # The second: of a proxy whose name cannot be looked up; the server's own was checked.
+    except (httpx.ConnectError, UnicodeError) as error:
         raise TransportError(
-            f"Cannot connect to {config.url}: {_reason(error)}.",
+            f"Cannot connect to {config.shown_url}: {_reason(error)}.",
             fix="Is the server running? Start it with 'dynamic-lora serve', or give another URL.",
         ) from error
     except httpx.RequestError as error:
-        raise TransportError(f"The exchange with {config.url} failed: {_reason(error)}.") from error
+        message = f"The exchange with {config.shown_url} failed: {_reason(error)}."
+        raise TransportError(message) from error
+    except RuntimeError as error:
+        if not client.is_closed:
+            raise
+        raise TransportError("The client is closed.", fix="Make another one.") from error
 
 
 @contextmanager

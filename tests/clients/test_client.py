@@ -407,6 +407,44 @@ def test_names_that_are_paths_are_not_sent(call: Caller, name: str) -> None:
     assert call.requests == []
 
 
+@pytest.mark.parametrize(
+    ("method", "args", "kwargs"),
+    [
+        ("adapter", ["\udcff"], {}),
+        ("save_composition", ["\udcff", "a"], {}),
+        ("generate", ["a"], {"adapter": "\udcff"}),
+        ("stream", ["a"], {"adapter": "\udcff"}),
+        ("upload", ["\udcff", "PEFT"], {}),
+        ("upload", ["ner", "\udcff.zip"], {}),
+    ],
+)
+def test_names_that_are_not_utf_8_are_not_sent(
+    call: Caller, peft_dir: Path, method: str, args: list[Any], kwargs: dict[str, Any]
+) -> None:
+    (peft_dir / "\udcff.zip").write_bytes(b"PK")
+    places = {"PEFT": peft_dir, "\udcff.zip": peft_dir / "\udcff.zip"}
+    with pytest.raises(InvalidArgument, match=r"'.udcff(\.zip)?' cannot be written as UTF-8"):
+        call([], method, *(places.get(arg, arg) for arg in args), **kwargs)
+    assert call.requests == []
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_a_client_that_is_closed(method: str) -> None:
+    client = Client()
+    client.close()
+    with pytest.raises(TransportError, match="The client is closed"):
+        list(getattr(client, method)("a"))
+
+
+async def test_an_async_client_that_is_closed() -> None:
+    client = AsyncClient()
+    await client.close()
+    with pytest.raises(TransportError, match="The client is closed"):
+        await client.generate("a")
+    with pytest.raises(TransportError, match="The client is closed"):
+        await anext(client.stream("a"))
+
+
 def test_ready_and_health(call: Caller) -> None:
     assert call([_ok({})], "ready") is True
     assert call([_refusal(503)], "ready") is False
@@ -540,6 +578,21 @@ def test_parameters_that_cannot_be_sent(
         ({"url": "ftp://a"}, "is not an http or https address"),
         ({"url": "http://"}, "is not an http or https address"),
         ({"url": "http://a:port"}, "is not valid"),
+        ({"url": "http://a:65536"}, "ports are from 1 to 65535"),
+        ({"url": "http://my..host"}, "is not valid: .*label empty or too long"),
+        ({"url": f"http://{'a' * 64}.org"}, "is not valid: .*label (empty or )?too long"),
+        ({"url": "http://a/\udcff"}, "is not valid"),
+        ({"url": "http://a:8000/?x"}, "it has a query or a fragment"),
+        ({"url": "http://a:8000?"}, "it has a query or a fragment"),
+        ({"url": "http://a:8000/#x"}, "it has a query or a fragment"),
+        (
+            {"url": "https://u:p@a", "api_key": "x"},
+            "api_key and the credentials in the URL would be sent as one",
+        ),
+        (
+            {"url": "https://u:p@a", "headers": {"authorization": "x"}},
+            "the header Authorization and the credentials in the URL would be sent as one",
+        ),
         ({"connect_timeout": 0}, "connect_timeout must be above 0 seconds"),
         ({"read_timeout": float("nan")}, "read_timeout must be above 0 seconds"),
         ({"max_connections": 0}, "max_connections must be at least 1"),
@@ -553,6 +606,35 @@ def test_parameters_that_cannot_be_sent(
 def test_settings_without_sense(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         kind(**options)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://me:secret@a",
+        "http://me:secret@a:port",
+        "http://me:secret/secret@a",
+        "me:secret@a",
+        "http://me:secret@a?x",
+    ],
+)
+def test_passwords_in_addresses_without_sense_are_not_shown(url: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Client(url)
+    assert "secret" not in str(caught.value)
+    assert "***@a" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [httpx.ConnectTimeout, httpx.ReadTimeout, httpx.ConnectError])
+def test_passwords_in_the_address_are_sent_and_not_shown(
+    call: Caller, kind: type[httpx.RequestError]
+) -> None:
+    options = {"url": "https://me:secret@lora.example.org"}
+    with pytest.raises(TransportError) as caught:
+        call([kind("x")], "adapters", client=options)
+    assert call.requests[0].headers["authorization"].startswith("Basic ")
+    assert "https://***@lora.example.org" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The clients on a real socket: what a transport without a network cannot show."""
 
 import asyncio
+import math
 import threading
 import tracemalloc
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_silent_server_is_given_up(wire: Wire) -> None:
     wire.reply(chunks=[b"{}"], pause=1.0)
     with Client(wire.url, read_timeout=0.2) as client, pytest.raises(Timeout, match="silent"):
         client.generate("a")
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e10, threading.TIMEOUT_MAX])
+async def test_timeouts_may_be_without_bound(wire: Wire, seconds: float) -> None:
+    wire.reply(PASSPORT)
+    wire.reply(PASSPORT)
+    with Client(wire.url, connect_timeout=seconds, read_timeout=seconds) as client:
+        assert client.adapter("ner").name == "ner"
+    async with AsyncClient(
+        wire.url, connect_timeout=seconds, read_timeout=seconds
+    ) as client_of_tasks:
+        assert (await client_of_tasks.adapter("ner")).name == "ner"
+
+
+async def test_a_proxy_whose_name_cannot_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://my..proxy:3128")
+    with (
+        Client("http://lora.example.org") as client,
+        pytest.raises(TransportError, match="Cannot connect"),
+    ):
+        client.adapters()
+    async with AsyncClient("http://lora.example.org") as client_of_tasks:
+        with pytest.raises(TransportError, match="Cannot connect"):
+            await client_of_tasks.adapters()
 
 
 def test_silence_within_a_stream_breaks_it(wire: Wire) -> None:

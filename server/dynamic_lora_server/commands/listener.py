@@ -53,13 +53,19 @@ async def _check_address(host: str, port: int) -> None:
     """Listen for a moment: uvicorn would say what is wrong after the model has begun to load."""
     try:
         probe = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
+    except UnicodeError as error:  # of the codec that names of hosts go through
+        raise _refusal(host, port, str(error)) from error
     except OSError as error:
         # The address is in asyncio's text as well; a host's errors have negative numbers.
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else error.strerror
-        raise ServerError(
-            f"Port {port} of {host} cannot be listened on: {reason}.",
-            fix="Stop the server that has it, or give another --port or --host.",
-        ) from error
+        raise _refusal(host, port, reason) from error
     probe.close()
     await probe.wait_closed()
+
+
+def _refusal(host: str, port: int, reason: str | None) -> ServerError:
+    return ServerError(
+        f"Port {port} of {host} cannot be listened on: {reason}.",
+        fix="Stop the server that has it, or give another --port or --host.",
+    )

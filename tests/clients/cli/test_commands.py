@@ -406,6 +406,21 @@ def test_another_kind_of_server(shell: Shell) -> None:
     assert "error: The server's answer is not JSON." in result.stderr
 
 
+@pytest.mark.parametrize(
+    "args",
+    [(b"show", b"\xff"), (b"push", b"x", b"ad\xe4.zip"), (b"generate", b"-a", b"\xff", b"x")],
+)
+def test_names_that_are_not_utf_8_are_usage_errors(
+    wire: Wire, tmp_path: Path, args: tuple[bytes, ...]
+) -> None:
+    (tmp_path / "ad\udce4.zip").write_bytes(b"PK")
+    environment = os.environ | {"DYNAMIC_LORA_URL": wire.url, "PYTHONUTF8": "1"}
+    run = subprocess.run([*_MAIN, *args], capture_output=True, env=environment, cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    assert b"cannot be written as UTF-8" in run.stderr
+    assert wire.received == []
+
+
 @pytest.mark.parametrize("args", [("ls", "--url", "ftp://a"), ("ls", "--nope"), ("nope",)])
 def test_usage_errors(shell: Shell, args: tuple[str, ...]) -> None:
     assert shell(*args).exit_code == ExitCode.USAGE

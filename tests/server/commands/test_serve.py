@@ -206,6 +206,14 @@ def test_a_port_that_is_taken_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_a_host_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    process = _start("--home", str(tmp_path / "home"), "--host", "my..host")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "of my..host cannot be listened on" in errors
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     "stage", ["Loading the base model", "Checking the model", "Measuring the delta kernels"]
 )
