@@ -174,10 +174,9 @@ def test_a_page_of_another_origin_may_not(home: Path, origins: tuple[str, ...]) 
 
 def _upload(server: Server, **headers: str) -> int:
     """As a form of a page does it: no browser asks first whether it may."""
+    form = {"data": {"name": "x"}, "files": {"files": ("adapter_config.json", b"{}")}}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    files = {"files": ("adapter_config.json", b"{}")}
-    answer = server.client.post("/adapters", headers=named, data={"name": "x"}, files=files)
-    return answer.status_code
+    return server.client.post("/adapters", headers=named, **form).status_code
 
 
 def test_a_page_of_another_origin_changes_nothing(home: Path) -> None:
