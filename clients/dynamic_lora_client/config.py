@@ -15,7 +15,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_MAX_CONNECTIONS = 100
 _MAX_PORT = 65535
 _KEY = re.compile(r"[!-~]+")
-_CREDENTIALS = re.compile(r"^(.*?//)?.*@", re.DOTALL)
+_CREDENTIALS = re.compile(r"^(.*?//)?[^/?#]*@", re.DOTALL)
+_ALL_TO_THE_LAST_AT = re.compile(r"^(.*?//)?.*@", re.DOTALL)  # of what is no URL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,10 @@ class ClientConfig:
     @property
     def shown_url(self) -> str:
         """The URL for messages: without the credentials that may be in it."""
+        try:
+            httpx.URL(self.url)
+        except (httpx.InvalidURL, UnicodeError):
+            return _ALL_TO_THE_LAST_AT.sub(r"\1***@", self.url)
         return _CREDENTIALS.sub(r"\1***@", self.url)
 
     @property

@@ -60,12 +60,13 @@ def transport_errors(
         raise Timeout(message, fix="Raise the limits of its transport.") from error
     except httpx.TimeoutException as error:
         raise Timeout(f"{config.shown_url} was silent for {config.read_timeout:g} s.") from error
-    # The second: of a proxy whose name cannot be looked up; the server's own was checked.
-    except (httpx.ConnectError, UnicodeError) as error:
-        raise TransportError(
-            f"Cannot connect to {config.shown_url}: {_reason(error)}.",
-            fix="Is the server running? Start it with 'dynamic-lora serve', or give another URL.",
-        ) from error
+    except httpx.ConnectError as error:
+        raise _not_connected(config, error) from error
+    except UnicodeError as error:
+        # Of a proxy whose name cannot be looked up; else of a callback of the caller's.
+        if getattr(error, "encoding", "idna") != "idna":
+            raise
+        raise _not_connected(config, error) from error
     except httpx.RequestError as error:
         message = f"The exchange with {config.shown_url} failed: {_reason(error)}."
         raise TransportError(message) from error
@@ -85,6 +86,13 @@ def stream_errors(config: ClientConfig) -> Iterator[None]:
         raise StreamBroken(message) from error
     except httpx.RequestError as error:
         raise StreamBroken(f"The connection was lost in the stream: {_reason(error)}.") from error
+
+
+def _not_connected(config: ClientConfig, error: Exception) -> TransportError:
+    return TransportError(
+        f"Cannot connect to {config.shown_url}: {_reason(error)}.",
+        fix="Is the server running? Start it with 'dynamic-lora serve', or give another URL.",
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -33,7 +33,7 @@ _UNITS = {
 }
 _KEY = re.compile(r"[!-~]+")
 _ORGANISATION = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._-]*")
-_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 

@@ -625,6 +625,11 @@ def test_passwords_in_addresses_without_sense_are_not_shown(url: str) -> None:
     assert "***@a" in str(caught.value)
 
 
+def test_an_at_sign_in_the_path_of_an_address_hides_nothing(call: Caller) -> None:
+    with pytest.raises(TransportError, match="to http://gateway:8000/team@x: "):
+        call([httpx.ConnectError("x")], "adapters", client={"url": "http://gateway:8000/team@x"})
+
+
 @pytest.mark.parametrize("kind", [httpx.ConnectTimeout, httpx.ReadTimeout, httpx.ConnectError])
 def test_passwords_in_the_address_are_sent_and_not_shown(
     call: Caller, kind: type[httpx.RequestError]

@@ -1,6 +1,8 @@
 """`dynamic-lora train CONFIG`: train one adapter from its recipe."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,10 +71,23 @@ def train(
         raise typer.Exit(_INTERRUPTED if isinstance(error, TrainingInterrupted) else 1) from error
     left_out = f", {summary.num_too_long} too long and left out" if summary.num_too_long else ""
     dev = "" if summary.dev_loss is None else f", dev loss {summary.dev_loss:.4f}"
-    typer.echo(
+    _tell(
         f"{summary.output}: trained on {summary.num_answers} answers{left_out}; "
         f"loss of the last steps {summary.final_loss:.4f}{dev}"
     )
+
+
+def _tell(text: str) -> None:
+    """Print a line, and drop what cannot be written: the run has come to its end all the same."""
+    with suppress(OSError):
+        typer.echo(text)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would fail at it once more as it ends
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, stream.fileno())
+            os.close(sink)
 
 
 class _Dispensable:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -97,17 +96,20 @@ class Guard:
 
     def _check_origin(self, method: str, headers: Headers) -> None:
         origin = headers.get("origin")
-        if method in _READS or origin is None or "authorization" in headers:
+        # A page that sends a key has asked first; other credentials browsers add by themselves.
+        if method in _READS or origin is None or _bears(headers.get("authorization")):
             return
         if "*" in self._origins or origin in self._origins:
             return
         # Browsers that tell it know better: a proxy may have changed the host.
         site = headers.get("sec-fetch-site")
-        own = urlsplit(origin).netloc == headers.get("host") if site is None else site in _OWN_SITE
+        own = (
+            origin.partition("://")[2] == headers.get("host") if site is None else site in _OWN_SITE
+        )
         if not own:
             raise CrossOrigin(
                 f"A page of the origin {origin} may not send this.",
-                fix="Start the server with --allowed-origin to let it.",
+                fix=f"Start the server with --allowed-origin {origin} to let it, or send a key.",
             )
 
 
@@ -131,6 +133,11 @@ def _refusals(path: str) -> dict[str, Any]:
         "401": {"description": "No key, or none that the server knows", "content": content},
         "403": {"description": "The key is not for this", "content": content},
     }
+
+
+def _bears(authorization: str | None) -> bool:
+    """Whether a key was sent, be it right or not."""
+    return (authorization or "").strip().lower().startswith("bearer ")
 
 
 def _bearer(authorization: str | None) -> str:

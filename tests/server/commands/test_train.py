@@ -5,6 +5,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,24 @@ def test_progress_that_cannot_be_written_ends_no_run(
     monkeypatch.setattr("sys.stderr", stream)
     train(workplace / "recipe.yaml", data=workplace, output=workplace / "made", device="cpu")
     assert stream.num_lost > 0
+    assert (workplace / "made" / "task.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_last_line_that_cannot_be_written_fails_no_run(workplace: Path) -> None:
+    """What comes next in a script is to run: the adapter is there."""
+    command = "import typer; from dynamic_lora_server.commands.train import train; typer.run(train)"
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", command, "recipe.yaml", "--data", ".", "--output", "made"],
+            cwd=workplace,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
     assert (workplace / "made" / "task.json").is_file()
 
 

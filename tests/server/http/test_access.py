@@ -174,17 +174,19 @@ def test_a_page_of_another_origin_may_not(home: Path, origins: tuple[str, ...]) 
 
 def _upload(server: Server, **headers: str) -> int:
     """As a form of a page does it: no browser asks first whether it may."""
-    form = {"data": {"name": "x"}, "files": {"files": ("adapter_config.json", b"{}")}}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return server.client.post("/adapters", headers=named, **form).status_code
+    files = {"files": ("adapter_config.json", b"{}")}
+    answer = server.client.post("/adapters", headers=named, data={"name": "x"}, files=files)
+    return answer.status_code
 
 
 def test_a_page_of_another_origin_changes_nothing(home: Path) -> None:
     server = Server(home, allowed_origins=(PAGE,))
     passes = _upload(server)
     assert passes not in (401, 403)
-    for origin in ("https://elsewhere.org", "null", "http://testserver.elsewhere.org"):
+    for origin in ("https://elsewhere.org", "null", "http://testserver.elsewhere.org", "http://["):
         assert _upload(server, origin=origin) == 403
+    assert _upload(server, origin="null", authorization="Basic eDp5") == 403
     assert _upload(server, origin=PAGE) == passes
     assert _upload(server, origin="http://testserver") == passes
     assert _upload(server, origin="https://proxy", sec_fetch_site="same-origin") == passes
