@@ -32,6 +32,7 @@ _PEERS = (
     "dynamic-lora",
     "dynamic-lora-bf16",
     "dynamic-lora-int8@1+32",
+    "dynamic-lora-w8a8@1+32",
     "vllm-cpu",
     "vllm-cpu-base@8+32",
     "llama.cpp",

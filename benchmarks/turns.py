@@ -292,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
         "are drafted at most",
     )
     root.add_argument("--model", help="folder of a base model (default: the server's)")
-    root.add_argument("--product", help="plain, packed, native, bf16 or int8 (default: measured)")
+    root.add_argument("--product", help="plain, packed, native, bf16, int8, w8a8; else measured")
     root.add_argument("--mode", default="bypass", help="bypass, merged or auto")
     for name, number, text in (
         ("clients", 32, "requests at a time"),

@@ -10,6 +10,7 @@ _KNOWN: tuple[Peer, ...] = (
     DynamicLora(),
     DynamicLora(name="dynamic-lora-bf16", flags=("--quantize", "bf16")),
     DynamicLora(name="dynamic-lora-int8", flags=("--quantize", "int8")),
+    DynamicLora(name="dynamic-lora-w8a8", flags=("--quantize", "w8a8")),
     VllmCpu(),
     VllmCpu(has_adapters=False),
     VllmCpu(dtype="bfloat16"),

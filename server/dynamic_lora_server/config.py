@@ -14,7 +14,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "bypass", "merged")
 RESTORES = ("copy", "subtract")
-QUANTIZATIONS = ("none", "bf16", "int8")
+QUANTIZATIONS = ("none", "bf16", "int8", "w8a8")
+EIGHT_BITS = ("int8", "w8a8")  # that nothing is merged into
 BASE_PRODUCTS = ("auto", "plain", "packed", "native")
 TOOL_CALL_FORMATS = ("auto", *NOTATIONS)
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -82,8 +83,9 @@ class ServerConfig:
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
     answers. Up to `speculate` tokens of a sequence are drafted in a step, on a CPU; None means as
     many as can be there, and none on a GPU. `quantize`
-    rounds the base's weights to "bf16" or "int8"; nothing is merged into eight bits. `mode` says
-    whether adapters are merged into the weights, `restore` how the base comes back afterwards.
+    rounds the base's weights to "bf16" or "int8", or with "w8a8" these and the inputs of its layers
+    to eight bits; nothing is merged into eight bits. `mode` says whether adapters are merged into
+    the weights, `restore` how the base comes back afterwards.
     `tool_call_format` is the notation in which models write calls where their chat template does
     not tell it.
     `record_trace` names a file for who asked for what and when, without any text; where there is
@@ -160,9 +162,9 @@ class ServerConfig:
             _check("base_product", self.base_product == "auto", "must be auto with quantize")
             in_float32 = self.dtype in ("auto", "float32")
             _check("dtype", in_float32, "must be float32 with quantize: sums are float32")
-        if self.quantize == "int8":
-            rule = "must not be merged with quantize int8: nothing is merged into eight bits"
-            _check("mode", self.mode != "merged", rule)
+        if self.quantize in EIGHT_BITS:
+            rule = "must not be merged with quantize {}: nothing is merged into eight bits"
+            _check("mode", self.mode != "merged", rule.format(self.quantize))
         in_cpp = self.quantize != "none" or self.base_product == "native"
         _check("native", self.native or not in_cpp, "must stay on: these products are in C++ alone")
         separate = self.quantize != "none" or self.base_product in ("packed", "native")

@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from dynamic_lora_adapters.native import NativeUnavailable
-from dynamic_lora_adapters.native.product import Bfloat16Product, Int8Product, NativeProduct
+from dynamic_lora_adapters.native.product import (
+    Bfloat16Product,
+    Int8Product,
+    NativeProduct,
+    W8a8Product,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +40,8 @@ _NATIVE_LEAD = 1.25
 class ProductKind(StrEnum):
     """PLAIN by torch, PACKED by oneDNN, NATIVE by the C++ of `native/`.
 
-    BF16 and INT8 are NATIVE with rounded weights, the others compute the same. Nothing is
-    merged into INT8.
+    BF16, INT8 and W8A8 are NATIVE with rounded weights, the others compute the same. Nothing is
+    merged into weights of eight bits. W8A8 rounds the inputs of products to eight bits, too.
     """
 
     PLAIN = "plain"
@@ -44,11 +49,17 @@ class ProductKind(StrEnum):
     NATIVE = "native"
     BF16 = "bf16"
     INT8 = "int8"
+    W8A8 = "w8a8"
 
     @property
     def rounded(self) -> bool:
         """Whether it rounds the weights."""
-        return self in (ProductKind.BF16, ProductKind.INT8)
+        return self is ProductKind.BF16 or not self.merges
+
+    @property
+    def merges(self) -> bool:
+        """Whether adapters can be merged into its weights."""
+        return self not in (ProductKind.INT8, ProductKind.W8A8)
 
     @property
     def factor_dtype(self) -> torch.dtype | None:
@@ -143,6 +154,8 @@ def make_product(
         return Bfloat16Product(weight, bias, halves=halves)
     if kind is ProductKind.INT8:
         return Int8Product(weight, bias, halves=halves)
+    if kind is ProductKind.W8A8:
+        return W8a8Product(weight, bias, halves=halves)
     if kind is ProductKind.PACKED:
         return PackedProduct(weight, bias)
     return DetachedProduct(weight, bias) if shared else PlainProduct(weight, bias)

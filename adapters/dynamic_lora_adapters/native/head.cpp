@@ -61,8 +61,8 @@ void share_log_masses(const Scratch& scratch, int64_t count, int64_t panels, flo
 
 extern "C" {
 
-// Whether calls from now on round inputs to bfloat16, where that pays.
-void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && pairs_pay(); }
+// Whether calls from now on round inputs to no fewer than sixteen bits.
+void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
 // outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Where

@@ -460,8 +460,8 @@ bool prepared(const Layer& layer, const Step& step, const Batch& batch, Scratch&
 
 extern "C" {
 
-// Whether calls from now on round inputs to bfloat16, where that pays.
-void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && pairs_pay(); }
+// Whether calls from now on round inputs to no fewer than sixteen bits.
+void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
 
 // Layers one after the other, for a step whose tokens all are among its items.
 // hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are

@@ -174,7 +174,7 @@ inline void round_row_to_bytes(const float* x, int64_t k, int64_t plane, int64_t
   for (int64_t start = 0; start < k; start += kGroup) {
     const int64_t count = std::min(kGroup, k - start);
     alignas(64) int16_t whole[kGroup];
-    *scales++ = round_group(x + start, count, whole);
+    *scales++ = round_group(x + start, count, whole).scale;
     int8_t* to = out.bytes.data() + row * row_stride<int8_t>(k) + start;
     for (int64_t i = 0; i < count; i += 2 * kLanes) {
       const __m512i values = _mm512_load_si512(whole + i);

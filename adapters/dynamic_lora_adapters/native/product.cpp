@@ -200,6 +200,21 @@ int64_t pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_
   return memory.status();
 }
 
+// weight [n, k] in eight bits, `added` to each, to panels [depth / together][kWidth][together].
+void pack_bytes(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n, int64_t k,
+                int64_t depth, bool halves, int64_t together, int added) {
+  const int64_t panels = (n + kWidth - 1) / kWidth;
+#pragma omp parallel for schedule(guided, 1)
+  for (int64_t j = 0; j < panels; j++)
+    for (int64_t i = 0; i < depth; i++)
+      for (int64_t c = 0; c < kWidth; c++) {
+        const int64_t column = panel_column(j, n, halves) + c;
+        const int value = column < n && i < k ? weight[column * ldw + i] : 0;
+        packed[j * depth * kWidth + i / together * together * kWidth + c * together +
+               i % together] = static_cast<int8_t>(value + added);
+      }
+}
+
 }  // namespace
 
 extern "C" {
@@ -211,10 +226,10 @@ int64_t dynamic_lora_panel_depth(int64_t format, int64_t k) {
   return panel_depth(static_cast<Format>(format), k);
 }
 
-// Whether calls from now on round inputs to bfloat16, where that pays.
-void dynamic_lora_round_to_bfloat16(int64_t wanted) { bfloat16_inputs = wanted && pairs_pay(); }
+// Whether calls from now on round inputs to no fewer than sixteen bits.
+void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
 
-// Whether they ever are.
+// Whether inputs are rounded to bfloat16 beside weights in it.
 int64_t dynamic_lora_rounds_to_bfloat16() { return pairs_pay(); }
 
 // weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
@@ -235,16 +250,13 @@ int64_t dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, BFloat16* p
 // A weight in eight bits.
 void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
                             int64_t k, int64_t halves) {
-  const int64_t panels = (n + kWidth - 1) / kWidth, depth = panel_depth(kBytes, k);
-  constexpr int64_t kTogether = kBytesTogether;
-#pragma omp parallel for schedule(guided, 1)
-  for (int64_t j = 0; j < panels; j++)
-    for (int64_t i = 0; i < depth; i++)
-      for (int64_t c = 0; c < kWidth; c++) {
-        const int64_t column = panel_column(j, n, halves) + c;
-        packed[j * depth * kWidth + i / kTogether * kTogether * kWidth + c * kTogether +
-               i % kTogether] = column < n && i < k ? weight[column * ldw + i] : int8_t(0);
-      }
+  pack_bytes(weight, ldw, packed, n, k, panel_depth(kBytes, k), halves, kBytesTogether, 0);
+}
+
+// The same beside inputs in eight bits.
+void dynamic_lora_pack_w8a8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
+                            int64_t k, int64_t halves) {
+  pack_bytes(weight, ldw, packed, n, k, panel_depth(kAllBytes, k), halves, 4, kAdded);
 }
 
 // x [m, k], y [m, n], both dense. Returns what `Memory` says.

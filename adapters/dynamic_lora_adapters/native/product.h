@@ -1,6 +1,7 @@
 // y = x W^T + bias for a few to a few hundred rows of x, from a packed W, in float32, for a W in
 // bfloat16 (`bfloat16.h`), or, for one in eight bits, in integers (`rounded.h`); these two on the
-// processor's matrix unit where it has one (`matrix_unit.h`).
+// processor's matrix unit where it has one (`matrix_unit.h`). Or with both in eight bits
+// (`eight_bits.h`).
 //
 // W [n, k] is packed in panels of kWidth outputs (see `Projection`), so that a
 // panel is read once, in order, for all rows. Up to kTileRows rows are summed in
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "eight_bits.h"
 #include "matrix_unit.h"
 #include "rounded.h"
 #include "team.h"
@@ -42,14 +44,15 @@ constexpr int64_t kFurther = 1024;
 constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-level cache repeat
 
 // What the panels of a weight hold: [k][kWidth] of floats, [ceil(k / n)][kWidth][n] of the others,
-// with n = 2, or, for bytes on the matrix unit, 4.
-enum Format : int64_t { kFloats, kBytes, kBFloat16 };
+// with n = 2, or, for bytes on the matrix unit and beside inputs in eight bits, 4.
+enum Format : int64_t { kFloats, kBytes, kBFloat16, kAllBytes };
 constexpr int64_t kBytesTogether = kMatrixUnit ? 4 : 2;
 
 // Inputs that a panel has room for, zeros behind the last.
 inline int64_t panel_depth(Format format, int64_t k) {
   if (format == kFloats) return k;
   if (format == kBytes && kMatrixUnit) return (k + kUnitBytes - 1) / kUnitBytes * kUnitBytes;
+  if (format == kAllBytes) return whole_fours(k);
   return even(k);
 }
 
@@ -70,24 +73,26 @@ inline bool pairs_pay() {
 #endif
 }
 
-// Whether calls that begin now round inputs to bfloat16: what compares two ways to compute has it
-// switched off.
-static std::atomic<bool> bfloat16_inputs{pairs_pay()};
+// Whether calls that begin now round inputs to no fewer than sixteen bits, and those not to
+// bfloat16: what compares two ways to compute has it switched on.
+static std::atomic<bool> whole_inputs{false};
 
-// The rows of one call, and whether its products round them to bfloat16 where they can: asked for
-// once, for all of a call must agree on what lies where.
+// The rows of one call, and how its products round them: asked for once, for all of a call must
+// agree on what lies where.
 struct Batch {
   int64_t rows;
-  bool in_bfloat16;
+  bool whole, in_bfloat16;
 
   explicit Batch(int64_t rows)
-      : rows(rows), in_bfloat16(bfloat16_inputs.load(std::memory_order_relaxed)) {}
+      : rows(rows),
+        whole(whole_inputs.load(std::memory_order_relaxed)),
+        in_bfloat16(!whole && pairs_pay()) {}
 };
 
 // The weight of a linear layer, in panels.
 struct Projection {
   const void* packed;
-  const float* scale;  // [n], of bytes; else null
+  const float* scale;  // [n], of both formats in bytes; else null
   const float* bias;   // [n] or null
   int64_t n, k;
   int64_t format;
@@ -99,7 +104,9 @@ struct Projection {
   }
 
   // Whether products round their inputs first.
-  bool rounds(const Batch& batch) const { return format == kBytes || rounds_to_bfloat16(batch); }
+  bool rounds(const Batch& batch) const {
+    return format == kBytes || format == kAllBytes || rounds_to_bfloat16(batch);
+  }
 
   // Whether products of rows of floats spread them first. With AVX-512 they gain by it, else
   // where a column of a tile's rows falls into one set of the first-level cache, which it is too
@@ -120,7 +127,9 @@ struct Projection {
     if (format == kBytes && kMatrixUnit) {
       have_room(copies.bytes, 2 * plane(batch.rows));
       have_room(copies.scales, batch.rows * InputCopies::groups(k));
-    } else if (rounds(batch))
+    } else if (format == kAllBytes)
+      make_eight_bit_room(batch.whole ? 2 * batch.rows : batch.rows, k, copies);
+    else if (rounds(batch))
       copies.make_room(whole_tiles(batch.rows), k);
     else if (spreads(batch))
       have_room(copies.spread, batch.rows * spread_stride(k));
@@ -247,6 +256,36 @@ struct ByteInputs {
     const int64_t groups = InputCopies::groups(k), ldx = row_stride<int8_t>(k);
     bytes_tile(values + row * ldx + i, ldx, plane, scales + row * groups + i / kGroup, groups, rows,
                slice, depth, i == 0, sums, ahead.line, kUnitBytes * ahead.step);
+  }
+};
+
+// x [m, k] in eight bits, for panels of fours of weights in eight; `whole`: behind its rows those
+// of what rounding has left.
+struct EightBitInputs {
+  using Way = InRegisters;
+  using Weight = uint8_t;
+  static constexpr int64_t kSlice = INT64_MAX / 2;  // all inputs: a panel is small
+  const InputCopies& copies;
+  int64_t k;
+  Batch batch;
+
+  int64_t depth() const { return whole_fours(k); }
+
+  void add(int64_t rows, int64_t row, int64_t, const uint8_t* panel, int64_t depth, float* sums,
+           Ahead ahead) const {
+    add_rows(rows, row, panel, depth, true, sums, {ahead.line, 2 * ahead.step});
+    if (batch.whole) add_rows(rows, batch.rows + row, panel, depth, false, sums, {ahead.line, 0});
+  }
+
+  void add_rows(int64_t rows, int64_t row, const uint8_t* panel, int64_t depth, bool fresh,
+                float* sums, Ahead ahead) const {
+    const int64_t groups = few_groups(k), ldx = row_stride<int8_t>(k);
+    with_rows<kTileRows>(rows, [&](auto count) {
+      four_tile<count(), kPanelVecs>(copies.bytes.data() + row * ldx, ldx,
+                                     copies.scales.data() + row * groups,
+                                     copies.starts.data() + row * groups, groups, panel, depth,
+                                     fresh, sums, kWidth, ahead);
+    });
   }
 };
 
@@ -616,6 +655,8 @@ inline void copy_row(const float* x, const Projection& p, const Batch& batch, in
     round_row_to_bytes(x, p.k, p.plane(batch.rows), row, copies);
   else if (p.format == kBytes)
     round_row(x, p.k, row, copies);
+  else if (p.format == kAllBytes)
+    round_row_to_eight_bits(x, p.k, row, batch.whole ? batch.rows + row : -1, copies);
   else if (p.rounds_to_bfloat16(batch))
     round_row_to_bfloat16(x, p.k, row, copies);
   else if (p.spreads(batch))
@@ -649,6 +690,8 @@ void share_product(const float* x, const Projection& p, const To& to, const Batc
     else
       return multiply(RoundedInputs{copies.values.data(), scales, p.k});
   }
+  if (p.format == kAllBytes)
+    return multiply(EightBitInputs{copies, p.k, batch});
   if (p.rounds_to_bfloat16(batch)) {
     using Inputs = std::conditional_t<kMatrixUnit, UnitInputs, BFloat16Inputs>;
     return multiply(Inputs{copies.values.data(), p.k});

@@ -14,7 +14,9 @@ _SIZE = ctypes.c_int64
 _LARGEST = 127.0
 _ARENA = Arena()
 # What `product.h` calls Format.
-_FORMATS = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2}
+_FORMATS = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2, torch.uint8: 3}
+# How weights of eight bits are packed beside inputs in sixteen bits, and in eight.
+_PACK_BYTES = {torch.int8: "dynamic_lora_pack_int8", torch.uint8: "dynamic_lora_pack_w8a8"}
 
 
 class Projection(ctypes.Structure):
@@ -92,10 +94,11 @@ class PackedWeight:
             weight = weight.contiguous()
         packed = self._packed
         sizes = (weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)
-        if packed.dtype == torch.int8:
-            library.dynamic_lora_pack_int8.argtypes = [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3]
-            library.dynamic_lora_pack_int8.restype = None
-            library.dynamic_lora_pack_int8(*sizes, self._halves)
+        if packed.dtype in _PACK_BYTES:
+            pack_bytes = library[_PACK_BYTES[packed.dtype]]
+            pack_bytes.argtypes = [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3]
+            pack_bytes.restype = None
+            pack_bytes(*sizes, self._halves)
             return
         is_float32 = packed.dtype == torch.float32
         name = "dynamic_lora_pack" if is_float32 else "dynamic_lora_pack_bfloat16"
@@ -145,22 +148,23 @@ class Bfloat16Product(NativeProduct):
 
 @contextmanager
 def whole_inputs() -> Iterator[None]:
-    """Has no `Bfloat16Product` of the process round its inputs meanwhile.
+    """Has no product of the process round its inputs to fewer than fifteen bits meanwhile.
 
     For a comparison of two orders of sums: inputs that differ in float32's last place may
-    differ in bfloat16's. Raises NativeUnavailable.
+    differ in bfloat16's. `Bfloat16Product` takes them as they are; `W8a8Product` adds the
+    product of what rounding has left. Raises NativeUnavailable.
     """
     libraries = [load_library(name) for name in ("product", "layer", "head")]
-    switches = [library.dynamic_lora_round_to_bfloat16 for library in libraries]
+    switches = [library.dynamic_lora_keep_inputs_whole for library in libraries]
     for switch in switches:
         switch.argtypes = [_SIZE]
         switch.restype = None
-        switch(0)
+        switch(1)
     try:
         yield
     finally:
         for switch in switches:
-            switch(1)
+            switch(0)
 
 
 def rounds_inputs() -> bool:
@@ -182,6 +186,8 @@ class Int8Product(PackedWeight):
     be compiled.
     """
 
+    _dtype = torch.int8
+
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
     ) -> None:
@@ -189,12 +195,23 @@ class Int8Product(PackedWeight):
         largest = weight.abs().amax(dim=1, keepdim=True)
         scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
         rounded = (weight / scale).round().to(torch.int8)
-        super().__init__(rounded, bias, scale=scale.contiguous(), halves=halves)
+        super().__init__(rounded, bias, scale=scale.contiguous(), dtype=self._dtype, halves=halves)
 
     def replace(self, weight: torch.Tensor) -> None:
         """Refused: what is merged would be rounded to eight bits."""
         del weight
         raise TypeError("adapters are not merged into quantised weights")
+
+
+class W8a8Product(Int8Product):
+    """The same with inputs rounded to eight bits, 64 at a time with a scale.
+
+    Where the processor has VNNI this multiplies twice as many in the same time, by other
+    instructions the same as many. Weights are kept with 128 added, for one operand of that
+    instruction has no sign. Raises NativeUnavailable where it cannot be compiled.
+    """
+
+    _dtype = torch.uint8
 
 
 def _panel_width(library: ctypes.CDLL) -> int:

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "room.h"
 #include "vectors.h"
@@ -19,11 +20,9 @@
 namespace dynamic_lora {
 
 constexpr int64_t kGroup = 256;       // inputs that share a scale
-constexpr float kLargest = 32767.0f;
 constexpr float kNothing = 1e-30f;    // inputs of a group all below count as zeros
 
 typedef int16_t PairVec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
-typedef int16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 // Rows cut into blocks of nearly equal size, `most` at most.
 struct RowBlocks {
@@ -56,8 +55,9 @@ inline int64_t spread_stride(int64_t k) {
 // zero makes the last one a pair), or in float32, spread.
 struct InputCopies {
   Lines<int16_t> values;  // [rows, row_stride]
-  Lines<int8_t> bytes;    // in place of values, for the matrix unit
+  Lines<int8_t> bytes;    // in place of values, for the matrix unit and for inputs in eight bits
   Lines<float> scales;    // [rows, groups]
+  Lines<int32_t> starts;  // [rows, groups]: of inputs in eight bits, what their sums begin with
   Lines<float> spread;    // [rows, spread_stride]
 
   static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
@@ -148,36 +148,44 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const fl
   }
 }
 
-// Rounds x [count] of one row; returns the scale, which is NaN if a value is not finite.
-inline float round_group(const float* x, int64_t count, int16_t* out) {
+// Of a group of inputs that have been rounded: what they are multiples of, NaN if one of them was not
+// finite, and their sum in those.
+struct Rounded {
+  float scale;
+  int32_t total;
+};
+
+// Rounds x [count] of one row to as many bits as `Whole` has, and the rest of the last vector to
+// zeros.
+template <typename Whole>
+inline Rounded round_group(const float* x, int64_t count, Whole* out) {
+  typedef Whole WholeVec __attribute__((vector_size(kLanes * sizeof(Whole))));
+  constexpr float kLargest = std::numeric_limits<Whole>::max();
+  const auto for_each_vector = [&](const auto& act) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) act(i, load(x + i));
+    if (i == count) return;
+    Vec last{};
+    std::memcpy(&last, x + i, (count - i) * sizeof(float));
+    act(i, last);
+  };
   Vec top{}, zero{};
-  float last_top = 0, last_zero = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec value = load(x + i), size = value < Vec{} ? -value : value;
+  for_each_vector([&](int64_t, Vec value) __attribute__((always_inline)) {
+    const Vec size = value < Vec{} ? -value : value;
     top = size > top ? size : top;
     zero += value * 0.0f;
-  }
-  for (int64_t rest = i; rest < count; rest++) {
-    last_top = std::max(last_top, std::abs(x[rest]));
-    last_zero += x[rest] * 0.0f;
-  }
-  for (int lane = 0; lane < kLanes; lane++) last_top = std::max(last_top, top[lane]);
-  const float largest = last_top > kNothing ? last_top : 0.0f;
+  });
+  const float found = highest(top), largest = found > kNothing ? found : 0.0f;
   const float inverse = largest > 0 ? kLargest / largest : 0.0f;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  for (int64_t start = 0; start < count; start += kLanes) {
-    const int64_t width = std::min<int64_t>(kLanes, count - start);
-    Vec value{};
-    if (width == kLanes)
-      value = load(x + start);
-    else
-      std::memcpy(&value, x + start, width * sizeof(float));
+  IntVec total{};
+  for_each_vector([&](int64_t i, Vec value) __attribute__((always_inline)) {
     const IntVec whole = __builtin_convertvector((value * inverse + magic) - magic, IntVec);
-    const HalfVec rounded = __builtin_convertvector(whole, HalfVec);
-    std::memcpy(out + start, &rounded, sizeof rounded);  // rows have room for whole vectors
-  }
-  return largest / kLargest + (sum(zero) + last_zero);
+    const WholeVec rounded = __builtin_convertvector(whole, WholeVec);
+    std::memcpy(out + i, &rounded, sizeof rounded);  // rows have room for whole vectors
+    total += whole;
+  });
+  return {largest / kLargest + sum(zero), sum(total)};
 }
 
 // Rounds row number `row`, x [k].
@@ -185,7 +193,7 @@ inline void round_row(const float* x, int64_t k, int64_t row, InputCopies& out) 
   int16_t* to = out.values.data() + row * row_stride<int16_t>(k);
   float* scales = out.scales.data() + row * InputCopies::groups(k);
   for (int64_t start = 0; start < k; start += kGroup)
-    *scales++ = round_group(x + start, std::min(kGroup, k - start), to + start);
+    *scales++ = round_group(x + start, std::min(kGroup, k - start), to + start).scale;
 }
 
 }  // namespace dynamic_lora

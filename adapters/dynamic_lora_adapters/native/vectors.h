@@ -126,6 +126,34 @@ inline float sum(Vec v) {
 #endif
 }
 
+// The highest of all lanes, none of which is NaN.
+inline float highest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512&>(v));
+#elif defined(__AVX2__)
+  const __m256 whole = reinterpret_cast<__m256&>(v);
+  __m128 part = _mm_max_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1));
+  part = _mm_max_ps(part, _mm_movehl_ps(part, part));
+  return _mm_cvtss_f32(_mm_max_ss(part, _mm_movehdup_ps(part)));
+#else
+  float top = v[0];
+  for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
+// The sum of all lanes.
+inline int32_t sum(IntVec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i&>(v));
+#else
+  int32_t total = 0;
+  UNROLL
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+#endif
+}
+
 // The sums of four vectors, times `factor`, to `out`.
 inline void sum_each(const Vec (&v)[4], float factor, float* out) {
 #if defined(__AVX512F__)

@@ -143,8 +143,9 @@ BaseProduct = Annotated[
 Quantize = Annotated[
     str,
     typer.Option(
-        help=f"Round the base's weights: {', '.join(QUANTIZATIONS)} (CPU). Answers change "
-        "slightly; nothing is merged into int8."
+        help=f"Round the base's weights, and with w8a8 the inputs of its layers, too: "
+        f"{', '.join(QUANTIZATIONS)} (CPU). Answers change slightly; nothing is merged into int8 "
+        "and w8a8."
     ),
 ]
 Native = Annotated[

@@ -1,6 +1,7 @@
 """Every kind of base product against torch's."""
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def test_products_equal_torchs(
 
 
 @pytest.mark.skipif(obstacle(ProductKind.NATIVE, WEIGHT) is not None, reason="no C++ compiler")
-@pytest.mark.parametrize("kind", [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8])
+@pytest.mark.parametrize(
+    "kind", [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8]
+)
 @given(
     rows=st.integers(1, 70),
     out_features=st.one_of(st.sampled_from([32, 64, 96, 192]), st.integers(1, 70)),
@@ -255,7 +258,29 @@ def test_bf16_keeps_what_is_no_number_to_its_row(wrong: float) -> None:
     torch.testing.assert_close(others, torch.full((8, 20), 259.0))
 
 
+@dataclass(frozen=True, slots=True)
+class EightBits:
+    """A product by weights in eight bits: how its inputs are rounded."""
+
+    kind: ProductKind
+    group: int  # inputs of a row that share a scale
+    largest: int  # what the largest of them becomes
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] as the product sees it."""
+        groups = []
+        for group in x.split(self.group, dim=1):
+            step = group.abs().amax(1, keepdim=True) / self.largest
+            groups.append((group / step).round() * step)
+        return torch.cat(groups, dim=1)
+
+
+EIGHT_BITS = [EightBits(ProductKind.INT8, 256, 32767), EightBits(ProductKind.W8A8, 64, 127)]
+eight_bits = pytest.mark.parametrize("bits", EIGHT_BITS, ids=lambda bits: bits.kind.value)
+
+
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@eight_bits
 @given(
     rows=st.integers(1, 40),
     out_features=st.integers(1, 70),
@@ -264,8 +289,8 @@ def test_bf16_keeps_what_is_no_number_to_its_row(wrong: float) -> None:
 )
 @settings(deadline=None)
 @torch.inference_mode()
-def test_int8_multiplies_by_the_rounded_weight(
-    rows: int, out_features: int, in_features: int, biased: bool
+def test_eight_bits_multiply_by_the_rounded_weight(
+    bits: EightBits, rows: int, out_features: int, in_features: int, biased: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
@@ -275,42 +300,60 @@ def test_int8_multiplies_by_the_rounded_weight(
     rounded = (weight / step).round() * step
     x = torch.randn(rows, in_features, generator=generator)
     x *= 100 ** torch.arange(rows).remainder(5)[:, None]
-    out = make_product(ProductKind.INT8, weight, bias)(x)
-    expected = torch.nn.functional.linear(in_sixteen_bits(x), rounded, bias)
+    out = make_product(bits.kind, weight, bias)(x)
+    expected = torch.nn.functional.linear(bits.rounded(x), rounded, bias)
     # An input halfway between two steps may be rounded to either; terms may cancel each other.
     largest = (x.abs().amax(1, keepdim=True) * weight.abs().amax()).clamp(min=1)
-    torch.testing.assert_close(out / largest, expected / largest, rtol=0, atol=1e-4)
-
-
-def in_sixteen_bits(x: torch.Tensor) -> torch.Tensor:
-    """Rounded as integers up to 32767, 256 inputs of a row to a scale."""
-    groups = []
-    for group in x.split(256, dim=1):
-        step = group.abs().amax(1, keepdim=True) / 32767
-        groups.append((group / step).round() * step)
-    return torch.cat(groups, dim=1)
+    halfway = max(1e-4, 1 / bits.largest)
+    torch.testing.assert_close(out / largest, expected / largest, rtol=0, atol=halfway)
+    assert ((out - expected) / largest).abs().median() < 1e-4
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@eight_bits
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 255, 256, 258])
+@pytest.mark.parametrize("place", [0, 63, 64, 255, 256, 258])
 @torch.inference_mode()
-def test_int8_keeps_what_is_no_number_to_its_row(wrong: float, place: int) -> None:
+def test_eight_bits_keep_what_is_no_number_to_its_row(
+    bits: EightBits, wrong: float, place: int
+) -> None:
     x = torch.ones(9, 259)
     x[4, place] = wrong
-    out = make_product(ProductKind.INT8, torch.ones(20, 259), None)(x)
+    out = make_product(bits.kind, torch.ones(20, 259), None)(x)
     assert not out[4].isfinite().any()
     others = torch.cat([out[:4], out[5:]])
     torch.testing.assert_close(others, torch.full((8, 20), 259.0))
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@eight_bits
 @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-31])
 @torch.inference_mode()
-def test_int8_takes_tiny_inputs_for_zeros(size: float) -> None:
+def test_eight_bits_take_tiny_inputs_for_zeros(bits: EightBits, size: float) -> None:
     bias = torch.randn(20)
-    out = make_product(ProductKind.INT8, torch.ones(20, 300), bias)(torch.full((3, 300), size))
+    out = make_product(bits.kind, torch.ones(20, 300), bias)(torch.full((3, 300), size))
     assert torch.equal(out, bias.expand(3, 20))
+
+
+@pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
+@given(
+    rows=st.integers(1, 40),
+    out_features=st.integers(1, 70),
+    in_features=st.one_of(st.integers(1, 200), st.integers(2040, 2060)),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_whole_inputs_of_w8a8_have_as_many_bits_as_those_of_int8(
+    rows: int, out_features: int, in_features: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    x = torch.randn(rows, in_features, generator=generator)
+    with whole_inputs():
+        out = make_product(ProductKind.W8A8, weight, None)(x)
+    expected = make_product(ProductKind.INT8, weight, None)(x)
+    largest = x.abs().amax(1, keepdim=True) * weight.abs().amax() * in_features**0.5
+    torch.testing.assert_close(out / largest, expected / largest, rtol=0, atol=2**-14)
 
 
 def computed(
@@ -352,7 +395,8 @@ def test_the_matrix_unit_computes_what_registers_do(
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
-def test_nothing_is_merged_into_int8() -> None:
-    product = make_product(ProductKind.INT8, WEIGHT, None)
+@eight_bits
+def test_nothing_is_merged_into_eight_bits(bits: EightBits) -> None:
+    product = make_product(bits.kind, WEIGHT, None)
     with pytest.raises(TypeError, match="adapters are not merged into quantised weights"):
         product.replace(WEIGHT)

@@ -11,7 +11,7 @@ from dynamic_lora_adapters.native.head import Highest, NativeHead
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
 from dynamic_lora_adapters.native.product import PackedWeight
 
-KINDS = [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8]
+KINDS = [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8]
 pytestmark = pytest.mark.skipif(
     obstacle(ProductKind.NATIVE, torch.ones(1, 1)) is not None, reason="there is no C++ compiler"
 )

@@ -43,6 +43,7 @@ def kv_dtype(built: BuiltEngine) -> torch.dtype:
         ({"kv_dtype": torch.bfloat16, "native": False}, torch.bfloat16),
         pytest.param({"base_product": ProductKind.BF16}, torch.bfloat16, marks=needs_cpp),
         pytest.param({"base_product": ProductKind.INT8}, torch.bfloat16, marks=needs_cpp),
+        pytest.param({"base_product": ProductKind.W8A8}, torch.bfloat16, marks=needs_cpp),
         pytest.param(
             {"base_product": ProductKind.BF16, "kv_dtype": torch.float32},
             torch.float32,

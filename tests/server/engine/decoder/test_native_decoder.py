@@ -478,7 +478,10 @@ def odd_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize(("kind", "step"), [(ProductKind.INT8, 1e-3), (ProductKind.BF16, 2e-2)])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [(ProductKind.INT8, 1e-3), (ProductKind.W8A8, 2e-2), (ProductKind.BF16, 2e-2)],
+)
 @pytest.mark.parametrize("name", ["all", "odd ranks"])
 def test_layers_with_rounded_weights_give_the_logits_of_their_products(
     kind: ProductKind,

@@ -1,0 +1,164 @@
+// Products of weights and inputs both in eight bits, in integers.
+//
+// Inputs are rounded to eight bits, with a scale for each kFewInputs of a row: as llama.cpp's Q8_0
+// has one for 32. Four neighbouring inputs times four weights make one sum of 32 bits per output.
+// With VNNI one instruction does that, and multiplies twice as many as one for inputs in sixteen
+// bits; elsewhere there are as many instructions as for those, and the same sums.
+//
+// The instruction takes one of the two without a sign. Weights are kept with 128 added; each sum
+// begins with what that adds to it, taken away.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "rounded.h"
+#include "vectors.h"
+
+namespace dynamic_lora {
+
+constexpr int64_t kFewInputs = 64;  // that share a scale
+constexpr int kAdded = 128;         // to a weight
+
+// Inputs of a panel, in whole fours.
+inline int64_t whole_fours(int64_t k) { return (k + 3) / 4 * 4; }
+
+inline int64_t few_groups(int64_t k) { return (k + kFewInputs - 1) / kFewInputs; }
+
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+
+typedef int8_t Fours __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
+
+inline Fours four_weights(const uint8_t* p) { return *reinterpret_cast<const Fours*>(p); }
+
+// Four inputs in every lane.
+inline Fours every_four(const int8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return held(reinterpret_cast<Fours>(four - IntVec{}));
+}
+
+// Adds the products of each four.
+inline IntVec dot_fours(IntVec sums, Fours weights, Fours inputs) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
+                                                      reinterpret_cast<__m512i>(weights),
+                                                      reinterpret_cast<__m512i>(inputs)));
+#else
+  return reinterpret_cast<IntVec>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sums),
+                                                          reinterpret_cast<__m256i>(weights),
+                                                          reinterpret_cast<__m256i>(inputs)));
+#endif
+}
+
+#else
+
+// The first and third of each four, and the second and fourth, in sixteen bits.
+struct Fours {
+  PairVec odd, even;
+};
+
+inline Fours four_weights(const uint8_t* p) {
+  typedef uint16_t Bits __attribute__((vector_size(kLanes * 4)));
+  Bits both;
+  std::memcpy(&both, p, sizeof both);
+  return {reinterpret_cast<PairVec>(both & 0xff), reinterpret_cast<PairVec>(both >> 8)};
+}
+
+inline Fours every_four(const int8_t* p) {
+  typedef int16_t Signed __attribute__((vector_size(kLanes * 4)));
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const auto both = reinterpret_cast<Signed>(four - IntVec{});
+  return {held(reinterpret_cast<PairVec>(both << 8 >> 8)), held(reinterpret_cast<PairVec>(both >> 8))};
+}
+
+inline IntVec dot_fours(IntVec sums, const Fours& weights, const Fours& inputs) {
+  return dot(dot(sums, weights.odd, inputs.odd), weights.even, inputs.even);
+}
+
+#endif
+
+// Adds x [Rows, depth] times a panel [depth / 4, Vecs * kLanes, 4] to y, or, where that is `fresh`,
+// writes it there.
+template <int Rows, int Vecs>
+__attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const float* scales,
+                                         const int32_t* starts, int64_t groups,
+                                         const uint8_t* panel, int64_t depth, bool fresh, float* y,
+                                         int64_t ldy, Ahead ahead) {
+  constexpr int kWide = Vecs * kLanes;
+  for (int64_t first = 0; first < depth; first += kFewInputs, scales++, starts++) {
+    IntVec sums[Rows][Vecs];
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      UNROLL
+      for (int v = 0; v < Vecs; v++) sums[r][v] = starts[r * groups] - IntVec{};
+    }
+    const int64_t stop = std::min(first + kFewInputs, depth);
+    for (int64_t i = first; i < stop; i += 4) {
+      Fours weights[Vecs];
+      UNROLL
+      for (int v = 0; v < Vecs; v++) weights[v] = four_weights(panel + i * kWide + v * 4 * kLanes);
+      UNROLL
+      for (int r = 0; r < Rows; r++) {
+        const Fours inputs = every_four(x + r * ldx + i);
+        UNROLL
+        for (int v = 0; v < Vecs; v++) sums[r][v] = dot_fours(sums[r][v], weights[v], inputs);
+      }
+      ahead.ask();
+      ahead.ask();
+    }
+    UNROLL
+    for (int r = 0; r < Rows; r++) {
+      const float scale = scales[r * groups];
+      UNROLL
+      for (int v = 0; v < Vecs; v++) {
+        float* out = y + r * ldy + v * kLanes;
+        const Vec sum = __builtin_convertvector(sums[r][v], Vec) * scale;
+        store(out, fresh && first == 0 ? sum : load(out) + sum);
+      }
+    }
+  }
+}
+
+// Has room for rows [rows, k] in eight bits.
+inline void make_eight_bit_room(int64_t rows, int64_t k, InputCopies& copies) {
+  have_room(copies.bytes, rows * row_stride<int8_t>(k));
+  have_room(copies.scales, rows * few_groups(k));
+  have_room(copies.starts, rows * few_groups(k));
+}
+
+// Rounds group number `group`, x [count], of row number `row`.
+inline void round_few(const float* x, int64_t k, int64_t row, int64_t group, int64_t count,
+                      InputCopies& copies) {
+  int8_t* to = copies.bytes.data() + row * row_stride<int8_t>(k) + group * kFewInputs;
+  const int64_t place = row * few_groups(k) + group;
+  const Rounded rounded = round_group(x, count, to);
+  copies.scales[place] = rounded.scale;
+  copies.starts[place] = -kAdded * rounded.total;
+}
+
+// The same for what rounding it to row number `other` has left of it.
+inline void round_rest(const float* x, int64_t k, int64_t other, int64_t row, int64_t group,
+                       int64_t count, InputCopies& copies) {
+  const int8_t* rounded =
+      copies.bytes.data() + other * row_stride<int8_t>(k) + group * kFewInputs;
+  const float scale = copies.scales[other * few_groups(k) + group];
+  float rest[kFewInputs];
+  for (int64_t i = 0; i < count; i++) rest[i] = x[i] - rounded[i] * scale;
+  round_few(rest, k, row, group, count, copies);
+}
+
+// Rounds x [k] to row number `row` in eight bits, and what that leaves to row number `rest`, if that
+// is not negative.
+inline void round_row_to_eight_bits(const float* x, int64_t k, int64_t row, int64_t rest,
+                                    InputCopies& copies) {
+  for (int64_t group = 0; group < few_groups(k); group++) {
+    const int64_t start = group * kFewInputs, count = std::min(kFewInputs, k - start);
+    round_few(x + start, k, row, group, count, copies);
+    if (rest >= 0) round_rest(x + start, k, row, rest, group, count, copies);
+  }
+}
+
+}  // namespace dynamic_lora
