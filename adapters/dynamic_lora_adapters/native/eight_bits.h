@@ -20,6 +20,11 @@ namespace dynamic_lora {
 
 constexpr int64_t kFewInputs = 64;  // that share a scale
 constexpr int kAdded = 128;         // to a weight
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+constexpr bool kMultipliesFours = true;
+#else
+constexpr bool kMultipliesFours = false;
+#endif
 
 // Inputs of a panel, in whole fours.
 inline int64_t whole_fours(int64_t k) { return (k + 3) / 4 * 4; }

@@ -232,6 +232,9 @@ void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
 // Whether inputs are rounded to bfloat16 beside weights in it.
 int64_t dynamic_lora_rounds_to_bfloat16() { return pairs_pay(); }
 
+// Whether inputs in eight bits are multiplied faster than any others.
+int64_t dynamic_lora_gains_by_eight_bits() { return kMultipliesFours && !kMatrixUnit; }
+
 // weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
 // rounded up to whole panels. With a rank of 0, the weight alone. Returns what `Memory` says.
 int64_t dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,

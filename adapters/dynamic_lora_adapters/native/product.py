@@ -1,13 +1,17 @@
 """The base product in C++, from a weight in panels: in float32, in bfloat16 or in eight bits."""
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_adapters.native.library import allocating, load_library
+
+logger = logging.getLogger(__name__)
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -206,12 +210,37 @@ class Int8Product(PackedWeight):
 class W8a8Product(Int8Product):
     """The same with inputs rounded to eight bits, 64 at a time with a scale.
 
-    Where the processor has VNNI this multiplies twice as many in the same time, by other
-    instructions the same as many. Weights are kept with 128 added, for one operand of that
-    instruction has no sign. Raises NativeUnavailable where it cannot be compiled.
+    Where the processor has VNNI this multiplies twice as many in the same time; elsewhere, and
+    beside Intel's matrix unit AMX, it gains nothing, which is logged once. Weights are kept with
+    128 added, for one operand of that instruction has no sign. Raises NativeUnavailable where it
+    cannot be compiled.
     """
 
     _dtype = torch.uint8
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
+    ) -> None:
+        super().__init__(weight, bias, halves=halves)
+        if not gains_by_eight_bits():
+            _warn_of_no_gain()
+
+
+@cache
+def gains_by_eight_bits() -> bool:
+    """Whether `W8a8Product` is the fastest on this processor. Raises NativeUnavailable."""
+    gains = load_library("product").dynamic_lora_gains_by_eight_bits
+    gains.argtypes = []
+    gains.restype = _SIZE
+    return bool(gains())
+
+
+@cache
+def _warn_of_no_gain() -> None:
+    logger.warning(
+        "Inputs in eight bits (w8a8) gain nothing on this processor, which has no VNNI, or has AMX "
+        "besides: int8 is as fast, and closer to the model"
+    )
 
 
 def _panel_width(library: ctypes.CDLL) -> int:

@@ -16,6 +16,7 @@ from dynamic_lora_adapters.apply.products import (
     obstacle,
 )
 from dynamic_lora_adapters.native import library
+from dynamic_lora_adapters.native import product as native_product
 from dynamic_lora_adapters.native.product import (
     Bfloat16Product,
     NativeProduct,
@@ -400,3 +401,23 @@ def test_nothing_is_merged_into_eight_bits(bits: EightBits) -> None:
     product = make_product(bits.kind, WEIGHT, None)
     with pytest.raises(TypeError, match="adapters are not merged into quantised weights"):
         product.replace(WEIGHT)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("gains", [True, False])
+def test_eight_bits_that_gain_nothing_are_told_of_once(
+    gains: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native_product, "gains_by_eight_bits", lambda: gains)
+    native_product._warn_of_no_gain.cache_clear()
+    for _ in range(2):
+        make_product(ProductKind.W8A8, WEIGHT, None)
+    said = [r.getMessage() for r in caplog.records if "gain nothing" in r.getMessage()]
+    assert len(said) == (0 if gains else 1)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
+def test_eight_bits_gain_where_processors_say_so() -> None:
+    flags = library.processor()
+    vector_unit = "avx512_vnni" in flags or "avx_vnni" in flags
+    assert native_product.gains_by_eight_bits() is (vector_unit and not library.has_matrix_unit())
