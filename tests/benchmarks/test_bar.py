@@ -138,7 +138,8 @@ def test_every_bar_has_a_goal_or_only_informs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "bits"), [("f32", 32), ("bfloat16", 16), ("q8_0", 8), ("auto", None), (None, None)]
+    ("weights", "bits"),
+    [("f32", 32), ("bfloat16", 16), ("q8_0", 8), ("w8a8", 8), ("auto", None), (None, None)],
 )
 def test_number_formats_have_widths(weights: str | None, bits: int | None) -> None:
     assert weight_bits(weights) == bits

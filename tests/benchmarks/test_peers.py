@@ -77,6 +77,8 @@ def test_the_peers_by_name() -> None:
         "vllm-cpu-base",
         "vllm-cpu-bfloat16",
         "vllm-cpu-bfloat16-base",
+        "vllm-cpu-w8a8",
+        "vllm-cpu-w8a8-base",
         "llama.cpp",
         "llama.cpp-unified",
         "llama.cpp-q8_0",
