@@ -142,7 +142,8 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const fl
     UNROLL
     for (int v = 0; v < Vecs; v++) {
       float* out = y + r * ldy + v * kLanes;
-      const Vec sum = __builtin_convertvector(sums[r][v], Vec) * scale;
+      // Rounded before it is added: not every number of rows would be compiled to one that is not.
+      const Vec sum = held(__builtin_convertvector(sums[r][v], Vec) * scale);
       store(out, fresh ? sum : load(out) + sum);
     }
   }
