@@ -516,14 +516,29 @@ struct Product {
     }
   }
 
-  // Scale, bias and deltas, for a group of rows of a panel.
-  void complete(float* sums, const Group& group, int64_t column, Extra& deltas) const {
+  // Scale, bias, what a product is added to, and deltas, for a group of rows of a panel: in this
+  // order, so that a row's deltas are the same to the bit whether they are added here or behind.
+  template <typename To>
+  void complete(float* sums, const Group& group, int64_t column, Extra& deltas,
+                const To& to) const {
     const int64_t width = std::min<int64_t>(kWidth, p.n - column);
     if (width < kWidth)
       complete_last(sums, group.rows, column, width);
     else if (p.scale || p.bias)
       complete_whole(sums, group.rows, column);
+    if constexpr (std::is_same_v<To, Plain>)
+      if (to.residual) add_residual(to.residual + group.row * p.n + column, group.rows, width, sums);
     deltas.add(sums, group.row, group.rows);
+  }
+
+  // Not inlined: fused with the scale, numbers would be rounded otherwise than without deltas.
+  __attribute__((noinline)) void add_residual(const float* residual, int64_t rows, int64_t width,
+                                              float* sums) const {
+    for (int64_t r = 0; r < rows; r++, residual += p.n, sums += kWidth) {
+      int64_t c = 0;
+      for (; c + kLanes <= width; c += kLanes) store(sums + c, load(sums + c) + load(residual + c));
+      for (; c < width; c++) sums[c] += residual[c];
+    }
   }
 
   void complete_whole(float* sums, int64_t rows, int64_t column) const {
@@ -558,23 +573,17 @@ struct Product {
     if (width < kWidth) return put_last(to, sums, group, column, width);
     const int64_t first = group.row * n + column;
     float* y = to.y + first;
-    const float* residual = to.residual ? to.residual + first : nullptr;
     for (int64_t r = 0; r < group.rows; r++) {
       UNROLL
-      for (int c = 0; c < kWidth; c += kLanes) {
-        const Vec value = load(sums + r * kWidth + c);
-        store(y + r * n + c, residual ? value + load(residual + r * n + c) : value);
-      }
+      for (int c = 0; c < kWidth; c += kLanes) store(y + r * n + c, load(sums + r * kWidth + c));
     }
   }
 
   __attribute__((noinline)) void put_last(const Plain& to, const float* sums, const Group& group,
                                           int64_t column, int64_t width) const {
     for (int64_t r = 0; r < group.rows; r++)
-      for (int64_t c = 0; c < width; c++) {
-        const int64_t place = (group.row + r) * p.n + column + c;
-        to.y[place] = sums[r * kWidth + c] + (to.residual ? to.residual[place] : 0.0f);
-      }
+      for (int64_t c = 0; c < width; c++)
+        to.y[(group.row + r) * p.n + column + c] = sums[r * kWidth + c];
   }
 
   void put(const Seen& to, float* sums, const Group& group, int64_t column) const {
@@ -616,7 +625,7 @@ struct Product {
     for_each_group([&](const Group& group) {
       alignas(64) float sums[kSums];  // begun by the first slice
       sum(number, 1, group, sums);
-      complete(sums, group, column, extra[0]);
+      complete(sums, group, column, extra[0], to);
       put(to, sums, group, column);
     });
   }
@@ -630,8 +639,8 @@ struct Product {
       alignas(64) float sums[2][kSums];
       sum(first, 2, group, sums[0]);
       sum(second, 2, group, sums[1]);
-      complete(sums[0], group, column, extra[0]);
-      complete(sums[1], group, p.n / 2 + column, extra[1]);
+      complete(sums[0], group, column, extra[0], to);
+      complete(sums[1], group, p.n / 2 + column, extra[1], to);
       put(to, sums, group, column);
     });
   }
