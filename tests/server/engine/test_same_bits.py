@@ -1,6 +1,7 @@
 """In bypass, a request's logits are the same to the bit whatever requests share its steps."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ REASON = obstacle(ProductKind.NATIVE, torch.ones(8, 8))
 if REASON is None and library.has_matrix_unit():
     REASON = "with a matrix unit (AMX), factors in tiles are multiplied in another order"
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+PAIRED = "factors are multiplied in pairs, in another order where there are few rows"
 
 KINDS = [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8]
 # The second: no projection's outputs fill whole panels, and inputs of eight bits are in groups.
@@ -66,7 +68,7 @@ def built(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[BuiltEngine, Adapters]:
     if request.param is ProductKind.BF16 and rounds_inputs():
-        pytest.skip("factors are multiplied in pairs, in another order where there are few rows")
+        pytest.skip(PAIRED)
     built = make_engine(
         tiny_llama(**shape),
         mode=Mode.BYPASS,
@@ -138,3 +140,17 @@ def test_log_probabilities_of_greedy_tokens_do_not_either(
     alone = told()
     assert None not in alone and len(alone) == 4
     assert told(*(prompted(7, one) for one in [None, *adapters])) == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_do_they_depend_on_what_is_kept_of_earlier_prompts(
+    kind: ProductKind, tmp_path: Path
+) -> None:
+    if kind is ProductKind.BF16 and rounds_inputs():
+        pytest.skip(PAIRED)
+    folder = make_adapter(tmp_path / "a", tiny_llama(), rank=8, targets="all-linear")
+    built = make_engine(tiny_llama(), mode=Mode.BYPASS, base_product=kind)
+    adapter = admit(built, folder)
+    first, again = (logits_of(prompted(50, adapter, seed=1), ([], []), built) for _ in range(2))
+    assert built.engine.scheduler.prefix_stats().num_reused == 48
+    assert torch.equal(again, first)
