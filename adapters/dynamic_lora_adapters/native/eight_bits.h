@@ -114,16 +114,7 @@ __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const flo
       ahead.ask();
       ahead.ask();
     }
-    UNROLL
-    for (int r = 0; r < Rows; r++) {
-      const float scale = scales[r * groups];
-      UNROLL
-      for (int v = 0; v < Vecs; v++) {
-        float* out = y + r * ldy + v * kLanes;
-        const Vec sum = __builtin_convertvector(sums[r][v], Vec) * scale;
-        store(out, fresh && first == 0 ? sum : load(out) + sum);
-      }
-    }
+    add_scaled(sums, scales, groups, fresh && first == 0, y, ldy);
   }
 }
 

@@ -111,6 +111,22 @@ inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
 #endif
 }
 
+// Adds sums, times the scale of their row, to y, or, where that is `fresh`, writes them there.
+template <int Rows, int Vecs>
+inline void add_scaled(const IntVec (&sums)[Rows][Vecs], const float* scales, int64_t groups,
+                       bool fresh, float* y, int64_t ldy) {
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    const Vec scale = all(scales[r * groups]);
+    UNROLL
+    for (int v = 0; v < Vecs; v++) {
+      float* out = y + r * ldy + v * kLanes;
+      const Vec before = fresh ? Vec{} : load(out);
+      store(out, fused(__builtin_convertvector(sums[r][v], Vec), scale, before));
+    }
+  }
+}
+
 // Adds x [Rows, depth] of one group times a panel slice [depth, Vecs * kLanes] to y, or, where
 // that is `fresh`, writes it there.
 template <int Rows, int Vecs>
@@ -136,17 +152,7 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const fl
     }
     ahead.ask();
   }
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    const float scale = scales[r * groups];
-    UNROLL
-    for (int v = 0; v < Vecs; v++) {
-      float* out = y + r * ldy + v * kLanes;
-      // Rounded before it is added: not every number of rows would be compiled to one that is not.
-      const Vec sum = held(__builtin_convertvector(sums[r][v], Vec) * scale);
-      store(out, fresh ? sum : load(out) + sum);
-    }
-  }
+  add_scaled(sums, scales, groups, fresh, y, ldy);
 }
 
 // Of a group of inputs that have been rounded: what they are multiples of, NaN if one of them was not

@@ -36,6 +36,22 @@ inline void store_each(float* p, Vec one, Vec other) {
 
 inline Vec all(float value) { return value - Vec{}; }
 
+// one * other + more, rounded once where the processor can. The compiler may do that too, or not,
+// and would not for all numbers of rows that a loop is written for.
+inline Vec fused(Vec one, Vec other, Vec more) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_fmadd_ps(reinterpret_cast<__m512>(one),
+                                               reinterpret_cast<__m512>(other),
+                                               reinterpret_cast<__m512>(more)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vec>(_mm256_fmadd_ps(reinterpret_cast<__m256>(one),
+                                               reinterpret_cast<__m256>(other),
+                                               reinterpret_cast<__m256>(more)));
+#else
+  return one * other + more;
+#endif
+}
+
 // Whether a comparison holds in some lane.
 inline bool any(IntVec holds) {
 #if defined(__AVX512F__)

@@ -26,7 +26,7 @@ if REASON is None and library.has_matrix_unit():
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 PAIRED = "factors are multiplied in pairs, in another order where there are few rows"
 
-KINDS = [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8]
+KINDS = [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8]
 # The second: no projection's outputs fill whole panels, and inputs of eight bits are in groups.
 SHAPES: dict[str, dict[str, Any]] = {
     "whole panels": {},
