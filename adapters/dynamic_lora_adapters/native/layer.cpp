@@ -80,8 +80,8 @@ struct Step {
 };
 
 // The deltas of one projection. `within`: added while the product's sums are at hand. `apart`:
-// after it, for segments too short to fill a tile, unless a row has two adapters' deltas. `tiled`:
-// factors in tiles, also after it.
+// after it, for several segments too short to fill a tile, unless a row has two adapters' deltas.
+// `tiled`: factors in tiles, also after it.
 struct SiteDeltas {
   std::vector<Segment> segments;
   std::vector<Part> within, apart;
@@ -173,8 +173,10 @@ void find_bare(SiteDeltas& deltas, int64_t rows) {
 void part_segments(SiteDeltas& deltas) {
   deltas.within.clear();
   deltas.apart.clear();
+  // One adapter's factors are read in passing: a second pass would cost more than it hides.
+  const bool several = deltas.segments.size() > 1;
   for (const Segment& segment : deltas.segments)
-    if (deltas.once && segment.rows < kTileRows)
+    if (deltas.once && several && segment.rows < kTileRows)
       part_segment(segment, kOutsAlong, deltas.apart);
     else
       part_segment(segment, INT64_MAX / 2, deltas.within);
