@@ -61,8 +61,8 @@ void share_log_masses(const Scratch& scratch, int64_t count, int64_t panels, flo
 
 extern "C" {
 
-// Whether calls from now on round inputs to no fewer than sixteen bits.
-void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
+// So many more, or fewer, want inputs whole from now on.
+void dynamic_lora_keep_inputs_whole(int64_t more) { whole_inputs += more; }
 
 // For rows [count] of hidden [.., k]: where each has its highest output, and whether all of its
 // outputs are numbers below infinity, and one above minus infinity; tokens, sound [count]. Where

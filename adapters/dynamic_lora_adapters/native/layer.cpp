@@ -462,8 +462,8 @@ bool prepared(const Layer& layer, const Step& step, const Batch& batch, Scratch&
 
 extern "C" {
 
-// Whether calls from now on round inputs to no fewer than sixteen bits.
-void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
+// So many more, or fewer, want inputs whole from now on.
+void dynamic_lora_keep_inputs_whole(int64_t more) { whole_inputs += more; }
 
 // Layers one after the other, for a step whose tokens all are among its items.
 // hidden, out [rows, hidden]; qkv [rows, outputs of qkv] and attended [rows, heads, dim] are

@@ -1,5 +1,6 @@
 // Low-rank deltas that are added panel by panel of a product, while its sums are at hand, or, where
-// each adapter has few rows and waiting for its factors is what takes time, once a product is done.
+// each of several adapters has few rows and waiting for factors is what takes time, once a product
+// is done. Both add a row's ranks in the same order to the same sums.
 
 #pragma once
 

@@ -226,8 +226,8 @@ int64_t dynamic_lora_panel_depth(int64_t format, int64_t k) {
   return panel_depth(static_cast<Format>(format), k);
 }
 
-// Whether calls from now on round inputs to no fewer than sixteen bits.
-void dynamic_lora_keep_inputs_whole(int64_t wanted) { whole_inputs = wanted; }
+// So many more, or fewer, want inputs whole from now on.
+void dynamic_lora_keep_inputs_whole(int64_t more) { whole_inputs += more; }
 
 // Whether inputs are rounded to bfloat16 beside weights in it.
 int64_t dynamic_lora_rounds_to_bfloat16() { return pairs_pay(); }

@@ -73,9 +73,9 @@ inline bool pairs_pay() {
 #endif
 }
 
-// Whether calls that begin now round inputs to no fewer than sixteen bits, and those not to
-// bfloat16: what compares two ways to compute has it switched on.
-static std::atomic<bool> whole_inputs{false};
+// How many want inputs to be rounded neither to eight bits nor to bfloat16 in calls that begin now:
+// those who compare two ways to compute.
+static std::atomic<int64_t> whole_inputs{0};
 
 // The rows of one call, and how its products round them: asked for once, for all of a call must
 // agree on what lies where.
@@ -85,7 +85,7 @@ struct Batch {
 
   explicit Batch(int64_t rows)
       : rows(rows),
-        whole(whole_inputs.load(std::memory_order_relaxed)),
+        whole(whole_inputs.load(std::memory_order_relaxed) > 0),
         in_bfloat16(!whole && pairs_pay()) {}
 };
 

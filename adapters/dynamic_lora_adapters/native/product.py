@@ -152,11 +152,12 @@ class Bfloat16Product(NativeProduct):
 
 @contextmanager
 def whole_inputs() -> Iterator[None]:
-    """Has no product of the process round its inputs to fewer than fifteen bits meanwhile.
+    """Has no product of the process round its inputs to fewer than sixteen bits meanwhile.
 
     For a comparison of two orders of sums: inputs that differ in float32's last place may
     differ in bfloat16's. `Bfloat16Product` takes them as they are; `W8a8Product` adds the
-    product of what rounding has left. Raises NativeUnavailable.
+    product of what rounding has left. Lasts until all who asked for it have done. Raises
+    NativeUnavailable.
     """
     libraries = [load_library(name) for name in ("product", "layer", "head")]
     switches = [library.dynamic_lora_keep_inputs_whole for library in libraries]
@@ -168,7 +169,7 @@ def whole_inputs() -> Iterator[None]:
         yield
     finally:
         for switch in switches:
-            switch(0)
+            switch(-1)
 
 
 def rounds_inputs() -> bool:

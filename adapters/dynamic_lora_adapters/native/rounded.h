@@ -56,7 +56,7 @@ inline int64_t spread_stride(int64_t k) {
 struct InputCopies {
   Lines<int16_t> values;  // [rows, row_stride]
   Lines<int8_t> bytes;    // in place of values, for the matrix unit and for inputs in eight bits
-  Lines<float> scales;    // [rows, groups]
+  Lines<float> scales;    // [rows, groups], of kGroup or kFewInputs
   Lines<int32_t> starts;  // [rows, groups]: of inputs in eight bits, what their sums begin with
   Lines<float> spread;    // [rows, spread_stride]
 
@@ -190,7 +190,8 @@ inline Rounded round_group(const float* x, int64_t count, Whole* out) {
     const IntVec whole = __builtin_convertvector((value * inverse + magic) - magic, IntVec);
     const WholeVec rounded = __builtin_convertvector(whole, WholeVec);
     std::memcpy(out + i, &rounded, sizeof rounded);  // rows have room for whole vectors
-    total += whole;
+    // Of what is no number this is anything, but no more than a byte or two.
+    total += __builtin_convertvector(rounded, IntVec);
   });
   return {largest / kLargest + sum(zero), sum(total)};
 }

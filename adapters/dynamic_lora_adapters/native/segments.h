@@ -162,7 +162,8 @@ void expand_segment(const Deltas& d, const Segment& s, int64_t column, int64_t s
   }
 }
 
-// All ranks of a block of rows, whose x stays at hand meanwhile.
+// All ranks of a block of rows, whose x stays at hand meanwhile. Ranks behind the last kRanks go one
+// by one, here as in `shrink_item`: a rank must be summed alike for all numbers of rows.
 template <Factors kind>
 void shrink_block(const Deltas& d, const Segment& s, int64_t block) {
   constexpr int kMost = kSums / kRanks;

@@ -43,7 +43,7 @@ inline Vec fused(Vec one, Vec other, Vec more) {
   return reinterpret_cast<Vec>(_mm512_fmadd_ps(reinterpret_cast<__m512>(one),
                                                reinterpret_cast<__m512>(other),
                                                reinterpret_cast<__m512>(more)));
-#elif defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
   return reinterpret_cast<Vec>(_mm256_fmadd_ps(reinterpret_cast<__m256>(one),
                                                reinterpret_cast<__m256>(other),
                                                reinterpret_cast<__m256>(more)));

@@ -307,7 +307,8 @@ def test_eight_bits_multiply_by_the_rounded_weight(
     largest = (x.abs().amax(1, keepdim=True) * weight.abs().amax()).clamp(min=1)
     halfway = max(1e-4, 1 / bits.largest)
     torch.testing.assert_close(out / largest, expected / largest, rtol=0, atol=halfway)
-    assert ((out - expected) / largest).abs().median() < 1e-4
+    if rows > 1:  # of one row, one such input moves all outputs
+        assert ((out - expected) / largest).abs().median() < 1e-4
 
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
@@ -419,5 +420,23 @@ def test_eight_bits_that_gain_nothing_are_told_of_once(
 @pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
 def test_eight_bits_gain_where_processors_say_so() -> None:
     flags = library.processor()
-    vector_unit = "avx512_vnni" in flags or "avx_vnni" in flags
-    assert native_product.gains_by_eight_bits() is (vector_unit and not library.has_matrix_unit())
+    gains = native_product.gains_by_eight_bits()
+    if "avx512_vnni" in flags:
+        assert gains is not library.has_matrix_unit()
+    else:  # an old compiler does not know AVX-VNNI
+        assert not gains or "avx_vnni" in flags
+
+
+@pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
+@torch.inference_mode()
+def test_inputs_stay_whole_until_the_last_who_asked_has_done() -> None:
+    x = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    product = make_product(ProductKind.W8A8, torch.eye(100), None)
+    first, second = whole_inputs(), whole_inputs()
+    first.__enter__()
+    whole = product(x)
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(product(x), whole)
+    second.__exit__(None, None, None)
+    assert (product(x) - x).abs().max() > 10 * (whole - x).abs().max()

@@ -53,8 +53,9 @@ logger = logging.getLogger(__name__)
 
 # Largest logit difference, relative to the largest logit: what the order of sums makes.
 _TOLERANCE = 1e-4
-# Where inputs are rounded to sixteen bits, a difference in float32's last place may become one
-# of 2^-15 of the largest input, in every layer; over SmolLM2's thirty that makes 4e-4.
+# Where inputs are rounded to sixteen bits (those of W8A8 are, while inputs are whole), a difference
+# in float32's last place may become one of 2^-15 of the largest input, in every layer; over
+# SmolLM2's thirty that makes 4e-4.
 _ROUNDED_TOLERANCE = 2e-3
 # Where keys and values are, one of 2^-8 of a value; that makes 2.4e-3.
 _SHORTENED_TOLERANCE = 2e-2

@@ -1,0 +1,175 @@
+"""How far rounding moves next-token distributions from float32's.
+
+The mean Kullback-Leibler divergence, in nats a token, of transformers' own layers with this
+project's products in their place: on answers of the shipped adapters to dev prompts (teacher
+forced), and on text that the base continues. Beside `w8a8` stand other numbers of inputs that
+share a scale, computed by torch: 32, as llama.cpp's Q8_0 has them, and whole rows, as vLLM's W8A8.
+
+    python -m benchmarks.divergence --data DIR --output FILE
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.command import command, exit_with_reason, write_json
+from benchmarks.quality import RECIPES, SHIPPED, TASKS
+from dynamic_lora_adapters.apply.products import ProductKind, make_product
+from dynamic_lora_server.base.base_model import resolve_base
+from dynamic_lora_server.training.config import load_config
+from dynamic_lora_server.training.datasets import load_examples
+from dynamic_lora_server.training.errors import TrainingError
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+# How a linear layer's weight [out, in] is multiplied by.
+Way = Callable[[torch.Tensor, torch.Tensor | None], Product]
+# Token ids, and how many of the first are not counted.
+Text = tuple[list[int], int]
+
+_LARGEST = 127
+_PROMPTS = 60
+_WINDOWS, _WINDOW = 16, 256
+
+
+class Layer(nn.Module):
+    """A linear layer in another way."""
+
+    def __init__(self, linear: nn.Linear, way: Way) -> None:
+        super().__init__()
+        self.product = way(linear.weight.data, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] to [..., out]."""
+        return self.product(x)
+
+
+def native(kind: ProductKind) -> Way:
+    """This project's product of a kind."""
+    return lambda weight, bias: make_product(kind, weight, bias)
+
+
+def in_groups(size: int | None) -> Way:
+    """Weights in eight bits with a scale for each output, inputs with one for `size` (a row)."""
+
+    def product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        rounded = in_eight_bits(weight, None)
+        return lambda x: nn.functional.linear(in_eight_bits(x, size), rounded, bias)
+
+    return product
+
+
+def in_eight_bits(x: torch.Tensor, size: int | None) -> torch.Tensor:
+    """x [..., in] in multiples of a 127th of the largest of each `size` inputs (None: a row)."""
+    groups = []
+    for group in x.split(size or x.shape[-1], dim=-1):
+        step = group.abs().amax(-1, keepdim=True) / _LARGEST
+        groups.append((group / step.where(step > 0, torch.ones_like(step))).round() * step)
+    return torch.cat(groups, dim=-1)
+
+
+WAYS: dict[str, Way] = {
+    **{kind.value: native(kind) for kind in (ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8)},
+    "a scale for 32 inputs": in_groups(32),
+    "a scale for a row of inputs": in_groups(None),
+}
+
+
+def replace_linears(module: nn.Module, way: Way) -> None:
+    """Put `way` in the place of every linear layer but an adapter's."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Layer(child, way))
+        elif name not in ("lora_A", "lora_B"):
+            replace_linears(child, way)
+
+
+def load(base: Path, task: str | None, way: Way | None) -> nn.Module:
+    """The base, with a shipped adapter or none."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if task is not None:
+        model = PeftModel.from_pretrained(model, str(SHIPPED / task))
+    if way is not None:
+        replace_linears(model, way)
+    return model.eval()
+
+
+def texts(base: Path, task: str | None, data: Path) -> list[Text]:
+    """Prompts with their answers, or, for the base alone, sentences one behind the other."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    recipe = load_config(RECIPES / f"{task or 'ner'}.yaml")
+    examples = load_examples(recipe.dataset, data, "dev")
+    if task is None:
+        ids = tokenizer("\n".join(example.input for example in examples))["input_ids"]
+        starts = range(0, min(len(ids), _WINDOWS * _WINDOW), _WINDOW)
+        return [(ids[start : start + _WINDOW], 1) for start in starts]
+    found = []
+    for example in examples[:: max(1, len(examples) // _PROMPTS)][:_PROMPTS]:
+        prompt = tokenizer(recipe.render(example.input))["input_ids"]
+        answer = tokenizer(f" {example.outputs[0].strip()}\n")["input_ids"]
+        found.append((prompt + answer, len(prompt)))
+    return found
+
+
+@torch.inference_mode()
+def log_probabilities(model: nn.Module, given: Iterable[Text]) -> list[torch.Tensor]:
+    """Of each text, [tokens, vocab]: what comes at each place that counts."""
+    found = []
+    for ids, first in given:
+        logits = model(torch.tensor([ids])).logits[0, first - 1 : -1]
+        found.append(logits.float().log_softmax(-1))
+    return found
+
+
+def divergence(exact: list[torch.Tensor], rounded: list[torch.Tensor]) -> float:
+    """The mean over all tokens of KL(exact || rounded), in nats."""
+    total = sum(
+        float((one.exp() * (one - other)).sum()) for one, other in zip(exact, rounded, strict=True)
+    )
+    return total / sum(len(one) for one in exact)
+
+
+def measure(base: Path, data: Path) -> dict[str, dict[str, float]]:
+    """Divergences by task, `base` for none, and by way."""
+    found: dict[str, dict[str, float]] = {}
+    console = Console(stderr=True)
+    for task in track([*TASKS, None], description="Tasks", console=console):
+        given = texts(base, task, data)
+        exact = log_probabilities(load(base, task, None), given)
+        found[task or "base"] = {
+            name: divergence(exact, log_probabilities(load(base, task, way), given))
+            for name, way in WAYS.items()
+        }
+    return found
+
+
+def as_table(found: dict[str, dict[str, float]]) -> Table:
+    """A row for each task."""
+    table = Table("nats a token", *WAYS)
+    for task, values in found.items():
+        table.add_row(task, *(f"{values[name]:.5f}" for name in WAYS))
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print and write."""
+    root = command("divergence", __doc__)
+    root.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    root.add_argument("--output", type=Path, help="a JSON file to write")
+    args = root.parse_args(argv)
+    with exit_with_reason("divergence", TrainingError):
+        found = measure(resolve_base(None).path, args.data)
+    Console().print(as_table(found))
+    if args.output:
+        write_json(found, args.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
