@@ -32,7 +32,6 @@ _PEERS = (
     "dynamic-lora",
     "dynamic-lora-bf16",
     "dynamic-lora-int8@1+32",
-    "dynamic-lora-w8a8@1+32",
     "vllm-cpu",
     "vllm-cpu-base@8+32",
     "llama.cpp",
@@ -50,6 +49,13 @@ _BFLOAT16_PEERS = (
     "peft-static-bfloat16@32",
 )
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+# The same for inputs in eight bits.
+_EIGHT_BIT_PEERS = (
+    "dynamic-lora-w8a8@1+32",
+    "vllm-cpu-w8a8",
+    "vllm-cpu-w8a8-base@8+32",
+)
+_EIGHT_BIT_FLAGS = frozenset({"avx512_vnni"})
 _COMPARE_SECONDS = 30.0
 
 
@@ -99,8 +105,13 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
 
 def default_peers() -> str:
     """The peers of a comparison on this machine, as `--peers` takes them."""
-    more = () if _BFLOAT16_FLAGS.isdisjoint(cpu_flags()) else _BFLOAT16_PEERS
-    return ",".join((*_PEERS, *more))
+    flags, peers = cpu_flags(), list(_PEERS)
+    for needed, more in (
+        (_EIGHT_BIT_FLAGS, _EIGHT_BIT_PEERS),
+        (_BFLOAT16_FLAGS, _BFLOAT16_PEERS),
+    ):
+        peers += () if needed.isdisjoint(flags) else more
+    return ",".join(peers)
 
 
 def _add_peers(group: argparse._ArgumentGroup) -> None:

