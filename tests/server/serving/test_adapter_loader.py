@@ -236,6 +236,7 @@ async def test_who_waits_for_room_is_told_that_the_server_shuts_down(tmp_path: P
         with pytest.raises(NotReady, match="shutting down"):
             async for _ in stream:
                 pass
+        await none_leased(runtime)
 
 
 async def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:
