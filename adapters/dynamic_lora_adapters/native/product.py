@@ -211,10 +211,10 @@ class Int8Product(PackedWeight):
 class W8a8Product(Int8Product):
     """The same with inputs rounded to eight bits, 64 at a time with a scale.
 
-    Where the processor has VNNI this multiplies twice as many in the same time; elsewhere, and
-    beside Intel's matrix unit AMX, it gains nothing, which is logged once. Weights are kept with
-    128 added, for one operand of that instruction has no sign. Raises NativeUnavailable where it
-    cannot be compiled.
+    Where the processor has VNNI one instruction multiplies twice as many; elsewhere it gains
+    nothing, and it does without Intel's matrix unit AMX, which is logged once. Weights are kept
+    with 128 added, for one operand of that instruction has no sign. Raises NativeUnavailable where
+    it cannot be compiled.
     """
 
     _dtype = torch.uint8
@@ -229,7 +229,7 @@ class W8a8Product(Int8Product):
 
 @cache
 def gains_by_eight_bits() -> bool:
-    """Whether `W8a8Product` is the fastest on this processor. Raises NativeUnavailable."""
+    """Whether `W8a8Product` is to gain by VNNI, without AMX beside it. Raises NativeUnavailable."""
     gains = load_library("product").dynamic_lora_gains_by_eight_bits
     gains.argtypes = []
     gains.restype = _SIZE
@@ -239,8 +239,8 @@ def gains_by_eight_bits() -> bool:
 @cache
 def _warn_of_no_gain() -> None:
     logger.warning(
-        "Inputs in eight bits (w8a8) gain nothing on this processor, which has no VNNI, or has AMX "
-        "besides: int8 is as fast, and closer to the model"
+        "Inputs in eight bits (w8a8) gain nothing on this processor, which has no VNNI, or has "
+        "AMX, which they do without: prefer int8, which is closer to the model"
     )
 
 
