@@ -219,7 +219,10 @@ class _Bench:
         self._slab = layout.new_slab(0, signature, slots)
         for table in (*self._slab.a, *self._slab.b):
             assert table is not None
-            table.normal_()
+            if table.is_floating_point():
+                table.normal_()
+            else:
+                table.fill_(1)  # tiny scales, too
         for columns, group in zip(self._slab.columns, self._groups, strict=True):
             assert columns is not None
             columns.copy_(_columns(slots, group.widths))

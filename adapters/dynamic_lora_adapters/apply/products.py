@@ -64,6 +64,8 @@ class ProductKind(StrEnum):
     @property
     def factor_dtype(self) -> torch.dtype | None:
         """What adapters' factors are kept in beside rounded weights; None: as the model's."""
+        if self is ProductKind.W8A8:
+            return torch.uint8
         return torch.bfloat16 if self.rounded else None
 
 

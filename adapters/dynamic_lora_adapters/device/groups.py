@@ -15,7 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from dynamic_lora_adapters.kernels.factor_layout import TILE_RANKS, read_tiles, write_tiles
+from dynamic_lora_adapters.kernels.factor_layout import (
+    TILE_RANKS,
+    blank_factors,
+    read_tiles,
+    write_tiles,
+)
 from dynamic_lora_adapters.terms import LinearTerms
 from dynamic_lora_adapters.value_range import balanced
 
@@ -78,7 +83,7 @@ class GroupTerms:
     ranks, padded with zeros so that adapters of nearly the same shape share a
     table. What a member lacks is zero; `columns` [rank, 2], int64, is the range
     outside which a row of b is. Where they are `tiled`, a and b are as FactorLayout.TILES
-    says, with the shapes of the tables that hold them.
+    or, with elements of eight bits, BYTES says, with the shapes of the tables that hold them.
     """
 
     a: torch.Tensor | None = None
@@ -272,7 +277,7 @@ class MemberTerms:
             b[stop:].zero_()
 
     def _write_tiles(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        rows_of_a, rows_of_b = torch.zeros_like(a), b.new_zeros(b.shape[1], len(b))
+        rows_of_a, rows_of_b = blank_factors(a, b)
         for number, start, stop, column, end in self._spans():
             member = self.members[number]
             assert member.a is not None and member.b is not None

@@ -32,6 +32,7 @@ class SlabLayout:
         num_slots: int,
     ) -> None:
         assert layout is not FactorLayout.TILES or factor_dtype is torch.bfloat16
+        assert (layout is FactorLayout.BYTES) == (factor_dtype is torch.uint8)
         self._groups = groups
         self._device = device
         self._dtype = dtype
@@ -49,7 +50,8 @@ class SlabLayout:
         """Bytes of one slot."""
         factors = others = 0
         for shape, group in zip(signature, self._groups, strict=True):
-            factors += shape.rank * (self._a_width(group) + self._b_width(group))
+            ranks = self._layout.ranks(shape.rank)
+            factors += ranks * (self._a_width(group) + self._b_width(group))
             others += (shape.scale + shape.bias) * group.out_features
             others += shape.dense * group.in_features * group.out_features
         return factors * self._factor_dtype.itemsize + others * self._dtype.itemsize
@@ -86,16 +88,17 @@ class SlabLayout:
             tenants=[None] * num_slots,
             factor_dtype=self._factor_dtype,
             mixed=self._factor_dtype != self._dtype,
-            tiled=self._layout is FactorLayout.TILES,
+            tiled=self._layout.tiled,
         )
         for index, (shape, group) in enumerate(zip(signature, self._groups, strict=True)):
-            slab.a.append(factors(shape.rank, self._a_width(group)) if shape.rank else None)
-            b = factors(shape.rank, self._b_width(group))
+            rank = self._layout.ranks(shape.rank)
+            slab.a.append(factors(rank, self._a_width(group)) if rank else None)
+            b = factors(rank, self._b_width(group))
             whole = b if slab.tiled else b[:, :, : group.out_features]
-            slab.b.append(whole if shape.rank else None)
+            slab.b.append(whole if rank else None)
             # Read by kernels on the host alone.
-            reach = torch.zeros(num_slots, shape.rank, 2, dtype=torch.long)
-            slab.columns.append(reach if shape.rank else None)
+            reach = torch.zeros(num_slots, rank, 2, dtype=torch.long)
+            slab.columns.append(reach if rank else None)
             if shape.scale:
                 slab.scale[index] = table(group.out_features)
             if shape.dense:

@@ -150,7 +150,7 @@ class Inspector:
         whole, factors = (str(d).removeprefix("torch.") for d in (self.dtype, self._factor_dtype))
         if self._factor_dtype in (None, self.dtype):
             return whole
-        return f"{whole} with factors in {factors}"
+        return f"{whole} with factors in {'eight bits' if factors == 'uint8' else factors}"
 
     def _read(self, folder: Path, config: Mapping[str, Any]) -> tuple[AdapterTerms, list[str]]:
         spec = _parse(config)

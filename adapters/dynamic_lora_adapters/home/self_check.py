@@ -64,8 +64,13 @@ def _rounded(term: LinearTerms, dtype: "torch.dtype") -> LinearTerms:
     """With factors as a slot of `dtype` holds them."""
     import torch
 
+    from dynamic_lora_adapters.kernels.factor_layout import rounded_to_bytes
+
     if term.a is None or term.b is None:
         return term
+    if dtype == torch.uint8:
+        a, b = rounded_to_bytes(term.a.float(), term.b.float())
+        return replace(term, a=a, b=b)
     a, b = term.a, term.b.T
     if dtype == torch.float16:
         a, b = balanced(a, b)

@@ -14,7 +14,8 @@ class SlotFactors(NamedTuple):
     Shapes: a [num_slots, rank, in], b [num_slots, rank, out]. `columns`
     [num_slots, rank, 2], int64 on the host, is the first column that is not zero in a row
     of b and the one after the last; None if that is not known. `tiled` factors are as
-    FactorLayout.TILES says, and read by `NativeSegments` alone.
+    FactorLayout.TILES or, with elements of eight bits, BYTES says, and read by `NativeSegments`
+    alone.
     """
 
     a: torch.Tensor

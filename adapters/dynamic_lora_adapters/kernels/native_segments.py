@@ -13,7 +13,7 @@ _POINTER = ctypes.c_void_p
 _Sizes = ctypes.c_int64 * 9
 _TiledSizes = ctypes.c_int64 * 5
 # What `segment_tiles.h` calls FactorFormat.
-FACTOR_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FACTOR_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
 @cache
@@ -32,8 +32,8 @@ class NativeSegments:
     """`out += (x @ a.T) @ b` segment by segment, in one parallel region (CPU, float32).
 
     The factors may be in bfloat16 or float16: they are widened as they are read. Those in tiles
-    are in bfloat16, and multiplied by inputs that are rounded to it, as is what they are shrunk
-    to (AMX). Raises NativeUnavailable where it cannot be compiled.
+    are multiplied by inputs that are rounded as they are, to bfloat16 (AMX) or eight bits, as is
+    what they are shrunk to. Raises NativeUnavailable where it cannot be compiled.
     """
 
     name = "native_segments"
@@ -44,13 +44,17 @@ class NativeSegments:
         argtypes = [*[_POINTER] * 7, ctypes.c_float]
         self._apply = allocating(library, "dynamic_lora_segments", argtypes)
         self._apply_tiled = allocating(library, "dynamic_lora_tiled_segments", argtypes)
+        self._apply_bytes = allocating(library, "dynamic_lora_byte_segments", argtypes)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, factors: SlotFactors, run: Run) -> None:
         assert x.dtype == out.dtype == torch.float32 and out.stride(1) == 1
         assert len(x) == len(out) == run.num_rows and len(factors.a) == run.num_slots
         if factors.tiled or x.stride(1) != 1:
             x = x.contiguous()
-        apply = self._apply_tiled if factors.tiled else self._apply
+        apply = self._apply
+        if factors.tiled:
+            in_bytes = factors.a.dtype is torch.uint8
+            apply = self._apply_bytes if in_bytes else self._apply_tiled
         apply(
             x.data_ptr(),
             out.data_ptr(),

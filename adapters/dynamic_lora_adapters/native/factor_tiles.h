@@ -13,72 +13,36 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "matrix_unit.h"
-#include "team.h"
-#include "walk.h"
+#include "tiled_deltas.h"
 
 namespace dynamic_lora {
 
 constexpr int64_t kTileRanks = 8;
-constexpr int64_t kTileOuts = kUnitRows;
-constexpr int64_t kTileStrip = 384;  // outputs that one thread expands to at a time,
-constexpr int64_t kTileChunk = 64;   // for so many rows at most
 constexpr int64_t kAheadInA = 4096;  // bytes that factors are asked for ahead of being read
 constexpr int64_t kAheadInB = 2048;
 
-inline int64_t tiled_inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
-inline int64_t tiled_outs(int64_t outs) { return (outs + kTileOuts - 1) / kTileOuts * kTileOuts; }
+static_assert(kTileOuts == kUnitRows);
 
-// Neighbouring rows of one adapter, and its factors in tiles.
-struct TiledSegment {
-  const BFloat16* a;
-  const BFloat16* b;
-  const int64_t* columns;  // [rank, 2]: where a rank of b is not zero; null: anywhere
-  BFloat16* shrunk;        // [rows, rank]: what is kept between the two products
-  int64_t rank, row, rows;
-  float sign;
-  int64_t first_part, last_part;
-};
+// How deltas of factors in these tiles are computed; on no other machine than one with the unit.
+struct UnitTiles {
+  using Factor = BFloat16;
+  using Shrunk = BFloat16;
+  using Blocks = WholeBlocks;
+  using Segment = TiledSegment<UnitTiles>;
+  using Part = TilePart<UnitTiles>;
+  static constexpr int64_t kRanks = kTileRanks, kTogether = 1;
+  static constexpr int64_t kBlock = kUnitBlock;     // rows that are shrunk together
+  static constexpr int64_t kExpanded = kUnitBlock;  // rows that are expanded together
+  static constexpr int64_t kStrip = 384;            // outputs that one thread expands to at a time,
+  static constexpr int64_t kHalfStrip = kStrip / 2; // of each of two halves
 
-// A tile of ranks, and the whole tiles of outputs that some of them reach.
-struct TilePart {
-  const BFloat16* b;
-  const BFloat16* shrunk;  // [rows, rank], from the first of these ranks on
-  int64_t rank, from, to;
-};
+  // Numbers that a rank of a takes.
+  static int64_t inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
 
-// The deltas of one projection.
-struct TiledDeltas {
-  std::vector<TiledSegment> segments;
-  std::vector<TilePart> parts;
-  bool undoes = false;  // whether some rows have two, one of which is taken away
-
-  void clear() {
-    segments.clear();
-    parts.clear();
-    undoes = false;
-  }
-
-  // Adds a segment, for so many outputs.
-  void add(TiledSegment s, int64_t outs) {
-    undoes |= s.sign < 0;
-    s.first_part = static_cast<int64_t>(parts.size());
-    for (int64_t q = 0; q < s.rank; q += kTileRanks) {
-      int64_t from = s.columns ? outs : 0, to = s.columns ? 0 : outs;
-      for (int64_t r = q; s.columns && r < q + kTileRanks; r++) {
-        if (s.columns[r * 2] == s.columns[r * 2 + 1]) continue;
-        from = std::min(from, s.columns[r * 2]);
-        to = std::max(to, s.columns[r * 2 + 1]);
-      }
-      if (from < to)
-        parts.push_back({s.b + q * tiled_outs(outs), s.shrunk + q, s.rank,
-                         from / kTileOuts * kTileOuts, tiled_outs(to)});
-    }
-    s.last_part = static_cast<int64_t>(parts.size());
-    segments.push_back(s);
-  }
+  class Shrinking;
+  class Expanding;
 };
 
 #if DYNAMIC_LORA_MATRIX_UNIT
@@ -215,8 +179,8 @@ inline void shrink_on_unit(const int16_t* x, int64_t ldx, int64_t rows, const BF
 // Adds what parts give for `rows` rows, from `row` on, to outputs [column, column + kTileOuts) at
 // `out`, whose rows are ldo apart; for up to kUnitBlock rows, which the unit is cut for.
 template <bool Both>
-inline void expand_tile_on_unit(const TilePart* part, const TilePart* last, int64_t row,
-                                int64_t column, float* out, int64_t ldo) {
+inline void expand_tile_on_unit(const UnitTiles::Part* part, const UnitTiles::Part* last,
+                                int64_t row, int64_t column, float* out, int64_t ldo) {
   const int64_t stride = ldo * sizeof(float);
   float* lower = out + kUnitRows * ldo;
   bool begun = false;
@@ -228,13 +192,13 @@ inline void expand_tile_on_unit(const TilePart* part, const TilePart* last, int6
       if (Both) _tile_loadd(1, lower, stride);
     }
     const BFloat16* factors = part->b + column * kTileRanks;
-    const BFloat16* shrunk = part->shrunk + row * part->rank;
+    const BFloat16* shrunk = part->shrunk + row * part->stride;
     ask_lines(reinterpret_cast<const char*>(factors) + kAheadInB, kTileRanks * kUnitBytes / 2);
     _tile_loadd(6, factors, kUnitBytes);
-    _tile_loadd(4, shrunk, part->rank * sizeof(BFloat16));
+    _tile_loadd(4, shrunk, part->stride * sizeof(BFloat16));
     _tile_dpbf16ps(0, 4, 6);
     if (!Both) continue;
-    _tile_loadd(5, shrunk + kUnitRows * part->rank, part->rank * sizeof(BFloat16));
+    _tile_loadd(5, shrunk + kUnitRows * part->stride, part->stride * sizeof(BFloat16));
     _tile_dpbf16ps(1, 5, 6);
   }
   if (!begun) return;
@@ -245,8 +209,8 @@ inline void expand_tile_on_unit(const TilePart* part, const TilePart* last, int6
 // The same for outputs [column, stop). The last tile may be one of fewer outputs: what is behind
 // them is another row's, and another thread may write it.
 template <bool Both>
-void expand_on_unit(const TilePart* first, const TilePart* last, int64_t row, int64_t rows,
-                    int64_t column, int64_t stop, float* out, int64_t ldo) {
+void expand_on_unit(const UnitTiles::Part* first, const UnitTiles::Part* last, int64_t row,
+                    int64_t rows, int64_t column, int64_t stop, float* out, int64_t ldo) {
   for (; column + kTileOuts <= stop; column += kTileOuts)
     expand_tile_on_unit<Both>(first, last, row, column, out + column, ldo);
   if (column == stop) return;
@@ -259,115 +223,56 @@ void expand_on_unit(const TilePart* first, const TilePart* last, int64_t row, in
   for (int64_t r = 0; r < rows; r++) std::memcpy(out + r * ldo + column, whole[r], bytes);
 }
 
-// Shrinking is shared out by tiles of ranks, so that a is read once; by rows where these are many.
-inline bool shrinks_by_rows(const TiledSegment& s) { return s.rows > kUnitBlock; }
+// Reads inputs in bfloat16, as `round_row_to_bfloat16` lays them out.
+class UnitTiles::Shrinking {
+ public:
+  Shrinking(const InputCopies& copies, int64_t in)
+      : x_(copies.values.data()), ldx_(row_stride<int16_t>(in)), depth_(inputs(in)) {}
 
-inline void shrink_tiled_item(const TiledSegment& s, int64_t item, const int16_t* x, int64_t ldx,
-                              int64_t depth, UnitCut& cut) {
-  const bool by_rows = shrinks_by_rows(s);
-  const int64_t first = by_rows ? item * kUnitBlock : 0;
-  const int64_t rows = std::min(kUnitBlock, s.rows - first);
-  const int64_t from = by_rows ? 0 : item * kTileRanks;
-  cut.fit(rows);
-  for (int64_t q = from; q < (by_rows ? s.rank : from + kTileRanks); q += kTileRanks)
-    shrink_on_unit(x + (s.row + first) * ldx, ldx, rows, s.a + q * depth, depth, s.sign,
-                   s.shrunk + first * s.rank + q, s.rank);
-}
-
-// The shrinking of all segments, which is done for sure behind the next barrier, for x [rows, in]
-// in bfloat16 as `round_row_to_bfloat16` lays it out. Called by a whole team of threads.
-inline void share_tiled_shrinking(const TiledDeltas& deltas, const int16_t* x, int64_t in) {
-  Walk walk(deltas.segments, [](const TiledSegment& s) {
-    return shrinks_by_rows(s) ? (s.rows + kUnitBlock - 1) / kUnitBlock : s.rank / kTileRanks;
-  });
-  UnitCut cut(UnitCut::kShrinks);
-#pragma omp for schedule(guided, 1) nowait
-  for (int64_t item = 0; item < walk.items(); item++) {
-    const auto [segment, own] = walk.find(item);
-    shrink_tiled_item(*segment, own, x, row_stride<int16_t>(in), tiled_inputs(in), cut);
-  }
-}
-
-// What one thread expands to at a time.
-struct TiledItem {
-  int64_t first, last;  // of the segment's rows
-  int64_t column, stop;
-
-  TiledItem(const TiledSegment& s, int64_t item, int64_t outs, int64_t strip) {
-    const int64_t chunks = count_chunks(s);
-    first = item % chunks * kTileChunk, last = std::min(first + kTileChunk, s.rows);
-    column = item / chunks * strip, stop = std::min(column + strip, outs);
+  // Shrinks rows [first, first + rows) of a segment to a tile of ranks.
+  void shrink(const Segment& s, int64_t first, int64_t rows, int64_t rank) {
+    cut_.fit(rows);
+    shrink_on_unit(x_ + (s.row + first) * ldx_, ldx_, rows, s.a + rank * depth_, depth_, s.sign,
+                   s.shrunk + first * s.rank + rank, s.rank);
   }
 
-  static int64_t count_chunks(const TiledSegment& s) {
-    return (s.rows + kTileChunk - 1) / kTileChunk;
-  }
+ private:
+  const int16_t* x_;
+  int64_t ldx_, depth_;
+  UnitCut cut_{UnitCut::kShrinks};
 };
 
-inline void expand_tiled_rows(const TiledDeltas& deltas, const TiledSegment& s, int64_t first,
-                              int64_t last, int64_t column, int64_t stop, float* out, int64_t ldo,
-                              UnitCut& cut) {
-  const TilePart* parts = deltas.parts.data();
-  for (int64_t row = first; row < last; row += kUnitBlock) {
-    const int64_t rows = std::min(kUnitBlock, last - row);
-    cut.fit(rows);
+class UnitTiles::Expanding {
+ public:
+  // Adds what parts give for `rows` rows, from `row` on, to outputs [column, stop) at `out`.
+  void expand(const Part* first, const Part* last, int64_t row, int64_t rows, int64_t column,
+              int64_t stop, float* out, int64_t ldo) {
+    cut_.fit(rows);
     const auto expand = rows > kUnitRows ? expand_on_unit<true> : expand_on_unit<false>;
-    expand(parts + s.first_part, parts + s.last_part, row, rows, column, stop,
-           out + (s.row + row) * ldo, ldo);
+    expand(first, last, row, rows, column, stop, out, ldo);
   }
-}
 
-// Adds the deltas of all segments, once these are shrunk, to out [rows, outs], whose rows are ldo
-// apart. Called by a whole team of threads.
-inline void share_tiled_expanding(const TiledDeltas& deltas, float* out, int64_t ldo,
-                                  int64_t outs) {
-  const int64_t strips = (outs + kTileStrip - 1) / kTileStrip;
-  for (const bool undone : {true, false}) {
-    if (undone && !deltas.undoes) continue;
-    // Of those that are taken away, as of the others, each row has one.
-    Walk walk(deltas.segments, [=](const TiledSegment& s) {
-      return (s.sign < 0) == undone ? TiledItem::count_chunks(s) * strips : 0;
-    });
-    UnitCut cut(UnitCut::kExpands);
-#pragma omp for schedule(guided, 1) nowait
-    for (int64_t item = 0; item < walk.items(); item++) {
-      const auto [segment, own] = walk.find(item);
-      const TiledItem at(*segment, own, outs, kTileStrip);
-      expand_tiled_rows(deltas, *segment, at.first, at.last, at.column, at.stop, out, ldo, cut);
-    }
-    meet();
-  }
-}
+  // Has memory hold what was added.
+  void finish() { written(); }
 
-// The same for outputs of two halves, and rows each of which has one adapter's deltas: `act` is told
-// of what is done of both, by (row, rows, column, stop) of the first.
-template <typename Act>
-void share_tiled_halves(const TiledDeltas& deltas, float* out, int64_t outs, const Act& act) {
-  constexpr int64_t kStrip = kTileStrip / 2;
-  const int64_t half = outs / 2, strips = (half + kStrip - 1) / kStrip;
-  Walk walk(deltas.segments,
-            [=](const TiledSegment& s) { return TiledItem::count_chunks(s) * strips; });
-  UnitCut cut(UnitCut::kExpands);
-#pragma omp for schedule(guided, 1) nowait
-  for (int64_t item = 0; item < walk.items(); item++) {
-    const auto [segment, own] = walk.find(item);
-    const TiledItem at(*segment, own, half, kStrip);
-    for (const int64_t from : {int64_t{0}, half})
-      expand_tiled_rows(deltas, *segment, at.first, at.last, from + at.column, from + at.stop, out,
-                        outs, cut);
-    written();
-    act(segment->row + at.first, at.last - at.first, at.column, at.stop);
-  }
-  meet();
-}
+ private:
+  UnitCut cut_{UnitCut::kExpands};
+};
 
 #else
 
 // Never called.
-inline void share_tiled_shrinking(const TiledDeltas&, const int16_t*, int64_t) {}
-inline void share_tiled_expanding(const TiledDeltas&, float*, int64_t, int64_t) {}
-template <typename Act>
-void share_tiled_halves(const TiledDeltas&, float*, int64_t, const Act&) {}
+class UnitTiles::Shrinking {
+ public:
+  Shrinking(const InputCopies&, int64_t) {}
+  void shrink(const Segment&, int64_t, int64_t, int64_t) {}
+};
+
+class UnitTiles::Expanding {
+ public:
+  void expand(const Part*, const Part*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
+  void finish() {}
+};
 
 #endif
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "byte_factors.h"
 #include "factor_tiles.h"
 #include "norm.h"
 #include "panel_deltas.h"
@@ -81,15 +82,23 @@ struct Step {
 
 // The deltas of one projection. `within`: added while the product's sums are at hand. `apart`:
 // after it, for several segments too short to fill a tile, unless a row has two adapters' deltas.
-// `tiled`: factors in tiles, also after it.
+// `tiled` and `bytes`: factors in tiles, also after it. A step has factors of one layout.
 struct SiteDeltas {
   std::vector<Segment> segments;
   std::vector<Part> within, apart;
-  TiledDeltas tiled;
+  TiledDeltas<UnitTiles> tiled;
+  TiledDeltas<ByteTiles> bytes;
   bool once;               // no row has two
   std::vector<Rows> bare;  // of gate and up: that have none in tiles, where no row has two
 
-  bool any_tiled() const { return !tiled.segments.empty(); }
+  bool any_tiled() const { return !tiled.empty() || !bytes.empty(); }
+
+  // Calls `act` with those in tiles.
+  template <typename Act>
+  void with_tiled(const Act& act) const {
+    if (!tiled.empty()) act(tiled);
+    if (!bytes.empty()) act(bytes);
+  }
 
   // Whether they read inputs as they are, and not rounded.
   bool read_floats() const {
@@ -133,25 +142,37 @@ int64_t shrunk_numbers(const Site& site, const Step& step) {
   return needed;
 }
 
+// Adds rows of an adapter whose factors, in tiles, are the table's from rank `first` on.
+template <typename Tiles>
+void add_tiled(const Site& site, const Run& run, const SlabFactors& factors, int64_t first,
+               int64_t row, int64_t rows, float* shrunk, TiledDeltas<Tiles>& deltas) {
+  static_assert(sizeof(typename Tiles::Shrunk) <= Tiles::kTogether * sizeof(float));
+  using Factor = typename Tiles::Factor;
+  const auto* a = reinterpret_cast<const Factor*>(factors.a) + first * Tiles::inputs(site.base.k);
+  const auto* b = reinterpret_cast<const Factor*>(factors.b) + first * tiled_outs(site.base.n);
+  deltas.add({a, b, factors.columns + first * 2, reinterpret_cast<typename Tiles::Shrunk*>(shrunk),
+              factors.rank, row, rows, run.sign, 0, 0},
+             site.base.n);
+}
+
 void find_segments(const Site& site, const Step& step, const Batch& batch, SiteDeltas& deltas,
                    float* shrunk) {
-  const int64_t in = site.base.k, outs = site.base.n;
+  const int64_t in = site.base.k;
   deltas.segments.clear();
   deltas.tiled.clear();
+  deltas.bytes.clear();
   deltas.once = true;
   for_each_slot(site, step, [&](const Run& run, const SlabFactors& factors, int64_t first,
                                 int64_t row, int64_t rows) {
     // Rows from which a merged adapter is taken have another one's deltas, too.
     deltas.once &= run.sign > 0;
-    const int64_t* columns = factors.columns + first * 2;
-    if (factors.tiled) {
-      const auto *a = reinterpret_cast<const BFloat16*>(factors.a) + first * tiled_inputs(in),
-                 *b = reinterpret_cast<const BFloat16*>(factors.b) + first * tiled_outs(outs);
-      deltas.tiled.add({a, b, columns, reinterpret_cast<BFloat16*>(shrunk), factors.rank, row, rows,
-                        run.sign, 0, 0},
-                       outs);
+    if (factors.format == kByteFactors) {
+      add_tiled(site, run, factors, first, row, rows, shrunk, deltas.bytes);
+    } else if (factors.tiled) {
+      add_tiled(site, run, factors, first, row, rows, shrunk, deltas.tiled);
     } else {
       const int64_t size = factor_bytes(factors.format);
+      const int64_t* columns = factors.columns + first * 2;
       deltas.segments.push_back({factors.kind(site.base, batch), factors.a + first * in * size,
                                  factors.b + first * factors.ldb * size, columns, shrunk,
                                  factors.rank, row, rows, factors.ldb, run.sign});
@@ -163,10 +184,12 @@ void find_segments(const Site& site, const Step& step, const Batch& batch, SiteD
 void find_bare(SiteDeltas& deltas, int64_t rows) {
   deltas.bare.clear();
   int64_t next = 0;
-  for (const TiledSegment& segment : deltas.tiled.segments) {
-    if (segment.row > next) deltas.bare.push_back({next, segment.row});
-    next = segment.row + segment.rows;
-  }
+  deltas.with_tiled([&](const auto& tiled) {
+    for (const auto& segment : tiled.segments) {
+      if (segment.row > next) deltas.bare.push_back({next, segment.row});
+      next = segment.row + segment.rows;
+    }
+  });
   if (next < rows) deltas.bare.push_back({next, rows});
 }
 
@@ -190,9 +213,12 @@ void part_segments(SiteDeltas& deltas) {
 void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x, int64_t row,
                  const Batch& batch) {
   InputCopies& copies = scratch.copies_for(number);
+  const SiteDeltas& deltas = scratch.deltas[number];
   copy_row(x, site.base, batch, row, copies);
-  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_bfloat16(batch))
+  if (!deltas.tiled.empty() && !site.base.rounds_to_bfloat16(batch))
     round_row_to_bfloat16(x, site.base.k, row, copies);
+  if (!deltas.bytes.empty() && site.base.format != kAllBytes)
+    round_row_to_eight_bits(x, site.base.k, row, -1, copies);
 }
 
 // The same for all rows of x [rows, k].
@@ -228,7 +254,7 @@ void share_site_shrinking(const Site& site, Scratch& scratch, int number, const 
   const int16_t* rounded = copies.values.data();
   int64_t ldx = in;
   if (site.base.spreads(batch)) x = copies.spread.data(), ldx = spread_stride(in);
-  if (deltas.any_tiled()) return share_tiled_shrinking(deltas.tiled, rounded, in);
+  deltas.with_tiled([&](const auto& tiled) { share_tiled_shrinking(tiled, copies, in); });
   if (deltas.segments.empty()) return;
   share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
                   deltas.segments);
@@ -251,7 +277,7 @@ void share_multiplying(const Site& site, Scratch& scratch, int number, const flo
 void share_expanding_behind(const Site& site, Scratch& scratch, int number, float* out) {
   const SiteDeltas& deltas = scratch.deltas[number];
   const int64_t outs = site.base.n;
-  if (deltas.any_tiled()) share_tiled_expanding(deltas.tiled, out, outs, outs);
+  deltas.with_tiled([&](const auto& tiled) { share_tiled_expanding(tiled, out, outs, outs); });
   if (!deltas.apart.empty()) share_expanding(deltas.apart, out, outs);
 }
 
@@ -358,10 +384,12 @@ void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Ga
   share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, batch);
   if (halves && tiled && deltas.once) {
     for (const Rows& bare : deltas.bare) share_activation(layer, gate_up, bare, to);
-    return share_tiled_halves(deltas.tiled, gate_up, site.base.n,
-                              [&](int64_t row, int64_t count, int64_t column, int64_t stop) {
-                                activate(layer, gate_up, row, count, column, stop, to);
-                              });
+    return deltas.with_tiled([&](const auto& own) {
+      share_tiled_halves(own, gate_up, site.base.n,
+                         [&](int64_t row, int64_t count, int64_t column, int64_t stop) {
+                           activate(layer, gate_up, row, count, column, stop, to);
+                         });
+    });
   }
   share_expanding_behind(site, scratch, kGateUp, gate_up);
   share_activation(layer, gate_up, {0, batch.rows}, to);
@@ -445,8 +473,10 @@ void prepare(const Layer& layer, const Step& step, const Batch& batch, Scratch& 
     find_segments(*sites[number], step, batch, deltas, scratch.shrunk.data());
     part_segments(deltas);
     const Projection& base = sites[number]->base;
-    base.make_room(batch, scratch.copies_for(number));
-    if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
+    InputCopies& copies = scratch.copies_for(number);
+    base.make_room(batch, copies);
+    if (!deltas.tiled.empty()) copies.make_room(step.rows, base.k);
+    if (!deltas.bytes.empty()) make_eight_bit_room(step.rows, base.k, copies);
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
   scratch.attended.next = 0;

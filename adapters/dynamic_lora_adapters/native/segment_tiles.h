@@ -12,8 +12,8 @@
 
 namespace dynamic_lora {
 
-// What tables of factors are kept in.
-enum FactorFormat : int64_t { kFloatFactors, kBFloat16Factors, kHalfFactors };
+// What tables of factors are kept in. Those in bytes are in tiles (`byte_factors.h`).
+enum FactorFormat : int64_t { kFloatFactors, kBFloat16Factors, kHalfFactors, kByteFactors };
 
 inline int64_t factor_bytes(int64_t format) {
   return format == kFloatFactors ? sizeof(float) : sizeof(BFloat16);

@@ -325,7 +325,9 @@ def _adapter_pool(
     memory = options.adapter_memory or share_of_free(model.device, 0.25)
     # Captured steps read their tables by the width of a layer.
     plain = not options.native or options.decode_graphs
-    layout = FactorLayout.ROWS if plain else layout_for(model.device, kind.factor_dtype)
+    layout = layout_for(model.device, kind.factor_dtype)
+    if plain and layout is not FactorLayout.BYTES:
+        layout = FactorLayout.ROWS
     return AdapterPool(
         groups,
         budget_bytes=memory,

@@ -1,0 +1,162 @@
+// Low-rank deltas in integers, from factors in eight bits, beside products of inputs in eight bits
+// (`eight_bits.h`): they read the inputs as these have been rounded, and half of what factors in
+// sixteen bits take.
+//
+//   a [rank / 16]: float [16], and then [in / 4][16][4]        b [rank / 16][outs / 16][4][16][4]
+//
+// with fours of inputs side by side for sixteen ranks, and fours of ranks for sixteen outputs; 128 is
+// added to each. Before a tile of a are the scales of its ranks, each the product of one of a's rows
+// and one of b's. Behind the last input, output or rank there are zeros.
+//
+// What a row is shrunk to is rounded to eight bits in turn, once the scales are in it: sixteen ranks
+// with one more.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "eight_bits.h"
+#include "product.h"
+#include "tiled_deltas.h"
+#include "vectors.h"
+
+namespace dynamic_lora {
+
+constexpr int64_t kByteRanks = 16;
+constexpr int kByteVecs = kByteRanks / kLanes;
+
+// A row's numbers of a tile of ranks.
+struct ShrunkBytes {
+  int8_t values[kByteRanks];
+  float scale;
+  int32_t start;  // what sums of their products begin with
+};
+
+struct ByteTiles {
+  using Factor = uint8_t;
+  using Shrunk = ShrunkBytes;
+  using Blocks = RowBlocks;
+  using Segment = TiledSegment<ByteTiles>;
+  using Part = TilePart<ByteTiles>;
+  static constexpr int64_t kRanks = kByteRanks, kTogether = kByteRanks;
+  static constexpr int64_t kBlock = 2 * kTileRows;  // rows that are shrunk together
+  static constexpr int64_t kExpanded = kTileChunk;  // rows that are expanded together
+  static constexpr int64_t kStrip = 192;            // outputs that one thread expands to at a time,
+  static constexpr int64_t kHalfStrip = 96;         // of each of two halves
+  static constexpr int64_t kAheadInA = 4096;        // bytes that factors are asked for ahead
+  static constexpr int64_t kAheadInB = 2048;
+
+  // Bytes that a rank of a takes, those of its scale among them.
+  static int64_t inputs(int64_t in) { return whole_fours(in) + sizeof(float); }
+
+  // Reads inputs as `round_row_to_eight_bits` lays them out.
+  class Shrinking {
+   public:
+    Shrinking(const InputCopies& copies, int64_t in) : copies_(copies), in_(in) {}
+
+    // Shrinks rows [first, first + rows) of a segment to a tile of ranks.
+    void shrink(const Segment& s, int64_t first, int64_t rows, int64_t rank) const {
+      const uint8_t* tile = s.a + rank * inputs(in_);
+      ShrunkBytes* to = s.shrunk + first * s.shrunk_stride() + rank / kRanks;
+      const RowBlocks blocks(rows, kTileRows);
+      for (int64_t block = 0; block < blocks.count; block++) {
+        const int64_t row = blocks.first(block);
+        with_rows<kTileRows>(blocks.first(block + 1) - row, [&](auto count) {
+          shrink_rows<count()>(s.row + first + row, tile, s.sign, to + row * s.shrunk_stride(),
+                               s.shrunk_stride());
+        });
+      }
+    }
+
+   private:
+    template <int Rows>
+    void shrink_rows(int64_t row, const uint8_t* tile, float sign, ShrunkBytes* to,
+                     int64_t stride) const {
+      const int64_t groups = few_groups(in_), ldx = row_stride<int8_t>(in_);
+      const uint8_t* factors = tile + kRanks * sizeof(float);
+      alignas(64) float sums[Rows * kRanks];
+      const auto* ahead = reinterpret_cast<const char*>(factors) + kAheadInA;
+      four_tile<Rows, kByteVecs>(copies_.bytes.data() + row * ldx, ldx,
+                                 copies_.scales.data() + row * groups,
+                                 copies_.starts.data() + row * groups, groups, factors,
+                                 whole_fours(in_), true, sums, kRanks, {ahead, kRanks * 2});
+      const auto* scales = reinterpret_cast<const float*>(tile);
+      for (int r = 0; r < Rows; r++) put(sums + r * kRanks, scales, sign, to[r * stride]);
+    }
+
+    static void put(float* sums, const float* scales, float sign, ShrunkBytes& to) {
+      UNROLL
+      for (int v = 0; v < kByteVecs; v++)
+        store(sums + v * kLanes, load(sums + v * kLanes) * load(scales + v * kLanes) * sign);
+      const Rounded rounded = round_group(sums, kRanks, to.values);
+      to.scale = rounded.scale;
+      to.start = -kAdded * rounded.total;
+    }
+
+    const InputCopies& copies_;
+    int64_t in_;
+  };
+
+  class Expanding {
+   public:
+    // Adds what parts give for `rows` rows, from `row` on, to outputs [column, stop) at `out`.
+    void expand(const Part* part, const Part* last, int64_t row, int64_t rows, int64_t column,
+                int64_t stop, float* out, int64_t ldo) const {
+      for (; part != last; part++)
+        for (int64_t c = std::max(column, part->from); c < std::min(stop, part->to); c += kTileOuts)
+          expand_tile(part->shrunk + row * part->stride, part->stride, rows,
+                      part->b + c * kRanks, std::min(kTileOuts, stop - c), out + c, ldo);
+    }
+
+    void finish() const {}
+
+   private:
+    static constexpr int kFours = kRanks / 4;
+
+    // Outputs of one tile: `width` of them.
+    static void expand_tile(const ShrunkBytes* shrunk, int64_t stride, int64_t rows,
+                            const uint8_t* b, int64_t width, float* out, int64_t ldo) {
+      Fours factors[kFours][kByteVecs];
+      UNROLL
+      for (int q = 0; q < kFours; q++) {
+        __builtin_prefetch(b + kAheadInB + q * kTileOuts * 4, 0, 2);
+        UNROLL
+        for (int v = 0; v < kByteVecs; v++)
+          factors[q][v] = four_weights(b + (q * kTileOuts + v * kLanes) * 4);
+      }
+      if (width == kTileOuts) {
+        for (int64_t r = 0; r < rows; r++, out += ldo) add(shrunk[r * stride], factors, out);
+        return;
+      }
+      // What is behind the last outputs is another row's, and another thread may write it.
+      for (int64_t r = 0; r < rows; r++, out += ldo) {
+        alignas(64) float whole[kTileOuts] = {};
+        std::memcpy(whole, out, width * sizeof(float));
+        add(shrunk[r * stride], factors, whole);
+        std::memcpy(out, whole, width * sizeof(float));
+      }
+    }
+
+    static void add(const ShrunkBytes& shrunk, const Fours (&factors)[kFours][kByteVecs],
+                    float* out) {
+      IntVec sums[kByteVecs];
+      UNROLL
+      for (int v = 0; v < kByteVecs; v++) sums[v] = shrunk.start - IntVec{};
+      UNROLL
+      for (int q = 0; q < kFours; q++) {
+        const Fours inputs = every_four(shrunk.values + 4 * q);
+        UNROLL
+        for (int v = 0; v < kByteVecs; v++) sums[v] = dot_fours(sums[v], factors[q][v], inputs);
+      }
+      UNROLL
+      for (int v = 0; v < kByteVecs; v++) {
+        float* place = out + v * kLanes;
+        store(place, fused(__builtin_convertvector(sums[v], Vec), all(shrunk.scale), load(place)));
+      }
+    }
+  };
+};
+
+}  // namespace dynamic_lora
