@@ -34,6 +34,10 @@ struct ShrunkBytes {
   int32_t start;  // what sums of their products begin with
 };
 
+struct ByteTiles;
+inline void expand_bytes(const TilePart<ByteTiles>& part, int64_t row, int64_t rows, int64_t column,
+                         int64_t stop, float* out, int64_t ldo);
+
 struct ByteTiles {
   using Factor = uint8_t;
   using Shrunk = ShrunkBytes;
@@ -44,7 +48,7 @@ struct ByteTiles {
   static constexpr int64_t kBlock = 2 * kTileRows;  // rows that are shrunk together
   static constexpr int64_t kExpanded = kTileChunk;  // rows that are expanded together
   static constexpr int64_t kStrip = 192;            // outputs that one thread expands to at a time,
-  static constexpr int64_t kHalfStrip = 96;         // of each of two halves
+  static constexpr int64_t kHalfStrip = 128;        // of each of two halves
   static constexpr int64_t kAheadInA = 4096;        // bytes that factors are asked for ahead
   static constexpr int64_t kAheadInB = 2048;
 
@@ -105,58 +109,83 @@ struct ByteTiles {
     void expand(const Part* part, const Part* last, int64_t row, int64_t rows, int64_t column,
                 int64_t stop, float* out, int64_t ldo) const {
       for (; part != last; part++)
-        for (int64_t c = std::max(column, part->from); c < std::min(stop, part->to); c += kTileOuts)
-          expand_tile(part->shrunk + row * part->stride, part->stride, rows,
-                      part->b + c * kRanks, std::min(kTileOuts, stop - c), out + c, ldo);
+        expand_bytes(*part, row, rows, std::max(column, part->from), std::min(stop, part->to), out,
+                     ldo);
     }
 
     void finish() const {}
-
-   private:
-    static constexpr int kFours = kRanks / 4;
-
-    // Outputs of one tile: `width` of them.
-    static void expand_tile(const ShrunkBytes* shrunk, int64_t stride, int64_t rows,
-                            const uint8_t* b, int64_t width, float* out, int64_t ldo) {
-      Fours factors[kFours][kByteVecs];
-      UNROLL
-      for (int q = 0; q < kFours; q++) {
-        __builtin_prefetch(b + kAheadInB + q * kTileOuts * 4, 0, 2);
-        UNROLL
-        for (int v = 0; v < kByteVecs; v++)
-          factors[q][v] = four_weights(b + (q * kTileOuts + v * kLanes) * 4);
-      }
-      if (width == kTileOuts) {
-        for (int64_t r = 0; r < rows; r++, out += ldo) add(shrunk[r * stride], factors, out);
-        return;
-      }
-      // What is behind the last outputs is another row's, and another thread may write it.
-      for (int64_t r = 0; r < rows; r++, out += ldo) {
-        alignas(64) float whole[kTileOuts] = {};
-        std::memcpy(whole, out, width * sizeof(float));
-        add(shrunk[r * stride], factors, whole);
-        std::memcpy(out, whole, width * sizeof(float));
-      }
-    }
-
-    static void add(const ShrunkBytes& shrunk, const Fours (&factors)[kFours][kByteVecs],
-                    float* out) {
-      IntVec sums[kByteVecs];
-      UNROLL
-      for (int v = 0; v < kByteVecs; v++) sums[v] = shrunk.start - IntVec{};
-      UNROLL
-      for (int q = 0; q < kFours; q++) {
-        const Fours inputs = every_four(shrunk.values + 4 * q);
-        UNROLL
-        for (int v = 0; v < kByteVecs; v++) sums[v] = dot_fours(sums[v], factors[q][v], inputs);
-      }
-      UNROLL
-      for (int v = 0; v < kByteVecs; v++) {
-        float* place = out + v * kLanes;
-        store(place, fused(__builtin_convertvector(sums[v], Vec), all(shrunk.scale), load(place)));
-      }
-    }
   };
 };
+
+constexpr int kByteFours = kByteRanks / 4;
+constexpr int kTilesTogether = kLanes == 16 ? 4 : 1;  // whose factors fit into the registers
+
+// Adds what a row was shrunk to, times a tile of ranks of as many neighbouring tiles of outputs.
+template <int Vecs>
+inline void add_bytes(const ShrunkBytes& shrunk, const Fours (&factors)[kByteFours][Vecs],
+                      float* out) {
+  IntVec sums[Vecs];
+  UNROLL
+  for (int v = 0; v < Vecs; v++) sums[v] = shrunk.start - IntVec{};
+  UNROLL
+  for (int q = 0; q < kByteFours; q++) {
+    const Fours inputs = every_four(shrunk.values + 4 * q);
+    UNROLL
+    for (int v = 0; v < Vecs; v++) sums[v] = dot_fours(sums[v], factors[q][v], inputs);
+  }
+  const Vec scale = all(shrunk.scale);
+  UNROLL
+  for (int v = 0; v < Vecs; v++) {
+    float* place = out + v * kLanes;
+    store(place, fused(__builtin_convertvector(sums[v], Vec), scale, load(place)));
+  }
+}
+
+// The same for rows whose numbers are `stride` apart; asks for the factors `ahead` bytes further on.
+template <int Tiles>
+inline void expand_byte_tiles(const ShrunkBytes* shrunk, int64_t stride, int64_t rows,
+                              const uint8_t* b, int64_t ahead, float* out, int64_t ldo) {
+  constexpr int kVecs = Tiles * kByteVecs;
+  Fours factors[kByteFours][kVecs];
+  UNROLL
+  for (int v = 0; v < kVecs; v++) {
+    const int tile = v / kByteVecs, vec = v % kByteVecs;
+    UNROLL
+    for (int q = 0; q < kByteFours; q++) {
+      const uint8_t* place = b + ((tile * kByteFours + q) * kByteVecs + vec) * 4 * kLanes;
+      __builtin_prefetch(place + ahead, 0, 2);
+      factors[q][v] = four_weights(place);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) add_bytes(shrunk[r * stride], factors, out + r * ldo);
+}
+
+// The same for one tile of which there are `width` outputs: what is behind them is another row's, and
+// another thread may write it.
+inline void expand_last_bytes(const ShrunkBytes* shrunk, int64_t stride, int64_t rows,
+                              const uint8_t* b, int64_t width, float* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; r++, out += ldo) {
+    alignas(64) float whole[kTileOuts] = {};
+    std::memcpy(whole, out, width * sizeof(float));
+    expand_byte_tiles<1>(shrunk + r * stride, stride, 1, b, 0, whole, kTileOuts);
+    std::memcpy(out, whole, width * sizeof(float));
+  }
+}
+
+// Adds what a part gives for `rows` rows, from `row` on, to outputs [column, stop) at `out`.
+inline void expand_bytes(const ByteTiles::Part& part, int64_t row, int64_t rows, int64_t column,
+                         int64_t stop, float* out, int64_t ldo) {
+  constexpr int64_t kTogether = kTilesTogether * kTileOuts;
+  const ShrunkBytes* shrunk = part.shrunk + row * part.stride;
+  const auto factors = [&] { return part.b + column * kByteRanks; };
+  for (; column + kTogether <= stop; column += kTogether)
+    expand_byte_tiles<kTilesTogether>(shrunk, part.stride, rows, factors(), ByteTiles::kAheadInB,
+                                      out + column, ldo);
+  for (; column + kTileOuts <= stop; column += kTileOuts)
+    expand_byte_tiles<1>(shrunk, part.stride, rows, factors(), ByteTiles::kAheadInB, out + column,
+                         ldo);
+  if (column < stop)
+    expand_last_bytes(shrunk, part.stride, rows, factors(), stop - column, out + column, ldo);
+}
 
 }  // namespace dynamic_lora

@@ -130,7 +130,8 @@ inline void round_few(const float* x, int64_t k, int64_t row, int64_t group, int
                       InputCopies& copies) {
   int8_t* to = copies.bytes.data() + row * row_stride<int8_t>(k) + group * kFewInputs;
   const int64_t place = row * few_groups(k) + group;
-  const Rounded rounded = round_group(x, count, to);
+  const Rounded rounded =
+      count == kFewInputs ? round_group(x, kFewInputs, to) : round_group(x, count, to);
   copies.scales[place] = rounded.scale;
   copies.starts[place] = -kAdded * rounded.total;
 }

@@ -155,6 +155,35 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const fl
   add_scaled(sums, scales, groups, fresh, y, ldy);
 }
 
+// The lower bits of each lane, stored to `out`. Spelt out for x86, where GCC moves them one by one.
+inline void store_lower(IntVec whole, int8_t* out) {
+#if defined(__AVX512F__)
+  const __m128i lower = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(whole));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), lower);
+#elif defined(__AVX2__)
+  const auto all = reinterpret_cast<__m256i>(whole);
+  const __m256i firsts = _mm256_shuffle_epi8(all, _mm256_set1_epi32(0x0c080400));
+  const __m256i both = _mm256_permutevar8x32_epi32(firsts, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(both));
+#else
+  for (int i = 0; i < kLanes; i++) out[i] = static_cast<int8_t>(whole[i]);
+#endif
+}
+
+inline void store_lower(IntVec whole, int16_t* out) {
+#if defined(__AVX512F__)
+  const __m256i lower = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(whole));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), lower);
+#elif defined(__AVX2__)
+  const auto all = reinterpret_cast<__m256i>(whole);
+  const __m256i order = _mm256_set1_epi64x(0x0d0c090805040100);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(all, order), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(halves));
+#else
+  for (int i = 0; i < kLanes; i++) out[i] = static_cast<int16_t>(whole[i]);
+#endif
+}
+
 // Of a group of inputs that have been rounded: what they are multiples of, NaN if one of them was not
 // finite, and their sum in those.
 struct Rounded {
@@ -163,11 +192,12 @@ struct Rounded {
 };
 
 // Rounds x [count] of one row to as many bits as `Whole` has, and the rest of the last vector to
-// zeros.
+// zeros. Inlined, since callers know the number of most.
 template <typename Whole>
-inline Rounded round_group(const float* x, int64_t count, Whole* out) {
-  typedef Whole WholeVec __attribute__((vector_size(kLanes * sizeof(Whole))));
+__attribute__((always_inline)) inline Rounded round_group(const float* x, int64_t count,
+                                                          Whole* out) {
   constexpr float kLargest = std::numeric_limits<Whole>::max();
+  constexpr int kUpper = 32 - 8 * sizeof(Whole);  // bits that are left out
   const auto for_each_vector = [&](const auto& act) __attribute__((always_inline)) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) act(i, load(x + i));
@@ -188,10 +218,9 @@ inline Rounded round_group(const float* x, int64_t count, Whole* out) {
   IntVec total{};
   for_each_vector([&](int64_t i, Vec value) __attribute__((always_inline)) {
     const IntVec whole = __builtin_convertvector((value * inverse + magic) - magic, IntVec);
-    const WholeVec rounded = __builtin_convertvector(whole, WholeVec);
-    std::memcpy(out + i, &rounded, sizeof rounded);  // rows have room for whole vectors
+    store_lower(whole, out + i);  // rows have room for whole vectors
     // Of what is no number this is anything, but no more than a byte or two.
-    total += __builtin_convertvector(rounded, IntVec);
+    total += whole << kUpper >> kUpper;
   });
   return {largest / kLargest + sum(zero), sum(total)};
 }
