@@ -1,7 +1,7 @@
 """How far rounding moves next-token distributions from float32's.
 
 The mean Kullback-Leibler divergence, in nats a token, of transformers' own layers with this
-project's products in their place: on answers of the shipped adapters to dev prompts (teacher
+project's products in their place, and its adapters' factors: on answers of the shipped adapters to dev prompts (teacher
 forced), and on text that the base continues. Beside `w8a8` stand other numbers of inputs that
 share a scale, computed by torch: 32, as llama.cpp's Q8_0 has them, and whole rows, as vLLM's W8A8.
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,6 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.command import command, exit_with_reason, write_json
 from benchmarks.quality import RECIPES, SHIPPED, TASKS
 from dynamic_lora_adapters.apply.products import ProductKind, make_product
+from dynamic_lora_adapters.device.groups import MemberTerms, ProjectionGroup
+from dynamic_lora_adapters.device.slab import Slab
+from dynamic_lora_adapters.device.slab_layout import SlabLayout
+from dynamic_lora_adapters.kernels.factor_layout import layout_for
+from dynamic_lora_adapters.kernels.native_segments import NativeSegments
+from dynamic_lora_adapters.segments import Run
+from dynamic_lora_adapters.terms import LinearTerms
 from dynamic_lora_server.base.base_model import resolve_base
 from dynamic_lora_server.training.config import load_config
 from dynamic_lora_server.training.datasets import load_examples
@@ -51,6 +59,47 @@ class Layer(nn.Module):
         return self.product(x)
 
 
+class AdaptedLayer(nn.Module):
+    """A linear layer with a LoRA of PEFT's, both as the server computes them for a product."""
+
+    def __init__(self, layer: LoraLayer, kind: ProductKind) -> None:
+        super().__init__()
+        base = layer.base_layer
+        (name,) = layer.active_adapters
+        a, b = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
+        self.product = make_product(kind, base.weight.data, base.bias)
+        self._slab = _slab_of(LinearTerms(a=a, b=b * layer.scaling[name]), kind)
+        self._add = NativeSegments()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] to [..., out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.product(rows)
+        run = Run(self._slab, 0, 0, [len(rows)])
+        factors = self._slab.factors(0, run.slots)
+        assert factors is not None
+        self._add(out, rows, factors, run)
+        return out.view(*x.shape[:-1], -1)
+
+
+def _slab_of(terms: LinearTerms, kind: ProductKind) -> Slab:
+    assert terms.a is not None and terms.b is not None and kind.factor_dtype is not None
+    device = torch.device("cpu")
+    group = ProjectionGroup(("layer",), terms.a.shape[1], (len(terms.b),))
+    member = MemberTerms(group, (terms,))
+    layout = SlabLayout(
+        [group],
+        device=device,
+        dtype=torch.float32,
+        factor_dtype=kind.factor_dtype,
+        layout=layout_for(device, kind.factor_dtype),
+        num_slots=1,
+    )
+    slab = layout.new_slab(0, (member.shape,), 1)
+    member.write(slab.terms(0, 0))
+    return slab
+
+
 def native(kind: ProductKind) -> Way:
     """This project's product of a kind."""
     return lambda weight, bias: make_product(kind, weight, bias)
@@ -75,29 +124,32 @@ def in_eight_bits(x: torch.Tensor, size: int | None) -> torch.Tensor:
     return torch.cat(groups, dim=-1)
 
 
+KINDS = (ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8)
 WAYS: dict[str, Way] = {
-    **{kind.value: native(kind) for kind in (ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8)},
+    **{kind.value: native(kind) for kind in KINDS},
     "a scale for 32 inputs": in_groups(32),
     "a scale for a row of inputs": in_groups(None),
 }
 
 
-def replace_linears(module: nn.Module, way: Way) -> None:
-    """Put `way` in the place of every linear layer but an adapter's."""
+def replace_linears(module: nn.Module, way: Way, kind: ProductKind | None = None) -> None:
+    """Put `way` in the place of every linear layer; with a kind of ours, of its adapter's, too."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if kind is not None and isinstance(child, LoraLayer):
+            setattr(module, name, AdaptedLayer(child, kind))
+        elif isinstance(child, nn.Linear):
             setattr(module, name, Layer(child, way))
         elif name not in ("lora_A", "lora_B"):
-            replace_linears(child, way)
+            replace_linears(child, way, kind)
 
 
-def load(base: Path, task: str | None, way: Way | None) -> nn.Module:
-    """The base, with a shipped adapter or none."""
+def load(base: Path, task: str | None, name: str | None) -> nn.Module:
+    """The base, with a shipped adapter or none, in one of WAYS or as it is."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if task is not None:
         model = PeftModel.from_pretrained(model, str(SHIPPED / task))
-    if way is not None:
-        replace_linears(model, way)
+    if name is not None:
+        replace_linears(model, WAYS[name], ProductKind(name) if name in KINDS else None)
     return model.eval()
 
 
@@ -144,8 +196,8 @@ def measure(base: Path, data: Path) -> dict[str, dict[str, float]]:
         given = texts(base, task, data)
         exact = log_probabilities(load(base, task, None), given)
         found[task or "base"] = {
-            name: divergence(exact, log_probabilities(load(base, task, way), given))
-            for name, way in WAYS.items()
+            name: divergence(exact, log_probabilities(load(base, task, name), given))
+            for name in WAYS
         }
     return found
 

@@ -15,12 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from dynamic_lora_adapters.kernels.factor_layout import (
-    TILE_RANKS,
-    blank_factors,
-    read_tiles,
-    write_tiles,
-)
+from dynamic_lora_adapters.kernels.byte_factors import clear_bytes, write_bytes
+from dynamic_lora_adapters.kernels.factor_layout import TILE_RANKS, read_tiles, write_tiles
 from dynamic_lora_adapters.terms import LinearTerms
 from dynamic_lora_adapters.value_range import balanced
 
@@ -248,7 +244,9 @@ class MemberTerms:
     def _write_factors(self, place: GroupTerms) -> None:
         if place.a is None or place.b is None:
             return
-        if place.tiled:
+        if place.a.dtype is torch.uint8:
+            self._write_bytes(place.a, place.b)
+        elif place.tiled:
             self._write_tiles(place.a, place.b)
         else:
             self._write_rows(place.a, place.b)
@@ -277,13 +275,20 @@ class MemberTerms:
             b[stop:].zero_()
 
     def _write_tiles(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        rows_of_a, rows_of_b = blank_factors(a, b)
+        rows_of_a, rows_of_b = torch.zeros_like(a), b.new_zeros(b.shape[1], len(b))
         for number, start, stop, column, end in self._spans():
             member = self.members[number]
             assert member.a is not None and member.b is not None
             rows_of_a[start:stop, : self.group.in_features] = member.a
             rows_of_b[column:end, start:stop] = member.b
         write_tiles(rows_of_a, rows_of_b, a, b)
+
+    def _write_bytes(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        clear_bytes(a, b)
+        for number, start, _, column, _ in self._spans():
+            member = self.members[number]
+            assert member.a is not None and member.b is not None
+            write_bytes(member.a, member.b, a, b, rank=start, column=column)
 
 
 @lru_cache(maxsize=256)

@@ -64,7 +64,7 @@ def _rounded(term: LinearTerms, dtype: "torch.dtype") -> LinearTerms:
     """With factors as a slot of `dtype` holds them."""
     import torch
 
-    from dynamic_lora_adapters.kernels.factor_layout import rounded_to_bytes
+    from dynamic_lora_adapters.kernels.byte_factors import rounded_to_bytes
 
     if term.a is None or term.b is None:
         return term

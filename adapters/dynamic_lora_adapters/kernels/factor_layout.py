@@ -4,16 +4,12 @@ from enum import Enum, auto
 
 import torch
 
+from dynamic_lora_adapters.kernels import byte_factors
 from dynamic_lora_adapters.kernels.native_segments import reads_tiles
 
 TILE_RANKS = 8
 _TILE_INPUTS = 32
 _TILE_OUTPUTS = 16
-_BYTE_RANKS = 16
-_FOUR = 4  # that one instruction multiplies and adds up, for each sum
-_SCALE_BYTES = torch.float32.itemsize
-_LARGEST = 127
-_ADDED = 128
 _LINE_BYTES = 64
 
 
@@ -27,14 +23,7 @@ class FactorLayout(Enum):
     pairs of inputs for eight ranks, pairs of ranks for sixteen outputs. Inputs go on with
     zeros to a multiple of 32, outputs to one of 16.
 
-    BYTES: eight bits as products of them read them (`native/byte_factors.h`):
-
-        a [rank / 16]: 16 scales in float32, and [in / 4, 16, 4]
-        b [rank / 16, out / 16, 4, 16, 4]
-
-    fours of inputs for sixteen ranks, fours of ranks for sixteen outputs, 128 added to each; a
-    rank's scale is that of its row of a times that of its row of b. Ranks and outputs go on with
-    zeros to a multiple of 16, inputs to one of 4.
+    BYTES: eight bits, in tiles too, as `byte_factors` says.
     """
 
     ROWS = auto()
@@ -49,12 +38,12 @@ class FactorLayout(Enum):
 
     def ranks(self, rank: int) -> int:
         """Ranks of a table for adapters of a rank."""
-        return _multiple(rank, _BYTE_RANKS) if self is FactorLayout.BYTES else rank
+        return _multiple(rank, byte_factors.RANKS) if self is FactorLayout.BYTES else rank
 
     def a_width(self, in_features: int) -> int:
         """Elements of a rank of a."""
         if self is FactorLayout.BYTES:
-            return _multiple(in_features, _FOUR) + _SCALE_BYTES
+            return _multiple(in_features, byte_factors.INPUTS) + byte_factors.SCALE_BYTES
         return _multiple(in_features, _TILE_INPUTS) if self is FactorLayout.TILES else in_features
 
     def b_width(self, out_features: int, itemsize: int) -> int:
@@ -102,83 +91,13 @@ def _pairs_of_b(place: torch.Tensor) -> torch.Tensor:
     return place.view(torch.int32).view(tiles).permute(1, 3, 0, 2)
 
 
-def blank_factors(
-    place_a: torch.Tensor, place_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros a [rank, inputs] and b [outputs, rank] that `write_tiles` takes for a place in tiles."""
-    (rank, inputs), outputs = place_a.shape, place_b.shape[1]
-    if place_a.dtype is torch.uint8:
-        return torch.zeros(rank, inputs - _SCALE_BYTES), torch.zeros(outputs, rank)
-    return place_a.new_zeros(rank, inputs), place_b.new_zeros(outputs, rank)
-
-
 def write_tiles(
     a: torch.Tensor, b: torch.Tensor, place_a: torch.Tensor, place_b: torch.Tensor
 ) -> None:
-    """Lay out a [rank, in] and b [out, rank], filled up to whole tiles, as `blank_factors` are.
-
-    Where tiles are of bytes, a and b are rounded, and hold what was rounded afterwards.
-    """
-    if place_a.dtype is torch.uint8:
-        return _write_bytes(a, b, place_a, place_b)
+    """Lay out a [rank, in] and b [out, rank], bfloat16 and filled up to whole tiles."""
     pairs_a, pairs_b = _pairs_of_a(place_a), _pairs_of_b(place_b)
     pairs_a.copy_(a.view(torch.int32).view(pairs_a.shape))
     pairs_b.copy_(b.view(torch.int32).view(pairs_b.shape))
-
-
-def rounded_to_bytes(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a [rank, in] and b [out, rank], float32, are once tiles of bytes hold them."""
-    a, b = a.clone(), b.clone()
-    scales_a, scales_b = _round_rows(a, 1), _round_rows(b, 0)
-    return a * scales_a, b * scales_b
-
-
-def _round_rows(factors: torch.Tensor, dim: int) -> torch.Tensor:
-    """Make each rank of float32 factors whole numbers up to 127; what they are multiples of.
-
-    `dim` is the one along which a rank lies. A rank of zeros keeps them.
-    """
-    scales = factors.abs().amax(dim, keepdim=True) / _LARGEST
-    factors.div_(scales.masked_fill(scales == 0, 1)).round_()
-    return scales
-
-
-def _write_bytes(
-    a: torch.Tensor, b: torch.Tensor, place_a: torch.Tensor, place_b: torch.Tensor
-) -> None:
-    scales = _round_rows(a, 1)[:, 0] * _round_rows(b, 0)[0]
-    scales_of, fours_a = _byte_tiles_of_a(place_a)
-    fours_b = _byte_tiles_of_b(place_b)
-    scales_of.copy_(scales.view(scales_of.shape))
-    fours_a.copy_(a.add_(_ADDED).view(fours_a.shape))
-    fours_b.copy_(b.add_(_ADDED).view(fours_b.shape))
-
-
-def _byte_tiles_of_a(place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a slot's a in bytes [rank, width], the scales [rank / 16, 16] in float32, and the factors
-    [rank / 16, 16, in / 4, 4] of the plain one."""
-    rank, width = place.shape
-    tiles = place.view(rank // _BYTE_RANKS, _BYTE_RANKS * width)
-    scales, factors = tiles.split(
-        [_BYTE_RANKS * _SCALE_BYTES, _BYTE_RANKS * (width - _SCALE_BYTES)], 1
-    )
-    fours = factors.unflatten(1, (-1, _BYTE_RANKS, _FOUR)).transpose(1, 2)
-    return scales.view(torch.float32), fours
-
-
-def _byte_tiles_of_b(place: torch.Tensor) -> torch.Tensor:
-    """Of a slot's b in bytes [rank, width], the factors [width / 16, 16, rank / 16, 4, 4]."""
-    rank, width = place.shape
-    tiles = rank // _BYTE_RANKS, width // _TILE_OUTPUTS, _BYTE_RANKS // _FOUR, _TILE_OUTPUTS, _FOUR
-    return place.view(tiles).permute(1, 3, 0, 2, 4)
-
-
-def _read_bytes(place_a: torch.Tensor, place_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    rank = len(place_a)
-    scales, fours_a = _byte_tiles_of_a(place_a)
-    a = (fours_a.float() - _ADDED).reshape(rank, -1) * scales.reshape(rank, 1)
-    b = (_byte_tiles_of_b(place_b).float() - _ADDED).reshape(-1, rank)
-    return a, b.T.contiguous()
 
 
 def read_tiles(place_a: torch.Tensor, place_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +106,7 @@ def read_tiles(place_a: torch.Tensor, place_b: torch.Tensor) -> tuple[torch.Tens
     Those of bytes are in float32, with both scales of a rank in a.
     """
     if place_a.dtype is torch.uint8:
-        return _read_bytes(place_a, place_b)
+        return byte_factors.read_bytes(place_a, place_b)
     rank = len(place_a)
     a = _pairs_of_a(place_a).reshape(rank, -1).contiguous().view(place_a.dtype)
     b = _pairs_of_b(place_b).reshape(-1, rank // 2).contiguous().view(place_b.dtype)

@@ -47,10 +47,9 @@ struct ByteTiles {
   static constexpr int64_t kRanks = kByteRanks, kTogether = kByteRanks;
   static constexpr int64_t kBlock = 2 * kTileRows;  // rows that are shrunk together
   static constexpr int64_t kExpanded = kTileChunk;  // rows that are expanded together
-  static constexpr int64_t kStrip = 192;            // outputs that one thread expands to at a time,
-  static constexpr int64_t kHalfStrip = 128;        // of each of two halves
+  static constexpr int64_t kStrip = 192;            // outputs that one thread expands to at a time
   static constexpr int64_t kAheadInA = 4096;        // bytes that factors are asked for ahead
-  static constexpr int64_t kAheadInB = 2048;
+  static constexpr int64_t kAheadInB = 512;         // what two tiles of outputs take
 
   // Bytes that a rank of a takes, those of its scale among them.
   static int64_t inputs(int64_t in) { return whole_fours(in) + sizeof(float); }
@@ -112,13 +111,11 @@ struct ByteTiles {
         expand_bytes(*part, row, rows, std::max(column, part->from), std::min(stop, part->to), out,
                      ldo);
     }
-
-    void finish() const {}
   };
 };
 
 constexpr int kByteFours = kByteRanks / 4;
-constexpr int kTilesTogether = kLanes == 16 ? 4 : 1;  // whose factors fit into the registers
+constexpr int kTilesTogether = kWidth / kTileOuts;  // as wide as a panel of weights
 
 // Adds what a row was shrunk to, times a tile of ranks of as many neighbouring tiles of outputs.
 template <int Vecs>

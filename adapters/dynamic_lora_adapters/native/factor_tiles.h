@@ -35,8 +35,7 @@ struct UnitTiles {
   static constexpr int64_t kRanks = kTileRanks, kTogether = 1;
   static constexpr int64_t kBlock = kUnitBlock;     // rows that are shrunk together
   static constexpr int64_t kExpanded = kUnitBlock;  // rows that are expanded together
-  static constexpr int64_t kStrip = 384;            // outputs that one thread expands to at a time,
-  static constexpr int64_t kHalfStrip = kStrip / 2; // of each of two halves
+  static constexpr int64_t kStrip = 384;            // outputs that one thread expands to at a time
 
   // Numbers that a rank of a takes.
   static int64_t inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
@@ -275,5 +274,29 @@ class UnitTiles::Expanding {
 };
 
 #endif
+
+// Does as `share_tiled_expanding`, for outputs of two halves, and rows each of which has one adapter's
+// deltas: `act` is told of what is done of both, by (row, rows, column, stop) of the first.
+template <typename Act>
+void share_tiled_halves(const TiledDeltas<UnitTiles>& deltas, float* out, int64_t outs,
+                        const Act& act) {
+  using Segment = UnitTiles::Segment;
+  constexpr int64_t kStrip = UnitTiles::kStrip / 2;
+  const int64_t half = outs / 2, strips = (half + kStrip - 1) / kStrip;
+  Walk walk(deltas.segments,
+            [=](const Segment& s) { return TiledItem::count_chunks(s.rows) * strips; });
+  UnitTiles::Expanding expanding;
+#pragma omp for schedule(guided, 1) nowait
+  for (int64_t item = 0; item < walk.items(); item++) {
+    const auto [segment, own] = walk.find(item);
+    const TiledItem at(segment->rows, own, half, kStrip);
+    for (const int64_t from : {int64_t{0}, half})
+      expand_tiled_rows(deltas, *segment, at.first, at.last, from + at.column, from + at.stop, out,
+                        outs, expanding);
+    expanding.finish();
+    act(segment->row + at.first, at.last - at.first, at.column, at.stop);
+  }
+  meet();
+}
 
 }  // namespace dynamic_lora

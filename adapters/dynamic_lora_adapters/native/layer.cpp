@@ -43,7 +43,7 @@ struct Layer {
 };
 
 // The factors of one group in slot 0 of a slab, in tiles or as rows; a null a says that there are
-// none.
+// none. In eight bits they are beside projections of that format (kAllBytes) alone.
 struct SlabFactors {
   const char* a;
   const char* b;
@@ -82,23 +82,19 @@ struct Step {
 
 // The deltas of one projection. `within`: added while the product's sums are at hand. `apart`:
 // after it, for several segments too short to fill a tile, unless a row has two adapters' deltas.
-// `tiled` and `bytes`: factors in tiles, also after it. A step has factors of one layout.
+// `tiled`: factors in tiles of the matrix unit, also after it. `bytes`: factors in eight bits, within
+// it as `bytes_within`.
 struct SiteDeltas {
   std::vector<Segment> segments;
   std::vector<Part> within, apart;
   TiledDeltas<UnitTiles> tiled;
   TiledDeltas<ByteTiles> bytes;
+  std::vector<BytePart> bytes_within;
   bool once;               // no row has two
   std::vector<Rows> bare;  // of gate and up: that have none in tiles, where no row has two
 
-  bool any_tiled() const { return !tiled.empty() || !bytes.empty(); }
-
-  // Calls `act` with those in tiles.
-  template <typename Act>
-  void with_tiled(const Act& act) const {
-    if (!tiled.empty()) act(tiled);
-    if (!bytes.empty()) act(bytes);
-  }
+  bool any_tiled() const { return !tiled.empty(); }
+  bool any_within() const { return !within.empty() || !bytes_within.empty(); }
 
   // Whether they read inputs as they are, and not rounded.
   bool read_floats() const {
@@ -184,13 +180,18 @@ void find_segments(const Site& site, const Step& step, const Batch& batch, SiteD
 void find_bare(SiteDeltas& deltas, int64_t rows) {
   deltas.bare.clear();
   int64_t next = 0;
-  deltas.with_tiled([&](const auto& tiled) {
-    for (const auto& segment : tiled.segments) {
-      if (segment.row > next) deltas.bare.push_back({next, segment.row});
-      next = segment.row + segment.rows;
-    }
-  });
+  for (const TiledSegment<UnitTiles>& segment : deltas.tiled.segments) {
+    if (segment.row > next) deltas.bare.push_back({next, segment.row});
+    next = segment.row + segment.rows;
+  }
   if (next < rows) deltas.bare.push_back({next, rows});
+}
+
+// Those of one row stay in order.
+template <typename AnyPart>
+void sort_by_row(std::vector<AnyPart>& parts) {
+  std::stable_sort(parts.begin(), parts.end(),
+                   [](const AnyPart& one, const AnyPart& other) { return one.row < other.row; });
 }
 
 void part_segments(SiteDeltas& deltas) {
@@ -203,8 +204,15 @@ void part_segments(SiteDeltas& deltas) {
       part_segment(segment, kOutsAlong, deltas.apart);
     else
       part_segment(segment, INT64_MAX / 2, deltas.within);
-  std::stable_sort(deltas.within.begin(), deltas.within.end(),
-                   [](const Part& one, const Part& other) { return one.row < other.row; });
+  sort_by_row(deltas.within);
+}
+
+void part_bytes(SiteDeltas& deltas) {
+  deltas.bytes_within.clear();
+  for (const TiledSegment<ByteTiles>& segment : deltas.bytes.segments)
+    for (int64_t i = segment.first_part; i < segment.last_part; i++)
+      deltas.bytes_within.push_back({deltas.bytes.parts[i], segment.row, segment.rows});
+  sort_by_row(deltas.bytes_within);
 }
 
 // share_* functions are entered by every thread of a team; the others work on their own.
@@ -213,12 +221,9 @@ void part_segments(SiteDeltas& deltas) {
 void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x, int64_t row,
                  const Batch& batch) {
   InputCopies& copies = scratch.copies_for(number);
-  const SiteDeltas& deltas = scratch.deltas[number];
   copy_row(x, site.base, batch, row, copies);
-  if (!deltas.tiled.empty() && !site.base.rounds_to_bfloat16(batch))
+  if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_bfloat16(batch))
     round_row_to_bfloat16(x, site.base.k, row, copies);
-  if (!deltas.bytes.empty() && site.base.format != kAllBytes)
-    round_row_to_eight_bits(x, site.base.k, row, -1, copies);
 }
 
 // The same for all rows of x [rows, k].
@@ -254,30 +259,34 @@ void share_site_shrinking(const Site& site, Scratch& scratch, int number, const 
   const int16_t* rounded = copies.values.data();
   int64_t ldx = in;
   if (site.base.spreads(batch)) x = copies.spread.data(), ldx = spread_stride(in);
-  deltas.with_tiled([&](const auto& tiled) { share_tiled_shrinking(tiled, copies, in); });
-  if (deltas.segments.empty()) return;
-  share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
-                  deltas.segments);
-  if (!deltas.within.empty()) meet();
+  if (deltas.any_tiled()) return share_tiled_shrinking(deltas.tiled, copies, in);
+  if (!deltas.bytes.empty())
+    share_tiled_shrinking(deltas.bytes, copies, in);
+  else if (!deltas.segments.empty())
+    share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
+                    deltas.segments);
+  if (deltas.any_within()) meet();
 }
 
 // The product of a projection, and those deltas that are added within it.
 template <typename To>
 void share_multiplying(const Site& site, Scratch& scratch, int number, const float* x, const To& to,
                        const Batch& batch) {
-  const std::vector<Part>& within = scratch.deltas[number].within;
+  const SiteDeltas& deltas = scratch.deltas[number];
   const InputCopies& copies = scratch.copies_for(number);
-  if (within.empty())
-    share_product(x, site.base, to, batch, NoDeltas{}, copies);
+  if (!deltas.within.empty())
+    share_product(x, site.base, to, batch, PanelDeltas(deltas.within, scratch.memory), copies);
+  else if (!deltas.bytes_within.empty())
+    share_product(x, site.base, to, batch, PanelDeltas(deltas.bytes_within, scratch.memory), copies);
   else
-    share_product(x, site.base, to, batch, PanelDeltas(within, scratch.memory), copies);
+    share_product(x, site.base, to, batch, NoDeltas{}, copies);
 }
 
 // Adds the deltas that share_multiplying did not: tiled and `apart`.
 void share_expanding_behind(const Site& site, Scratch& scratch, int number, float* out) {
   const SiteDeltas& deltas = scratch.deltas[number];
   const int64_t outs = site.base.n;
-  deltas.with_tiled([&](const auto& tiled) { share_tiled_expanding(tiled, out, outs, outs); });
+  if (deltas.any_tiled()) share_tiled_expanding(deltas.tiled, out, outs, outs);
   if (!deltas.apart.empty()) share_expanding(deltas.apart, out, outs);
 }
 
@@ -384,12 +393,10 @@ void share_gating(const Layer& layer, Scratch& scratch, const float* x, const Ga
   share_multiplying(site, scratch, kGateUp, x, Plain{nullptr, gate_up}, batch);
   if (halves && tiled && deltas.once) {
     for (const Rows& bare : deltas.bare) share_activation(layer, gate_up, bare, to);
-    return deltas.with_tiled([&](const auto& own) {
-      share_tiled_halves(own, gate_up, site.base.n,
-                         [&](int64_t row, int64_t count, int64_t column, int64_t stop) {
-                           activate(layer, gate_up, row, count, column, stop, to);
-                         });
-    });
+    return share_tiled_halves(deltas.tiled, gate_up, site.base.n,
+                              [&](int64_t row, int64_t count, int64_t column, int64_t stop) {
+                                activate(layer, gate_up, row, count, column, stop, to);
+                              });
   }
   share_expanding_behind(site, scratch, kGateUp, gate_up);
   share_activation(layer, gate_up, {0, batch.rows}, to);
@@ -472,11 +479,10 @@ void prepare(const Layer& layer, const Step& step, const Batch& batch, Scratch& 
     // One projection's deltas are added before the next one's: they share the room.
     find_segments(*sites[number], step, batch, deltas, scratch.shrunk.data());
     part_segments(deltas);
+    part_bytes(deltas);
     const Projection& base = sites[number]->base;
-    InputCopies& copies = scratch.copies_for(number);
-    base.make_room(batch, copies);
-    if (!deltas.tiled.empty()) copies.make_room(step.rows, base.k);
-    if (!deltas.bytes.empty()) make_eight_bit_room(step.rows, base.k, copies);
+    base.make_room(batch, scratch.copies_for(number));
+    if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
   scratch.attended.next = 0;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "byte_factors.h"
 #include "segments.h"
 #include "team.h"
 
@@ -70,7 +71,53 @@ inline void share_expanding(const std::vector<Part>& parts, float* out, int64_t 
   meet();
 }
 
+// Adds a part to the outputs [rows, kWidth] of a panel, from `column` on, of which there are `width`;
+// to rows of the part from its own `first` on.
+template <Factors kind>
+void add_to_panel(const Part& part, int64_t first, int64_t rows, int64_t column, int64_t width,
+                  float* sums) {
+  using Types = FactorTypes<kind>;
+  const auto* b = static_cast<const typename Types::Factor*>(part.b) + column;
+  const auto* shrunk = static_cast<const typename Types::Shrunk*>(part.shrunk) + first * part.rank;
+  if (part.from <= column && part.to >= column + kWidth) {
+    const RowBlocks blocks(rows, kTileRows);
+    for (int64_t i = 0; i < blocks.count; i++) {
+      const int64_t row = blocks.first(i);
+      with_rows<kTileRows>(blocks.first(i + 1) - row, [&](auto count) {
+        expand_tile<count(), kPanelVecs>(shrunk + row * part.rank, part.rank, b, part.ldb,
+                                         part.ranks, sums + row * kWidth, kWidth);
+      });
+    }
+    return;
+  }
+  const int64_t from = std::max<int64_t>(part.from - column, 0);
+  const int64_t to = std::min(part.to - column, width);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t q = 0; q < part.ranks; q++)
+      for (int64_t c = from; c < to; c++)
+        sums[r * kWidth + c] += to_float(shrunk[r * part.rank + q]) * to_float(b[q * part.ldb + c]);
+}
+
+inline void add_to_panel(const Part& part, int64_t first, int64_t rows, int64_t column,
+                         int64_t width, float* sums) {
+  with_kind(part.kind, [&](auto kind) {
+    add_to_panel<kind()>(part, first, rows, column, width, sums);
+  });
+}
+
+// A part of factors in eight bits.
+struct BytePart : TilePart<ByteTiles> {
+  int64_t row, rows;
+};
+
+inline void add_to_panel(const BytePart& part, int64_t first, int64_t rows, int64_t column,
+                         int64_t width, float* sums) {
+  expand_bytes(part, first, rows, std::max(column, part.from), std::min(column + width, part.to),
+               sums - column, kWidth);
+}
+
 // The expanding of all parts, panel by panel.
+template <typename Part>
 class PanelDeltas {
  public:
   // `parts` by ascending row. Where `memory` runs out, some are not added.
@@ -93,42 +140,14 @@ class PanelDeltas {
       const int64_t first = std::max(row, part.row);
       const int64_t last = std::min(row + rows, part.row + part.rows);
       if (first < last)
-        with_kind(part.kind, [&](auto kind) {
-          add_part<kind()>(part, first - part.row, last - first, sums + (first - row) * kWidth);
-        });
+        add_to_panel(part, first - part.row, last - first, column_, width_,
+                     sums + (first - row) * kWidth);
       else if (i == done_ && part.row + part.rows <= row)
         done_++;
     }
   }
 
  private:
-  // Rows of a part from its own `first` on.
-  template <Factors kind>
-  void add_part(const Part& part, int64_t first, int64_t rows, float* sums) const {
-    using Types = FactorTypes<kind>;
-    const auto* b = static_cast<const typename Types::Factor*>(part.b) + column_;
-    const auto* shrunk =
-        static_cast<const typename Types::Shrunk*>(part.shrunk) + first * part.rank;
-    if (part.from <= column_ && part.to >= column_ + kWidth) {
-      const RowBlocks blocks(rows, kTileRows);
-      for (int64_t i = 0; i < blocks.count; i++) {
-        const int64_t row = blocks.first(i);
-        with_rows<kTileRows>(blocks.first(i + 1) - row, [&](auto count) {
-          expand_tile<count(), kPanelVecs>(shrunk + row * part.rank, part.rank, b, part.ldb,
-                                           part.ranks, sums + row * kWidth, kWidth);
-        });
-      }
-      return;
-    }
-    const int64_t from = std::max<int64_t>(part.from - column_, 0);
-    const int64_t to = std::min(part.to - column_, width_);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t q = 0; q < part.ranks; q++)
-        for (int64_t c = from; c < to; c++)
-          sums[r * kWidth + c] +=
-              to_float(shrunk[r * part.rank + q]) * to_float(b[q * part.ldb + c]);
-  }
-
   const std::vector<Part>* parts_;
   Memory* memory_;
   int64_t column_ = 0, width_ = 0;

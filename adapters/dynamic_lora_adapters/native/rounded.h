@@ -21,6 +21,7 @@ namespace dynamic_lora {
 
 constexpr int64_t kGroup = 256;       // inputs that share a scale
 constexpr float kNothing = 1e-30f;    // inputs of a group all below count as zeros
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
 typedef int16_t PairVec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
@@ -214,10 +215,9 @@ __attribute__((always_inline)) inline Rounded round_group(const float* x, int64_
   });
   const float found = highest(top), largest = found > kNothing ? found : 0.0f;
   const float inverse = largest > 0 ? kLargest / largest : 0.0f;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   IntVec total{};
   for_each_vector([&](int64_t i, Vec value) __attribute__((always_inline)) {
-    const IntVec whole = __builtin_convertvector((value * inverse + magic) - magic, IntVec);
+    const IntVec whole = __builtin_convertvector((value * inverse + kMagic) - kMagic, IntVec);
     store_lower(whole, out + i);  // rows have room for whole vectors
     // Of what is no number this is anything, but no more than a byte or two.
     total += whole << kUpper >> kUpper;

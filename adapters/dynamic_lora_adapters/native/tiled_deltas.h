@@ -162,27 +162,4 @@ void share_tiled_expanding(const TiledDeltas<Tiles>& deltas, float* out, int64_t
   }
 }
 
-// The same for outputs of two halves, and rows each of which has one adapter's deltas: `act` is told
-// of what is done of both, by (row, rows, column, stop) of the first.
-template <typename Tiles, typename Act>
-void share_tiled_halves(const TiledDeltas<Tiles>& deltas, float* out, int64_t outs, const Act& act) {
-  using Segment = TiledSegment<Tiles>;
-  constexpr int64_t kStrip = Tiles::kHalfStrip;
-  const int64_t half = outs / 2, strips = (half + kStrip - 1) / kStrip;
-  Walk walk(deltas.segments,
-            [=](const Segment& s) { return TiledItem::count_chunks(s.rows) * strips; });
-  typename Tiles::Expanding expanding;
-#pragma omp for schedule(guided, 1) nowait
-  for (int64_t item = 0; item < walk.items(); item++) {
-    const auto [segment, own] = walk.find(item);
-    const TiledItem at(segment->rows, own, half, kStrip);
-    for (const int64_t from : {int64_t{0}, half})
-      expand_tiled_rows(deltas, *segment, at.first, at.last, from + at.column, from + at.stop, out,
-                        outs, expanding);
-    expanding.finish();
-    act(segment->row + at.first, at.last - at.first, at.column, at.stop);
-  }
-  meet();
-}
-
 }  // namespace dynamic_lora

@@ -82,3 +82,10 @@ def test_a_delta_that_overflows_is_refused() -> None:
     with pytest.raises(InvalidAdapter, match="The delta on 'layer' overflows in float16") as caught:
         check(large, torch.float16)
     assert caught.value.field == "layer"
+
+
+@given(st.integers(0, 1000))
+def test_factors_of_eight_bits_show(seed: int) -> None:
+    low_rank = dataclasses.replace(terms(seed), scale=None, dense=None, bias=None)
+    checked = AdapterTerms(linears={"layer": low_rank})
+    assert 1e-3 < self_check(checked, GEOMETRY, torch.float32, torch.uint8) < 0.03
