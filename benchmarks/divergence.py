@@ -1,9 +1,10 @@
 """How far rounding moves next-token distributions from float32's.
 
 The mean Kullback-Leibler divergence, in nats a token, of transformers' own layers with this
-project's products in their place, and its adapters' factors: on answers of the shipped adapters to dev prompts (teacher
-forced), and on text that the base continues. Beside `w8a8` stand other numbers of inputs that
-share a scale, computed by torch: 32, as llama.cpp's Q8_0 has them, and whole rows, as vLLM's W8A8.
+project's products in their place, and with adapters' factors as the server keeps them: on answers
+of the shipped adapters to dev prompts (teacher forced), and on text that the base continues. Beside
+`w8a8` stand other numbers of inputs that share a scale, computed by torch: 32, as llama.cpp's Q8_0
+has them, and whole rows, as vLLM's W8A8.
 
     python -m benchmarks.divergence --data DIR --output FILE
 """
@@ -65,8 +66,9 @@ class AdaptedLayer(nn.Module):
     def __init__(self, layer: LoraLayer, kind: ProductKind) -> None:
         super().__init__()
         base = layer.base_layer
+        assert isinstance(base, nn.Linear)
         (name,) = layer.active_adapters
-        a, b = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
+        a, b = (part[name].get_parameter("weight").data for part in (layer.lora_A, layer.lora_B))
         self.product = make_product(kind, base.weight.data, base.bias)
         self._slab = _slab_of(LinearTerms(a=a, b=b * layer.scaling[name]), kind)
         self._add = NativeSegments()
