@@ -15,7 +15,6 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "bypass", "merged")
 RESTORES = ("copy", "subtract")
 QUANTIZATIONS = ("none", "bf16", "int8", "w8a8")
-EIGHT_BITS = ("int8", "w8a8")  # that nothing is merged into
 BASE_PRODUCTS = ("auto", "plain", "packed", "native")
 TOOL_CALL_FORMATS = ("auto", *NOTATIONS)
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -82,10 +81,10 @@ class ServerConfig:
     without `native` nothing runs in the project's own C++. With `compile` torch compiles the
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
     answers. Up to `speculate` tokens of a sequence are drafted in a step, on a CPU; None means as
-    many as can be there, and none on a GPU. `quantize`
-    rounds the base's weights to "bf16" or "int8", or with "w8a8" these and the inputs of its layers
-    to eight bits; nothing is merged into eight bits. `mode` says whether adapters are merged into
-    the weights, `restore` how the base comes back afterwards.
+    many as can be there, and none on a GPU. `quantize` rounds the base's weights to "bf16" or
+    "int8", or with "w8a8" these, the inputs of its layers and adapters' factors to eight bits.
+    `mode` says whether adapters are merged into the weights, `restore` how the base comes back
+    afterwards.
     `tool_call_format` is the notation in which models write calls where their chat template does
     not tell it.
     `record_trace` names a file for who asked for what and when, without any text; where there is
@@ -162,9 +161,6 @@ class ServerConfig:
             _check("base_product", self.base_product == "auto", "must be auto with quantize")
             in_float32 = self.dtype in ("auto", "float32")
             _check("dtype", in_float32, "must be float32 with quantize: sums are float32")
-        if self.quantize in EIGHT_BITS:
-            rule = "must not be merged with quantize {}: nothing is merged into eight bits"
-            _check("mode", self.mode != "merged", rule.format(self.quantize))
         in_cpp = self.quantize != "none" or self.base_product == "native"
         _check("native", self.native or not in_cpp, "must stay on: these products are in C++ alone")
         separate = self.quantize != "none" or self.base_product in ("packed", "native")

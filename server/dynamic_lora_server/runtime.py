@@ -27,7 +27,7 @@ from dynamic_lora_server.base.base_model import BaseModel, resolve_base
 from dynamic_lora_server.base.dtypes import named_dtype
 from dynamic_lora_server.base.fingerprint import fingerprint
 from dynamic_lora_server.base.loading import load_model, num_embeddings, pick_device
-from dynamic_lora_server.config import EIGHT_BITS, ServerConfig
+from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.engine.drafting.drafts import MAX_DRAFT, DraftStats
 from dynamic_lora_server.engine.graphs.decode_graphs import GraphStats
 from dynamic_lora_server.engine.kv.prefix_cache import PrefixStats
@@ -276,7 +276,7 @@ def _options(config: ServerConfig, base: BaseModel, model: PreTrainedModel) -> E
         prefix_cache_memory=config.prefix_cache_memory,
         base_product=_product_kind(config),
         native=config.native,
-        mode=Mode.BYPASS if config.quantize in EIGHT_BITS else Mode(config.mode),
+        mode=Mode(config.mode),
         restore=Restore(config.restore),
         checkpoint=base.path,
         costs_file=_costs_file(config, base, model.dtype, drafts=speculate > 0),

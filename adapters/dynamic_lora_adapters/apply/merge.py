@@ -14,12 +14,16 @@ import torch
 
 from dynamic_lora_adapters.apply.layers import GroupedProjection
 from dynamic_lora_adapters.apply.pristine import Pristine
+from dynamic_lora_adapters.apply.products import BaseProduct
 from dynamic_lora_adapters.device.groups import GroupTerms, ProjectionGroup
 from dynamic_lora_adapters.device.slab import ResidentAdapter
-from dynamic_lora_adapters.native.product import Bfloat16Product, NativeProduct
+from dynamic_lora_adapters.native.product import Bfloat16Product, Int8Product, NativeProduct
 
-# Other rows get W x back as (W + BA) x - BA x, whose error grows as BA does beside W.
+_ROUNDED = (Bfloat16Product, Int8Product)
+# Other rows get W x back as (W + BA) x - BA x, whose error grows as BA does beside W: in eight bits
+# it is to be hardly larger than that of W itself.
 _LARGEST_DELTA = 4.0
+_LARGEST_DELTA_IN_BYTES = 0.5
 
 
 class MergeFailed(Exception):
@@ -57,7 +61,7 @@ class Merger:
     def rounds(self) -> bool:
         """Whether merged weights have fewer bits than float32; the rows of others notice then."""
         return any(
-            projection.weight.dtype != torch.float32 or isinstance(projection.base, Bfloat16Product)
+            projection.weight.dtype != torch.float32 or isinstance(projection.base, _ROUNDED)
             for projection in self._projections
         )
 
@@ -65,9 +69,10 @@ class Merger:
     def spares_others(self, adapter: ResidentAdapter) -> bool:
         """Whether the rows of others keep their digits while the weights hold `adapter`.
 
-        No layer's delta may be larger than _LARGEST_DELTA times its weight, by Frobenius
-        norms. Takes a part of what a switch takes. Raises MergeFailed where that
-        cannot be reckoned, for want of memory for instance.
+        No layer's delta may be larger than _LARGEST_DELTA times its weight, or
+        _LARGEST_DELTA_IN_BYTES in eight bits, by Frobenius norms. Takes a part of what a
+        switch takes. Raises MergeFailed where that cannot be reckoned, for want of memory
+        for instance.
         """
         try:
             adapter.await_upload()
@@ -91,7 +96,7 @@ class Merger:
         if self._largest_norms is None:
             assert self._merged is None, "the first switch measures before it merges"
             self._largest_norms = [
-                _LARGEST_DELTA
+                _largest_delta(projection.base)
                 * torch.tensor(
                     [
                         float(torch.linalg.vector_norm(part, dtype=torch.float32))
@@ -162,6 +167,11 @@ class Merger:
             projection.base.replace_folded(weight, new.a.float(), new.b.float())
         else:
             projection.base.replace(new.fold(weight).to(projection.weight.dtype))
+
+
+def _largest_delta(base: BaseProduct) -> float:
+    """How large a delta may be, as a multiple of the weight."""
+    return _LARGEST_DELTA_IN_BYTES if isinstance(base, Int8Product) else _LARGEST_DELTA
 
 
 def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:

@@ -40,8 +40,8 @@ _NATIVE_LEAD = 1.25
 class ProductKind(StrEnum):
     """PLAIN by torch, PACKED by oneDNN, NATIVE by the C++ of `native/`.
 
-    BF16, INT8 and W8A8 are NATIVE with rounded weights, the others compute the same. Nothing is
-    merged into weights of eight bits. W8A8 rounds the inputs of products to eight bits, too.
+    BF16, INT8 and W8A8 are NATIVE with rounded weights, the others compute the same. W8A8 rounds
+    the inputs of products to eight bits, too, and adapters' factors.
     """
 
     PLAIN = "plain"
@@ -54,12 +54,7 @@ class ProductKind(StrEnum):
     @property
     def rounded(self) -> bool:
         """Whether it rounds the weights."""
-        return self is ProductKind.BF16 or not self.merges
-
-    @property
-    def merges(self) -> bool:
-        """Whether adapters can be merged into its weights."""
-        return self not in (ProductKind.INT8, ProductKind.W8A8)
+        return self in (ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8)
 
     @property
     def factor_dtype(self) -> torch.dtype | None:

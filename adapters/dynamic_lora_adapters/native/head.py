@@ -7,7 +7,7 @@ import torch
 
 from dynamic_lora_adapters.native.library import allocating, load_library
 from dynamic_lora_adapters.native.norm import NativeRmsNorm, NormParts
-from dynamic_lora_adapters.native.product import PackedWeight, Projection
+from dynamic_lora_adapters.native.product import NativeProduct, Projection
 
 _POINTER = ctypes.c_void_p
 
@@ -40,7 +40,7 @@ class NativeHead:
     Raises NativeUnavailable where it cannot be compiled.
     """
 
-    def __init__(self, norm: NativeRmsNorm, base: PackedWeight) -> None:
+    def __init__(self, norm: NativeRmsNorm, base: NativeProduct) -> None:
         argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_int64, *[_POINTER] * 3]
         self._highest = allocating(load_library("head"), "dynamic_lora_highest", argtypes)
         self._kept = norm.weight, base

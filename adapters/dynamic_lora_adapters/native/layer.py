@@ -8,7 +8,7 @@ import torch
 
 from dynamic_lora_adapters.native.library import allocating, load_library
 from dynamic_lora_adapters.native.norm import NativeRmsNorm, NormParts
-from dynamic_lora_adapters.native.product import PackedWeight, Projection
+from dynamic_lora_adapters.native.product import NativeProduct, Projection
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
 
 _POINTER = ctypes.c_void_p
@@ -49,7 +49,7 @@ class _Step(ctypes.Structure):
 class Site:
     """A packed projection, and the number of its group among all of the model's."""
 
-    base: PackedWeight
+    base: NativeProduct
     group: int
 
 

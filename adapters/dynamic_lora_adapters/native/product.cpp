@@ -200,19 +200,80 @@ int64_t pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_
   return memory.status();
 }
 
-// weight [n, k] in eight bits, `added` to each, to panels [depth / together][kWidth][together].
-void pack_bytes(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n, int64_t k,
-                int64_t depth, bool halves, int64_t together, int added) {
-  const int64_t panels = (n + kWidth - 1) / kWidth;
-#pragma omp parallel for schedule(guided, 1)
-  for (int64_t j = 0; j < panels; j++)
-    for (int64_t i = 0; i < depth; i++)
-      for (int64_t c = 0; c < kWidth; c++) {
-        const int64_t column = panel_column(j, n, halves) + c;
-        const int value = column < n && i < k ? weight[column * ldw + i] : 0;
-        packed[j * depth * kWidth + i / together * together * kWidth + c * together +
-               i % together] = static_cast<int8_t>(value + added);
+// What the outputs of a panel [k, kWidth] are multiples of in eight bits, 127 at most; NaN for those of
+// which a weight is not finite.
+void find_scales(const float* panel, int64_t k, Vec (&scales)[kPanelVecs]) {
+  UNROLL
+  for (int v = 0; v < kPanelVecs; v++) {
+    Vec top{}, zero{};
+    for (int64_t i = 0; i < k; i++) {
+      const Vec value = load(panel + i * kWidth + v * kLanes), size = value < Vec{} ? -value : value;
+      top = size > top ? size : top;
+      zero += value * 0.0f;
+    }
+    scales[v] = (top > Vec{} ? top / 127.0f : all(1.0f)) + zero;
+  }
+}
+
+// A panel [k, kWidth] to [depth / Together][kWidth][Together] of bytes, `added` to each.
+template <int Together>
+void put_bytes(const float* panel, int64_t k, int64_t depth, int added,
+               const Vec (&scales)[kPanelVecs], int8_t* to) {
+  for (int64_t i = 0; i < depth; i += Together) {
+    UNROLL
+    for (int v = 0; v < kPanelVecs; v++) {
+      IntVec bytes{};
+      UNROLL
+      for (int j = 0; j < Together; j++) {
+        Vec whole{};
+        if (i + j < k) {
+          const Vec value = load(panel + (i + j) * kWidth + v * kLanes);
+          whole = (value / scales[v] + kMagic) - kMagic;
+        }
+        bytes |= ((__builtin_convertvector(whole, IntVec) + added) & 255) << 8 * j;
       }
+      int8_t* place = to + i * kWidth + v * kLanes * Together;
+      if constexpr (Together == 4)
+        std::memcpy(place, &bytes, sizeof bytes);
+      else
+        store_lower(bytes, reinterpret_cast<int16_t*>(place));
+    }
+  }
+}
+
+// As `pack`, in eight bits, of which `Together` of an output lie side by side; scale [n] is what those
+// of each output are multiples of.
+template <int Together>
+int64_t pack_bytes(const float* weight, int64_t ldw, int8_t* packed, float* scale, int64_t n,
+                   int64_t k, int64_t depth, bool halves, int added, const Factors& factors) {
+  Memory memory;
+  Team team;
+#pragma omp parallel
+  {
+    const Member member(team);
+    PanelFactors on_panel;
+    Lines<float> panel;
+    memory.suffices([&] {
+      on_panel.reserve(factors.rank);
+      panel.resize(k * kWidth);
+    });
+    meet();
+    const int64_t panels = memory.ran_out() ? 0 : (n + kWidth - 1) / kWidth;
+#pragma omp for schedule(guided, 1) nowait
+    for (int64_t j = 0; j < panels; j++) {
+      const int64_t column = panel_column(j, n, halves);
+      const int64_t width = std::min<int64_t>(kWidth, n - column);
+      on_panel.take(factors, column, width);
+      pack_block(weight + column * ldw, ldw, width, k, panel.data());
+      add_factors(on_panel, 0, k, panel.data());
+      Vec scales[kPanelVecs];
+      find_scales(panel.data(), k, scales);
+      std::memcpy(scale + column, scales, width * sizeof(float));
+      put_bytes<Together>(panel.data(), k, depth, added, scales, packed + j * depth * kWidth);
+    }
+    meet();
+  }
+  return memory.status();
 }
 
 }  // namespace
@@ -250,16 +311,20 @@ int64_t dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, BFloat16* p
   return pack(weight, ldw, packed, n, k, even(k), halves, Factors{a, b, lda, ldb, rank});
 }
 
-// A weight in eight bits.
-void dynamic_lora_pack_int8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
-                            int64_t k, int64_t halves) {
-  pack_bytes(weight, ldw, packed, n, k, panel_depth(kBytes, k), halves, kBytesTogether, 0);
+// The same in eight bits; scale [n] is written, too.
+int64_t dynamic_lora_pack_int8(const float* weight, int64_t ldw, int8_t* packed, float* scale,
+                               int64_t n, int64_t k, int64_t halves, const float* a, int64_t lda,
+                               const float* b, int64_t ldb, int64_t rank) {
+  return pack_bytes<kBytesTogether>(weight, ldw, packed, scale, n, k, panel_depth(kBytes, k), halves,
+                                    0, Factors{a, b, lda, ldb, rank});
 }
 
 // The same beside inputs in eight bits.
-void dynamic_lora_pack_w8a8(const int8_t* weight, int64_t ldw, int8_t* packed, int64_t n,
-                            int64_t k, int64_t halves) {
-  pack_bytes(weight, ldw, packed, n, k, panel_depth(kAllBytes, k), halves, 4, kAdded);
+int64_t dynamic_lora_pack_w8a8(const float* weight, int64_t ldw, int8_t* packed, float* scale,
+                               int64_t n, int64_t k, int64_t halves, const float* a, int64_t lda,
+                               const float* b, int64_t ldb, int64_t rank) {
+  return pack_bytes<4>(weight, ldw, packed, scale, n, k, panel_depth(kAllBytes, k), halves, kAdded,
+                       Factors{a, b, lda, ldb, rank});
 }
 
 // x [m, k], y [m, n], both dense. Returns what `Memory` says.

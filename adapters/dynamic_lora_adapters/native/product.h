@@ -46,7 +46,7 @@ constexpr int64_t kSetStride = 4096;  // bytes after which the sets of a first-l
 // What the panels of a weight hold: [k][kWidth] of floats, [ceil(k / n)][kWidth][n] of the others,
 // with n = 2, or, for bytes on the matrix unit and beside inputs in eight bits, 4.
 enum Format : int64_t { kFloats, kBytes, kBFloat16, kAllBytes };
-constexpr int64_t kBytesTogether = kMatrixUnit ? 4 : 2;
+constexpr int kBytesTogether = kMatrixUnit ? 4 : 2;
 
 // Inputs that a panel has room for, zeros behind the last.
 inline int64_t panel_depth(Format format, int64_t k) {

@@ -15,12 +15,17 @@ logger = logging.getLogger(__name__)
 
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
-_LARGEST = 127.0
 _ARENA = Arena()
 # What `product.h` calls Format.
 _FORMATS = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2, torch.uint8: 3}
-# How weights of eight bits are packed beside inputs in sixteen bits, and in eight.
-_PACK_BYTES = {torch.int8: "dynamic_lora_pack_int8", torch.uint8: "dynamic_lora_pack_w8a8"}
+# How weights are packed. Those of eight bits have scales; the last are beside inputs in eight bits.
+_PACK = {
+    torch.float32: "dynamic_lora_pack",
+    torch.bfloat16: "dynamic_lora_pack_bfloat16",
+    torch.int8: "dynamic_lora_pack_int8",
+    torch.uint8: "dynamic_lora_pack_w8a8",
+}
+_SCALED = (torch.int8, torch.uint8)
 
 
 class Projection(ctypes.Structure):
@@ -37,36 +42,31 @@ class Projection(ctypes.Structure):
     ]
 
 
-class PackedWeight:
-    """What all number formats share: the packed weight, and the call that reads it.
+class NativeProduct:
+    """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
 
-    The weight is float32 or int8, packed as `dtype` (None: as it is). With `halves`, panels
-    of either half of the outputs lie in turns, if the halves are whole panels. `projection`
-    tells other C++ where it lies, as long as this object lives.
+    With `halves`, panels of either half of the outputs lie in turns, if the halves are whole
+    panels. `projection` tells other C++ where it lies, as long as this object lives. Raises
+    NativeUnavailable where it cannot be compiled.
     """
 
     separate = True
+    _dtype = torch.float32
 
     def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        scale: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        halves: bool = False,
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
     ) -> None:
         library = load_library("product")
         argtypes = [ctypes.POINTER(Projection), _POINTER, _POINTER, _SIZE]
         self._product = allocating(library, "dynamic_lora_product", argtypes)
         self._out_features, self._in_features = weight.shape
-        self._packed = _panels(library, weight.shape, dtype or weight.dtype)
+        self._packed = _panels(library, weight.shape, self._dtype)
         self._halves = halves and len(weight) % (2 * _panel_width(library)) == 0
-        self._scale = scale
+        self._scale = torch.empty(len(weight)) if self._dtype in _SCALED else None
         self._bias = None if bias is None else bias.contiguous()
         self.projection = Projection(
             packed=self._packed.data_ptr(),
-            scale=None if scale is None else scale.data_ptr(),
+            scale=None if self._scale is None else self._scale.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             n=self._out_features,
             k=self._in_features,
@@ -74,7 +74,7 @@ class PackedWeight:
             halves=self._halves,
         )
         self._address = ctypes.byref(self.projection)
-        self._pack(weight)
+        self.replace(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dtype == torch.float32 and x.shape[-1] == self._in_features
@@ -82,52 +82,6 @@ class PackedWeight:
         out = x.new_empty(*x.shape[:-1], self._out_features)
         self._product(self._address, x.data_ptr(), out.data_ptr(), x.numel() // self._in_features)
         return out
-
-    def _pack(
-        self,
-        weight: torch.Tensor,
-        a: torch.Tensor | None = None,
-        b: torch.Tensor | None = None,
-    ) -> None:
-        """Pack the weight or, in float32 and bfloat16, `weight + b.T @ a`.
-
-        Raises MemoryError before anything is packed.
-        """
-        library = load_library("product")
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
-        packed = self._packed
-        sizes = (weight.data_ptr(), weight.stride(0), packed.data_ptr(), *weight.shape)
-        if packed.dtype in _PACK_BYTES:
-            pack_bytes = library[_PACK_BYTES[packed.dtype]]
-            pack_bytes.argtypes = [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3]
-            pack_bytes.restype = None
-            pack_bytes(*sizes, self._halves)
-            return
-        is_float32 = packed.dtype == torch.float32
-        name = "dynamic_lora_pack" if is_float32 else "dynamic_lora_pack_bfloat16"
-        factors = (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE)
-        pack = allocating(library, name, [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *factors])
-        if a is None or b is None:
-            pack(*sizes, self._halves, None, 0, None, 0, 0)
-            return
-        assert a.stride(1) == 1 and b.stride(1) == 1, "rows of the factors must be dense"
-        given = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))
-        pack(*sizes, self._halves, *given)
-
-
-class NativeProduct(PackedWeight):
-    """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
-
-    Raises NativeUnavailable where it cannot be compiled.
-    """
-
-    _dtype = torch.float32
-
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
-    ) -> None:
-        super().__init__(weight.float(), bias, dtype=self._dtype, halves=halves)
 
     def replace(self, weight: torch.Tensor) -> None:
         """Pack another weight into the same memory."""
@@ -138,6 +92,30 @@ class NativeProduct(PackedWeight):
         assert a.dtype == b.dtype == torch.float32 and len(a) == len(b)
         assert (b.shape[1], a.shape[1]) == tuple(weight.shape)
         self._pack(weight.float(), a, b)
+
+    def _pack(
+        self,
+        weight: torch.Tensor,
+        a: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+    ) -> None:
+        """Pack the weight, or `weight + b.T @ a`. Raises MemoryError before anything is packed."""
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        places = [self._packed.data_ptr()]
+        if self._scale is not None:
+            places.append(self._scale.data_ptr())
+        arguments = [_POINTER, _SIZE, *[_POINTER] * len(places), *[_SIZE] * 3]
+        factors = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
+        pack = allocating(
+            load_library("product"), _PACK[self._packed.dtype], [*arguments, *factors]
+        )
+        sizes = (weight.data_ptr(), weight.stride(0), *places, *weight.shape, self._halves)
+        if a is None or b is None:
+            pack(*sizes, None, 0, None, 0, 0)
+            return
+        assert a.stride(1) == 1 and b.stride(1) == 1, "rows of the factors must be dense"
+        pack(*sizes, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))
 
 
 class Bfloat16Product(NativeProduct):
@@ -180,11 +158,11 @@ def rounds_inputs() -> bool:
     return bool(rounds())
 
 
-class Int8Product(PackedWeight):
+class Int8Product(NativeProduct):
     """`(x @ Q.T) * scale + bias`: each output's weights in eight bits, with a scale of its own.
 
-    Q is the weight divided by its row's largest magnitude over 127 and rounded
-    to nearest. Inputs are rounded to sixteen bits, 256 at a time with a scale, and
+    Q is the weight, and what is merged into it, divided by its row's largest magnitude over 127
+    and rounded to nearest. Inputs are rounded to sixteen bits, 256 at a time with a scale, and
     multiplied in integers, exactly; these sums are added in float32. Decoding few
     rows is bound by reading the weights, which are a quarter as large; of many, by
     multiplications, which are half as many. Raises NativeUnavailable where it cannot
@@ -192,20 +170,6 @@ class Int8Product(PackedWeight):
     """
 
     _dtype = torch.int8
-
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
-    ) -> None:
-        weight = weight.float()
-        largest = weight.abs().amax(dim=1, keepdim=True)
-        scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        rounded = (weight / scale).round().to(torch.int8)
-        super().__init__(rounded, bias, scale=scale.contiguous(), dtype=self._dtype, halves=halves)
-
-    def replace(self, weight: torch.Tensor) -> None:
-        """Refused: what is merged would be rounded to eight bits."""
-        del weight
-        raise TypeError("adapters are not merged into quantised weights")
 
 
 class W8a8Product(Int8Product):

@@ -9,7 +9,7 @@ from torch import nn
 from dynamic_lora_adapters.apply.products import ProductKind, make_product, obstacle
 from dynamic_lora_adapters.native.head import Highest, NativeHead
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
-from dynamic_lora_adapters.native.product import PackedWeight
+from dynamic_lora_adapters.native.product import NativeProduct
 
 KINDS = [ProductKind.NATIVE, ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8]
 pytestmark = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def find(
 ) -> tuple[Highest, torch.Tensor]:
     """What is found, and the logits as the product writes them."""
     norm, product = make_norm(weight.shape[1]), make_product(kind, weight, bias)
-    assert isinstance(product, PackedWeight)
+    assert isinstance(product, NativeProduct)
     found = NativeHead(norm, product)(hidden, rows, with_logprobs=with_logprobs)
     return found, product(norm(hidden[rows]))
 
@@ -122,7 +122,7 @@ def test_how_likely_a_token_is_depends_on_no_thread() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, hidden = (torch.randn(number, 16, generator=generator) for number in (5000, 9))
     norm, product = make_norm(16), make_product(ProductKind.NATIVE, weight, None)
-    assert isinstance(product, PackedWeight)
+    assert isinstance(product, NativeProduct)
     head, rows, usual = NativeHead(norm, product), torch.arange(9), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

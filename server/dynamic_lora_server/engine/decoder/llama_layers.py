@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.apply.layers import GroupedProjection
 from dynamic_lora_adapters.native.layer import LayerParts, Site
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
-from dynamic_lora_adapters.native.product import PackedWeight
+from dynamic_lora_adapters.native.product import NativeProduct
 from dynamic_lora_server.engine.attention.packed import Rule
 
 _FRAME_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -132,7 +132,7 @@ def _packed(projections: Sequence[GroupedProjection], paths: list[str]) -> tuple
     for projection in projections:
         group = projection.group
         if set(group.paths) == set(paths):
-            if not isinstance(projection.base, PackedWeight):
+            if not isinstance(projection.base, NativeProduct):
                 raise Unsuited("its products are not in C++")
             stops = dict(zip(group.paths, accumulate(group.widths), strict=True))
             widths = dict(zip(group.paths, group.widths, strict=True))

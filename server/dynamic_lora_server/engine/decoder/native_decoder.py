@@ -28,7 +28,7 @@ from dynamic_lora_adapters.native.layer import (
     delta_runs,
 )
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
-from dynamic_lora_adapters.native.product import Int8Product, PackedWeight, whole_inputs
+from dynamic_lora_adapters.native.product import Int8Product, NativeProduct, whole_inputs
 from dynamic_lora_adapters.segments import DeltaPlan
 from dynamic_lora_server.engine.attention.packed import (
     CACHED_BYTES,
@@ -341,6 +341,6 @@ def _head(frame: LlamaFrame, projections: Sequence[GroupedProjection]) -> _Head 
     projection = next((p for p in projections if p.group.is_head), None)
     if projection is None or not isinstance(norm, NativeRmsNorm):
         return None
-    if not isinstance(projection.base, PackedWeight):
+    if not isinstance(projection.base, NativeProduct):
         return None
     return _Head(projection, NativeHead(norm, projection.base))

@@ -96,9 +96,6 @@ class EngineOptions:
     checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        merges = self.base_product is None or self.base_product.merges
-        if not merges and self.mode is not Mode.BYPASS:
-            raise ValueError("adapters are not merged into quantised weights")
         if not 0 <= self.speculate <= MAX_DRAFT:
             raise ValueError(f"speculate must lie between 0 and {MAX_DRAFT}")
 

@@ -11,6 +11,7 @@ from dynamic_lora_adapters.apply.costs import NUM_ADAPTERS_GRID, KernelCosts
 from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.device.groups import PROBE_RANK, ProjectionGroup
 from dynamic_lora_adapters.device.slots import AdapterPool
+from dynamic_lora_adapters.kernels.factor_layout import layout_for
 from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.startup.memory import free_memory
 from dynamic_lora_server.modes import Mode
@@ -110,6 +111,7 @@ def _switch_s(
         device=device,
         dtype=dtype,
         factor_dtype=factor_dtype,
+        layout=layout_for(device, factor_dtype),
         slab_slots=1,
         merges=True,
     )
