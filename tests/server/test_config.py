@@ -49,8 +49,6 @@ def test_the_defaults_are_valid() -> None:
             "base_product must be auto with quantize",
         ),
         ({"dtype": "bfloat16", "quantize": "int8"}, "dtype must be float32 with quantize"),
-        ({"mode": "merged", "quantize": "int8"}, "mode must not be merged with quantize int8"),
-        ({"mode": "merged", "quantize": "w8a8"}, "mode must not be merged with quantize w8a8"),
         ({"native": False, "quantize": "bf16"}, "native must stay on: these products are in C"),
         ({"native": False, "base_product": "native"}, "native must stay on"),
         ({"restore": "subtract", "quantize": "bf16"}, "restore must be copy with packed weights"),

@@ -10,11 +10,11 @@ Which layers form a group is observed in a trial run, not guessed from names.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from dynamic_lora_adapters.device.spans import Span, reach, spans
 from dynamic_lora_adapters.kernels.byte_factors import clear_bytes, write_bytes
 from dynamic_lora_adapters.kernels.factor_layout import TILE_RANKS, read_tiles, write_tiles
 from dynamic_lora_adapters.terms import LinearTerms
@@ -51,17 +51,6 @@ class GroupShape(NamedTuple):
     scale: bool = False
     dense: bool = False
     bias: bool = False
-
-
-class _Span(NamedTuple):
-    """Where a member's factors lie in its group's: ranks `start` to `stop`, columns `column` to
-    `end` of b."""
-
-    number: int
-    start: int
-    stop: int
-    column: int
-    end: int
 
 
 _NOTHING = LinearTerms()
@@ -251,11 +240,11 @@ class MemberTerms:
         else:
             self._write_rows(place.a, place.b)
         if place.columns is not None:
-            place.columns.copy_(_reach(self._spans(), place.a.shape[0]))
+            place.columns.copy_(reach(self._spans(), place.a.shape[0]))
 
-    def _spans(self) -> tuple["_Span", ...]:
+    def _spans(self) -> tuple[Span, ...]:
         ranks = tuple(0 if m.a is None else m.a.shape[0] for m in self.members)
-        return _spans(self.group.widths, ranks)
+        return spans(self.group.widths, ranks)
 
     def _write_rows(self, a: torch.Tensor, b: torch.Tensor) -> None:
         stop, width = 0, b.shape[1]
@@ -289,26 +278,6 @@ class MemberTerms:
             member = self.members[number]
             assert member.a is not None and member.b is not None
             write_bytes(member.a, member.b, a, b, rank=start, column=column)
-
-
-@lru_cache(maxsize=256)
-def _spans(widths: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[_Span, ...]:
-    """Where members of these widths and ranks lie; layers of a model have few different ones."""
-    spans, row, column = [], 0, 0
-    for number, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
-        if rank:
-            spans.append(_Span(number, row, row + rank, column, column + width))
-        row, column = row + rank, column + width
-    return tuple(spans)
-
-
-@lru_cache(maxsize=256)
-def _reach(spans: tuple[_Span, ...], num_rows: int) -> torch.Tensor:
-    """`columns` of a group with so many rows. Only to be read."""
-    reach = torch.zeros(num_rows, 2, dtype=torch.long)
-    for span in spans:
-        reach[span.start : span.stop] = torch.tensor([span.column, span.end])
-    return reach
 
 
 def probe_shape(group: ProjectionGroup) -> GroupShape:

@@ -61,6 +61,8 @@ class AddressTables:
     def _slab_refusal(self, slab: Slab) -> str | None:
         if any(slab.signature[head] != GroupShape() for head in self.heads):
             return "terms on the output head"
+        if slab.tiled:
+            return "factors in tiles"
         for shape, limit in zip(slab.signature, self.max_ranks, strict=True):
             if shape.rank > limit:
                 return "large rank"

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+from dynamic_lora_adapters.kernels import byte_factors
 from dynamic_lora_adapters.kernels.base import DeltaKernel, SlotFactors
 from dynamic_lora_adapters.kernels.grouped_gemm import GroupedGemm
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments
@@ -44,6 +45,8 @@ def kernels_for(
     project's C++, where it can be compiled.
     """
     if factor_dtype not in (None, dtype):
+        if factor_dtype is torch.uint8:
+            byte_factors.compile_ahead()
         return {NativeSegments.name: NativeSegments()}
     found = dict(KERNELS)
     if native and device.type == "cpu" and dtype == torch.float32:

@@ -32,6 +32,11 @@ def rounded_to_bytes(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, to
     return _rounded(a, 1), _rounded(b, 0)
 
 
+def compile_ahead() -> None:
+    """Have ready what writes factors. Raises NativeUnavailable where it cannot be compiled."""
+    _writer()
+
+
 def clear_bytes(place_a: torch.Tensor, place_b: torch.Tensor) -> None:
     """Make all factors of a slot zero."""
     place_a.fill_(_ADDED)

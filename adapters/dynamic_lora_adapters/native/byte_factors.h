@@ -1,6 +1,6 @@
 // Low-rank deltas in integers, from factors in eight bits, beside products of inputs in eight bits
-// (`eight_bits.h`): they read the inputs as these have been rounded, and half of what factors in
-// sixteen bits take.
+// (`eight_bits.h`): they read the inputs as these have been rounded, and, where ranks fill their tiles,
+// half of what factors in sixteen bits take.
 //
 //   a [rank / 16]: float [16], and then [in / 4][16][4]        b [rank / 16][outs / 16][4][16][4]
 //
@@ -8,14 +8,15 @@
 // added to each. Before a tile of a are the scales of its ranks, each the product of one of a's rows
 // and one of b's. Behind the last input, output or rank there are zeros.
 //
-// What a row is shrunk to is rounded to eight bits in turn, once the scales are in it: sixteen ranks
-// with one more.
+// What a row is shrunk to is rounded to eight bits in turn, once the scales are in it, with one more for
+// those ranks of a tile that reach the same outputs.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "eight_bits.h"
 #include "product.h"
@@ -27,12 +28,14 @@ namespace dynamic_lora {
 constexpr int64_t kByteRanks = 16;
 constexpr int kByteVecs = kByteRanks / kLanes;
 
-// A row's numbers of a tile of ranks.
+// A row's numbers of a part of a tile of ranks; zeros for its other ranks.
 struct ShrunkBytes {
   int8_t values[kByteRanks];
   float scale;
   int32_t start;  // what sums of their products begin with
 };
+
+constexpr int64_t kByteShrunk = sizeof(ShrunkBytes) / sizeof(float);  // of a part, of one rank at least
 
 struct ByteTiles;
 inline void expand_bytes(const TilePart<ByteTiles>& part, int64_t row, int64_t rows, int64_t column,
@@ -44,7 +47,8 @@ struct ByteTiles {
   using Blocks = RowBlocks;
   using Segment = TiledSegment<ByteTiles>;
   using Part = TilePart<ByteTiles>;
-  static constexpr int64_t kRanks = kByteRanks, kTogether = kByteRanks;
+  static constexpr int64_t kRanks = kByteRanks;
+  static constexpr bool kParted = true;
   static constexpr int64_t kBlock = 2 * kTileRows;  // rows that are shrunk together
   static constexpr int64_t kExpanded = kTileChunk;  // rows that are expanded together
   static constexpr int64_t kStrip = 192;            // outputs that one thread expands to at a time
@@ -54,30 +58,36 @@ struct ByteTiles {
   // Bytes that a rank of a takes, those of its scale among them.
   static int64_t inputs(int64_t in) { return whole_fours(in) + sizeof(float); }
 
+  // What the rows of a part are shrunk to follows what those of the one before are.
+  static std::pair<Shrunk*, int64_t> place(const Segment& s, int64_t, int64_t part) {
+    return {s.shrunk + part * s.rows, 1};
+  }
+
   // Reads inputs as `round_row_to_eight_bits` lays them out.
   class Shrinking {
    public:
     Shrinking(const InputCopies& copies, int64_t in) : copies_(copies), in_(in) {}
 
     // Shrinks rows [first, first + rows) of a segment to a tile of ranks.
-    void shrink(const Segment& s, int64_t first, int64_t rows, int64_t rank) const {
-      const uint8_t* tile = s.a + rank * inputs(in_);
-      ShrunkBytes* to = s.shrunk + first * s.shrunk_stride() + rank / kRanks;
+    void shrink(const Segment& s, const Part* part, const Part* last, int64_t first, int64_t rows,
+                int64_t rank) const {
+      while (part != last && part->first < rank) part++;
+      const Part* end = part;
+      while (end != last && end->first < rank + kRanks) end++;
       const RowBlocks blocks(rows, kTileRows);
       for (int64_t block = 0; block < blocks.count; block++) {
-        const int64_t row = blocks.first(block);
-        with_rows<kTileRows>(blocks.first(block + 1) - row, [&](auto count) {
-          shrink_rows<count()>(s.row + first + row, tile, s.sign, to + row * s.shrunk_stride(),
-                               s.shrunk_stride());
+        const int64_t row = first + blocks.first(block);
+        with_rows<kTileRows>(blocks.first(block + 1) - blocks.first(block), [&](auto count) {
+          shrink_rows<count()>(s, s.a + rank * inputs(in_), row, part, end);
         });
       }
     }
 
    private:
     template <int Rows>
-    void shrink_rows(int64_t row, const uint8_t* tile, float sign, ShrunkBytes* to,
-                     int64_t stride) const {
-      const int64_t groups = few_groups(in_), ldx = row_stride<int8_t>(in_);
+    void shrink_rows(const Segment& s, const uint8_t* tile, int64_t first, const Part* part,
+                     const Part* end) const {
+      const int64_t groups = few_groups(in_), ldx = row_stride<int8_t>(in_), row = s.row + first;
       const uint8_t* factors = tile + kRanks * sizeof(float);
       alignas(64) float sums[Rows * kRanks];
       const auto* ahead = reinterpret_cast<const char*>(factors) + kAheadInA;
@@ -86,14 +96,20 @@ struct ByteTiles {
                                  copies_.starts.data() + row * groups, groups, factors,
                                  whole_fours(in_), true, sums, kRanks, {ahead, kRanks * 2});
       const auto* scales = reinterpret_cast<const float*>(tile);
-      for (int r = 0; r < Rows; r++) put(sums + r * kRanks, scales, sign, to[r * stride]);
+      for (int r = 0; r < Rows; r++) {
+        float* own = sums + r * kRanks;
+        UNROLL
+        for (int v = 0; v < kRanks; v += kLanes)
+          store(own + v, load(own + v) * load(scales + v) * s.sign);
+        for (const Part* each = part; each != end; each++) put(own, *each, each->shrunk[first + r]);
+      }
     }
 
-    static void put(float* sums, const float* scales, float sign, ShrunkBytes& to) {
-      UNROLL
-      for (int v = 0; v < kByteVecs; v++)
-        store(sums + v * kLanes, load(sums + v * kLanes) * load(scales + v * kLanes) * sign);
-      const Rounded rounded = round_group(sums, kRanks, to.values);
+    static void put(const float* sums, const Part& part, ShrunkBytes& to) {
+      const int64_t first = part.first % kRanks, last = first + part.last - part.first;
+      alignas(64) float own[kRanks] = {};
+      std::memcpy(own + first, sums + first, (last - first) * sizeof(float));
+      const Rounded rounded = round_group(own, kRanks, to.values);
       to.scale = rounded.scale;
       to.start = -kAdded * rounded.total;
     }

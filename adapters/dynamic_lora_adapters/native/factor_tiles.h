@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "matrix_unit.h"
 #include "tiled_deltas.h"
@@ -32,13 +33,19 @@ struct UnitTiles {
   using Blocks = WholeBlocks;
   using Segment = TiledSegment<UnitTiles>;
   using Part = TilePart<UnitTiles>;
-  static constexpr int64_t kRanks = kTileRanks, kTogether = 1;
+  static constexpr int64_t kRanks = kTileRanks;
+  static constexpr bool kParted = false;
   static constexpr int64_t kBlock = kUnitBlock;     // rows that are shrunk together
   static constexpr int64_t kExpanded = kUnitBlock;  // rows that are expanded together
   static constexpr int64_t kStrip = 384;            // outputs that one thread expands to at a time
 
   // Numbers that a rank of a takes.
   static int64_t inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
+
+  // What rows are shrunk to is [rows, rank].
+  static std::pair<Shrunk*, int64_t> place(const Segment& s, int64_t rank, int64_t) {
+    return {s.shrunk + rank, s.rank};
+  }
 
   class Shrinking;
   class Expanding;
@@ -229,7 +236,8 @@ class UnitTiles::Shrinking {
       : x_(copies.values.data()), ldx_(row_stride<int16_t>(in)), depth_(inputs(in)) {}
 
   // Shrinks rows [first, first + rows) of a segment to a tile of ranks.
-  void shrink(const Segment& s, int64_t first, int64_t rows, int64_t rank) {
+  void shrink(const Segment& s, const Part*, const Part*, int64_t first, int64_t rows,
+              int64_t rank) {
     cut_.fit(rows);
     shrink_on_unit(x_ + (s.row + first) * ldx_, ldx_, rows, s.a + rank * depth_, depth_, s.sign,
                    s.shrunk + first * s.rank + rank, s.rank);
@@ -264,7 +272,7 @@ class UnitTiles::Expanding {
 class UnitTiles::Shrinking {
  public:
   Shrinking(const InputCopies&, int64_t) {}
-  void shrink(const Segment&, int64_t, int64_t, int64_t) {}
+  void shrink(const Segment&, const Part*, const Part*, int64_t, int64_t, int64_t) {}
 };
 
 class UnitTiles::Expanding {

@@ -130,11 +130,18 @@ void for_each_slot(const Site& site, const Step& step, const Act& act) {
   }
 }
 
-// How many numbers all rows are shrunk to.
+// Floats that what rows are shrunk to takes at most, for each of their ranks.
+int64_t shrunk_floats(const SlabFactors& factors) {
+  return factors.format == kByteFactors ? kByteShrunk : 1;
+}
+
+// How many floats what all rows are shrunk to takes.
 int64_t shrunk_numbers(const Site& site, const Step& step) {
   int64_t needed = 0;
   for_each_slot(site, step, [&](const Run&, const SlabFactors& factors, int64_t, int64_t,
-                                int64_t rows) { needed += factors.rank * rows; });
+                                int64_t rows) {
+    needed += factors.rank * rows * shrunk_floats(factors);
+  });
   return needed;
 }
 
@@ -142,7 +149,6 @@ int64_t shrunk_numbers(const Site& site, const Step& step) {
 template <typename Tiles>
 void add_tiled(const Site& site, const Run& run, const SlabFactors& factors, int64_t first,
                int64_t row, int64_t rows, float* shrunk, TiledDeltas<Tiles>& deltas) {
-  static_assert(sizeof(typename Tiles::Shrunk) <= Tiles::kTogether * sizeof(float));
   using Factor = typename Tiles::Factor;
   const auto* a = reinterpret_cast<const Factor*>(factors.a) + first * Tiles::inputs(site.base.k);
   const auto* b = reinterpret_cast<const Factor*>(factors.b) + first * tiled_outs(site.base.n);
@@ -173,7 +179,7 @@ void find_segments(const Site& site, const Step& step, const Batch& batch, SiteD
                                  factors.b + first * factors.ldb * size, columns, shrunk,
                                  factors.rank, row, rows, factors.ldb, run.sign});
     }
-    shrunk += factors.rank * rows;
+    shrunk += factors.rank * rows * shrunk_floats(factors);
   });
 }
 

@@ -36,14 +36,13 @@ int64_t add_tiled(const float* x, float* out, const typename Tiles::Factor* a,
   for (int64_t i = 0; i < slots; i++) rows += lengths[i];
   Memory memory;
   const bool ready = memory.suffices([&] {
-    have_room(scratch.shrunk, rows * rank / Tiles::kTogether);
+    have_room(scratch.shrunk, rows * rank);
     make_room(rows, in, scratch.copies);
     scratch.deltas.clear();
     for (int64_t i = 0, row = 0; i < slots; row += lengths[i++])
       scratch.deltas.add({a + i * rank * Tiles::inputs(in), b + i * rank * tiled_outs(outs),
                           columns ? columns + i * rank * 2 : nullptr,
-                          scratch.shrunk.data() + row * rank / Tiles::kTogether, rank, row,
-                          lengths[i], sign, 0, 0},
+                          scratch.shrunk.data() + row * rank, rank, row, lengths[i], sign, 0, 0},
                          outs);
   });
   if (!ready) return memory.status();

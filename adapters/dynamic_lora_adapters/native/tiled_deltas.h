@@ -1,9 +1,11 @@
 // Low-rank deltas of rows sorted by adapter, from factors that are laid out in tiles: what is the
 // same for all kinds of tiles. What one thread reads of a table is one stream.
 //
-// A kind of tiles says which numbers they hold (`Factor`), what rows are shrunk to (`Shrunk`, one for
-// kTogether ranks), how many ranks a tile has (kRanks) and how wide a rank is in a (`inputs`), and how
-// it shrinks and expands: objects of `Shrinking` and `Expanding`, of which each thread has its own.
+// A kind of tiles says which numbers they hold (`Factor`) and what rows are shrunk to (`Shrunk`), how
+// many ranks a tile has (kRanks), whether those of them that reach other outputs are parts of their own
+// (kParted), where what a part's rows are shrunk to lies (`place`), how wide a rank is in a (`inputs`),
+// and how it shrinks and expands: objects of `Shrinking` and `Expanding`, of which each thread has its
+// own.
 
 #pragma once
 
@@ -28,25 +30,25 @@ struct TiledSegment {
   const typename Tiles::Factor* a;
   const typename Tiles::Factor* b;
   const int64_t* columns;          // [rank, 2]: where a rank of b is not zero; null: anywhere
-  typename Tiles::Shrunk* shrunk;  // [rows, rank / kTogether]: what is kept between the two products
+  typename Tiles::Shrunk* shrunk;  // what is kept between the two products
   int64_t rank, row, rows;
   float sign;
   int64_t first_part, last_part;
-
-  int64_t shrunk_stride() const { return rank / Tiles::kTogether; }
 };
 
-// A tile of ranks, and the whole tiles of outputs that some of them reach.
+// Ranks [first, last) of a tile, and the whole tiles of outputs that some of them reach.
 template <typename Tiles>
 struct TilePart {
-  const typename Tiles::Factor* b;
-  const typename Tiles::Shrunk* shrunk;  // [rows, stride], from the first of these ranks on
+  const typename Tiles::Factor* b;  // of the tile
+  typename Tiles::Shrunk* shrunk;   // [rows, stride]
   int64_t stride, from, to;
+  int64_t first, last;
 };
 
 // The deltas of one projection.
 template <typename Tiles>
-struct TiledDeltas {
+class TiledDeltas {
+ public:
   std::vector<TiledSegment<Tiles>> segments;
   std::vector<TilePart<Tiles>> parts;
   bool undoes = false;  // whether some rows have two, one of which is taken away
@@ -63,19 +65,37 @@ struct TiledDeltas {
   void add(TiledSegment<Tiles> s, int64_t outs) {
     undoes |= s.sign < 0;
     s.first_part = static_cast<int64_t>(parts.size());
-    for (int64_t q = 0; q < s.rank; q += Tiles::kRanks) {
-      int64_t from = s.columns ? outs : 0, to = s.columns ? 0 : outs;
-      for (int64_t r = q; s.columns && r < q + Tiles::kRanks; r++) {
-        if (s.columns[r * 2] == s.columns[r * 2 + 1]) continue;
-        from = std::min(from, s.columns[r * 2]);
-        to = std::max(to, s.columns[r * 2 + 1]);
+    for (int64_t q = 0; q < s.rank; q += Tiles::kRanks)
+      for (int64_t first = q, last; first < q + Tiles::kRanks; first = last) {
+        last = end_of_part(s, q, first);
+        add_part(s, q, first, last, outs);
       }
-      if (from < to)
-        parts.push_back({s.b + q * tiled_outs(outs), s.shrunk + q / Tiles::kTogether,
-                         s.shrunk_stride(), from / kTileOuts * kTileOuts, tiled_outs(to)});
-    }
     s.last_part = static_cast<int64_t>(parts.size());
     segments.push_back(s);
+  }
+
+ private:
+  // Where the part of a tile of ranks, from `q` on, that begins at rank `first` ends.
+  static int64_t end_of_part(const TiledSegment<Tiles>& s, int64_t q, int64_t first) {
+    int64_t last = q + Tiles::kRanks;
+    if (!Tiles::kParted || !s.columns) return last;
+    for (last = first + 1; last < q + Tiles::kRanks; last++)
+      if (!std::equal(s.columns + first * 2, s.columns + first * 2 + 2, s.columns + last * 2)) break;
+    return last;
+  }
+
+  void add_part(const TiledSegment<Tiles>& s, int64_t q, int64_t first, int64_t last, int64_t outs) {
+    int64_t from = s.columns ? outs : 0, to = s.columns ? 0 : outs;
+    for (int64_t r = first; s.columns && r < last; r++) {
+      if (s.columns[r * 2] == s.columns[r * 2 + 1]) continue;
+      from = std::min(from, s.columns[r * 2]);
+      to = std::max(to, s.columns[r * 2 + 1]);
+    }
+    if (from >= to) return;
+    const auto number = static_cast<int64_t>(parts.size()) - s.first_part;
+    const auto [shrunk, stride] = Tiles::place(s, q, number);
+    parts.push_back({s.b + q * tiled_outs(outs), shrunk, stride, from / kTileOuts * kTileOuts,
+                     tiled_outs(to), first, last});
   }
 };
 
@@ -86,13 +106,16 @@ bool shrinks_by_rows(const TiledSegment<Tiles>& s) {
 }
 
 template <typename Tiles>
-void shrink_tiled_item(const TiledSegment<Tiles>& s, int64_t item,
+void shrink_tiled_item(const TiledDeltas<Tiles>& deltas, const TiledSegment<Tiles>& s, int64_t item,
                        typename Tiles::Shrinking& shrinking) {
-  if (!shrinks_by_rows(s)) return shrinking.shrink(s, 0, s.rows, item * Tiles::kRanks);
+  const TilePart<Tiles>* parts = deltas.parts.data();
+  const auto shrink = [&](int64_t first, int64_t rows, int64_t rank) {
+    shrinking.shrink(s, parts + s.first_part, parts + s.last_part, first, rows, rank);
+  };
+  if (!shrinks_by_rows(s)) return shrink(0, s.rows, item * Tiles::kRanks);
   const typename Tiles::Blocks blocks(s.rows, Tiles::kBlock);
   const int64_t first = blocks.first(item), last = blocks.first(item + 1);
-  for (int64_t rank = 0; rank < s.rank; rank += Tiles::kRanks)
-    shrinking.shrink(s, first, last - first, rank);
+  for (int64_t rank = 0; rank < s.rank; rank += Tiles::kRanks) shrink(first, last - first, rank);
 }
 
 // The shrinking of all segments, which is done for sure behind the next barrier, for rows [in] of
@@ -108,7 +131,7 @@ void share_tiled_shrinking(const TiledDeltas<Tiles>& deltas, const InputCopies& 
 #pragma omp for schedule(guided, 1) nowait
   for (int64_t item = 0; item < walk.items(); item++) {
     const auto [segment, own] = walk.find(item);
-    shrink_tiled_item(*segment, own, shrinking);
+    shrink_tiled_item(deltas, *segment, own, shrinking);
   }
 }
 

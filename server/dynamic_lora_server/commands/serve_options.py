@@ -143,9 +143,8 @@ BaseProduct = Annotated[
 Quantize = Annotated[
     str,
     typer.Option(
-        help=f"Round the base's weights, and with w8a8 the inputs of its layers, too: "
-        f"{', '.join(QUANTIZATIONS)} (CPU). Answers change slightly; nothing is merged into int8 "
-        "and w8a8."
+        help=f"Round the base's weights, and with w8a8 the inputs of its layers and adapters' "
+        f"factors, too: {', '.join(QUANTIZATIONS)} (CPU). Answers change slightly."
     ),
 ]
 Native = Annotated[

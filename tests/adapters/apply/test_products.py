@@ -398,10 +398,48 @@ def test_the_matrix_unit_computes_what_registers_do(
 
 @pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
 @eight_bits
-def test_nothing_is_merged_into_eight_bits(bits: EightBits) -> None:
-    product = make_product(bits.kind, WEIGHT, None)
-    with pytest.raises(TypeError, match="adapters are not merged into quantised weights"):
-        product.replace(WEIGHT)
+@given(
+    out_features=st.integers(1, 140),
+    in_features=st.integers(1, 300),
+    rank=st.integers(1, 9),
+    halves=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_what_is_merged_into_eight_bits_is_rounded_with_the_weight(
+    bits: EightBits, out_features: int, in_features: int, rank: int, halves: bool
+) -> None:
+    weight, x = torch.randn(out_features, in_features), torch.randn(5, in_features)
+    a, b = torch.randn(rank, in_features), torch.randn(rank, out_features)
+    b[:, out_features // 2 :] = 0
+    product = make_product(bits.kind, weight, None, halves=halves)
+    assert isinstance(product, NativeProduct)
+    before = product(x)
+    product.replace_folded(weight, a, b)
+    folded = weight + b.T @ a
+    fresh = make_product(bits.kind, folded, None, halves=halves)(x)
+    # The sums of a delta may be added up in another order, and move a weight by a step.
+    step = folded.abs().amax(1) / 127 * x.abs().max() * 2
+    assert bool(((product(x) - fresh).abs() <= step + 1e-4).all())
+    product.replace(folded)
+    assert torch.equal(product(x), fresh)
+    product.replace(weight)
+    assert torch.equal(product(x), before)
+
+
+@pytest.mark.skipif(obstacle(ProductKind.INT8, WEIGHT) is not None, reason="no C++ compiler")
+@eight_bits
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@torch.inference_mode()
+def test_eight_bits_keep_a_weight_that_is_no_number_to_its_output(
+    bits: EightBits, wrong: float
+) -> None:
+    weight = torch.ones(40, 70)
+    weight[3, 5] = wrong
+    out = make_product(bits.kind, weight, None)(torch.ones(2, 70))
+    assert not out[:, 3].isfinite().any()
+    others = torch.cat([out[:, :3], out[:, 4:]], dim=1)
+    torch.testing.assert_close(others, torch.full((2, 39), 70.0))
 
 
 @pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")

@@ -140,6 +140,27 @@ def most_lost(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return (of_inputs + of_shrunk)[None] * 1.01
 
 
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (8, 8, 8), (3, 1, 30)])
+def test_members_lose_nothing_to_one_that_is_far_larger(ranks: tuple[int, ...]) -> None:
+    """Of small ranks, several members share a tile."""
+    widths = 40, 24, 24
+    group = group_of(list(zip(ranks, widths, strict=True)), 96)
+    terms = random_terms(list(zip(ranks, widths, strict=True)), group)
+    large, *others = terms.members
+    assert large.b is not None
+    terms = MemberTerms(group, (LinearTerms(a=large.a, b=large.b * 1e5), *others))
+    slab = slab_of([terms])
+    a, b = factors_of(terms.joined())
+    x = torch.randn(30, 96)
+    out, expected = torch.zeros(30, 88), x @ a.T @ b
+    run = Run(slab, 0, 0, [30])
+    factors = slab.factors(0, run.slots)
+    assert factors is not None
+    NativeSegments()(out, x, factors, run)
+    for got, wanted in zip(out.split(widths, 1), expected.split(widths, 1), strict=True):
+        assert float((got - wanted).abs().max() / wanted.abs().max()) < 0.03
+
+
 def test_columns_that_are_not_known_may_be_anywhere() -> None:
     group = group_of([(8, 40)], 48)
     slab = slab_of([random_terms([(8, 40)], group)])

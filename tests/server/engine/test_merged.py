@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from dynamic_lora_adapters.apply import merge
 from dynamic_lora_adapters.apply.products import EXACT_KINDS, ProductKind, obstacle
 from dynamic_lora_adapters.compositions.compose import compose
 from dynamic_lora_adapters.device.groups import GroupTerms
@@ -221,3 +222,56 @@ def test_a_composition_is_merged_as_a_whole(folders: dict[str, Path]) -> None:
         assert (built.modes.stats().num_merged_rows > 0) == (mode is Mode.MERGED)
     assert found[0] == found[1]
     assert len({tuple(tokens) for tokens in found[0]}) == 3
+
+
+# What logits lose to rounding, beside the largest.
+LOST = {ProductKind.BF16: 0.04, ProductKind.INT8: 0.08, ProductKind.W8A8: 0.12}
+
+
+@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.MERGED])
+@torch.inference_mode()
+def test_rounded_weights_serve_everybody_as_nearly(
+    kind: ProductKind,
+    mode: Mode,
+    oracle: PeftModel,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of the adapter that the weights hold, of others, and of the base."""
+    monkeypatch.setattr(merge, "_LARGEST_DELTA_IN_BYTES", merge._LARGEST_DELTA)
+    if (reason := obstacle(kind, torch.ones(8, 8))) is not None:
+        pytest.skip(reason)
+    built = make_engine(tiny_llama(), base_product=kind, mode=mode, prefill_chunk=512)
+    tasks = ["all", "all", "down", None]
+    prompts = [random_prompt(20 + i, seed=i) for i in range(len(tasks))]
+    sequences = [
+        make_sequence(prompt, adapter=None if task is None else admit(built, folders[task]))
+        for task, prompt in zip(tasks, prompts, strict=True)
+    ]
+    for sequence in sequences:
+        built.engine.add(sequence)
+    pieces = built.engine.scheduler.schedule()
+    built.engine.modes.before_step(pieces, built.engine.scheduler.num_by_adapter)
+    assert (built.modes.stats().merged is not None) is (mode is Mode.MERGED)
+    sampled, logits = built.engine.runner.run(pieces)
+    row_of = {piece.sequence.id: row for row, piece in enumerate(sampled)}
+    for task, prompt, sequence in zip(tasks, prompts, sequences, strict=True):
+        expected = peft_logits(oracle, task, prompt)
+        lost = (logits[row_of[sequence.id]] - expected).abs().max() / expected.abs().max()
+        assert float(lost) < LOST[kind], task
+        if task is not None:  # or the adapter could be left out
+            without = peft_logits(oracle, None, prompt)
+            assert float((without - expected).abs().max() / expected.abs().max()) > 2 * LOST[kind]
+
+
+def peft_logits(oracle: PeftModel, task: str | None, prompt: list[int]) -> torch.Tensor:
+    """Logits [vocab] after a prompt."""
+    ids = torch.tensor([prompt])
+    if task is None:
+        with oracle.disable_adapter():
+            logits: torch.Tensor = oracle(ids).logits
+    else:
+        oracle.set_adapter(task)
+        logits = oracle(ids).logits
+    return logits[0, -1].clone()
