@@ -2,7 +2,8 @@
 
 The mean Kullback-Leibler divergence, in nats a token, of transformers' own layers with this
 project's products in their place, and with adapters' factors as the server keeps them: on answers
-of the shipped adapters to dev prompts (teacher forced), and on text that the base continues. Beside
+of the shipped adapters to dev prompts (teacher forced), and on text that the base continues. Merged
+means that the weights hold the adapter, or, for the base, one that is taken away again. Beside
 `w8a8` stand other numbers of inputs that share a scale, computed by torch: 32, as llama.cpp's Q8_0
 has them, and whole rows, as vLLM's W8A8.
 
@@ -11,6 +12,7 @@ has them, and whole rows, as vLLM's W8A8.
 
 import sys
 from collections.abc import Callable, Iterable
+from enum import Enum, auto
 from pathlib import Path
 
 import torch
@@ -30,7 +32,8 @@ from dynamic_lora_adapters.device.slab import Slab
 from dynamic_lora_adapters.device.slab_layout import SlabLayout
 from dynamic_lora_adapters.kernels.factor_layout import layout_for
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments
-from dynamic_lora_adapters.segments import Run
+from dynamic_lora_adapters.native.product import NativeProduct
+from dynamic_lora_adapters.segments import Effect, Run
 from dynamic_lora_adapters.terms import LinearTerms
 from dynamic_lora_server.base.base_model import resolve_base
 from dynamic_lora_server.training.config import load_config
@@ -60,37 +63,53 @@ class Layer(nn.Module):
         return self.product(x)
 
 
+class Holds(Enum):
+    """What weights hold of an adapter: nothing; what is to be added; what rows do without."""
+
+    NOTHING = auto()
+    OWN = auto()
+    ANOTHER = auto()
+
+
 class AdaptedLayer(nn.Module):
     """A linear layer with a LoRA of PEFT's, both as the server computes them for a product."""
 
-    def __init__(self, layer: LoraLayer, kind: ProductKind) -> None:
+    def __init__(self, layer: LoraLayer, kind: ProductKind, holds: Holds) -> None:
         super().__init__()
         base = layer.base_layer
         assert isinstance(base, nn.Linear)
         (name,) = layer.active_adapters
         a, b = (part[name].get_parameter("weight").data for part in (layer.lora_A, layer.lora_B))
-        self.product = make_product(kind, base.weight.data, base.bias)
-        self._slab = _slab_of(LinearTerms(a=a, b=b * layer.scaling[name]), kind)
+        self._group = ProjectionGroup(("layer",), a.shape[1], (len(b),))
+        terms = LinearTerms(a=a, b=b * layer.scaling[name])
+        self._slab = _slab_of(MemberTerms(self._group, (terms,)), kind)
         self._add = NativeSegments()
+        self._holds = holds
+        self.product = make_product(kind, base.weight.data, base.bias)
+        if holds is not Holds.NOTHING:
+            kept = self._slab.terms(0, 0).plain(self._group)
+            assert isinstance(self.product, NativeProduct)
+            assert kept.a is not None and kept.b is not None
+            self.product.replace_folded(base.weight.data, kept.a.float(), kept.b.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
         out = self.product(rows)
-        run = Run(self._slab, 0, 0, [len(rows)])
-        factors = self._slab.factors(0, run.slots)
-        assert factors is not None
-        self._add(out, rows, factors, run)
+        if self._holds is not Holds.OWN:
+            effect = Effect.UNDO if self._holds is Holds.ANOTHER else Effect.APPLY
+            run = Run(self._slab, 0, 0, [len(rows)], effect=effect)
+            factors = self._slab.factors(0, run.slots)
+            assert factors is not None
+            self._add(out, rows, factors, run)
         return out.view(*x.shape[:-1], -1)
 
 
-def _slab_of(terms: LinearTerms, kind: ProductKind) -> Slab:
-    assert terms.a is not None and terms.b is not None and kind.factor_dtype is not None
+def _slab_of(member: MemberTerms, kind: ProductKind) -> Slab:
+    assert kind.factor_dtype is not None
     device = torch.device("cpu")
-    group = ProjectionGroup(("layer",), terms.a.shape[1], (len(terms.b),))
-    member = MemberTerms(group, (terms,))
     layout = SlabLayout(
-        [group],
+        [member.group],
         device=device,
         dtype=torch.float32,
         factor_dtype=kind.factor_dtype,
@@ -127,31 +146,41 @@ def in_eight_bits(x: torch.Tensor, size: int | None) -> torch.Tensor:
 
 
 KINDS = (ProductKind.BF16, ProductKind.INT8, ProductKind.W8A8)
+MERGED = {f"{kind}, merged": kind for kind in (ProductKind.INT8, ProductKind.W8A8)}
+OWN = {kind.value: kind for kind in KINDS} | MERGED
 WAYS: dict[str, Way] = {
-    **{kind.value: native(kind) for kind in KINDS},
+    **{name: native(kind) for name, kind in OWN.items()},
     "a scale for 32 inputs": in_groups(32),
     "a scale for a row of inputs": in_groups(None),
 }
 
 
-def replace_linears(module: nn.Module, way: Way, kind: ProductKind | None = None) -> None:
+def replace_linears(
+    module: nn.Module,
+    way: Way,
+    kind: ProductKind | None = None,
+    holds: Holds = Holds.NOTHING,
+) -> None:
     """Put `way` in the place of every linear layer; with a kind of ours, of its adapter's, too."""
     for name, child in module.named_children():
         if kind is not None and isinstance(child, LoraLayer):
-            setattr(module, name, AdaptedLayer(child, kind))
+            setattr(module, name, AdaptedLayer(child, kind, holds))
         elif isinstance(child, nn.Linear):
             setattr(module, name, Layer(child, way))
         elif name not in ("lora_A", "lora_B"):
-            replace_linears(child, way, kind)
+            replace_linears(child, way, kind, holds)
 
 
 def load(base: Path, task: str | None, name: str | None) -> nn.Module:
     """The base, with a shipped adapter or none, in one of WAYS or as it is."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if task is not None:
-        model = PeftModel.from_pretrained(model, str(SHIPPED / task))
+    holds = Holds.NOTHING
+    if name in MERGED:
+        holds = Holds.ANOTHER if task is None else Holds.OWN
+    if task is not None or holds is Holds.ANOTHER:
+        model = PeftModel.from_pretrained(model, str(SHIPPED / (task or "describe")))
     if name is not None:
-        replace_linears(model, WAYS[name], ProductKind(name) if name in KINDS else None)
+        replace_linears(model, WAYS[name], OWN.get(name), holds)
     return model.eval()
 
 

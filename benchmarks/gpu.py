@@ -143,7 +143,9 @@ def without_graphs(graphs: dict[str, Any] | None) -> str | None:
         return "no CUDA graphs were captured; the log says why"
     if not graphs["replayed"]:
         return f"no CUDA graph was replayed: {graphs['declined']}"
-    return None
+    # Prompts never are.
+    declined = {reason: n for reason, n in graphs["declined"].items() if reason != "prompts"}
+    return f"steps of some cells were no CUDA graphs: {declined}" if declined else None
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

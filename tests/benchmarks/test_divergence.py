@@ -1,11 +1,15 @@
 """How far rounding moves distributions: the measure itself, and what it is applied to."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.divergence import (
     WAYS,
+    AdaptedLayer,
+    Holds,
     Layer,
     divergence,
     in_eight_bits,
@@ -14,6 +18,7 @@ from benchmarks.divergence import (
     replace_linears,
 )
 from dynamic_lora_adapters.apply.products import ProductKind, obstacle
+from tests.support.adapters import load_with_peft, make_adapter
 from tests.support.models import tiny_llama
 
 REASON = obstacle(ProductKind.W8A8, torch.ones(8, 8))
@@ -65,3 +70,21 @@ def test_an_adapters_layers_are_left_alone() -> None:
     replace_linears(model, native(ProductKind.W8A8))
     assert isinstance(model.base_layer, Layer)
     assert isinstance(model.lora_A["default"], nn.Linear)
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("kind", [ProductKind.INT8, ProductKind.W8A8])
+@pytest.mark.parametrize("holds", Holds)
+def test_adapters_are_computed_as_the_server_does(
+    kind: ProductKind, holds: Holds, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_llama(), rank=4, targets="all-linear")
+    text = [(torch.randint(0, 90, (40,), generator=torch.Generator().manual_seed(0)).tolist(), 1)]
+    adapted = load_with_peft(tiny_llama(), {"a": folder}).eval()
+    with_it, without = (log_probabilities(model, text) for model in (adapted, tiny_llama().eval()))
+    rounded = load_with_peft(tiny_llama(), {"a": folder}).eval()
+    replace_linears(rounded, native(kind), kind, holds)
+    assert any(isinstance(module, AdaptedLayer) for module in rounded.modules())
+    found = log_probabilities(rounded, text)
+    expected, other = (without, with_it) if holds is Holds.ANOTHER else (with_it, without)
+    assert divergence(expected, found) < divergence(other, found) / 10

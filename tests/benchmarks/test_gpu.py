@@ -114,6 +114,8 @@ def test_figures_without_graphs_are_called_so() -> None:
     declined = without_graphs({"replayed": 0, "declined": {"large rank": 9}})
     assert declined == "no CUDA graph was replayed: {'large rank': 9}"
     assert without_graphs({"replayed": 1, "declined": {"prompts": 2}}) is None
+    some = without_graphs({"replayed": 1, "declined": {"prompts": 2, "large rank": 3}})
+    assert some == "steps of some cells were no CUDA graphs: {'large rank': 3}"
     shape = {"shape": {"name": "llama-1b"}, "without_graphs": declined}
     assert failures({"shapes": [shape]}) == [f"llama-1b: {declined}"]
 

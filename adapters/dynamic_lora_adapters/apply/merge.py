@@ -14,16 +14,15 @@ import torch
 
 from dynamic_lora_adapters.apply.layers import GroupedProjection
 from dynamic_lora_adapters.apply.pristine import Pristine
-from dynamic_lora_adapters.apply.products import BaseProduct
 from dynamic_lora_adapters.device.groups import GroupTerms, ProjectionGroup
 from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.native.product import Bfloat16Product, Int8Product, NativeProduct
 
 _ROUNDED = (Bfloat16Product, Int8Product)
-# Other rows get W x back as (W + BA) x - BA x, whose error grows as BA does beside W: in eight bits
-# it is to be hardly larger than that of W itself.
+# Other rows get W x back as (W + BA) x - BA x, whose error grows as BA does beside W,
 _LARGEST_DELTA = 4.0
-_LARGEST_DELTA_IN_BYTES = 0.5
+# or in eight bits as the largest weight of an output does.
+_LARGEST_STEP = 2.0
 
 
 class MergeFailed(Exception):
@@ -46,6 +45,7 @@ class Merger:
         self._pristine = pristine
         self._merged: ResidentAdapter | None = None
         self._largest_norms: list[torch.Tensor] | None = None
+        self._steps: dict[int, torch.Tensor] = {}  # of the base's weights in eight bits
 
     @property
     def merged(self) -> ResidentAdapter | None:
@@ -69,10 +69,10 @@ class Merger:
     def spares_others(self, adapter: ResidentAdapter) -> bool:
         """Whether the rows of others keep their digits while the weights hold `adapter`.
 
-        No layer's delta may be larger than _LARGEST_DELTA times its weight, or
-        _LARGEST_DELTA_IN_BYTES in eight bits, by Frobenius norms. Takes a part of what a
-        switch takes. Raises MergeFailed where that cannot be reckoned, for want of memory
-        for instance.
+        No layer's delta may be larger than _LARGEST_DELTA times its weight, by Frobenius norms;
+        nor may a step of weights in eight bits become more than _LARGEST_STEP times as large, for
+        any output. Takes a part of what a switch takes. Raises MergeFailed where that
+        cannot be reckoned, for want of memory for instance.
         """
         try:
             adapter.await_upload()
@@ -89,14 +89,26 @@ class Merger:
             norms = found.delta_norms(projection.group.widths).cpu()
             if not bool((norms <= limits[index]).all()):
                 return False
+            if index in self._steps and not self._keeps_steps(index, found):
+                return False
         return True
+
+    def _keeps_steps(self, index: int, terms: GroupTerms) -> bool:
+        projection = self._projections[index]
+        base, weight = projection.base, projection.weight
+        assert isinstance(base, Int8Product)
+        if terms.low_rank and terms.a is not None and terms.b is not None:
+            steps = base.steps_folded(weight, terms.a.float(), terms.b.float())
+        else:
+            steps = terms.fold(weight).abs().amax(1) / 127
+        return bool((steps <= _LARGEST_STEP * self._steps[index]).all())
 
     def _measured(self) -> list[torch.Tensor]:
         """For each group [members], how large a delta may be; measured once, of the base."""
         if self._largest_norms is None:
             assert self._merged is None, "the first switch measures before it merges"
             self._largest_norms = [
-                _largest_delta(projection.base)
+                _LARGEST_DELTA
                 * torch.tensor(
                     [
                         float(torch.linalg.vector_norm(part, dtype=torch.float32))
@@ -105,6 +117,11 @@ class Merger:
                 )
                 for projection in self._projections
             ]
+            self._steps = {
+                index: projection.base.steps
+                for index, projection in enumerate(self._projections)
+                if isinstance(projection.base, Int8Product)
+            }
         return self._largest_norms
 
     @torch.inference_mode()
@@ -156,7 +173,7 @@ class Merger:
         self, index: int, before: Sequence[GroupTerms], after: Sequence[GroupTerms]
     ) -> None:
         projection = self._projections[index]
-        old, new = (_plain(terms, projection.group, index) for terms in (before, after))
+        old, new = _foldable(before, index), _plain(after, projection.group, index)
         if old is None and new is None:
             return
         weight = self._pristine.weight(index, projection, old)
@@ -167,11 +184,6 @@ class Merger:
             projection.base.replace_folded(weight, new.a.float(), new.b.float())
         else:
             projection.base.replace(new.fold(weight).to(projection.weight.dtype))
-
-
-def _largest_delta(base: BaseProduct) -> float:
-    """How large a delta may be, as a multiple of the weight."""
-    return _LARGEST_DELTA_IN_BYTES if isinstance(base, Int8Product) else _LARGEST_DELTA
 
 
 def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:

@@ -125,7 +125,8 @@ def expand_kernel(
             place = out + (first + row)[:, None] * out_stride + column[None, :]
             before = tl.load(place, mask=rows_in & columns_in, other=0.0)
             delta = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-            for start in range(0, rank, RANKS):
+            # Not pipelined: the parts of several rounds, in float32, do not fit into shared memory.
+            for start in tl.range(0, rank, RANKS, num_stages=1):
                 rank_at = start + tl.arange(0, RANKS)
                 ranks_in = rank_at < rank
                 b_at = factors + rank_at[:, None] * out_features + column[None, :]

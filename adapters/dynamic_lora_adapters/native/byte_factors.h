@@ -35,8 +35,6 @@ struct ShrunkBytes {
   int32_t start;  // what sums of their products begin with
 };
 
-constexpr int64_t kByteShrunk = sizeof(ShrunkBytes) / sizeof(float);  // of a part, of one rank at least
-
 struct ByteTiles;
 inline void expand_bytes(const TilePart<ByteTiles>& part, int64_t row, int64_t rows, int64_t column,
                          int64_t stop, float* out, int64_t ldo);
@@ -58,10 +56,8 @@ struct ByteTiles {
   // Bytes that a rank of a takes, those of its scale among them.
   static int64_t inputs(int64_t in) { return whole_fours(in) + sizeof(float); }
 
-  // What the rows of a part are shrunk to follows what those of the one before are.
-  static std::pair<Shrunk*, int64_t> place(const Segment& s, int64_t, int64_t part) {
-    return {s.shrunk + part * s.rows, 1};
-  }
+  // Placed once all parts are known.
+  static std::pair<Shrunk*, int64_t> place(const Segment&, int64_t) { return {nullptr, 1}; }
 
   // Reads inputs as `round_row_to_eight_bits` lays them out.
   class Shrinking {

@@ -43,7 +43,7 @@ struct UnitTiles {
   static int64_t inputs(int64_t in) { return (in + kUnitDepth - 1) / kUnitDepth * kUnitDepth; }
 
   // What rows are shrunk to is [rows, rank].
-  static std::pair<Shrunk*, int64_t> place(const Segment& s, int64_t rank, int64_t) {
+  static std::pair<Shrunk*, int64_t> place(const Segment& s, int64_t rank) {
     return {s.shrunk + rank, s.rank};
   }
 

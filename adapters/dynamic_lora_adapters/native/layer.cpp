@@ -107,6 +107,7 @@ struct SiteDeltas {
 struct Scratch {
   Lines<float> normed, gate_up, activated;
   std::vector<float> shrunk;
+  std::vector<ShrunkBytes> shrunk_bytes;
   SiteDeltas deltas[kNumSites];
   InputCopies copies[2];
   Claims attended;
@@ -130,18 +131,11 @@ void for_each_slot(const Site& site, const Step& step, const Act& act) {
   }
 }
 
-// Floats that what rows are shrunk to takes at most, for each of their ranks.
-int64_t shrunk_floats(const SlabFactors& factors) {
-  return factors.format == kByteFactors ? kByteShrunk : 1;
-}
-
-// How many floats what all rows are shrunk to takes.
+// How many numbers all rows are shrunk to.
 int64_t shrunk_numbers(const Site& site, const Step& step) {
   int64_t needed = 0;
   for_each_slot(site, step, [&](const Run&, const SlabFactors& factors, int64_t, int64_t,
-                                int64_t rows) {
-    needed += factors.rank * rows * shrunk_floats(factors);
-  });
+                                int64_t rows) { needed += factors.rank * rows; });
   return needed;
 }
 
@@ -179,7 +173,7 @@ void find_segments(const Site& site, const Step& step, const Batch& batch, SiteD
                                  factors.b + first * factors.ldb * size, columns, shrunk,
                                  factors.rank, row, rows, factors.ldb, run.sign});
     }
-    shrunk += factors.rank * rows * shrunk_floats(factors);
+    shrunk += factors.rank * rows;
   });
 }
 
@@ -485,10 +479,14 @@ void prepare(const Layer& layer, const Step& step, const Batch& batch, Scratch& 
     // One projection's deltas are added before the next one's: they share the room.
     find_segments(*sites[number], step, batch, deltas, scratch.shrunk.data());
     part_segments(deltas);
-    part_bytes(deltas);
+    have_room(scratch.shrunk_bytes, deltas.bytes.shrunk_rows());
     const Projection& base = sites[number]->base;
     base.make_room(batch, scratch.copies_for(number));
     if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
+  }
+  for (SiteDeltas& deltas : scratch.deltas) {
+    deltas.bytes.place_shrunk(scratch.shrunk_bytes.data());
+    part_bytes(deltas);
   }
   find_bare(scratch.deltas[kGateUp], step.rows);
   scratch.attended.next = 0;

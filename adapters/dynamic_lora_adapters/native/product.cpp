@@ -200,36 +200,42 @@ int64_t pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_
   return memory.status();
 }
 
-// What the outputs of a panel [k, kWidth] are multiples of in eight bits, 127 at most; NaN for those of
-// which a weight is not finite.
-void find_scales(const float* panel, int64_t k, Vec (&scales)[kPanelVecs]) {
+// Of the outputs of a panel, how large weights are, and what makes them no numbers if one is none.
+struct Largest {
+  Vec tops[kPanelVecs] = {}, zeros[kPanelVecs] = {};
+
+  // Looks at inputs [count, kWidth].
+  void look(const float* block, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+      UNROLL
+      for (int v = 0; v < kPanelVecs; v++) {
+        const Vec value = load(block + i * kWidth + v * kLanes);
+        const Vec size = value < Vec{} ? -value : value;
+        tops[v] = size > tops[v] ? size : tops[v];
+        zeros[v] += value * 0.0f;
+      }
+    }
+  }
+
+  // What weights of eight bits are multiples of: 127 of it are the largest.
+  Vec scale(int v) const { return (tops[v] > Vec{} ? tops[v] / 127.0f : all(1.0f)) + zeros[v]; }
+};
+
+// Inputs [count, kWidth] of a panel, and zeros up to `depth`, as bytes [depth / Together][kWidth]
+// [Together], `added` to each.
+template <int Together>
+void put_bytes(const float* block, int64_t count, int64_t depth, int added, const Largest& largest,
+               int8_t* to) {
   UNROLL
   for (int v = 0; v < kPanelVecs; v++) {
-    Vec top{}, zero{};
-    for (int64_t i = 0; i < k; i++) {
-      const Vec value = load(panel + i * kWidth + v * kLanes), size = value < Vec{} ? -value : value;
-      top = size > top ? size : top;
-      zero += value * 0.0f;
-    }
-    scales[v] = (top > Vec{} ? top / 127.0f : all(1.0f)) + zero;
-  }
-}
-
-// A panel [k, kWidth] to [depth / Together][kWidth][Together] of bytes, `added` to each.
-template <int Together>
-void put_bytes(const float* panel, int64_t k, int64_t depth, int added,
-               const Vec (&scales)[kPanelVecs], int8_t* to) {
-  for (int64_t i = 0; i < depth; i += Together) {
-    UNROLL
-    for (int v = 0; v < kPanelVecs; v++) {
+    const Vec scale = largest.scale(v);
+    for (int64_t i = 0; i < depth; i += Together) {
       IntVec bytes{};
       UNROLL
       for (int j = 0; j < Together; j++) {
         Vec whole{};
-        if (i + j < k) {
-          const Vec value = load(panel + (i + j) * kWidth + v * kLanes);
-          whole = (value / scales[v] + kMagic) - kMagic;
-        }
+        if (i + j < count)
+          whole = (load(block + (i + j) * kWidth + v * kLanes) / scale + kMagic) - kMagic;
         bytes |= ((__builtin_convertvector(whole, IntVec) + added) & 255) << 8 * j;
       }
       int8_t* place = to + i * kWidth + v * kLanes * Together;
@@ -242,21 +248,18 @@ void put_bytes(const float* panel, int64_t k, int64_t depth, int added,
 }
 
 // As `pack`, in eight bits, of which `Together` of an output lie side by side; scale [n] is what those
-// of each output are multiples of.
+// of each output are multiples of. Without `packed`, scales alone are found.
 template <int Together>
 int64_t pack_bytes(const float* weight, int64_t ldw, int8_t* packed, float* scale, int64_t n,
                    int64_t k, int64_t depth, bool halves, int added, const Factors& factors) {
+  static_assert(kBlock % Together == 0);
   Memory memory;
   Team team;
 #pragma omp parallel
   {
     const Member member(team);
     PanelFactors on_panel;
-    Lines<float> panel;
-    memory.suffices([&] {
-      on_panel.reserve(factors.rank);
-      panel.resize(k * kWidth);
-    });
+    memory.suffices([&] { on_panel.reserve(factors.rank); });
     meet();
     const int64_t panels = memory.ran_out() ? 0 : (n + kWidth - 1) / kWidth;
 #pragma omp for schedule(guided, 1) nowait
@@ -264,12 +267,26 @@ int64_t pack_bytes(const float* weight, int64_t ldw, int8_t* packed, float* scal
       const int64_t column = panel_column(j, n, halves);
       const int64_t width = std::min<int64_t>(kWidth, n - column);
       on_panel.take(factors, column, width);
-      pack_block(weight + column * ldw, ldw, width, k, panel.data());
-      add_factors(on_panel, 0, k, panel.data());
-      Vec scales[kPanelVecs];
-      find_scales(panel.data(), k, scales);
-      std::memcpy(scale + column, scales, width * sizeof(float));
-      put_bytes<Together>(panel.data(), k, depth, added, scales, packed + j * depth * kWidth);
+      const auto for_each_block = [&](const auto& act) {
+        for (int64_t first = 0; first < k; first += kBlock) {
+          alignas(64) float block[kBlock * kWidth];
+          const int64_t count = std::min(kBlock, k - first);
+          pack_block(weight + column * ldw + first, ldw, width, count, block);
+          add_factors(on_panel, first, count, block);
+          act(block, first, count);
+        }
+      };
+      // Twice through a panel, which stays near, rather than keep it: a base that is to be brought
+      // back must not hang on memory.
+      Largest largest;
+      for_each_block([&](const float* block, int64_t, int64_t count) { largest.look(block, count); });
+      for (int64_t c = 0; c < width; c++) scale[column + c] = largest.scale(c / kLanes)[c % kLanes];
+      if (!packed) continue;
+      for_each_block([&](const float* block, int64_t first, int64_t count) {
+        const int64_t last = first + kBlock < k ? count : depth - first;
+        put_bytes<Together>(block, count, last, added, largest,
+                            packed + (j * depth + first) * kWidth);
+      });
     }
     meet();
   }

@@ -100,11 +100,18 @@ class NativeProduct:
         b: torch.Tensor | None = None,
     ) -> None:
         """Pack the weight, or `weight + b.T @ a`. Raises MemoryError before anything is packed."""
+        scale = [] if self._scale is None else [self._scale.data_ptr()]
+        self._pack_to([self._packed.data_ptr(), *scale], weight, a, b)
+
+    def _pack_to(
+        self,
+        places: list[int | None],
+        weight: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+    ) -> None:
         if weight.stride(1) != 1:
             weight = weight.contiguous()
-        places = [self._packed.data_ptr()]
-        if self._scale is not None:
-            places.append(self._scale.data_ptr())
         arguments = [_POINTER, _SIZE, *[_POINTER] * len(places), *[_SIZE] * 3]
         factors = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
         pack = allocating(
@@ -170,6 +177,18 @@ class Int8Product(NativeProduct):
     """
 
     _dtype = torch.int8
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """What the weights of each output are multiples of now, [out]: a copy."""
+        assert self._scale is not None
+        return self._scale.clone()
+
+    def steps_folded(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """What they would be multiples of after `replace_folded`, [out]."""
+        found = torch.empty(self._out_features)
+        self._pack_to([None, found.data_ptr()], weight.float(), a, b)
+        return found
 
 
 class W8a8Product(Int8Product):

@@ -36,7 +36,7 @@ int64_t add_tiled(const float* x, float* out, const typename Tiles::Factor* a,
   for (int64_t i = 0; i < slots; i++) rows += lengths[i];
   Memory memory;
   const bool ready = memory.suffices([&] {
-    have_room(scratch.shrunk, rows * rank);
+    if (!Tiles::kParted) have_room(scratch.shrunk, rows * rank);
     make_room(rows, in, scratch.copies);
     scratch.deltas.clear();
     for (int64_t i = 0, row = 0; i < slots; row += lengths[i++])
@@ -44,6 +44,10 @@ int64_t add_tiled(const float* x, float* out, const typename Tiles::Factor* a,
                           columns ? columns + i * rank * 2 : nullptr,
                           scratch.shrunk.data() + row * rank, rank, row, lengths[i], sign, 0, 0},
                          outs);
+    if (Tiles::kParted) {
+      have_room(scratch.shrunk, scratch.deltas.shrunk_rows());
+      scratch.deltas.place_shrunk(scratch.shrunk.data());
+    }
   });
   if (!ready) return memory.status();
   Team team;

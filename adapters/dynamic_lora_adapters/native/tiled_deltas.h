@@ -3,9 +3,9 @@
 //
 // A kind of tiles says which numbers they hold (`Factor`) and what rows are shrunk to (`Shrunk`), how
 // many ranks a tile has (kRanks), whether those of them that reach other outputs are parts of their own
-// (kParted), where what a part's rows are shrunk to lies (`place`), how wide a rank is in a (`inputs`),
-// and how it shrinks and expands: objects of `Shrinking` and `Expanding`, of which each thread has its
-// own.
+// (kParted, with rows of their own that these are shrunk to), where else what a part's rows are shrunk to
+// lies (`place`), how wide a rank is in a (`inputs`), and how it shrinks and expands: objects of
+// `Shrinking` and `Expanding`, of which each thread has its own.
 
 #pragma once
 
@@ -61,6 +61,19 @@ class TiledDeltas {
     undoes = false;
   }
 
+  // Where parts are shrunk to rows of their own: how many these are,
+  int64_t shrunk_rows() const {
+    int64_t rows = 0;
+    for (const TiledSegment<Tiles>& s : segments) rows += s.rows * (s.last_part - s.first_part);
+    return rows;
+  }
+
+  // and, once there is room, where they lie.
+  void place_shrunk(typename Tiles::Shrunk* at) {
+    for (const TiledSegment<Tiles>& s : segments)
+      for (int64_t i = s.first_part; i < s.last_part; i++, at += s.rows) parts[i].shrunk = at;
+  }
+
   // Adds a segment, for so many outputs.
   void add(TiledSegment<Tiles> s, int64_t outs) {
     undoes |= s.sign < 0;
@@ -92,8 +105,7 @@ class TiledDeltas {
       to = std::max(to, s.columns[r * 2 + 1]);
     }
     if (from >= to) return;
-    const auto number = static_cast<int64_t>(parts.size()) - s.first_part;
-    const auto [shrunk, stride] = Tiles::place(s, q, number);
+    const auto [shrunk, stride] = Tiles::place(s, q);
     parts.push_back({s.b + q * tiled_outs(outs), shrunk, stride, from / kTileOuts * kTileOuts,
                      tiled_outs(to), first, last});
   }

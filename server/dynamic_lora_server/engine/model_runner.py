@@ -157,9 +157,16 @@ class ModelRunner:
             for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
                 self.cache.write(layer, cells, keys, values)
 
+    @property
+    def head_dim(self) -> int:
+        """The largest width of a cached head."""
+        return max(keys.shape[-1] for keys in self.cache.keys)
+
     def _paged_kernel(self, batch: Batch) -> PagedKernel | None:
         # The kernel takes no float32.
         fits = self.model.dtype in (torch.float16, torch.bfloat16)
-        if not (self.paged and fits and paged_kernel_available(self.model.device)):
+        if not (self.paged and fits):
+            return None
+        if not paged_kernel_available(self.model.device, self.head_dim):
             return None
         return PagedKernel(PagedTables.of(batch.spans, self.model.device))

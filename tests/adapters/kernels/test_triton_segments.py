@@ -21,7 +21,7 @@ from dynamic_lora_adapters.kernels import (
     kernels_for,
 )
 from dynamic_lora_adapters.segments import Effect, Run
-from dynamic_lora_adapters.tiles import SHORT, tiles_of
+from dynamic_lora_adapters.tiles import LONG, SHORT, tiles_of
 from tests.support.slabs import make_slab, resident
 from tests.support.triton import compile_for_a_gpu, interpreted, to_be_compiled
 
@@ -168,20 +168,35 @@ def test_what_needs_no_compiler_is_left_alone() -> None:
     compile_ahead(KERNELS, [(40, 24)], CPU, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "ranks", "step"),
+    [
+        ("fp32", SHORT, 32, 32),
+        ("fp32", LONG, 64, 32),
+        ("bf16", SHORT, 32, 128),
+        ("bf16", LONG, 64, 128),
+        ("fp16", LONG, 64, 128),
+    ],
+)
 def test_kernels_compile_for_a_gpu(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str,
+    rows: int,
+    ranks: int,
+    step: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Needs no GPU: Triton brings its own compiler and assembler."""
+    """Needs no GPU: Triton brings its own compiler and assembler. The larger ones take the most
+    shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pytest.importorskip("triton", reason="Triton is not installed")
     from dynamic_lora_adapters.kernels import triton_segments
 
-    shapes = {"ADDRESSES": True, "ROWS": SHORT, "RANKS": 32, "UPCAST": False}
+    shapes = {"ADDRESSES": True, "ROWS": rows, "RANKS": ranks, "UPCAST": False}
     pointers = {"x": dtype, "out": dtype, "shrunk": "fp32", "a": "i64", "b": "i64"}
     pointers |= {"ranks": "i32", "tiles": "i32"}
     for function, own in (
-        (triton_segments.shrink_kernel, {"STEP": 32}),
+        (triton_segments.shrink_kernel, {"STEP": step}),
         (triton_segments.expand_kernel, {"SPLITS": 8, "COLUMNS": 128}),
     ):
         assert compile_for_a_gpu(function, pointers, shapes | own)

@@ -239,7 +239,7 @@ def test_rounded_weights_serve_everybody_as_nearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of the adapter that the weights hold, of others, and of the base."""
-    monkeypatch.setattr(merge, "_LARGEST_DELTA_IN_BYTES", merge._LARGEST_DELTA)
+    monkeypatch.setattr(merge, "_LARGEST_STEP", 100.0)
     if (reason := obstacle(kind, torch.ones(8, 8))) is not None:
         pytest.skip(reason)
     built = make_engine(tiny_llama(), base_product=kind, mode=mode, prefill_chunk=512)

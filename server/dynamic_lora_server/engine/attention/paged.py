@@ -1,31 +1,124 @@
 """Attention straight from KV pages with torch's variable-length kernel (CUDA)."""
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
 from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.batch import Span
 
+logger = logging.getLogger(__name__)
+
 # The flash kernel behind varlen_attn reads pages in blocks of this many cells.
 PAGE_SIZE = 256
+LARGEST_HEAD = 256  # that it takes
 
 
-def paged_kernel_available(device: torch.device) -> bool:
+def paged_kernel_available(device: torch.device, head_dim: int = LARGEST_HEAD) -> bool:
     """Whether this torch can attend to pages through a block table on this device.
 
-    `varlen_attn` takes `block_table` and `seqused_k` from torch 2.12 on; where
-    it does not, pages are gathered instead.
+    `varlen_attn` takes `block_table` and `seqused_k` from torch 2.12 on, and not every processor
+    is one for it. So it is tried once; where it does not do, pages are gathered instead.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or head_dim > LARGEST_HEAD:
         return False
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        parameters = _parameters()
     except ImportError:
         return False
-    return {"block_table", "seqused_k"} <= set(inspect.signature(varlen_attn).parameters)
+    return {"block_table", "seqused_k"} <= parameters and _runs(device)
+
+
+@cache
+def _parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@cache
+def _runs(device: torch.device) -> bool:
+    try:
+        _try_out(device)
+    except Exception as error:  # whatever it is, gathering does
+        kind = type(error).__name__
+        logger.warning("torch's attention to pages does not run here: %s: %s", kind, error)
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Two sequences, by the tokens that are new and those that are there."""
+
+    kv_heads: int
+    lengths: tuple[int, int]
+    used: tuple[int, int]
+    window: int | None = None
+
+
+# One token each, whose keys may be cut into parts, for grouped heads and for others; and few keys,
+# where one too many shows.
+_TRIALS = (
+    _Trial(2, (1, 1), (2 * PAGE_SIZE, PAGE_SIZE + 3)),
+    _Trial(4, (1, 1), (2 * PAGE_SIZE, PAGE_SIZE + 3)),
+    _Trial(2, (2, 1), (5, 3)),
+    _Trial(2, (1, 1), (5, 3), window=2),
+)
+_TRIAL_PAGES = (3, 0), (1, 2)
+_TRIAL_SCALING = 0.125
+
+
+def _try_out(device: torch.device) -> None:
+    """Attend as `_TRIALS` say. Raises what that raises, and RuntimeError where it is wrong."""
+
+    def whole(*values: object) -> torch.Tensor:
+        return torch.tensor(values, device=device, dtype=torch.int32)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0]))
+        return drawn.to(device, torch.bfloat16)
+
+    for trial in _TRIALS:
+        keys, values = drawn(8 * PAGE_SIZE, trial.kv_heads, 64).chunk(2)
+        tables = PagedTables(
+            cumulative=whole(0, trial.lengths[0], sum(trial.lengths)),
+            used=whole(*trial.used),
+            block_table=whole(*_TRIAL_PAGES),
+            max_new=max(trial.lengths),
+            max_total=2 * PAGE_SIZE,
+            page_size=PAGE_SIZE,
+        )
+        q = drawn(sum(trial.lengths), 4, 64)
+        out = PagedKernel(tables)(q, keys, values, _TRIAL_SCALING, trial.window)
+        if not torch.allclose(out.float(), _by_hand(q, keys, values, trial), atol=0.03):
+            raise RuntimeError(f"what it attends to is wrong for {trial}")
+
+
+def _by_hand(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, trial: _Trial
+) -> torch.Tensor:
+    """What a trial is to give, token by token in float32."""
+    found: list[torch.Tensor] = []
+    groups = q.shape[1] // trial.kv_heads
+    for length, total, pages in zip(trial.lengths, trial.used, _TRIAL_PAGES, strict=True):
+        cells = torch.cat([torch.arange(p * PAGE_SIZE, (p + 1) * PAGE_SIZE) for p in pages])
+        for number in range(length):
+            last = total - length + number + 1
+            first = 0 if trial.window is None else max(last - trial.window, 0)
+            seen = cells[first:last].to(q.device)
+            k, v = (
+                table[seen].float().repeat_interleave(groups, 1).transpose(0, 1)
+                for table in (keys, values)
+            )
+            scores = torch.einsum("hd,hnd->hn", q[len(found)].float(), k) * _TRIAL_SCALING
+            found.append(torch.einsum("hn,hnd->hd", scores.softmax(-1), v))
+    return torch.stack(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +179,34 @@ class PagedKernel:
 
         tables = self.tables
         pages = (-1, tables.page_size)
+        grouped = q.shape[1] != keys.shape[1]
         out = varlen_attn(
             q,
             keys.unflatten(0, pages),
             values.unflatten(0, pages),
             tables.cumulative,
-            None,
+            # FlashAttention 2 wants bounds of the keys too, and reads `seqused_k` in their place.
+            tables.cumulative,
             tables.max_new,
             tables.max_total,
             scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q.shape[1] != keys.shape[1],
+            enable_gqa=grouped,
             seqused_k=tables.used,
             block_table=tables.block_table,
+            **_shares(tables.max_new, grouped, window, "num_splits" in _parameters()),
         )
         assert isinstance(out, torch.Tensor)
         return out
+
+
+def _shares(max_new: int, grouped: bool, window: int | None, takes_splits: bool) -> dict[str, Any]:
+    """What a token sees, and into how many parts its keys may be cut.
+
+    One token sees all that there is: said so, grouped heads go to FlashAttention 2 as more rows of
+    fewer heads, and it may cut keys into parts. Elsewhere it may not: torch 2.13 writes the first
+    sequence's rows alone then (pytorch#194167), and earlier ones do not cut.
+    """
+    if max_new == 1 and window is None and grouped:
+        return {"window_size": (-1, -1)}
+    seen = (-1 if window is None else window - 1, 0)
+    return {"window_size": seen} | ({"num_splits": 1} if takes_splits else {})

@@ -11,6 +11,7 @@ from dynamic_lora_adapters.device.groups import ProjectionGroup
 from dynamic_lora_adapters.device.tables import AddressTables
 from dynamic_lora_adapters.kernels import has_triton
 from dynamic_lora_server.engine.attention.paged import (
+    LARGEST_HEAD,
     PAGE_SIZE,
     PagedKernel,
     PagedTables,
@@ -93,23 +94,25 @@ def static_decoding(
     return graphs
 
 
-def graphs_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def graphs_obstacle(
+    device: torch.device, dtype: torch.dtype, head_dim: int = LARGEST_HEAD
+) -> str | None:
     """Why decoding cannot be captured on a device, or None if it can be tried."""
     if device.type != "cuda":
         return "there is no CUDA device"
-    if static_kernel(device, dtype) is GatheredPages:
+    if static_kernel(device, dtype, head_dim) is GatheredPages:
         return f"neither torch's paged attention nor Triton attends to pages of {dtype} here"
     return None
 
 
 def static_kernel(
-    device: torch.device, dtype: torch.dtype
+    device: torch.device, dtype: torch.dtype, head_dim: int = LARGEST_HEAD
 ) -> Callable[[PagedTables], StaticKernel]:
     """What attends to pages in steps of fixed shape: torch's kernel, ours in Triton, or neither.
 
     Torch's takes 16 bits alone, and not every release has one.
     """
-    if dtype in (torch.float16, torch.bfloat16) and paged_kernel_available(device):
+    if dtype in (torch.float16, torch.bfloat16) and paged_kernel_available(device, head_dim):
         return PagedKernel
     if device.type == "cuda" and has_triton(device):
         from dynamic_lora_server.engine.attention.paged_triton import TritonPages
@@ -123,7 +126,8 @@ def _obstacle(runner: ModelRunner, wish: StaticWish) -> str | None:
         return "they are switched off"
     obstacle = None
     if wish.graphs is None:
-        obstacle = graphs_obstacle(runner.model.device, runner.model.dtype)
+        model = runner.model
+        obstacle = graphs_obstacle(model.device, model.dtype, runner.head_dim)
     return obstacle or (None if runner.paged else "the KV cache has no pages")
 
 
@@ -145,7 +149,7 @@ def _static_step(
         runner.cache,
         StaticBuffers(shape, model.device),
         AddressTables(groups, shape.max_rows, model.device),
-        static_kernel(model.device, model.dtype),
+        static_kernel(model.device, model.dtype, runner.head_dim),
     )
 
 
