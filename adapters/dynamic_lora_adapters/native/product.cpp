@@ -167,37 +167,58 @@ void put_block(const float* block, int64_t count, BFloat16* to) {
   write_past_caches(rounded, even(count) * kWidth * sizeof(BFloat16), to);
 }
 
-// weight [n, k] + b^T a, with rows ldw apart; a panel of `packed` has `depth` inputs. See
-// `Projection` for `halves`. Returns what `Memory` says; where that ran out, nothing was written.
-template <typename Weight>
-int64_t pack(const float* weight, int64_t ldw, Weight* packed, int64_t n, int64_t k,
-             int64_t depth, bool halves, const Factors& factors) {
-  Memory memory;
-  Team team;
+// A weight [n, k] + b^T a, with rows ldw apart. See `Projection` for `halves`.
+struct Folded {
+  const float* weight;
+  int64_t ldw, n, k;
+  bool halves;
+  Factors factors;
+
+  // Calls `act` (number, column, width, for_each_block) for each panel, on all threads; and that calls
+  // its own `act` (block, first, count) with inputs [count, kWidth] of the panel, from `first` on.
+  // Returns what `Memory` says; where that ran out, nothing was called.
+  template <typename Act>
+  int64_t for_each_panel(const Act& act) const {
+    Memory memory;
+    Team team;
 #pragma omp parallel
-  {
-    const Member member(team);
-    PanelFactors on_panel;
-    memory.suffices([&] { on_panel.reserve(factors.rank); });
-    meet();
-    const int64_t panels = memory.ran_out() ? 0 : (n + kWidth - 1) / kWidth;
+    {
+      const Member member(team);
+      PanelFactors on_panel;
+      memory.suffices([&] { on_panel.reserve(factors.rank); });
+      meet();
+      const int64_t panels = memory.ran_out() ? 0 : (n + kWidth - 1) / kWidth;
 #pragma omp for schedule(guided, 1) nowait
-    for (int64_t j = 0; j < panels; j++) {
-      const int64_t column = panel_column(j, n, halves);
-      const int64_t width = std::min<int64_t>(kWidth, n - column);
-      on_panel.take(factors, column, width);
-      for (int64_t first = 0; first < k; first += kBlock) {
-        alignas(64) float block[kBlock * kWidth];
-        const int64_t count = std::min(kBlock, k - first);
-        pack_block(weight + column * ldw + first, ldw, width, count, block);
-        add_factors(on_panel, first, count, block);
-        put_block(block, count, packed + (j * depth + first) * kWidth);
+      for (int64_t j = 0; j < panels; j++) {
+        const int64_t column = panel_column(j, n, halves);
+        const int64_t width = std::min<int64_t>(kWidth, n - column);
+        on_panel.take(factors, column, width);
+        act(j, column, width, [&](const auto& take) {
+          for (int64_t first = 0; first < k; first += kBlock) {
+            alignas(64) float block[kBlock * kWidth];
+            const int64_t count = std::min(kBlock, k - first);
+            pack_block(weight + column * ldw + first, ldw, width, count, block);
+            add_factors(on_panel, first, count, block);
+            take(block, first, count);
+          }
+        });
       }
+      wait_for_writes();
+      meet();
     }
-    wait_for_writes();
-    meet();
+    return memory.status();
   }
-  return memory.status();
+};
+
+// Packs a weight; a panel of `packed` has `depth` inputs. Returns what `Memory` says; where that ran
+// out, nothing was written.
+template <typename Weight>
+int64_t pack(const Folded& folded, Weight* packed, int64_t depth) {
+  return folded.for_each_panel([&](int64_t j, int64_t, int64_t, const auto& for_each_block) {
+    for_each_block([&](const float* block, int64_t first, int64_t count) {
+      put_block(block, count, packed + (j * depth + first) * kWidth);
+    });
+  });
 }
 
 // Of the outputs of a panel, how large weights are, and what makes them no numbers if one is none.
@@ -250,47 +271,22 @@ void put_bytes(const float* block, int64_t count, int64_t depth, int added, cons
 // As `pack`, in eight bits, of which `Together` of an output lie side by side; scale [n] is what those
 // of each output are multiples of. Without `packed`, scales alone are found.
 template <int Together>
-int64_t pack_bytes(const float* weight, int64_t ldw, int8_t* packed, float* scale, int64_t n,
-                   int64_t k, int64_t depth, bool halves, int added, const Factors& factors) {
+int64_t pack_bytes(const Folded& folded, int8_t* packed, float* scale, int64_t depth, int added) {
   static_assert(kBlock % Together == 0);
-  Memory memory;
-  Team team;
-#pragma omp parallel
-  {
-    const Member member(team);
-    PanelFactors on_panel;
-    memory.suffices([&] { on_panel.reserve(factors.rank); });
-    meet();
-    const int64_t panels = memory.ran_out() ? 0 : (n + kWidth - 1) / kWidth;
-#pragma omp for schedule(guided, 1) nowait
-    for (int64_t j = 0; j < panels; j++) {
-      const int64_t column = panel_column(j, n, halves);
-      const int64_t width = std::min<int64_t>(kWidth, n - column);
-      on_panel.take(factors, column, width);
-      const auto for_each_block = [&](const auto& act) {
-        for (int64_t first = 0; first < k; first += kBlock) {
-          alignas(64) float block[kBlock * kWidth];
-          const int64_t count = std::min(kBlock, k - first);
-          pack_block(weight + column * ldw + first, ldw, width, count, block);
-          add_factors(on_panel, first, count, block);
-          act(block, first, count);
-        }
-      };
-      // Twice through a panel, which stays near, rather than keep it: a base that is to be brought
-      // back must not hang on memory.
-      Largest largest;
-      for_each_block([&](const float* block, int64_t, int64_t count) { largest.look(block, count); });
-      for (int64_t c = 0; c < width; c++) scale[column + c] = largest.scale(c / kLanes)[c % kLanes];
-      if (!packed) continue;
-      for_each_block([&](const float* block, int64_t first, int64_t count) {
-        const int64_t last = first + kBlock < k ? count : depth - first;
-        put_bytes<Together>(block, count, last, added, largest,
-                            packed + (j * depth + first) * kWidth);
-      });
-    }
-    meet();
-  }
-  return memory.status();
+  return folded.for_each_panel([&](int64_t j, int64_t column, int64_t width,
+                                   const auto& for_each_block) {
+    // Twice through a panel, which stays near, rather than keep it: a base that is to be brought back
+    // must not hang on memory.
+    Largest largest;
+    for_each_block([&](const float* block, int64_t, int64_t count) { largest.look(block, count); });
+    for (int64_t c = 0; c < width; c++) scale[column + c] = largest.scale(c / kLanes)[c % kLanes];
+    if (!packed) return;
+    for_each_block([&](const float* block, int64_t first, int64_t count) {
+      const int64_t whole = first + kBlock < folded.k ? count : depth - first;
+      put_bytes<Together>(block, count, whole, added, largest,
+                          packed + (j * depth + first) * kWidth);
+    });
+  });
 }
 
 }  // namespace
@@ -318,30 +314,30 @@ int64_t dynamic_lora_gains_by_eight_bits() { return kMultipliesFours && !kMatrix
 int64_t dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,
                           int64_t halves, const float* a, int64_t lda, const float* b,
                           int64_t ldb, int64_t rank) {
-  return pack(weight, ldw, packed, n, k, k, halves, Factors{a, b, lda, ldb, rank});
+  return pack(Folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}}, packed, k);
 }
 
 // The same, rounded to bfloat16.
 int64_t dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, BFloat16* packed, int64_t n,
                                    int64_t k, int64_t halves, const float* a, int64_t lda,
                                    const float* b, int64_t ldb, int64_t rank) {
-  return pack(weight, ldw, packed, n, k, even(k), halves, Factors{a, b, lda, ldb, rank});
+  return pack(Folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}}, packed, even(k));
 }
 
 // The same in eight bits; scale [n] is written, too.
 int64_t dynamic_lora_pack_int8(const float* weight, int64_t ldw, int8_t* packed, float* scale,
                                int64_t n, int64_t k, int64_t halves, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int64_t rank) {
-  return pack_bytes<kBytesTogether>(weight, ldw, packed, scale, n, k, panel_depth(kBytes, k), halves,
-                                    0, Factors{a, b, lda, ldb, rank});
+  const Folded folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}};
+  return pack_bytes<kBytesTogether>(folded, packed, scale, panel_depth(kBytes, k), 0);
 }
 
 // The same beside inputs in eight bits.
 int64_t dynamic_lora_pack_w8a8(const float* weight, int64_t ldw, int8_t* packed, float* scale,
                                int64_t n, int64_t k, int64_t halves, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int64_t rank) {
-  return pack_bytes<4>(weight, ldw, packed, scale, n, k, panel_depth(kAllBytes, k), halves, kAdded,
-                       Factors{a, b, lda, ldb, rank});
+  const Folded folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}};
+  return pack_bytes<4>(folded, packed, scale, panel_depth(kAllBytes, k), kAdded);
 }
 
 // x [m, k], y [m, n], both dense. Returns what `Memory` says.

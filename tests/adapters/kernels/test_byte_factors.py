@@ -6,59 +6,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamic_lora_adapters.apply.products import ProductKind, obstacle
-from dynamic_lora_adapters.device.groups import GroupTerms, MemberTerms, ProjectionGroup
+from dynamic_lora_adapters.device.groups import GroupTerms, MemberTerms
 from dynamic_lora_adapters.device.slab import Slab
-from dynamic_lora_adapters.device.slab_layout import SlabLayout
 from dynamic_lora_adapters.kernels import REFERENCE, SlotFactors
 from dynamic_lora_adapters.kernels.byte_factors import rounded_to_bytes
 from dynamic_lora_adapters.kernels.factor_layout import FactorLayout, layout_for
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments
 from dynamic_lora_adapters.segments import Effect, Run
 from dynamic_lora_adapters.terms import LinearTerms
+from tests.support.factor_tables import (
+    Members,
+    factors_of,
+    group_of,
+    layout_of,
+    random_terms,
+    slab_of,
+    with_and_without_columns,
+)
 
 CPU = torch.device("cpu")
 REASON = obstacle(ProductKind.W8A8, torch.ones(8, 8))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-Members = list[tuple[int, int]]  # rank and width of each; rank 0: no factors
 members_of_any_size = st.lists(
     st.tuples(st.integers(0, 20), st.integers(1, 90)), min_size=1, max_size=3
 ).filter(lambda members: any(rank for rank, _ in members))
 
 
-def group_of(members: Members, in_features: int) -> ProjectionGroup:
-    names = tuple(str(number) for number in range(len(members)))
-    return ProjectionGroup(names, in_features, tuple(width for _, width in members))
+def bytes_of(adapters: list[MemberTerms]) -> Slab:
+    return slab_of(adapters, FactorLayout.BYTES, torch.uint8)
 
 
-def random_terms(members: Members, group: ProjectionGroup) -> MemberTerms:
-    def factors(rank: int, width: int) -> LinearTerms:
-        a = torch.randn(rank, group.in_features) / group.in_features**0.5
-        return LinearTerms(a=a, b=torch.randn(width, rank))
-
-    return MemberTerms(group, tuple(factors(r, w) if r else LinearTerms() for r, w in members))
-
-
-def slab_of(adapters: list[MemberTerms]) -> Slab:
-    group, shape = adapters[0].group, adapters[0].shape
-    layout = SlabLayout(
-        [group],
-        device=CPU,
-        dtype=torch.float32,
-        factor_dtype=torch.uint8,
-        layout=FactorLayout.BYTES,
-        num_slots=len(adapters),
-    )
-    slab = layout.new_slab(0, (shape,), len(adapters))
-    for table in (slab.a[0], slab.b[0]):
-        assert table is not None
-        table.fill_(255)  # as a scale no number: whatever is left of it shows
-    for slot, terms in enumerate(adapters):
-        terms.write(slab.terms(0, slot))
-    return slab
-
-
-def factors_of(terms: GroupTerms) -> tuple[torch.Tensor, torch.Tensor]:
+def both(terms: GroupTerms) -> tuple[torch.Tensor, torch.Tensor]:
     assert terms.a is not None and terms.b is not None
     return terms.a, terms.b
 
@@ -70,8 +49,8 @@ def test_each_rank_is_rounded_to_multiples_of_a_scale_of_its_own(
 ) -> None:
     group = group_of(members, in_features)
     terms = random_terms(members, group)
-    a, b = factors_of(terms.joined())
-    kept_a, kept_b = factors_of(slab_of([terms]).terms(0, 0).plain(group))
+    a, b = both(terms.joined())
+    kept_a, kept_b = both(bytes_of([terms]).terms(0, 0).plain(group))
     rank = len(a)
     assert not kept_a[rank:].any() and not kept_b[rank:].any()
     for exact, kept, largest in ((b, kept_b[:rank], 127), (a, kept_a[:rank], None)):
@@ -86,8 +65,8 @@ def test_each_rank_is_rounded_to_multiples_of_a_scale_of_its_own(
 def test_what_a_check_reckons_with_is_what_a_slot_holds() -> None:
     group = group_of([(12, 60)], 100)
     terms = random_terms([(12, 60)], group)
-    a, b = factors_of(terms.joined())
-    kept_a, kept_b = factors_of(slab_of([terms]).terms(0, 0).plain(group))
+    a, b = both(terms.joined())
+    kept_a, kept_b = both(bytes_of([terms]).terms(0, 0).plain(group))
     rounded_a, rounded_b = rounded_to_bytes(a, b.T)
     # A number half way between two multiples may go to either.
     torch.testing.assert_close(kept_a.T @ kept_b, (rounded_b @ rounded_a).T, rtol=0, atol=0.02)
@@ -96,7 +75,7 @@ def test_what_a_check_reckons_with_is_what_a_slot_holds() -> None:
 def test_ranks_of_zeros_stay_so() -> None:
     group = group_of([(3, 20)], 10)
     terms = MemberTerms(group, (LinearTerms(a=torch.zeros(3, 10), b=torch.ones(20, 3)),))
-    kept_a, _ = factors_of(slab_of([terms]).terms(0, 0).plain(group))
+    kept_a, _ = both(bytes_of([terms]).terms(0, 0).plain(group))
     assert not kept_a.any()
     a, b = rounded_to_bytes(torch.zeros(3, 10), torch.zeros(20, 3))
     assert not a.any() and not b.any()
@@ -115,8 +94,8 @@ def test_products_add_what_the_reference_does(
 ) -> None:
     """But for what is rounded to eight bits: the inputs, and what they are shrunk to."""
     group = group_of(members, in_features)
-    slab = slab_of([random_terms(members, group) for _ in lengths])
-    kept = [factors_of(slab.terms(0, slot).plain(group)) for slot in range(len(lengths))]
+    slab = bytes_of([random_terms(members, group) for _ in lengths])
+    kept = [both(slab.terms(0, slot).plain(group)) for slot in range(len(lengths))]
     a, b = (torch.stack(factors) for factors in zip(*kept, strict=True))
     run = Run(slab, 0, 0, lengths, effect=Effect.UNDO if undone else Effect.APPLY)
     x = torch.randn(sum(lengths), in_features)
@@ -124,9 +103,7 @@ def test_products_add_what_the_reference_does(
     out = wide[:, : group.out_features]
     expected, behind = out.clone(), wide[:, group.out_features :].clone()
     REFERENCE(expected, x, SlotFactors(a, b), run)
-    factors = slab.factors(0, run.slots)
-    assert factors is not None
-    NativeSegments()(out, x, factors, run)
+    NativeSegments()(out, x, factors_of(slab, run), run)
     assert bool((((out - expected).abs()) <= most_lost(x, a, b) + 1e-5).all())
     assert torch.equal(wide[:, group.out_features :], behind)
 
@@ -149,29 +126,20 @@ def test_members_lose_nothing_to_one_that_is_far_larger(ranks: tuple[int, ...]) 
     large, *others = terms.members
     assert large.b is not None
     terms = MemberTerms(group, (LinearTerms(a=large.a, b=large.b * 1e5), *others))
-    slab = slab_of([terms])
-    a, b = factors_of(terms.joined())
+    slab = bytes_of([terms])
+    a, b = both(terms.joined())
     x = torch.randn(30, 96)
     out, expected = torch.zeros(30, 88), x @ a.T @ b
     run = Run(slab, 0, 0, [30])
-    factors = slab.factors(0, run.slots)
-    assert factors is not None
-    NativeSegments()(out, x, factors, run)
+    NativeSegments()(out, x, factors_of(slab, run), run)
     for got, wanted in zip(out.split(widths, 1), expected.split(widths, 1), strict=True):
         assert float((got - wanted).abs().max() / wanted.abs().max()) < 0.03
 
 
 def test_columns_that_are_not_known_may_be_anywhere() -> None:
     group = group_of([(8, 40)], 48)
-    slab = slab_of([random_terms([(8, 40)], group)])
-    run = Run(slab, 0, 0, [20])
-    x, out = torch.randn(20, 48), torch.zeros(20, 40)
-    factors = slab.factors(0, run.slots)
-    assert factors is not None
-    same = out.clone()
-    NativeSegments()(out, x, factors, run)
-    NativeSegments()(same, x, factors._replace(columns=None), run)
-    assert torch.equal(out, same) and bool(out.any())
+    known, unknown = with_and_without_columns(bytes_of([random_terms([(8, 40)], group)]))
+    assert torch.equal(known, unknown) and bool(known.any())
 
 
 def test_they_lie_in_bytes_wherever_they_are_in_eight_bits() -> None:
@@ -185,17 +153,10 @@ def test_they_lie_in_bytes_wherever_they_are_in_eight_bits() -> None:
 )
 def test_nothing_else_is_laid_out_so(dtype: torch.dtype, layout: FactorLayout) -> None:
     with pytest.raises(AssertionError):
-        SlabLayout(
-            [group_of([(8, 16)], 32)],
-            device=CPU,
-            dtype=torch.float32,
-            factor_dtype=dtype,
-            layout=layout,
-            num_slots=1,
-        )
+        layout_of(group_of([(8, 16)], 32), layout, dtype)
 
 
 def test_whole_tiles_are_counted() -> None:
     group = group_of([(5, 17)], 33)
-    slab = slab_of([random_terms([(5, 17)], group)])
+    slab = bytes_of([random_terms([(5, 17)], group)])
     assert slab.num_bytes == 16 * (36 + 4 + 32)

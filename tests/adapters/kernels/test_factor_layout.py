@@ -7,64 +7,42 @@ from hypothesis import strategies as st
 
 from dynamic_lora_adapters.device.groups import GroupTerms, MemberTerms, ProjectionGroup
 from dynamic_lora_adapters.device.slab import Slab
-from dynamic_lora_adapters.device.slab_layout import SlabLayout
 from dynamic_lora_adapters.kernels import REFERENCE, SlotFactors
 from dynamic_lora_adapters.kernels.factor_layout import FactorLayout, layout_for
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments, reads_tiles
 from dynamic_lora_adapters.segments import Effect, Run
-from dynamic_lora_adapters.terms import LinearTerms
+from tests.support.factor_tables import (
+    Members,
+    factors_of,
+    group_of,
+    layout_of,
+    random_terms,
+    slab_of,
+    with_and_without_columns,
+)
 
 CPU = torch.device("cpu")
-Members = list[tuple[int, int]]  # rank and width of each; rank 0: no factors
-
 needs_unit = pytest.mark.skipif(not reads_tiles(), reason="this processor has no matrix unit (AMX)")
 members_of_any_size = st.lists(
     st.tuples(st.integers(0, 20), st.integers(1, 90)), min_size=1, max_size=3
 )
 
 
-def group_of(members: Members, in_features: int) -> ProjectionGroup:
-    names = tuple(str(number) for number in range(len(members)))
-    return ProjectionGroup(names, in_features, tuple(width for _, width in members))
+def tables_of(adapters: list[MemberTerms], layout: FactorLayout) -> Slab:
+    return slab_of(adapters, layout, torch.bfloat16)
 
 
-def random_terms(members: Members, group: ProjectionGroup) -> MemberTerms:
-    """Numbers that bfloat16 holds exactly."""
-
-    def factors(rank: int, width: int) -> LinearTerms:
-        a = torch.randn(rank, group.in_features) / group.in_features**0.5
-        b = torch.randn(width, rank)
-        return LinearTerms(a=a.bfloat16().float(), b=b.bfloat16().float())
-
-    return MemberTerms(group, tuple(factors(r, w) if r else LinearTerms() for r, w in members))
-
-
-def slab_of(adapters: list[MemberTerms], layout: FactorLayout) -> Slab:
-    group, shape = adapters[0].group, adapters[0].shape
-    made = SlabLayout(
-        [group],
-        device=CPU,
-        dtype=torch.float32,
-        factor_dtype=torch.bfloat16,
-        layout=layout,
-        num_slots=len(adapters),
-    )
-    slab = made.new_slab(0, (shape,), len(adapters))
-    for table in (slab.a[0], slab.b[0]):
-        if table is not None:
-            table.fill_(torch.nan)  # whatever is left of it shows
-    for slot, terms in enumerate(adapters):
-        terms.write(slab.terms(0, slot))
-    return slab
+def exact_terms(members: Members, group: ProjectionGroup) -> MemberTerms:
+    return random_terms(members, group, torch.bfloat16)
 
 
 @given(members=members_of_any_size, in_features=st.integers(1, 70))
 @settings(deadline=None)
 def test_tiles_give_back_what_was_written(members: Members, in_features: int) -> None:
     group = group_of(members, in_features)
-    terms = random_terms(members, group)
+    terms = exact_terms(members, group)
     tiles, rows = (
-        slab_of([terms], layout).terms(0, 0).plain(group)
+        tables_of([terms], layout).terms(0, 0).plain(group)
         for layout in (FactorLayout.TILES, FactorLayout.ROWS)
     )
     assert isinstance(tiles, GroupTerms)
@@ -87,7 +65,7 @@ def test_the_matrix_unit_adds_what_the_reference_does(
 ) -> None:
     """But for what is rounded to bfloat16: the inputs, here exact, and what they are shrunk to."""
     group = group_of(members, in_features)
-    slab = slab_of([random_terms(members, group) for _ in lengths], FactorLayout.TILES)
+    slab = tables_of([exact_terms(members, group) for _ in lengths], FactorLayout.TILES)
     plain = [slab.terms(0, slot).plain(group) for slot in range(len(lengths))]
     run = Run(slab, 0, 0, lengths, effect=Effect.UNDO if undone else Effect.APPLY)
     x = torch.randn(sum(lengths), in_features).bfloat16().float()
@@ -97,9 +75,7 @@ def test_the_matrix_unit_adds_what_the_reference_does(
     a = torch.stack([terms.a for terms in plain if terms.a is not None]).float()
     b = torch.stack([terms.b for terms in plain if terms.b is not None]).float()
     REFERENCE(expected, x, SlotFactors(a, b), run)
-    factors = slab.factors(0, run.slots)
-    assert factors is not None
-    NativeSegments()(out, x, factors, run)
+    NativeSegments()(out, x, factors_of(slab, run), run)
     largest = (x.abs() @ a.abs().amax(0).T @ b.abs().amax(0)).amax()
     torch.testing.assert_close(out, expected, rtol=0, atol=float(2**-8 * largest) + 1e-5)
     assert torch.equal(wide[:, group.out_features :], behind)
@@ -108,15 +84,9 @@ def test_the_matrix_unit_adds_what_the_reference_does(
 @needs_unit
 def test_columns_that_are_not_known_may_be_anywhere() -> None:
     group = group_of([(8, 40)], 48)
-    slab = slab_of([random_terms([(8, 40)], group)], FactorLayout.TILES)
-    run = Run(slab, 0, 0, [20])
-    x, out = torch.randn(20, 48), torch.zeros(20, 40)
-    factors = slab.factors(0, run.slots)
-    assert factors is not None
-    same = out.clone()
-    NativeSegments()(out, x, factors, run)
-    NativeSegments()(same, x, factors._replace(columns=None), run)
-    assert torch.equal(out, same) and bool(out.any())
+    slab = tables_of([exact_terms([(8, 40)], group)], FactorLayout.TILES)
+    known, unknown = with_and_without_columns(slab)
+    assert torch.equal(known, unknown) and bool(known.any())
 
 
 def test_factors_lie_as_what_reads_them_wants_them() -> None:
@@ -129,17 +99,10 @@ def test_factors_lie_as_what_reads_them_wants_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_tiles_are_of_bfloat16_alone(dtype: torch.dtype) -> None:
     with pytest.raises(AssertionError):
-        SlabLayout(
-            [group_of([(8, 16)], 32)],
-            device=CPU,
-            dtype=torch.float32,
-            factor_dtype=dtype,
-            layout=FactorLayout.TILES,
-            num_slots=1,
-        )
+        layout_of(group_of([(8, 16)], 32), FactorLayout.TILES, dtype)
 
 
 def test_whole_tiles_are_counted() -> None:
     group = group_of([(5, 17)], 33)
-    slab = slab_of([random_terms([(5, 17)], group)], FactorLayout.TILES)
+    slab = tables_of([exact_terms([(5, 17)], group)], FactorLayout.TILES)
     assert slab.num_bytes == 8 * (64 + 32) * 2

@@ -25,6 +25,10 @@ def test_keys_are_cut_only_where_that_is_right(takes_splits: bool) -> None:
 class RightKernel:
     """Attends to pages as torch's is to: token by token, with those of plain operations."""
 
+    sees_the_next = False
+    sees_beyond_windows = False
+    writes_all = True
+
     def __init__(self, tables: PagedTables) -> None:
         self.tables = tables
 
@@ -36,59 +40,36 @@ class RightKernel:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        tables, out = self.tables, torch.empty_like(q)
-        row = 0
+        tables = self.tables
+        rows: list[torch.Tensor] = []
         for number, length in enumerate(tables.cumulative.diff().tolist()):
             for new in range(length):
+                hidden = 0 if self.sees_the_next else length - new - 1
                 one = replace(
                     tables,
                     cumulative=tables.cumulative[:2],
-                    used=tables.used[number : number + 1] - length + new + 1,
+                    used=tables.used[number : number + 1] - hidden,
                     block_table=tables.block_table[number : number + 1],
                 )
-                found = GatheredPages(one)(q[row : row + 1], keys, values, scaling, window)
-                out[row] = found[0]
-                row += 1
-        return out
+                own = q[len(rows) : len(rows) + 1]
+                seen = None if self.sees_beyond_windows else window
+                row = GatheredPages(one)(own, keys, values, scaling, seen)
+                rows.append(row if self.writes_all or number == 0 else 0 * row)
+        return torch.cat(rows)
 
 
 class FirstSequenceAlone(RightKernel):
-    """Leaves the rows of all other sequences as they were (pytorch#194167)."""
+    """pytorch#194167."""
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        out = super().__call__(q, keys, values, scaling, window)
-        out[int(self.tables.cumulative[1]) :] = 0
-        return out
+    writes_all = False
 
 
-class SeesAll(RightKernel):
-    """Takes no notice of windows."""
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        del window
-        return super().__call__(q, keys, values, scaling, None)
+class SeesBeyondWindows(RightKernel):
+    sees_beyond_windows = True
 
 
 class SeesTheNext(RightKernel):
-    """Has a token see the one that comes with it, too."""
-
-    def __init__(self, tables: PagedTables) -> None:
-        ahead = tables.cumulative.diff() - 1
-        super().__init__(replace(tables, used=tables.used + ahead))
+    sees_the_next = True
 
 
 def test_a_right_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +77,7 @@ def test_a_right_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paged._runs.__wrapped__(CPU)
 
 
-@pytest.mark.parametrize("wrong", [FirstSequenceAlone, SeesAll, SeesTheNext])
+@pytest.mark.parametrize("wrong", [FirstSequenceAlone, SeesBeyondWindows, SeesTheNext])
 def test_a_wrong_kernel_is_told_of(
     wrong: type[RightKernel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
