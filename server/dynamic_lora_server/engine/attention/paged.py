@@ -22,8 +22,8 @@ LARGEST_HEAD = 256  # that it takes
 def paged_kernel_available(device: torch.device, head_dim: int = LARGEST_HEAD) -> bool:
     """Whether this torch can attend to pages through a block table on this device.
 
-    `varlen_attn` takes `block_table` and `seqused_k` from torch 2.12 on, and not every processor
-    is one for it. So it is tried once; where it does not do, pages are gathered instead.
+    `varlen_attn` takes `block_table` and `seqused_k` from torch 2.12 on, and not every GPU runs
+    it. So it is tried once; where it fails or is wrong, pages are gathered instead.
     """
     if device.type != "cuda" or head_dim > LARGEST_HEAD:
         return False
