@@ -90,7 +90,7 @@ struct ByteTiles {
       four_tile<Rows, kByteVecs>(copies_.bytes.data() + row * ldx, ldx,
                                  copies_.scales.data() + row * groups,
                                  copies_.starts.data() + row * groups, groups, factors,
-                                 whole_fours(in_), true, sums, kRanks, {ahead, kRanks * 2});
+                                 whole_fours(in_), true, sums, {ahead, kRanks * 4});
       const auto* scales = reinterpret_cast<const float*>(tile);
       for (int r = 0; r < Rows; r++) {
         float* own = sums + r * kRanks;

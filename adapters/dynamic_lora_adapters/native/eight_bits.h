@@ -20,6 +20,7 @@ namespace dynamic_lora {
 
 constexpr int64_t kFewInputs = 64;  // that share a scale
 constexpr int kAdded = 128;         // to a weight
+constexpr int kFourRows = kLanes == 16 ? 7 : 6;  // sums fit into 32 registers beside a group's
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
 constexpr bool kMultipliesFours = true;
 #else
@@ -85,37 +86,48 @@ inline IntVec dot_fours(IntVec sums, const Fours& weights, const Fours& inputs) 
 
 #endif
 
-// Adds x [Rows, depth] times a panel [depth / 4, Vecs * kLanes, 4] to y, or, where that is `fresh`,
-// writes it there.
+// Adds x [Rows, depth] times a panel [depth / 4, Vecs * kLanes, 4] to y [Rows, Vecs * kLanes], or,
+// where that is `fresh`, writes it there. `ahead` goes on with each four inputs.
 template <int Rows, int Vecs>
 __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const float* scales,
                                          const int32_t* starts, int64_t groups,
                                          const uint8_t* panel, int64_t depth, bool fresh, float* y,
-                                         int64_t ldy, Ahead ahead) {
+                                         Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
+  const bool often = ahead.often();
+  TileRows<Rows, int8_t> rows(x, ldx);
+  Vec sums[Rows][Vecs];
+  begin_sums(fresh, y, kWide, sums);
   for (int64_t first = 0; first < depth; first += kFewInputs, scales++, starts++) {
-    IntVec sums[Rows][Vecs];
+    IntVec own[Rows][Vecs];
     UNROLL
     for (int r = 0; r < Rows; r++) {
       UNROLL
-      for (int v = 0; v < Vecs; v++) sums[r][v] = starts[r * groups] - IntVec{};
+      for (int v = 0; v < Vecs; v++) own[r][v] = starts[r * groups] - IntVec{};
     }
-    const int64_t stop = std::min(first + kFewInputs, depth);
-    for (int64_t i = first; i < stop; i += 4) {
+    // Multiplies the four inputs behind so many fours.
+    const auto multiply = [&](int fours) __attribute__((always_inline)) {
       Fours weights[Vecs];
       UNROLL
-      for (int v = 0; v < Vecs; v++) weights[v] = four_weights(panel + i * kWide + v * 4 * kLanes);
+      for (int v = 0; v < Vecs; v++)
+        weights[v] = four_weights(panel + (fours * kWide + v * kLanes) * 4);
       UNROLL
       for (int r = 0; r < Rows; r++) {
-        const Fours inputs = every_four(x + r * ldx + i);
+        const Fours inputs = every_four(rows.at(r) + 4 * fours);
         UNROLL
-        for (int v = 0; v < Vecs; v++) sums[r][v] = dot_fours(sums[r][v], weights[v], inputs);
+        for (int v = 0; v < Vecs; v++) own[r][v] = dot_fours(own[r][v], weights[v], inputs);
       }
-      ahead.ask();
-      ahead.ask();
-    }
-    add_scaled(sums, scales, groups, fresh && first == 0, y, ldy);
+      if (often) ahead.ask();
+    };
+    const auto go_on = [&](int fours) __attribute__((always_inline)) {
+      rows.go_on(4 * fours);
+      panel = held(panel + fours * kWide * 4);
+      if (!often) ahead.ask_further(fours);
+    };
+    step_together(std::min(kFewInputs, depth - first) / 4, multiply, go_on);
+    scale_sums(own, scales, groups, sums);
   }
+  end_sums(sums, y, kWide);
 }
 
 // Has room for rows [rows, k] in eight bits.

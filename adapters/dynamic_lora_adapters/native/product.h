@@ -181,6 +181,11 @@ struct InRegisters {
   struct Scope {};
 };
 
+// The same where the sums of a group of inputs are kept beside those of all groups.
+struct ByGroups : InRegisters {
+  static constexpr int64_t kRows = kFourRows;
+};
+
 // The same for weights that are multiplied as they are read.
 struct AsFloats : InRegisters {
   static constexpr int64_t kRows = kFloatRows, kSharing = kLanes == 16 ? 4 : 1;
@@ -262,7 +267,7 @@ struct ByteInputs {
 // x [m, k] in eight bits, for panels of fours of weights in eight; `whole`: behind its rows those
 // of what rounding has left.
 struct EightBitInputs {
-  using Way = InRegisters;
+  using Way = ByGroups;
   using Weight = uint8_t;
   static constexpr int64_t kSlice = INT64_MAX / 2;  // all inputs: a panel is small
   const InputCopies& copies;
@@ -273,18 +278,18 @@ struct EightBitInputs {
 
   void add(int64_t rows, int64_t row, int64_t, const uint8_t* panel, int64_t depth, float* sums,
            Ahead ahead) const {
-    add_rows(rows, row, panel, depth, true, sums, {ahead.line, 2 * ahead.step});
+    add_rows(rows, row, panel, depth, true, sums, {ahead.line, 4 * ahead.step});
     if (batch.whole) add_rows(rows, batch.rows + row, panel, depth, false, sums, {ahead.line, 0});
   }
 
   void add_rows(int64_t rows, int64_t row, const uint8_t* panel, int64_t depth, bool fresh,
                 float* sums, Ahead ahead) const {
     const int64_t groups = few_groups(k), ldx = row_stride<int8_t>(k);
-    with_rows<kTileRows>(rows, [&](auto count) {
+    with_rows<kFourRows>(rows, [&](auto count) {
       four_tile<count(), kPanelVecs>(copies.bytes.data() + row * ldx, ldx,
                                      copies.scales.data() + row * groups,
                                      copies.starts.data() + row * groups, groups, panel, depth,
-                                     fresh, sums, kWidth, ahead);
+                                     fresh, sums, ahead);
     });
   }
 };

@@ -112,6 +112,19 @@ inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
 #endif
 }
 
+// Adds integers, times the scale of their row, to sums.
+template <int Rows, int Vecs>
+inline void scale_sums(const IntVec (&integers)[Rows][Vecs], const float* scales, int64_t groups,
+                       Vec (&sums)[Rows][Vecs]) {
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
+    const Vec scale = all(scales[r * groups]);
+    UNROLL
+    for (int v = 0; v < Vecs; v++)
+      sums[r][v] = fused(__builtin_convertvector(integers[r][v], Vec), scale, sums[r][v]);
+  }
+}
+
 // Adds sums, times the scale of their row, to y, or, where that is `fresh`, writes them there.
 template <int Rows, int Vecs>
 inline void add_scaled(const IntVec (&sums)[Rows][Vecs], const float* scales, int64_t groups,
@@ -135,24 +148,32 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const fl
                                          int64_t groups, const int8_t* panel, int64_t depth,
                                          bool fresh, float* y, int64_t ldy, Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
+  const bool often = ahead.often();
+  TileRows<Rows, int16_t> rows(x, ldx);
   IntVec sums[Rows][Vecs];
   UNROLL
   for (int r = 0; r < Rows; r++) {
     UNROLL
     for (int v = 0; v < Vecs; v++) sums[r][v] = IntVec{};
   }
-  for (int64_t i = 0; i < depth; i += 2) {
+  // Multiplies the pair of inputs behind so many pairs.
+  const auto multiply = [&](int before) __attribute__((always_inline)) {
     PairVec weights[Vecs];
     UNROLL
-    for (int v = 0; v < Vecs; v++) weights[v] = pairs(panel + i * kWide + v * 2 * kLanes);
+    for (int v = 0; v < Vecs; v++) weights[v] = pairs(panel + (before * kWide + v * kLanes) * 2);
     UNROLL
     for (int r = 0; r < Rows; r++) {
-      const PairVec inputs = every(x + r * ldx + i);
+      const PairVec inputs = every(rows.at(r) + 2 * before);
       UNROLL
       for (int v = 0; v < Vecs; v++) sums[r][v] = dot(sums[r][v], weights[v], inputs);
     }
-    ahead.ask();
-  }
+    if (often) ahead.ask();
+  };
+  step_together(depth / 2, multiply, [&](int pairs) __attribute__((always_inline)) {
+    rows.go_on(2 * pairs);
+    panel = held(panel + pairs * kWide * 2);
+    if (!often) ahead.ask_further(pairs);
+  });
   add_scaled(sums, scales, groups, fresh, y, ldy);
 }
 

@@ -86,6 +86,17 @@ struct Ahead {
     __builtin_prefetch(line + further, 0, 2);
     ask();
   }
+
+  // Whether each iteration has a line to ask for.
+  bool often() const { return step >= kLineBytes; }
+
+  // For so many iterations at a time, into the second-level cache: of a short step not every
+  // iteration needs a line, and each that is asked for costs it something.
+  void ask_further(int64_t iterations) {
+    for (int64_t place = 0; place < iterations * step; place += kLineBytes)
+      __builtin_prefetch(line + place, 0, 2);
+    line += iterations * step;
+  }
 };
 
 // The value in a register: GCC would rather read it from memory again for each use.
@@ -95,6 +106,53 @@ inline Any held(Any v) {
   asm("" : "+v"(v));
 #endif
   return v;
+}
+
+template <typename Any>
+inline Any* held(Any* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// The rows of a tile, a stride apart, by a pointer to every third of them: as many as there are rows
+// do not fit the registers, and an address may have the stride or twice it added.
+template <int Rows, typename Element>
+class TileRows {
+ public:
+  TileRows(const Element* first, int64_t stride) : stride_(stride) {
+    UNROLL
+    for (int i = 0; i < kPointers; i++) thirds_[i] = first + 3 * i * stride;
+  }
+
+  const Element* at(int row) const { return thirds_[row / 3] + row % 3 * stride_; }
+
+  void go_on(int64_t elements) {
+    UNROLL
+    for (int i = 0; i < kPointers; i++) thirds_[i] = held(thirds_[i] + elements);
+  }
+
+ private:
+  static constexpr int kPointers = (Rows + 2) / 3;
+  const Element* thirds_[kPointers];
+  int64_t stride_;
+};
+
+constexpr int kTogether = 4;  // steps of a tile's loop that follow each other without a test
+
+// Calls `step` with 0, 1, 2 and so on, up to kTogether - 1, and `go_on` behind them with their number,
+// until there were `count` steps.
+template <typename Step, typename GoOn>
+inline __attribute__((always_inline)) void step_together(int64_t count, const Step& step,
+                                                         const GoOn& go_on) {
+  for (; count >= kTogether; count -= kTogether) {
+    UNROLL
+    for (int n = 0; n < kTogether; n++) step(n);
+    go_on(kTogether);
+  }
+  for (; count > 0; count--) {
+    step(0);
+    go_on(1);
+  }
 }
 
 // Sums of a tile that go on from those in y [Rows, ldy], or, where that is `fresh`, from nothing.
