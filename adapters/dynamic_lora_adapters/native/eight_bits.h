@@ -21,6 +21,7 @@ namespace dynamic_lora {
 constexpr int64_t kFewInputs = 64;  // that share a scale
 constexpr int kAdded = 128;         // to a weight
 constexpr int kFourRows = kLanes == 16 ? 7 : 6;  // sums fit into 32 registers beside a group's
+constexpr int kFewSums = 8;         // that wait for each other: two of each keep the processor busy
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
 constexpr bool kMultipliesFours = true;
 #else
@@ -94,16 +95,21 @@ __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const flo
                                          const uint8_t* panel, int64_t depth, bool fresh, float* y,
                                          Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
+  constexpr int kChains = Rows * Vecs <= kFewSums ? 2 : 1;
   const bool often = ahead.often();
   TileRows<Rows, int8_t> rows(x, ldx);
   Vec sums[Rows][Vecs];
   begin_sums(fresh, y, kWide, sums);
   for (int64_t first = 0; first < depth; first += kFewInputs, scales++, starts++) {
-    IntVec own[Rows][Vecs];
+    IntVec own[kChains][Rows][Vecs];
     UNROLL
     for (int r = 0; r < Rows; r++) {
       UNROLL
-      for (int v = 0; v < Vecs; v++) own[r][v] = starts[r * groups] - IntVec{};
+      for (int v = 0; v < Vecs; v++) {
+        own[0][r][v] = starts[r * groups] - IntVec{};
+        UNROLL
+        for (int c = 1; c < kChains; c++) own[c][r][v] = IntVec{};
+      }
     }
     // Multiplies the four inputs behind so many fours.
     const auto multiply = [&](int fours) __attribute__((always_inline)) {
@@ -115,7 +121,10 @@ __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const flo
       for (int r = 0; r < Rows; r++) {
         const Fours inputs = every_four(rows.at(r) + 4 * fours);
         UNROLL
-        for (int v = 0; v < Vecs; v++) own[r][v] = dot_fours(own[r][v], weights[v], inputs);
+        for (int v = 0; v < Vecs; v++) {
+          IntVec& sum = own[fours % kChains][r][v];
+          sum = dot_fours(sum, weights[v], inputs);
+        }
       }
       if (often) ahead.ask();
     };
@@ -125,7 +134,14 @@ __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const flo
       if (!often) ahead.ask_further(fours);
     };
     step_together(std::min(kFewInputs, depth - first) / 4, multiply, go_on);
-    scale_sums(own, scales, groups, sums);
+    if constexpr (kChains == 2) {
+      UNROLL
+      for (int r = 0; r < Rows; r++) {
+        UNROLL
+        for (int v = 0; v < Vecs; v++) own[0][r][v] += own[1][r][v];
+      }
+    }
+    scale_sums(own[0], scales, groups, sums);
   }
   end_sums(sums, y, kWide);
 }
