@@ -1,6 +1,6 @@
 """Which rows of a batch belong to which adapter slot, computed once per step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -143,7 +143,7 @@ class DeltaPlan:
     @classmethod
     def of(
         cls,
-        rows: Sequence[tuple["ResidentAdapter | None", int]],
+        rows: Iterable[tuple["ResidentAdapter | None", int]],
         merged: "ResidentAdapter | None" = None,
     ) -> "DeltaPlan":
         """Plan for consecutive pieces `(adapter, number of rows)` of a batch.
@@ -184,13 +184,11 @@ def _extend(
     if (
         last is not None
         and last.slab is adapter.slab
-        and last.rows.stop == start
+        and last.row_start + last.num_rows == start
         and last.effect is effect
     ):
-        if adapter.slot == last.slots.stop - 1:
-            last.extend(num_rows, next_slot=False)
-            return
-        if adapter.slot == last.slots.stop:
-            last.extend(num_rows, next_slot=True)
+        behind = last.slot_start + last.num_slots
+        if adapter.slot in (behind - 1, behind):
+            last.extend(num_rows, next_slot=adapter.slot == behind)
             return
     runs.append(Run(adapter.slab, adapter.slot, start, [num_rows], effect=effect))

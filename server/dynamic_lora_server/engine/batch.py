@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -11,6 +12,9 @@ from dynamic_lora_adapters.segments import DeltaPlan, slot_order
 from dynamic_lora_adapters.transfer import to_device
 from dynamic_lora_server.engine.sampling.unread import UnreadTokens
 from dynamic_lora_server.engine.scheduler import Piece
+
+# Neighbouring rows, and whose they are; None is the base.
+_Owners = list[tuple[ResidentAdapter | None, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Batch:
         sequences whose last one is not read yet.
         """
         ordered = sorted(pieces, key=lambda piece: slot_order(piece.sequence.adapter, merged))
-        owners = [owner for piece in ordered for owner in _owners(piece)]
+        owners = [_owners(piece) for piece in ordered]
         scored = [piece for piece in ordered if piece.num_scored]
         tokens: list[int] = []
         positions: list[int] = []
@@ -104,33 +108,35 @@ class Batch:
             position_ids=to_device([positions], device),
             cells=to_device(cells, device),
             logit_rows=to_device(logit_rows, device, torch.long),
-            plan=DeltaPlan.of(owners, merged),
+            plan=DeltaPlan.of(chain.from_iterable(owners), merged),
             head_plan=DeltaPlan.of(
-                [owner for piece in scored for owner in _owners_of_scored(piece)], merged
+                chain.from_iterable(map(_owners_of_scored, ordered, owners)), merged
             ),
             segments=_segments(ordered, spans),
         )
 
 
-def _owners(piece: Piece) -> list[tuple[ResidentAdapter | None, int]]:
+def _owners(piece: Piece) -> _Owners:
     """Who acts on the piece's rows: the base before the adapter's invocation, then the adapter."""
     sequence = piece.sequence
     idle = min(max(sequence.active_from - sequence.num_computed, 0), piece.num_tokens)
-    owners: list[tuple[ResidentAdapter | None, int]] = [(None, idle)] if idle else []
+    owners: _Owners = [(None, idle)] if idle else []
     if idle < piece.num_tokens:
         owners.append((sequence.adapter, piece.num_tokens - idle))
     return owners
 
 
-def _owners_of_scored(piece: Piece) -> list[tuple[ResidentAdapter | None, int]]:
+def _owners_of_scored(piece: Piece, owners: _Owners) -> _Owners:
     """The same for the rows at its end whose logits are needed."""
-    owners: list[tuple[ResidentAdapter | None, int]] = []
     left = piece.num_scored
-    for owner, count in reversed(_owners(piece)):
+    if left == piece.num_tokens:
+        return owners
+    scored: _Owners = []
+    for owner, count in reversed(owners):
         if min(count, left):
-            owners.insert(0, (owner, min(count, left)))
+            scored.insert(0, (owner, min(count, left)))
         left -= min(count, left)
-    return owners
+    return scored
 
 
 def _segments(pieces: Seq[Piece], spans: Seq[Span]) -> tuple[RowSegment, ...]:

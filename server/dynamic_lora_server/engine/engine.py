@@ -171,7 +171,7 @@ class Engine:
     @property
     def on_host(self) -> bool:
         """Whether steps are computed by the processor."""
-        return self.runner.model.device.type == "cpu"
+        return self.runner.cache.device.type == "cpu"
 
     @property
     def has_work(self) -> bool:
@@ -234,7 +234,7 @@ class Engine:
             before_compute()
             self.runner.cache.copy(copies)
         first_rows, told, choice = self._run(pieces, unread, before_compute)
-        wait = milestone(self.runner.model.device)
+        wait = milestone(self.runner.cache.device)
         for piece in pieces:
             self.scheduler.begin(piece, lasting=self.runner.lasts(piece.sequence))
         return _StepUnderway(

@@ -119,7 +119,7 @@ class ModelRunner:
         greedy_only: GreedyOnly | None,
         before_compute: Callable[[], object],
     ) -> tuple[Seq[Piece], torch.Tensor | Highest]:
-        batch = Batch.build(pieces, self.model.device, self.merger.merged, unread)
+        batch = Batch.build(pieces, self.cache.device, self.merger.merged, unread)
         self._write_given(pieces)
         self.site.plan = self.chooser.assign(batch.plan)
         self.site.head_plan = self.chooser.assign(batch.head_plan)
@@ -153,7 +153,7 @@ class ModelRunner:
             if prompt is None or not prompt.keys or sequence.num_computed != prompt.num_tokens:
                 continue
             assert sequence.allocation is not None
-            cells = to_device(sequence.allocation.cells(0, prompt.num_tokens), self.model.device)
+            cells = to_device(sequence.allocation.cells(0, prompt.num_tokens), self.cache.device)
             for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
                 self.cache.write(layer, cells, keys, values)
 
@@ -164,9 +164,8 @@ class ModelRunner:
 
     def _paged_kernel(self, batch: Batch) -> PagedKernel | None:
         # The kernel takes no float32.
-        fits = self.model.dtype in (torch.float16, torch.bfloat16)
-        if not (self.paged and fits):
+        if not self.paged or self.model.dtype not in (torch.float16, torch.bfloat16):
             return None
-        if not paged_kernel_available(self.model.device, self.head_dim):
+        if not paged_kernel_available(self.cache.device, self.head_dim):
             return None
-        return PagedKernel(PagedTables.of(batch.spans, self.model.device))
+        return PagedKernel(PagedTables.of(batch.spans, self.cache.device))

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dynamic_lora_server.engine.drafting.drafts import Draft, Drafter, DraftStats
 from dynamic_lora_server.engine.kv.prefix_cache import CellCopy, PrefixCache, PrefixStats
@@ -16,48 +16,37 @@ from dynamic_lora_server.generation import FinishReason
 _MAX_SCORED = 128
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """The next `num_pending` tokens of a sequence, and behind its last one those of a `draft`.
 
-    Only a piece that `samples` has a draft.
+    Only a piece that `samples` has a draft: the model's answer to its last pending token is the
+    next token. It takes `num_tokens` rows in its step. Of `num_sampled` it is asked what comes
+    next: of the last pending token's, and of those of the draft. Before these are the rows that
+    precede `told_ids`, the tokens of the prompt whose log-probabilities are wanted. `num_scored`
+    are both.
     """
 
     sequence: Sequence
     num_pending: int
     draft: Draft = ()
+    # Reckoned once: a step asks for them often, and, once it has begun, less of the sequence pends.
+    samples: bool = field(init=False)
+    num_tokens: int = field(init=False)
+    num_sampled: int = field(init=False)
+    told_ids: tuple[int, ...] = field(init=False, default=())
+    num_scored: int = field(init=False)
 
-    @property
-    def num_tokens(self) -> int:
-        """Token rows that the piece takes in the step."""
-        return self.num_pending + len(self.draft)
-
-    @property
-    def samples(self) -> bool:
-        """Whether the model's answer to the last pending token is the next token."""
-        return self.num_pending == self.sequence.num_pending
-
-    @property
-    def num_sampled(self) -> int:
-        """Rows that tell what comes next: the last pending token's, and those of the draft."""
-        return 1 + len(self.draft) if self.samples else 0
-
-    @property
-    def told_ids(self) -> tuple[int, ...]:
-        """The tokens of the prompt whose log-probabilities are wanted of the rows before them.
-
-        These rows are neighbours, and before those that are sampled.
-        """
-        sequence = self.sequence
-        if not sequence.sampling.prompt_logprobs:
-            return ()
-        first = max(sequence.num_computed, sequence.num_virtual) + 1
-        return sequence.prompt_ids[first : sequence.num_computed + self.num_pending + 1]
-
-    @property
-    def num_scored(self) -> int:
-        """Rows whose logits are wanted, at the end of the piece."""
-        return len(self.told_ids) + self.num_sampled
+    def __post_init__(self) -> None:
+        sequence, num_drafted = self.sequence, len(self.draft)
+        self.samples = self.num_pending == sequence.num_pending
+        self.num_tokens = self.num_pending + num_drafted
+        self.num_sampled = 1 + num_drafted if self.samples else 0
+        if sequence.sampling.prompt_logprobs:
+            first = max(sequence.num_computed, sequence.num_virtual) + 1
+            behind = sequence.num_computed + self.num_pending + 1
+            self.told_ids = sequence.prompt_ids[first:behind]
+        self.num_scored = len(self.told_ids) + self.num_sampled
 
 
 class Scheduler:

@@ -44,14 +44,18 @@ class KVCache:
         self._ahead = CommittedAhead(tables, aside)
         self._ahead.use(aside.start)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are: the model's device, which a model looks up anew each time."""
+        return self.keys[0].device
+
     def similar(self, *, num_cells: int, dtype: torch.dtype) -> "KVCache":
         """Another one for the same layers."""
         layers = [
             LayerGeometry(keys.shape[1], keys.shape[2], values.shape[2])
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
-        device = self.keys[0].device
-        return KVCache(layers, num_cells=num_cells, device=device, dtype=dtype)
+        return KVCache(layers, num_cells=num_cells, device=self.device, dtype=dtype)
 
     @staticmethod
     def bytes_per_token(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> int:
