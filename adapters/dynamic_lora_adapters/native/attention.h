@@ -84,25 +84,32 @@ inline void ask_block(const Cached* place, int64_t ahead, int64_t offset) {
   if (offset * sizeof(Cached) % kLineBytes == 0) __builtin_prefetch(place + ahead + offset);
 }
 
-// Scores of cached tokens [0, Tokens) of `keys` for some heads.
+// Scores of cached tokens [0, Tokens) of `keys` for some heads, whose queries `q` are q_head apart and
+// arranged as `arrange_queries` says.
 template <int Heads, int Tokens, typename Cached>
-void score_tokens(const Attention<Cached>& layer, const float* q, const Cached* keys,
-                  int64_t padded, int64_t ahead, float* scores) {
+inline __attribute__((always_inline)) void score_tokens(const Attention<Cached>& layer, const float* q, int64_t q_head,
+                  const Cached* keys, int64_t padded, int64_t ahead, float* scores) {
   const int64_t stride = layer.kv_heads * layer.dim;
   Vec dots[Heads][Tokens];
   begin_sums(true, nullptr, 0, dots);
-  for (int64_t d = 0; d < layer.dim; d += kLanes) {
+  const auto add = [&](int64_t d, const auto& read) __attribute__((always_inline)) {
     Vec query[Heads];
     UNROLL
-    for (int h = 0; h < Heads; h++) query[h] = held(load(q + h * layer.q_head + d));
+    for (int h = 0; h < Heads; h++) query[h] = held(load(q + h * q_head + d));
     UNROLL
     for (int i = 0; i < Tokens; i++) {
-      const Vec part = held(load(keys + i * stride + d));
+      const Vec part = held(read(keys + i * stride));
       ask_block(keys + i * stride, ahead, d);
       UNROLL
       for (int h = 0; h < Heads; h++) dots[h][i] += part * query[h];
     }
+  };
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= layer.dim; d += 2 * kLanes) {
+    add(d, [&](const Cached* key) { return half_of<false>(key + d); });
+    add(d + kLanes, [&](const Cached* key) { return half_of<true>(key + d); });
   }
+  if (d < layer.dim) add(d, [&](const Cached* key) { return load(key + d); });
   UNROLL
   for (int h = 0; h < Heads; h++) {
     if constexpr (Tokens == kScored) {
@@ -116,43 +123,82 @@ void score_tokens(const Attention<Cached>& layer, const float* q, const Cached* 
 
 // Scores of `count` cached tokens for some heads that share a KV head.
 template <int Heads, typename Cached>
-void score(const Attention<Cached>& layer, const float* q, const Cached* keys, int64_t count,
-           int64_t padded, int64_t ahead, float* scores) {
+__attribute__((noinline)) void score(const Attention<Cached>& layer, const float* q, int64_t q_head, const Cached* keys,
+           int64_t count, int64_t padded, int64_t ahead, float* scores) {
   constexpr int kTokens = kLanes == 8 && Heads > 3 ? kScored / 2 : kScored;
   const int64_t stride = layer.kv_heads * layer.dim;
   int64_t t = 0;
   for (; t + kTokens <= count; t += kTokens)
-    score_tokens<Heads, kTokens>(layer, q, keys + t * stride, padded, ahead, scores + t);
+    score_tokens<Heads, kTokens>(layer, q, q_head, keys + t * stride, padded, ahead, scores + t);
   for (; t < count; t++)
-    score_tokens<Heads, 1>(layer, q, keys + t * stride, padded, ahead, scores + t);
+    score_tokens<Heads, 1>(layer, q, q_head, keys + t * stride, padded, ahead, scores + t);
 }
 
-// Adds `count` cached values, weighted, to Vecs vectors of each head's sums [Heads, value_dim].
+// Adds `count` cached values, weighted, to Vecs vectors of each head's sums [Heads, value_dim]; two
+// vectors are of the halves of 2 * kLanes values.
 template <int Heads, int Vecs, typename Cached>
-void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cached* values,
+__attribute__((noinline)) void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cached* values,
                 int64_t count, int64_t padded, int64_t ahead, float* sums) {
   const int64_t stride = layer.kv_heads * layer.value_dim;
   Vec blended[Heads][Vecs];
   begin_sums(false, sums, layer.value_dim, blended);
-  for (int64_t t = 0; t < count; t++)
+  TileRows<Heads, float> weight(weights, padded);
+  for (int64_t t = 0; t < count; t++, weight.go_on(1), values = held(values + stride)) {
+    Vec parts[Vecs];
     UNROLL
-    for (int v = 0; v < Vecs; v++) {
-      const Vec part = load(values + t * stride + v * kLanes);
-      ask_block(values + t * stride, ahead, v * kLanes);
-      UNROLL
-      for (int h = 0; h < Heads; h++) blended[h][v] += weights[h * padded + t] * part;
+    for (int v = 0; v < Vecs; v++) ask_block(values, ahead, v * kLanes);
+    UNROLL
+    for (int v = 0; v + 2 <= Vecs; v += 2) {
+      parts[v] = half_of<false>(values + v * kLanes);
+      parts[v + 1] = half_of<true>(values + v * kLanes);
     }
+    if constexpr (Vecs % 2) parts[Vecs - 1] = load(values + (Vecs - 1) * kLanes);
+    UNROLL
+    for (int h = 0; h < Heads; h++) {
+      UNROLL
+      for (int v = 0; v < Vecs; v++) blended[h][v] += *weight.at(h) * parts[v];
+    }
+  }
   end_sums(blended, sums, layer.value_dim);
+}
+
+// Values that are blended so many at a time, before the others.
+inline int64_t blended_together(int64_t value_dim) {
+  return value_dim / (kValueVecs * kLanes) * (kValueVecs * kLanes);
 }
 
 template <int Heads, typename Cached>
 void blend(const Attention<Cached>& layer, const float* weights, const Cached* values,
            int64_t count, int64_t padded, int64_t ahead, float* sums) {
+  const int64_t together = blended_together(layer.value_dim);
   int64_t d = 0;
-  for (; d + kValueVecs * kLanes <= layer.value_dim; d += kValueVecs * kLanes)
+  for (; d < together; d += kValueVecs * kLanes)
     blend_vecs<Heads, kValueVecs>(layer, weights, values + d, count, padded, ahead, sums + d);
   for (; d < layer.value_dim; d += kLanes)
     blend_vecs<Heads, 1>(layer, weights, values + d, count, padded, ahead, sums + d);
+}
+
+// Queries [heads, dim] as the keys are read: where these are in pairs, every second number of
+// 2 * kLanes, and then the others.
+template <typename Cached>
+void arrange_queries(const Attention<Cached>& layer, const float* q, int64_t heads, float* to) {
+  const int64_t dim = layer.dim;
+  for (int64_t h = 0; h < heads; h++, q += layer.q_head, to += dim) {
+    int64_t d = 0;
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) part_pairs(q + d, to + d);
+    for (; d < dim; d++) to[d] = q[d];
+  }
+}
+
+// Divides a head's blended values by what their weights add up to, and puts those in pairs in order.
+template <typename Cached>
+void finish_values(const Attention<Cached>& layer, float total, float* out) {
+  const Vec inverse = all(1.0f / total);
+  int64_t d = 0;
+  if constexpr (kInPairs<Cached>)
+    for (; d < blended_together(layer.value_dim); d += 2 * kLanes)
+      join_pairs(load(out + d) * inverse, load(out + d + kLanes) * inverse, out + d);
+  for (; d < layer.value_dim; d += kLanes) store(out + d, load(out + d) * inverse);
 }
 
 // Calls act(number of heads as a type, first of them) for the query heads that share a KV head.
@@ -188,11 +234,12 @@ void for_each_block(int64_t count, int64_t group, int64_t from, int64_t to, cons
   }
 }
 
-// Numbers that `attend` keeps meanwhile: scores of cached tokens for each query head, and their sums.
+// Numbers that `attend` keeps meanwhile: scores of cached tokens for each query head, their sums, and
+// queries.
 template <typename Cached>
 int64_t attend_numbers(const Attention<Cached>& layer, const Item& item, int64_t kv_heads) {
   const int64_t padded = (item.count + kLanes - 1) / kLanes * kLanes;
-  return kv_heads * (layer.heads / layer.kv_heads) * (padded + 1);
+  return kv_heads * (layer.heads / layer.kv_heads) * (padded + 1 + layer.dim);
 }
 
 // Attends with one token under KV heads [from, to). `find_next` says which keys are read behind it:
@@ -203,8 +250,14 @@ void attend(const Attention<Cached>& layer, const Item& item, int64_t from, int6
   const int64_t count = item.count, padded = (count + kLanes - 1) / kLanes * kLanes;
   const int64_t group = layer.heads / layer.kv_heads, first = from * group;
   const int64_t heads = (to - from) * group, width = layer.value_dim;
-  const float* q = layer.q + item.row * layer.q_token;
+  const float* q = layer.q + item.row * layer.q_token + first * layer.q_head;
+  int64_t q_head = layer.q_head;
   float* totals = scratch + heads * padded;
+  if constexpr (kInPairs<Cached>) {
+    float* arranged = totals + heads;
+    arrange_queries(layer, q, heads, arranged);
+    q = arranged, q_head = layer.dim;
+  }
   float* out = layer.out + (item.row * layer.heads + first) * width;
   const Cached* values_of_first = layer.values + item.cell * layer.kv_heads * width;
   const auto scores = [&](int64_t head) { return scratch + (head - first) * padded; };
@@ -213,7 +266,7 @@ void attend(const Attention<Cached>& layer, const Item& item, int64_t from, int6
     const Cached* keys = layer.keys + ((item.cell + t) * layer.kv_heads + kv) * layer.dim;
     const int64_t ahead = stop < count ? (stop - t) * layer.kv_heads * layer.dim
                                        : values_of_first + kv * width - keys;
-    score<num_heads()>(layer, q + head * layer.q_head, keys, stop - t, padded, ahead,
+    score<num_heads()>(layer, q + (head - first) * q_head, q_head, keys, stop - t, padded, ahead,
                        scores(head) + t);
   });
   for (int64_t head = first; head < first + heads; head++)
@@ -228,8 +281,7 @@ void attend(const Attention<Cached>& layer, const Item& item, int64_t from, int6
     blend<num_heads()>(layer, scores(head) + t, values, stop - t, padded, ahead,
                        out + (head - first) * width);
   });
-  for (int64_t i = 0; i < heads * width; i += kLanes)
-    store(out + i, load(out + i) / totals[i / width]);
+  for (int64_t h = 0; h < heads; h++) finish_values(layer, totals[h], out + h * width);
 }
 
 // Whether one thread reads all KV heads of a token, which lie side by side: where there is work enough.

@@ -64,6 +64,47 @@ inline Vec widened(const BFloat16* pairs_of) {
   return reinterpret_cast<const Vec&>(high);
 }
 
+// Whether numbers that lie side by side are read as pairs: one read of memory then gives two vectors,
+// of every second number each.
+template <typename Number>
+constexpr bool kInPairs = kLanes == 16 && sizeof(Number) == sizeof(BFloat16);
+
+// Half of 2 * kLanes neighbours: of those in pairs the first or the second of each pair.
+template <bool Second>
+inline Vec half_of(const BFloat16* p) {
+  if constexpr (kInPairs<BFloat16>) return widened<Second>(p);
+  return load(p + Second * kLanes);
+}
+template <bool Second>
+inline Vec half_of(const float* p) {
+  return load(p + Second * kLanes);
+}
+
+#if defined(__AVX512F__)
+
+// 2 * kLanes neighbours in such halves, and back.
+inline void part_pairs(const float* from, float* to) {
+  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  const __m512 one = _mm512_loadu_ps(from), other = _mm512_loadu_ps(from + kLanes);
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(one, evens, other));
+  _mm512_storeu_ps(to + kLanes, _mm512_permutex2var_ps(one, odds, other));
+}
+inline void join_pairs(Vec evens, Vec odds, float* to) {
+  const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+  const auto one = reinterpret_cast<__m512>(evens), other = reinterpret_cast<__m512>(odds);
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(one, lower, other));
+  _mm512_storeu_ps(to + kLanes, _mm512_permutex2var_ps(one, upper, other));
+}
+
+#else
+
+inline void part_pairs(const float*, float*) {}
+inline void join_pairs(Vec, Vec, float*) {}
+
+#endif
+
 // Adds x [Rows, depth] times a panel slice [ceil(depth / 2), Vecs * kLanes, 2] to y, or, where
 // that is `fresh`, writes it there.
 template <int Rows, int Vecs>
