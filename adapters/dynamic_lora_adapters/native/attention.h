@@ -144,20 +144,17 @@ __attribute__((noinline)) void blend_vecs(const Attention<Cached>& layer, const 
   begin_sums(false, sums, layer.value_dim, blended);
   TileRows<Heads, float> weight(weights, padded);
   for (int64_t t = 0; t < count; t++, weight.go_on(1), values = held(values + stride)) {
-    Vec parts[Vecs];
-    UNROLL
-    for (int v = 0; v < Vecs; v++) ask_block(values, ahead, v * kLanes);
+    const auto add = [&](int v, Vec part) __attribute__((always_inline)) {
+      ask_block(values, ahead, v * kLanes);
+      UNROLL
+      for (int h = 0; h < Heads; h++) blended[h][v] += *weight.at(h) * part;
+    };
     UNROLL
     for (int v = 0; v + 2 <= Vecs; v += 2) {
-      parts[v] = half_of<false>(values + v * kLanes);
-      parts[v + 1] = half_of<true>(values + v * kLanes);
+      add(v, half_of<false>(values + v * kLanes));
+      add(v + 1, half_of<true>(values + v * kLanes));
     }
-    if constexpr (Vecs % 2) parts[Vecs - 1] = load(values + (Vecs - 1) * kLanes);
-    UNROLL
-    for (int h = 0; h < Heads; h++) {
-      UNROLL
-      for (int v = 0; v < Vecs; v++) blended[h][v] += *weight.at(h) * parts[v];
-    }
+    if constexpr (Vecs % 2) add(Vecs - 1, load(values + (Vecs - 1) * kLanes));
   }
   end_sums(blended, sums, layer.value_dim);
 }

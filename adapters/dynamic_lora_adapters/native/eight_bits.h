@@ -21,7 +21,8 @@ namespace dynamic_lora {
 constexpr int64_t kFewInputs = 64;  // that share a scale
 constexpr int kAdded = 128;         // to a weight
 constexpr int kFourRows = kLanes == 16 ? 7 : 6;  // sums fit into 32 registers beside a group's
-constexpr int kFewSums = 8;         // that wait for each other: two of each keep the processor busy
+// Sums that wait for each other: two of each keep the processor busy, where registers hold them.
+constexpr int kFewSums = kLanes == 16 ? 8 : 4;
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
 constexpr bool kMultipliesFours = true;
 #else

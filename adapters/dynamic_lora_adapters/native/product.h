@@ -4,9 +4,9 @@
 // (`eight_bits.h`).
 //
 // W [n, k] is packed in panels of kWidth outputs (see `Projection`), so that a
-// panel is read once, in order, for all rows. Up to kTileRows rows are summed in
-// registers at a time (the register tiling of Goto & van de Geijn 2008); while
-// they are, the next panel is asked for, so that waiting for memory and
+// panel is read once, in order, for all rows. As many rows as registers have room
+// for are summed in them at a time (the register tiling of Goto & van de Geijn
+// 2008); while they are, the next panel is asked for, so that waiting for memory and
 // computing overlap. Threads take panels as they finish: a core that something
 // else disturbs does not hold the other up.
 //

@@ -112,7 +112,7 @@ class Batch:
             head_plan=DeltaPlan.of(
                 chain.from_iterable(map(_owners_of_scored, ordered, owners)), merged
             ),
-            segments=_segments(ordered, spans),
+            segments=_segments(ordered, owners, spans),
         )
 
 
@@ -139,12 +139,14 @@ def _owners_of_scored(piece: Piece, owners: _Owners) -> _Owners:
     return scored
 
 
-def _segments(pieces: Seq[Piece], spans: Seq[Span]) -> tuple[RowSegment, ...]:
+def _segments(
+    pieces: Seq[Piece], owners: Seq[_Owners], spans: Seq[Span]
+) -> tuple[RowSegment, ...]:
     segments = []
-    for piece, span in zip(pieces, spans, strict=True):
+    for piece, owned, span in zip(pieces, owners, spans, strict=True):
         adapter = piece.sequence.adapter
         if adapter is not None and adapter.rows is not None:
-            idle = sum(n for owner, n in _owners(piece) if owner is None)
+            idle = sum(n for owner, n in owned if owner is None)
             rows = slice(span.row + idle, span.row + span.num_new)
             if rows.start < rows.stop:
                 segments.append(RowSegment(adapter.rows, rows, span.num_cached + idle))
