@@ -139,9 +139,7 @@ def _owners_of_scored(piece: Piece, owners: _Owners) -> _Owners:
     return scored
 
 
-def _segments(
-    pieces: Seq[Piece], owners: Seq[_Owners], spans: Seq[Span]
-) -> tuple[RowSegment, ...]:
+def _segments(pieces: Seq[Piece], owners: Seq[_Owners], spans: Seq[Span]) -> tuple[RowSegment, ...]:
     segments = []
     for piece, owned, span in zip(pieces, owners, spans, strict=True):
         adapter = piece.sequence.adapter
