@@ -87,8 +87,10 @@ inline void ask_block(const Cached* place, int64_t ahead, int64_t offset) {
 // Scores of cached tokens [0, Tokens) of `keys` for some heads, whose queries `q` are q_head apart and
 // arranged as `arrange_queries` says.
 template <int Heads, int Tokens, typename Cached>
-inline __attribute__((always_inline)) void score_tokens(const Attention<Cached>& layer, const float* q, int64_t q_head,
-                  const Cached* keys, int64_t padded, int64_t ahead, float* scores) {
+inline __attribute__((always_inline)) void score_tokens(const Attention<Cached>& layer,
+                                                        const float* q, int64_t q_head,
+                                                        const Cached* keys, int64_t padded,
+                                                        int64_t ahead, float* scores) {
   const int64_t stride = layer.kv_heads * layer.dim;
   Vec dots[Heads][Tokens];
   begin_sums(true, nullptr, 0, dots);
@@ -123,8 +125,9 @@ inline __attribute__((always_inline)) void score_tokens(const Attention<Cached>&
 
 // Scores of `count` cached tokens for some heads that share a KV head.
 template <int Heads, typename Cached>
-__attribute__((noinline)) void score(const Attention<Cached>& layer, const float* q, int64_t q_head, const Cached* keys,
-           int64_t count, int64_t padded, int64_t ahead, float* scores) {
+__attribute__((noinline)) void score(const Attention<Cached>& layer, const float* q, int64_t q_head,
+                                     const Cached* keys, int64_t count, int64_t padded,
+                                     int64_t ahead, float* scores) {
   constexpr int kTokens = kLanes == 8 && Heads > 3 ? kScored / 2 : kScored;
   const int64_t stride = layer.kv_heads * layer.dim;
   int64_t t = 0;
@@ -137,8 +140,9 @@ __attribute__((noinline)) void score(const Attention<Cached>& layer, const float
 // Adds `count` cached values, weighted, to Vecs vectors of each head's sums [Heads, value_dim]; two
 // vectors are of the halves of 2 * kLanes values.
 template <int Heads, int Vecs, typename Cached>
-__attribute__((noinline)) void blend_vecs(const Attention<Cached>& layer, const float* weights, const Cached* values,
-                int64_t count, int64_t padded, int64_t ahead, float* sums) {
+__attribute__((noinline)) void blend_vecs(const Attention<Cached>& layer, const float* weights,
+                                          const Cached* values, int64_t count, int64_t padded,
+                                          int64_t ahead, float* sums) {
   const int64_t stride = layer.kv_heads * layer.value_dim;
   Vec blended[Heads][Vecs];
   begin_sums(false, sums, layer.value_dim, blended);

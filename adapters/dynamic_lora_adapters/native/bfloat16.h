@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "rounded.h"
 #include "vectors.h"
@@ -67,7 +68,7 @@ inline Vec widened(const BFloat16* pairs_of) {
 // Whether numbers that lie side by side are read as pairs: one read of memory then gives two vectors,
 // of every second number each.
 template <typename Number>
-constexpr bool kInPairs = kLanes == 16 && sizeof(Number) == sizeof(BFloat16);
+constexpr bool kInPairs = kLanes == 16 && std::is_same_v<Number, BFloat16>;
 
 // Half of 2 * kLanes neighbours: of those in pairs the first or the second of each pair.
 template <bool Second>

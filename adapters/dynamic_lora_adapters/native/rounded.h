@@ -125,22 +125,6 @@ inline void scale_sums(const IntVec (&integers)[Rows][Vecs], const float* scales
   }
 }
 
-// Adds sums, times the scale of their row, to y, or, where that is `fresh`, writes them there.
-template <int Rows, int Vecs>
-inline void add_scaled(const IntVec (&sums)[Rows][Vecs], const float* scales, int64_t groups,
-                       bool fresh, float* y, int64_t ldy) {
-  UNROLL
-  for (int r = 0; r < Rows; r++) {
-    const Vec scale = all(scales[r * groups]);
-    UNROLL
-    for (int v = 0; v < Vecs; v++) {
-      float* out = y + r * ldy + v * kLanes;
-      const Vec before = fresh ? Vec{} : load(out);
-      store(out, fused(__builtin_convertvector(sums[r][v], Vec), scale, before));
-    }
-  }
-}
-
 // Adds x [Rows, depth] of one group times a panel slice [depth, Vecs * kLanes] to y, or, where
 // that is `fresh`, writes it there.
 template <int Rows, int Vecs>
@@ -174,7 +158,10 @@ __attribute__((noinline)) void pair_tile(const int16_t* x, int64_t ldx, const fl
     panel = held(panel + pairs * kWide * 2);
     if (!often) ahead.ask_further(pairs);
   });
-  add_scaled(sums, scales, groups, fresh, y, ldy);
+  Vec scaled[Rows][Vecs];
+  begin_sums(fresh, y, ldy, scaled);
+  scale_sums(sums, scales, groups, scaled);
+  end_sums(scaled, y, ldy);
 }
 
 // The lower bits of each lane, stored to `out`. Spelt out for x86, where GCC moves them one by one.

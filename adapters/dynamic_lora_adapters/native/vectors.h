@@ -137,17 +137,17 @@ class TileRows {
   int64_t stride_;
 };
 
-constexpr int kTogether = 4;  // steps of a tile's loop that follow each other without a test
+constexpr int kStepsTogether = 4;  // steps of a tile's loop that follow each other without a test
 
-// Calls `step` with 0, 1, 2 and so on, up to kTogether - 1, and `go_on` behind them with their number,
+// Calls `step` with 0, 1, 2 and so on, up to kStepsTogether - 1, and `go_on` behind them with their number,
 // until there were `count` steps.
 template <typename Step, typename GoOn>
 inline __attribute__((always_inline)) void step_together(int64_t count, const Step& step,
                                                          const GoOn& go_on) {
-  for (; count >= kTogether; count -= kTogether) {
+  for (; count >= kStepsTogether; count -= kStepsTogether) {
     UNROLL
-    for (int n = 0; n < kTogether; n++) step(n);
-    go_on(kTogether);
+    for (int n = 0; n < kStepsTogether; n++) step(n);
+    go_on(kStepsTogether);
   }
   for (; count > 0; count--) {
     step(0);
