@@ -36,14 +36,16 @@ async def closed_loop(
 ) -> LoopResult:
     """Send `work` from `num_clients` at once; each sends its next when its last has ended.
 
-    Ends when the work is used up, or when `seconds` have passed since the start; requests
-    under way then are finished and counted. The wall time runs from the first request's
-    start to the last one's end.
+    Ends when the work is used up, or when `seconds` have passed since the start and every client
+    has had as many requests: a server that answers all clients at once would otherwise serve few
+    of them at the end. Requests under way then are finished and counted. The wall time runs from
+    the first request's start to the last one's end.
     """
     timings: list[Timing] = []
     failures: list[str] = []
     start = time.perf_counter()
-    queue = _until(iter(work), None if seconds is None else start + seconds)
+    end = None if seconds is None else start + seconds
+    queue = iter(work) if end is None else _in_turns(iter(work), num_clients, end)
 
     async def client() -> None:
         # The generator is shared and never awaits: each request is taken by one client.
@@ -60,11 +62,13 @@ async def closed_loop(
     return LoopResult(timings=timings, failures=failures, wall_s=wall_s)
 
 
-def _until(work: Iterator[Request], end: float | None) -> Iterator[Request]:
-    for request in work:
-        if end is not None and time.perf_counter() >= end:
+def _in_turns(work: Iterator[Request], num_clients: int, end: float) -> Iterator[Request]:
+    """`num_clients` requests at a time, as long as `end` has not come."""
+    while time.perf_counter() < end:
+        turn = list(islice(work, num_clients))
+        if not turn:
             return
-        yield request
+        yield from turn
 
 
 def connect(url: str) -> aiohttp.ClientSession:

@@ -83,9 +83,13 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--requests",
         type=int,
-        help="per cell (default: 4 a client, at least 8; --compare: 2 a client, at least 16)",
+        help="per cell (default: 4 a client, at least 8; --compare: as many as fit)",
     )
-    group.add_argument("--seconds", type=float, help="per cell: none is sent later (--compare: 30)")
+    group.add_argument(
+        "--seconds",
+        type=float,
+        help="per cell: when they have passed, each client's turn is completed (--compare: 30)",
+    )
     group.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -185,8 +189,9 @@ def _num_requests(options: argparse.Namespace, num_clients: int) -> int | None:
     if options.requests is not None:
         return int(options.requests)
     if options.compare:
-        # Enough for one client's adapter to be merged and then to be served for a while.
-        return max(16, 2 * num_clients)
+        # More than fit into the time, unless a server is several times as fast as any so far: a
+        # number, so that they can be made beforehand.
+        return max(256, 64 * num_clients)
     return None if options.seconds else max(8, 4 * num_clients)
 
 

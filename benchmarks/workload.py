@@ -88,8 +88,9 @@ class Sampling:
 class Workload:
     """One cell of the measurement: a closed loop of `num_clients` over fixed-length requests.
 
-    The loop ends after `num_requests`, and issues none later than `seconds` after its
-    start; one of the two may be None. Raises InvalidWorkload, naming the option.
+    The loop ends after `num_requests`, or after the turn of requests, one for each client, in
+    which `seconds` have passed; one of the two may be None. Raises InvalidWorkload, naming the
+    option.
     """
 
     num_clients: int

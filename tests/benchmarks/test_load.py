@@ -177,14 +177,37 @@ async def test_the_loop_never_exceeds_its_clients() -> None:
     assert (len(result.timings), most) == (20, 4)
 
 
-async def test_the_loop_ends_by_time_and_finishes_what_runs() -> None:
+async def test_the_loop_ends_by_time_with_as_many_requests_for_each_client() -> None:
     async def send(_: Request) -> Timing:
         await asyncio.sleep(0.02)
         return Timing(sent=0, first_token=1, last_token=2, num_output_tokens=2)
 
-    result = await closed_loop(send, repeat(_request()), num_clients=2, seconds=0.05)
+    result = await closed_loop(send, repeat(_request()), num_clients=3, seconds=0.05)
     assert result.wall_s >= 0.05
-    assert 2 <= len(result.timings) <= 8
+    assert 3 <= len(result.timings) <= 12
+    assert len(result.timings) % 3 == 0
+
+
+async def test_a_turn_that_began_in_time_is_completed() -> None:
+    """One client is quick: at the end of the time the others still get their requests."""
+    sent = 0
+
+    async def send(_: Request) -> Timing:
+        nonlocal sent
+        sent += 1
+        await asyncio.sleep(0.001 if sent == 1 else 0.05)
+        return Timing(sent=0, first_token=1, last_token=2, num_output_tokens=2)
+
+    result = await closed_loop(send, repeat(_request()), num_clients=4, seconds=0.01)
+    assert len(result.timings) == 8
+
+
+async def test_the_loop_ends_where_work_ends_before_the_time() -> None:
+    async def send(_: Request) -> Timing:
+        return Timing(sent=0, first_token=1, last_token=2, num_output_tokens=2)
+
+    result = await closed_loop(send, [_request()] * 5, num_clients=3, seconds=60.0)
+    assert len(result.timings) == 5
 
 
 async def test_measure_counts_the_cell_and_not_the_warm_up() -> None:

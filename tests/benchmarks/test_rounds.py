@@ -323,7 +323,7 @@ def test_workloads_of_a_comparison_end_by_number_or_by_time() -> None:
     cells = [
         (str(w.popularity), w.num_clients, w.num_requests, w.seconds) for w in workloads(options)
     ]
-    assert cells[:2] == [("base", 1, 16, 30.0), ("base", 8, 16, 30.0)]
+    assert cells[:2] == [("base", 1, 256, 30.0), ("base", 8, 512, 30.0)]
     assert [name for name, *_ in cells[2:]] == ["uniform", "uniform", "one", "one"]
 
 

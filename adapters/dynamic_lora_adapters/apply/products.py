@@ -23,6 +23,7 @@ from dynamic_lora_adapters.native.product import (
     Int8Product,
     NativeProduct,
     W8a8Product,
+    gains_by_eight_bits,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class ProductKind(StrEnum):
     """PLAIN by torch, PACKED by oneDNN, NATIVE by the C++ of `native/`.
 
     BF16, INT8 and W8A8 are NATIVE with rounded weights, the others compute the same. W8A8 rounds
-    the inputs of products to eight bits, too, and adapters' factors.
+    the inputs of products to eight bits, too, and adapters' factors, which INT8 does where products
+    of eight bits are fast.
     """
 
     PLAIN = "plain"
@@ -58,8 +60,11 @@ class ProductKind(StrEnum):
 
     @property
     def factor_dtype(self) -> torch.dtype | None:
-        """What adapters' factors are kept in beside rounded weights; None: as the model's."""
-        if self is ProductKind.W8A8:
+        """What adapters' factors are kept in beside rounded weights; None: as the model's.
+
+        Raises NativeUnavailable for INT8 where its C++ cannot be compiled.
+        """
+        if self is ProductKind.W8A8 or (self is ProductKind.INT8 and gains_by_eight_bits()):
             return torch.uint8
         return torch.bfloat16 if self.rounded else None
 

@@ -43,7 +43,7 @@ struct Layer {
 };
 
 // The factors of one group in slot 0 of a slab, in tiles or as rows; a null a says that there are
-// none. In eight bits they are beside projections of that format (kAllBytes) alone.
+// none. In eight bits they are beside projections in eight bits (kBytes, kAllBytes) alone.
 struct SlabFactors {
   const char* a;
   const char* b;
@@ -109,12 +109,21 @@ struct Scratch {
   std::vector<float> shrunk;
   std::vector<ShrunkBytes> shrunk_bytes;
   SiteDeltas deltas[kNumSites];
-  InputCopies copies[2];
+  InputCopies copies[2], in_eight_bits[2];
   Claims attended;
   Memory memory;
 
   // Of a projection's inputs: they may be made while those of the one before are read.
   InputCopies& copies_for(int number) { return copies[number % 2]; }
+
+  // What factors in eight bits read: what their product does, or copies of their own.
+  InputCopies& bytes_for(const Site& site, int number) {
+    return site.base.format == kAllBytes ? copies_for(number) : in_eight_bits[number % 2];
+  }
+
+  bool copies_bytes(const Site& site, int number) const {
+    return site.base.format != kAllBytes && !deltas[number].bytes.empty();
+  }
 };
 
 // Calls `act` with each run that has factors for a site, the factors of one of its slots after the
@@ -224,6 +233,8 @@ void copy_inputs(const Site& site, Scratch& scratch, int number, const float* x,
   copy_row(x, site.base, batch, row, copies);
   if (scratch.deltas[number].any_tiled() && !site.base.rounds_to_bfloat16(batch))
     round_row_to_bfloat16(x, site.base.k, row, copies);
+  if (scratch.copies_bytes(site, number))
+    round_row_to_eight_bits(x, site.base.k, row, -1, scratch.bytes_for(site, number));
 }
 
 // The same for all rows of x [rows, k].
@@ -261,7 +272,7 @@ void share_site_shrinking(const Site& site, Scratch& scratch, int number, const 
   if (site.base.spreads(batch)) x = copies.spread.data(), ldx = spread_stride(in);
   if (deltas.any_tiled()) return share_tiled_shrinking(deltas.tiled, copies, in);
   if (!deltas.bytes.empty())
-    share_tiled_shrinking(deltas.bytes, copies, in);
+    share_tiled_shrinking(deltas.bytes, scratch.bytes_for(site, number), in);
   else if (!deltas.segments.empty())
     share_shrinking({x, nullptr, ldx, outs, in, outs, rounded, row_stride<int16_t>(in)},
                     deltas.segments);
@@ -483,6 +494,8 @@ void prepare(const Layer& layer, const Step& step, const Batch& batch, Scratch& 
     const Projection& base = sites[number]->base;
     base.make_room(batch, scratch.copies_for(number));
     if (deltas.any_tiled()) scratch.copies_for(number).make_room(step.rows, base.k);
+    if (scratch.copies_bytes(*sites[number], number))
+      make_eight_bit_room(step.rows, base.k, scratch.bytes_for(*sites[number], number));
   }
   for (SiteDeltas& deltas : scratch.deltas) {
     deltas.bytes.place_shrunk(scratch.shrunk_bytes.data());
