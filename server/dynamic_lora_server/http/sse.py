@@ -3,13 +3,13 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from dynamic_lora_server.http.access_log import request_id
 from dynamic_lora_server.http.disconnect import ClientDisconnected, until_disconnect
@@ -20,6 +20,7 @@ _NEVER_STORED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"  # OpenAI's end of a stream
 # What a client may take to read on once the buffers between are full: its place is wanted.
 _STALLED_SECONDS = 120.0
+_LOOKS = 8  # meanwhile
 # They end a line for clients that split lines as Unicode does. JSON holds them inside texts alone.
 _LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
@@ -69,19 +70,57 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await _until_taken(send(start))  # an answer before it may not have been read yet
-        async for chunk in self._events:
-            await _until_taken(
-                send({"type": "http.response.body", "body": chunk, "more_body": True})
-            )
-        await _until_taken(send({"type": "http.response.body", "body": b"", "more_body": False}))
+        async with _read_on(send) as taken:
+            await taken(start)  # an answer before it may not have been read yet
+            async for chunk in self._events:
+                await taken({"type": "http.response.body", "body": chunk, "more_body": True})
+            await taken({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _until_taken(sending: Awaitable[None]) -> None:
-    """Raises ClientDisconnected if the client does not read on."""
+@asynccontextmanager
+async def _read_on(send: Send) -> AsyncIterator[Send]:
+    """`send`, for a client that reads on; raises ClientDisconnected where it does not."""
     try:
-        async with asyncio.timeout(_STALLED_SECONDS):
-            await sending
+        async with asyncio.timeout(None) as limit:
+            watched = _Watched(send, limit)
+            try:
+                yield watched
+            finally:
+                watched.stop()
     except TimeoutError:
+        if not limit.expired():
+            raise
         _log.info("a stream ends that nobody reads (request %s)", request_id())
         raise ClientDisconnected from None
+
+
+class _Watched:
+    """`send`, of which a call that is not taken in time has `limit` expire.
+
+    That is looked at now and then: a timer for each event took a fifth of what sending it did.
+    """
+
+    def __init__(self, send: Send, limit: asyncio.Timeout) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._send = send
+        self._limit = limit
+        self._since: float | None = None  # when what is being sent was begun
+        self._timer = self._look_later()
+
+    async def __call__(self, message: Message) -> None:
+        self._since = self._loop.time()
+        await self._send(message)
+        self._since = None
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _look_later(self) -> asyncio.TimerHandle:
+        return self._loop.call_later(_STALLED_SECONDS / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        if self._since is not None and self._loop.time() - self._since >= _STALLED_SECONDS:
+            self._limit.reschedule(self._loop.time())
+        else:
+            self._timer = self._look_later()

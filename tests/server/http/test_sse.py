@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -110,13 +111,50 @@ async def test_a_client_that_reads_no_more_closes_the_generator(
     assert len(client.sent) == num_taken
 
 
-async def test_an_error_closes_the_generator_and_comes_out() -> None:
-    async def broken() -> AsyncGenerator[bytes, None]:
+async def test_a_client_may_wait_for_an_event_as_long_as_that_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sse, "_STALLED_SECONDS", 0.05)
+
+    async def slow() -> AsyncGenerator[bytes, None]:
         yield b"1"
-        raise ValueError("broken")
+        await asyncio.sleep(0.3)
+        yield b"2"
 
     client = Client()
-    with pytest.raises(ValueError, match="broken"):
+    await EventStream(slow())({}, client.receive, client.send)
+    assert [m["body"] for m in client.sent[1:]] == [b"1", b"2", b""]
+
+
+async def test_a_stream_that_was_sent_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+    call_later = loop.call_later
+
+    def noting(*args: Any, **options: Any) -> asyncio.TimerHandle:
+        timers.append(call_later(*args, **options))
+        return timers[-1]
+
+    monkeypatch.setattr(loop, "call_later", noting)
+
+    async def one() -> AsyncGenerator[bytes, None]:
+        yield b"1"
+
+    client = Client()
+    await EventStream(one())({}, client.receive, client.send)
+    assert len(client.sent) == 3
+    assert timers
+    assert all(timer.cancelled() for timer in timers)
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), TimeoutError("broken")])
+async def test_an_error_closes_the_generator_and_comes_out(error: Exception) -> None:
+    async def broken() -> AsyncGenerator[bytes, None]:
+        yield b"1"
+        raise error
+
+    client = Client()
+    with pytest.raises(type(error), match="broken"):
         await EventStream(broken())({}, client.receive, client.send)
 
 
