@@ -15,6 +15,7 @@ name. What is measured is written after every round, and a shape that fails is n
 
 import argparse
 import gc
+import logging
 import statistics
 import sys
 import time
@@ -30,7 +31,6 @@ from rich.table import Table
 from benchmarks.command import command, write_json
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu_engine import Plan, StepBench, table
-from benchmarks.gpu_peers import measure_peers
 from benchmarks.gpu_shapes import LLAMA_1B, LLAMA_8B, TINY, ModelShape
 from benchmarks.machine import describe_machine
 from dynamic_lora_server.errors import ServerError
@@ -49,22 +49,29 @@ TINY_PLAN = Plan(
 SHAPES = (LLAMA_1B, LLAMA_8B)
 PEER_ROWS = (1, 8, 32)
 _KNOWN = (BenchmarkError, ServerError)
+# They say what they do at start, and why there are no graphs.
+_LOGGED = ("dynamic_lora_adapters", "dynamic_lora_server")
+_COPIES = 8
 # Of a shape's time the engine may take so much; the rest is for the peers.
 _ENGINE_SHARE = 0.75
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes per second read and written by copies of `num_bytes`, the median of ten."""
+    """Bytes per second read and written by copies of `num_bytes`, the median of ten.
+
+    Several copies are timed together: one is over soon after it was launched.
+    """
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(11):
         _synchronise(device)
         begin = time.perf_counter()
-        target.copy_(source)
+        for _ in range(_COPIES):
+            target.copy_(source)
         _synchronise(device)
         seconds.append(time.perf_counter() - begin)
-    return 2 * num_bytes / statistics.median(seconds[1:])
+    return 2 * num_bytes * _COPIES / statistics.median(seconds[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +101,8 @@ def measure_shape(shape: ModelShape, setting: Setting, seconds: float) -> Iterat
     yield from _measure_engine(shape, setting, spent(_ENGINE_SHARE if peers else 1.0))
     _free(setting.device)
     if peers:
+        from benchmarks.gpu_peers import measure_peers
+
         found = measure_peers(
             shape,
             setting.device,
@@ -117,7 +126,11 @@ def _measure_engine(
         compiled=setting.compiled,
         graphs=setting.graphs,
     )
-    yield {"weight_bytes": bench.weight_bytes, "kernels_us": bench.kernel_table()}
+    yield {
+        "weight_bytes": bench.weight_bytes,
+        "attention": bench.attention,
+        "kernels_us": bench.kernel_table(),
+    }
     rounds = []
     for found in bench.rounds(out_of_time):
         rounds.append(found)
@@ -187,8 +200,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield document
         except Exception as error:  # memory or time that one shape lacks must not cost the others
             found["failed"] = str(error) if isinstance(error, _KNOWN) else repr(error)[:300]
+        yield document  # after some errors a device does not even free its memory
         _free(device)
-        yield document
 
 
 def _wanted(names: Sequence[str] | None) -> list[ModelShape]:
@@ -251,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the JSON file; 1, with the reasons, if a part cannot be done."""
     arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    for package in _LOGGED:
+        logging.getLogger(package).setLevel(logging.INFO)
     document: dict[str, Any] = {"shapes": []}
     try:
         for document in measure(arguments):

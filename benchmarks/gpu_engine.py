@@ -20,6 +20,7 @@ from dynamic_lora_server.engine.mode_controller import ModeController
 from dynamic_lora_server.engine.sequence import Phase
 from dynamic_lora_server.engine.sequence import Sequence as Row
 from dynamic_lora_server.engine.startup.build import BuiltEngine, EngineOptions, build_engine
+from dynamic_lora_server.engine.startup.static_decoding import static_kernel
 from dynamic_lora_server.generation import SamplingParams
 from dynamic_lora_server.modes import Mode
 from dynamic_lora_server.modes.costs import StepCosts
@@ -123,6 +124,15 @@ class StepBench:
         """What a step reads at the least: every weight that multiplies."""
         groups = self.built.groups
         return sum(g.in_features * g.out_features for g in groups) * self.model.dtype.itemsize
+
+    @property
+    def attention(self) -> str | None:
+        """What attends in decoding steps of fixed shape; None if there are none."""
+        runner = self.built.engine.runner
+        if runner.graphs is None:
+            return None
+        kernel = static_kernel(self.model.device, self.model.dtype, runner.head_dim)
+        return getattr(kernel, "__name__", repr(kernel))
 
     def rounds(self, out_of_time: Callable[[], bool]) -> Iterator[Round]:
         """Steps by cell and rows, round by round; cells take turns.

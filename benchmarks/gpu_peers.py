@@ -5,11 +5,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from benchmarks.gpu_engine import PROMPT_TOKENS
@@ -38,7 +39,7 @@ def measure_peers(
     hold against steps of the engine: of all tokens but the first, over the time that they add to
     generations of one token.
     What fails or finds no time is left out by name. What is set up once for many requests is
-    not in the time.
+    not in the time. `attention` is transformers' name of what attends.
     """
     model: Any = shape.build(device, dtype)
     vocab = int(model.config.vocab_size)
@@ -54,6 +55,7 @@ def measure_peers(
         try:
             with running as run:
                 run(ids, num_tokens)  # compiles, allocates
+                cell["attention"] = model.config._attn_implementation
                 whole = _seconds(lambda: run(ids, num_tokens), device)
                 first = _seconds(lambda: run(ids, 1), device)
             cell["tokens_per_s"] = round(count * num_tokens / whole, 1)
@@ -63,18 +65,30 @@ def measure_peers(
         except Exception as error:  # a peer that cannot run here must not end the measurement
             cell["left_out"] = f"{type(error).__name__}: {error}"[:300]
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _torch_s_attention(device):
         warnings.simplefilter("ignore")
         for count in rows:
             base = nullcontext(lambda ids, tokens: _generate(model, ids, tokens))
             measure("transformers generate", count, base)
         for count in rows:
             measure("generate_batch", count, _batching(model, count, num_tokens))
-        adapted = _with_adapters(model)
+        adapted = cache(lambda: _with_adapters(model))
         for count in rows:
-            mixed = nullcontext(lambda ids, tokens: _mixed(adapted, ids, tokens))
+            mixed = nullcontext(lambda ids, tokens: _mixed(adapted(), ids, tokens))
             measure("PEFT generate, 8 mixed", count, mixed)
     return found
+
+
+@contextmanager
+def _torch_s_attention(device: torch.device) -> Iterator[None]:
+    """torch's own choice among its kernels, from which an engine before may have taken one."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def _with_adapters(model: Any) -> Any:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import aiohttp
@@ -20,6 +20,8 @@ Send = Callable[[Request], Awaitable[Timing]]
 
 # A request of a slow peer at many clients may take minutes; nothing is given up before.
 TIMEOUT_S = 1800.0
+# Prompts; with answers of 64 tokens, so many are 4,000 tokens a second for half a minute.
+_MADE_BEFOREHAND = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +38,10 @@ async def closed_loop(
 ) -> LoopResult:
     """Send `work` from `num_clients` at once; each sends its next when its last has ended.
 
-    Ends when the work is used up, or when `seconds` have passed since the start and every client
-    has had as many requests: a server that answers all clients at once would otherwise serve few
-    of them at the end. Requests under way then are finished and counted. The wall time runs from
-    the first request's start to the last one's end.
+    Ends when the work is used up, or when `seconds` have passed since the start and a multiple of
+    `num_clients` requests was sent: of a server that answers all clients at once only a few would
+    otherwise be busy at the end. Requests under way then are finished and counted. The wall time
+    runs from the first request's start to the last one's end.
     """
     timings: list[Timing] = []
     failures: list[str] = []
@@ -153,13 +155,12 @@ async def measure(
     warm = await closed_loop(send, warm_up, num_clients=workload.num_clients)
     if warm.failures:
         raise BenchmarkError(f"warm-up failed: {_reasons(warm.failures)}")
-    work: Iterable[Request] = requests(workload, prompts)
-    if workload.num_requests is not None:
-        # Made beforehand, so that making prompts takes no time from the server's processor.
-        work = list(islice(work, workload.num_requests))
+    work = islice(requests(workload, prompts), workload.num_requests)
+    # Made beforehand, so that making prompts takes no time from the server's processor.
+    made = list(islice(work, _MADE_BEFOREHAND))
     result = await closed_loop(
         send,
-        work,
+        chain(made, work),
         num_clients=workload.num_clients,
         seconds=workload.seconds,
     )

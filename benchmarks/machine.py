@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("dynamic-lora", "torch", "transformers", "peft", "numpy")
+_PACKAGES = ("dynamic-lora", "torch", "triton", "transformers", "peft", "numpy")
 # What decides the speed of matrix products on x86 and ARM.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
 # What a processor is called after: the first that it has.

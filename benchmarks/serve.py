@@ -83,12 +83,13 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--requests",
         type=int,
-        help="per cell (default: 4 a client, at least 8; --compare: as many as fit)",
+        help="per cell (default: 4 a client, at least 8; --compare: as many as there is time for)",
     )
     group.add_argument(
         "--seconds",
         type=float,
-        help="per cell: when they have passed, each client's turn is completed (--compare: 30)",
+        help="per cell: then no more requests begin than make a multiple of the clients "
+        "(--compare: 30)",
     )
     group.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     group.add_argument("--seed", type=int, default=0)
@@ -188,11 +189,7 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 def _num_requests(options: argparse.Namespace, num_clients: int) -> int | None:
     if options.requests is not None:
         return int(options.requests)
-    if options.compare:
-        # More than fit into the time, unless a server is several times as fast as any so far: a
-        # number, so that they can be made beforehand.
-        return max(256, 64 * num_clients)
-    return None if options.seconds else max(8, 4 * num_clients)
+    return None if options.compare or options.seconds else max(8, 4 * num_clients)
 
 
 def compare(

@@ -88,9 +88,8 @@ class Sampling:
 class Workload:
     """One cell of the measurement: a closed loop of `num_clients` over fixed-length requests.
 
-    The loop ends after `num_requests`, or after the turn of requests, one for each client, in
-    which `seconds` have passed; one of the two may be None. Raises InvalidWorkload, naming the
-    option.
+    The loop ends after `num_requests`, or, once `seconds` have passed, after a multiple of
+    `num_clients` requests; one of the two may be None. Raises InvalidWorkload, naming the option.
     """
 
     num_clients: int

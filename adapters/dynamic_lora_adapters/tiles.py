@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 
 # Rows of a tile: the least that a tensor core's product takes, and what pays
-# for segments of a long prefill.
+# for segments of a long prefill. 64 rows are multiplied by other instructions on Hopper (WGMMA),
+# which Triton 3.7.1 may compile wrongly (triton-lang/triton#11366).
 SHORT = 16
-LONG = 64
+LONG = 32
 
 
 def tile_rows(max_length: int) -> int:

@@ -41,5 +41,15 @@ def milestone(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 
+def check_alive(device: torch.device) -> None:
+    """Raise torch.AcceleratorError where an error has ended all work on the device.
+
+    For those who try something out: CUDA says the same of that as of what only failed, and blames
+    the next one for it.
+    """
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.synchronize(device)
+
+
 def _at_once() -> None:
     """The host's own work is done when its call returns."""

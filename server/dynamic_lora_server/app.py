@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -36,6 +35,7 @@ from dynamic_lora_server.schemas.openai_answers import ChatChunk
 from dynamic_lora_server.schemas.problem import Problem
 from dynamic_lora_server.schemas.responses_events import ResponseEvent
 from dynamic_lora_server.state import Load, ServerState
+from dynamic_lora_server.version import own_version
 
 if TYPE_CHECKING:
     from dynamic_lora_server.runtime import Runtime
@@ -120,7 +120,7 @@ def create_app(
 
     app = _Application(
         title="Dynamic LoRA",
-        version=version("dynamic-lora"),
+        version=own_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
     )

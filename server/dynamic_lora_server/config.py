@@ -82,7 +82,8 @@ class ServerConfig:
     decoder layers for CUDA graphs; without `overlap` a GPU's steps wait for one another's
     answers. Up to `speculate` tokens of a sequence are drafted in a step, on a CPU; None means as
     many as can be there, and none on a GPU. `quantize` rounds the base's weights to "bf16" or
-    "int8", or with "w8a8" these, the inputs of its layers and adapters' factors to eight bits.
+    "int8", or with "w8a8" these and the inputs of its layers to eight bits, and adapters' factors
+    with them.
     `mode` says whether adapters are merged into the weights, `restore` how the base comes back
     afterwards.
     `tool_call_format` is the notation in which models write calls where their chat template does

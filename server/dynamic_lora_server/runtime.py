@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha256
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from dynamic_lora_server.serving.admission import ServiceLimits
 from dynamic_lora_server.serving.readers import ReadStats
 from dynamic_lora_server.serving.service import GenerationService
 from dynamic_lora_server.text import TokenizerView
+from dynamic_lora_server.version import own_version
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def num_drafted(config: ServerConfig, device: torch.device) -> int:
 def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype, *, drafts: bool) -> Path:
     """Where measured kernel costs are kept; the name says what they depend on."""
     conditions = (
-        version("dynamic-lora"),
+        own_version(),
         sources_digest(),
         base.name,
         str(base.path),
@@ -328,7 +328,7 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype, *, dr
 
 def _fingerprint(config: ServerConfig, base: BaseModel, model: PreTrainedModel) -> str:
     precision = (str(model.dtype), config.quantize, config.kv_dtype, model.device.type)
-    return fingerprint(base.path, (version("dynamic-lora"), *precision))
+    return fingerprint(base.path, (own_version(), *precision))
 
 
 def _limits(

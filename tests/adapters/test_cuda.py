@@ -25,12 +25,15 @@ NAMES = ["segment_loop", "rank_concat", "sorted_groups", "triton_segments", "gro
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lengths", [[1], [8], [1] * 32, [100, 1, 17]], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_kernel_equals_reference(name: str, lengths: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rank", [16, 24, 64])
+def test_kernel_equals_reference(
+    name: str, lengths: list[int], dtype: torch.dtype, rank: int
+) -> None:
     kernels = kernels_for(CUDA, dtype, (2048, 256))
     if name not in kernels:
         pytest.skip(f"{name} does not run in {dtype} here")
     generator = torch.Generator().manual_seed(0)
-    slab = make_slab(len(lengths) + 2, 24, 2048, 256, generator=generator, dtype=dtype)
+    slab = make_slab(len(lengths) + 2, rank, 2048, 256, generator=generator, dtype=dtype)
     a, b = slab.a[0], slab.b[0]
     assert a is not None and b is not None
     run = Run(slab, 1, 0, lengths)

@@ -77,7 +77,7 @@ def test_what_was_measured_before_a_failure_is_written(
         assert before["cells"]
         raise torch.OutOfMemoryError("no memory for peers")
 
-    monkeypatch.setattr("benchmarks.gpu.measure_peers", no_memory)
+    monkeypatch.setattr("benchmarks.gpu_peers.measure_peers", no_memory)
     assert main(["--device", "cpu", "--tiny", "--output", str(output)]) == 1
     (found,) = json.loads(output.read_text())["shapes"]
     assert found["cells"]

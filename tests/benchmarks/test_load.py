@@ -177,7 +177,7 @@ async def test_the_loop_never_exceeds_its_clients() -> None:
     assert (len(result.timings), most) == (20, 4)
 
 
-async def test_the_loop_ends_by_time_with_as_many_requests_for_each_client() -> None:
+async def test_the_loop_ends_by_time_after_a_multiple_of_the_clients() -> None:
     async def send(_: Request) -> Timing:
         await asyncio.sleep(0.02)
         return Timing(sent=0, first_token=1, last_token=2, num_output_tokens=2)
@@ -188,7 +188,7 @@ async def test_the_loop_ends_by_time_with_as_many_requests_for_each_client() -> 
     assert len(result.timings) % 3 == 0
 
 
-async def test_a_turn_that_began_in_time_is_completed() -> None:
+async def test_requests_go_on_to_a_multiple_of_the_clients() -> None:
     """One client is quick: at the end of the time the others still get their requests."""
     sent = 0
 

@@ -1,7 +1,7 @@
 """Triton's kernels in Triton's interpreter, which needs no GPU."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 
 # Of one program on the smallest GPUs that multiply bfloat16 (compute capability 8.6).
 SHARED_BYTES = 99 * 1024
+CAPABILITIES = (80, 90)  # Ampere, Hopper
 MODULES = (
     "dynamic_lora_adapters.kernels.triton_segments",
     "dynamic_lora_server.engine.attention.paged_triton",
@@ -44,13 +45,18 @@ def _reload() -> None:
 
 
 def compile_for_a_gpu(
-    function: Callable[..., None], pointers: Mapping[str, str], constants: Mapping[str, Any]
+    function: Callable[..., None],
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    capability: int = CAPABILITIES[0],
+    divisible: Collection[str] = (),
 ) -> str:
-    """The PTX of a kernel for compute capability 8.0. Triton brings its own assembler.
+    """The PTX of a kernel for a compute capability. Triton brings its own assembler.
 
-    Fails if it takes more shared memory than such a GPU may have.
+    Fails if it takes more shared memory than a small GPU may have.
     `pointers` are the types of what arguments point to; `sign` and `scaling` are float32,
-    all others int32.
+    all others int32. Where pointers and `divisible` numbers are multiples of 16, as tensors' and
+    widths of layers are, loads are wide, and pipelined through shared memory.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -64,7 +70,12 @@ def compile_for_a_gpu(
             signature[name] = f"*{pointers[name]}"
         else:
             signature[name] = "fp32" if name in ("sign", "scaling") else "i32"
-    source = triton.compiler.ASTSource(kernel, signature, dict(constants))
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    wide = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name in pointers or name in divisible
+    }
+    source = triton.compiler.ASTSource(kernel, signature, dict(constants), wide)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.metadata.shared <= SHARED_BYTES
     return str(compiled.asm["ptx"])

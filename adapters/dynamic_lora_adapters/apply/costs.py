@@ -19,7 +19,7 @@ import torch
 
 from dynamic_lora_adapters.device.groups import PROBE_RANK, GroupShape, ProjectionGroup
 from dynamic_lora_adapters.device.slab_layout import SlabLayout
-from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, kernels_for
+from dynamic_lora_adapters.kernels import KERNELS, DeltaKernel, compiled_ahead, kernels_for
 from dynamic_lora_adapters.kernels.factor_layout import layout_for
 from dynamic_lora_adapters.kernels.native_segments import NativeSegments
 from dynamic_lora_adapters.segments import DeltaPlan, Run
@@ -124,10 +124,12 @@ def group_kernels(
 ) -> dict[str, DeltaKernel]:
     """The kernels that run on all of these groups, by name; without `native` none in C++.
 
-    As `kernels_for` has them; factors are kept in `factor_dtype`, or in `dtype`.
+    As `kernels_for` has them, and compiled; factors are kept in `factor_dtype`, or in `dtype`.
     """
-    widths = [width for g in groups for width in (g.in_features, g.out_features)]
-    return kernels_for(device, dtype, widths, native=native, factor_dtype=factor_dtype)
+    shapes = [(g.in_features, g.out_features) for g in groups]
+    widths = [width for shape in shapes for width in shape]
+    found = kernels_for(device, dtype, widths, native=native, factor_dtype=factor_dtype)
+    return compiled_ahead(found, shapes, device, dtype)
 
 
 def grid() -> Iterator[Point]:

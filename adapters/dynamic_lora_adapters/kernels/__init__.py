@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 
@@ -17,6 +17,7 @@ from dynamic_lora_adapters.kernels.reference import Reference
 from dynamic_lora_adapters.kernels.segment_loop import SegmentLoop
 from dynamic_lora_adapters.kernels.sorted_groups import SortedGroups
 from dynamic_lora_adapters.native import NativeUnavailable
+from dynamic_lora_adapters.transfer import check_alive
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ KERNELS: dict[str, DeltaKernel] = {
     kernel.name: kernel for kernel in (SegmentLoop(), RankConcat(), SortedGroups())
 }
 """Those that run on every device, in every dtype."""
+
+_TRITON = "triton_segments"
 
 
 def kernels_for(
@@ -65,20 +68,29 @@ def kernels_for(
     return found
 
 
-def compile_ahead(
-    kernels: Collection[str],
+def compiled_ahead(
+    kernels: Mapping[str, DeltaKernel],
     shapes: Iterable[tuple[int, int]],
     device: torch.device,
     dtype: torch.dtype,
-) -> None:
-    """Have those of `kernels` that are compiled at run time ready for layers of (in, out) widths.
+) -> dict[str, DeltaKernel]:
+    """Those of `kernels` that run, all they need being compiled for layers of (in, out) widths.
 
-    A step that came to need another variant would hold everybody up.
+    A step that came to need another variant would hold everybody up. Raises
+    torch.AcceleratorError where nothing runs on the device any more.
     """
-    if "triton_segments" in kernels:
+    found = dict(kernels)
+    if _TRITON in found:
         from dynamic_lora_adapters.kernels import triton_segments
 
-        triton_segments.compile_ahead(shapes, device, dtype)
+        try:
+            triton_segments.compile_ahead(shapes, device, dtype)
+        except Exception as error:  # whatever it is, the other kernels do
+            check_alive(device)
+            kind = type(error).__name__
+            logger.warning("Triton's delta kernels do not compile here: %s: %s", kind, error)
+            del found[_TRITON]
+    return found
 
 
 def has_triton(device: torch.device) -> bool:
@@ -101,6 +113,7 @@ def _triton_runs(device: torch.device) -> bool:
 
         try_out(device)
     except Exception as error:  # whatever it is, the other kernels do
+        check_alive(device)
         logger.warning("Triton's kernels do not run here: %s: %s", type(error).__name__, error)
         return False
     return True
@@ -117,7 +130,7 @@ __all__ = [
     "REFERENCE",
     "DeltaKernel",
     "SlotFactors",
-    "compile_ahead",
+    "compiled_ahead",
     "has_triton",
     "kernels_for",
 ]

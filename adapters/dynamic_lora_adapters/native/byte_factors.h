@@ -1,6 +1,6 @@
-// Low-rank deltas in integers, from factors in eight bits, beside products of inputs in eight bits
-// (`eight_bits.h`): they read the inputs as these have been rounded, and, where ranks fill their tiles,
-// half of what factors in sixteen bits take.
+// Low-rank deltas in integers, from factors in eight bits and inputs in eight bits (`eight_bits.h`),
+// beside products of weights in eight bits. Where ranks fill their tiles, half is read of what factors
+// in sixteen bits take.
 //
 //   a [rank / 16]: float [16], and then [in / 4][16][4]        b [rank / 16][outs / 16][4][16][4]
 //
@@ -19,7 +19,7 @@
 #include <utility>
 
 #include "eight_bits.h"
-#include "product.h"
+#include "product_inputs.h"
 #include "tiled_deltas.h"
 #include "vectors.h"
 

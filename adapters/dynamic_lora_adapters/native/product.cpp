@@ -1,4 +1,5 @@
-// The base product as a call of its own, and the packing of weights; `product.h` has the kernels.
+// The base product as a call of its own, and the packing of weights; `product.h`
+// and `product_inputs.h` have the kernels.
 
 #include "product.h"
 #include "team.h"

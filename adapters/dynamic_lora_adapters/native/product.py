@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _POINTER = ctypes.c_void_p
 _SIZE = ctypes.c_int64
 _ARENA = Arena()
-# What `product.h` calls Format.
+# What `projection.h` calls Format.
 _FORMATS = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2, torch.uint8: 3}
 # How weights are packed. Those of eight bits have scales; the last are beside inputs in eight bits.
 _PACK = {
@@ -29,7 +29,7 @@ _SCALED = (torch.int8, torch.uint8)
 
 
 class Projection(ctypes.Structure):
-    """What `product.h` calls by this name: the addresses and sizes of one linear layer."""
+    """What `projection.h` calls by this name: the addresses and sizes of one linear layer."""
 
     _fields_ = [
         ("packed", _POINTER),

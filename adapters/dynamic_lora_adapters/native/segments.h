@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "product.h"
+#include "product_inputs.h"
 #include "segment_tiles.h"
 #include "team.h"
 #include "vectors.h"

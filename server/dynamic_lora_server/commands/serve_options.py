@@ -143,8 +143,8 @@ BaseProduct = Annotated[
 Quantize = Annotated[
     str,
     typer.Option(
-        help=f"Round the base's weights, and with w8a8 the inputs of its layers and adapters' "
-        f"factors, too: {', '.join(QUANTIZATIONS)} (CPU). Answers change slightly."
+        help=f"Round the base's weights and adapters' factors, and with w8a8 the inputs of layers, "
+        f"too: {', '.join(QUANTIZATIONS)} (CPU). Answers change slightly."
     ),
 ]
 Native = Annotated[

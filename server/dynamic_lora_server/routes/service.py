@@ -1,7 +1,5 @@
 """`/health`, `/ready`, `/info` and `/metrics`: the server about itself."""
 
-from importlib.metadata import version
-
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
@@ -10,6 +8,7 @@ from dynamic_lora_adapters.files.card import MAX_STOP_STRINGS
 from dynamic_lora_server.generation import MAX_N
 from dynamic_lora_server.routes._deps import NoQuery, Ready, State, problems
 from dynamic_lora_server.schemas import service as wire
+from dynamic_lora_server.version import own_version
 
 router = APIRouter(tags=["service"])
 
@@ -41,7 +40,7 @@ async def info(runtime: Ready) -> wire.Info:
         max_concurrent_requests=config.max_running + config.max_waiting,
         max_best_of=MAX_N,
         max_stop_sequences=MAX_STOP_STRINGS,
-        version=version("dynamic-lora"),
+        version=own_version(),
         num_adapters=len(runtime.registry.list()),
     )
 

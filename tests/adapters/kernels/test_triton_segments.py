@@ -16,14 +16,19 @@ from dynamic_lora_adapters.kernels import (
     KERNELS,
     REFERENCE,
     SlotFactors,
-    compile_ahead,
+    compiled_ahead,
     has_triton,
     kernels_for,
 )
 from dynamic_lora_adapters.segments import Effect, Run
 from dynamic_lora_adapters.tiles import LONG, SHORT, tiles_of
 from tests.support.slabs import make_slab, resident
-from tests.support.triton import compile_for_a_gpu, interpreted, to_be_compiled
+from tests.support.triton import (
+    CAPABILITIES,
+    compile_for_a_gpu,
+    interpreted,
+    to_be_compiled,
+)
 
 POPULARITY = {
     "one": [8],
@@ -33,6 +38,8 @@ POPULARITY = {
 }
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-1, torch.float16: 2e-2}
 CPU = torch.device("cpu")
+# Sizes of layers, which Triton compiles for; others change from step to step.
+DIVISIBLE = ("x_stride", "in_features", "split_size", "out_stride", "out_features")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +150,7 @@ def test_every_variant_is_compiled_ahead(
 ) -> None:
     """Whatever ranks and lengths a run has, its variant of both kernels has been launched."""
 
-    def launched(run: Callable[[], None]) -> list[set[tuple[int, int, int]]]:
+    def launched(run: Callable[[], object]) -> list[set[tuple[int, int, int]]]:
         both = Recording(), Recording()
         monkeypatch.setattr(kernels, "_shrink", both[0])
         monkeypatch.setattr(kernels, "_expand", both[1])
@@ -159,13 +166,28 @@ def test_every_variant_is_compiled_ahead(
             kernels.TritonSegments()(out, x, SlotFactors(a, b), Run(slab, 0, 0, [length]))
 
     shapes = [(1100, 24), (40, 24)]
-    ahead = launched(lambda: compile_ahead(["triton_segments"], shapes, CPU, torch.float32))
+    triton = {"triton_segments": kernels.TritonSegments()}
+    ahead = launched(lambda: compiled_ahead(triton, shapes, CPU, torch.float32))
     assert all(ahead)
     assert launched(serve) == ahead
 
 
 def test_what_needs_no_compiler_is_left_alone() -> None:
-    compile_ahead(KERNELS, [(40, 24)], CPU, torch.float32)
+    assert compiled_ahead(KERNELS, [(40, 24)], CPU, torch.float32) == KERNELS
+
+
+def test_kernels_that_do_not_compile_are_left_out_by_name(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(kernels, "compile_ahead", broken)
+    found = {**KERNELS, "triton_segments": kernels.TritonSegments()}
+    assert compiled_ahead(found, [(40, 24)], CPU, torch.float32) == KERNELS
+    assert (
+        "Triton's delta kernels do not compile here: RuntimeError: out of resource" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,21 +195,25 @@ def test_what_needs_no_compiler_is_left_alone() -> None:
     [
         ("fp32", SHORT, 32, 32),
         ("fp32", LONG, 64, 32),
+        ("bf16", SHORT, 16, 128),
         ("bf16", SHORT, 32, 128),
+        ("bf16", LONG, 16, 128),
         ("bf16", LONG, 64, 128),
         ("fp16", LONG, 64, 128),
     ],
 )
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_for_a_gpu(
     dtype: str,
     rows: int,
     ranks: int,
     step: int,
+    capability: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Needs no GPU: Triton brings its own compiler and assembler. The larger ones take the most
-    shared memory."""
+    shared memory. No tile is large enough for what only Hopper multiplies so (WGMMA)."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pytest.importorskip("triton", reason="Triton is not installed")
     from dynamic_lora_adapters.kernels import triton_segments
@@ -199,7 +225,9 @@ def test_kernels_compile_for_a_gpu(
         (triton_segments.shrink_kernel, {"STEP": step}),
         (triton_segments.expand_kernel, {"SPLITS": 8, "COLUMNS": 128}),
     ):
-        assert compile_for_a_gpu(function, pointers, shapes | own)
+        ptx = compile_for_a_gpu(function, pointers, shapes | own, capability, DIVISIBLE)
+        assert "mma.sync" in ptx or dtype == "fp32"
+        assert "wgmma" not in ptx
 
 
 def test_kernels_that_do_not_run_are_left_out_by_name(

@@ -2,14 +2,15 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from dynamic_lora_adapters.transfer import to_device
+from dynamic_lora_adapters.kernels import has_triton
+from dynamic_lora_adapters.transfer import check_alive, to_device
 from dynamic_lora_server.engine.batch import Span
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,19 @@ def _parameters() -> frozenset[str]:
 
 
 @cache
-def _runs(device: torch.device) -> bool:
-    try:
-        _try_out(device)
-    except Exception as error:  # whatever it is, gathering does
-        kind = type(error).__name__
-        logger.warning("torch's attention to pages does not run here: %s: %s", kind, error)
+def triton_pages_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this project's attention to pages in Triton runs on a device: tried once, too."""
+    if not has_triton(device):
         return False
-    return True
+    from dynamic_lora_server.engine.attention.paged_triton import TritonPages
+
+    single = [trial for trial in _TRIALS if trial.lengths == (1, 1)]
+    return _passes("Triton's", device, dtype, TritonPages, single)
+
+
+@cache
+def _runs(device: torch.device) -> bool:
+    return _passes("torch's", device, torch.bfloat16, PagedKernel, _TRIALS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +78,39 @@ _TRIALS = (
 )
 _TRIAL_PAGES = (3, 0), (1, 2)
 _TRIAL_SCALING = 0.125
+_Kernel = Callable[["PagedTables"], Callable[..., torch.Tensor]]
 
 
-def _try_out(device: torch.device) -> None:
-    """Attend as `_TRIALS` say. Raises what that raises, and RuntimeError where it is wrong."""
+def _passes(
+    whose: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: _Kernel,
+    trials: Sequence[_Trial],
+) -> bool:
+    try:
+        _try_out(device, dtype, kernel, trials)
+    except Exception as error:  # whatever it is, another way to attend does
+        check_alive(device)
+        kind = type(error).__name__
+        logger.warning("%s attention to pages does not run here: %s: %s", whose, kind, error)
+        return False
+    return True
+
+
+def _try_out(
+    device: torch.device, dtype: torch.dtype, kernel: _Kernel, trials: Sequence[_Trial]
+) -> None:
+    """Attend as `trials` say. Raises what that raises, and RuntimeError where it is wrong."""
 
     def whole(*values: object) -> torch.Tensor:
         return torch.tensor(values, device=device, dtype=torch.int32)
 
     def drawn(*shape: int) -> torch.Tensor:
         drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0]))
-        return drawn.to(device, torch.bfloat16)
+        return drawn.to(device, dtype)
 
-    for trial in _TRIALS:
+    for trial in trials:
         keys, values = drawn(8 * PAGE_SIZE, trial.kv_heads, 64).chunk(2)
         tables = PagedTables(
             cumulative=whole(0, trial.lengths[0], sum(trial.lengths)),
@@ -95,7 +121,7 @@ def _try_out(device: torch.device) -> None:
             page_size=PAGE_SIZE,
         )
         q = drawn(sum(trial.lengths), 4, 64)
-        out = PagedKernel(tables)(q, keys, values, _TRIAL_SCALING, trial.window)
+        out = kernel(tables)(q, keys, values, _TRIAL_SCALING, trial.window)
         if not torch.allclose(out.float(), _by_hand(q, keys, values, trial), atol=0.03):
             raise RuntimeError(f"what it attends to is wrong for {trial}")
 

@@ -207,8 +207,9 @@ def _measured(
 
 
 def _costs_file(file: Path | None, kind: ProductKind) -> Path | None:
-    """Of these products alone: which of them run may differ from one start to the next."""
-    return None if file is None else file.with_stem(f"{file.stem}-{kind}")
+    """Of these products alone, and factors: they may differ from one start to the next."""
+    kept_in = "" if kind.factor_dtype is None else f"-{kind.factor_dtype}"
+    return None if file is None else file.with_stem(f"{file.stem}-{kind}{kept_in}")
 
 
 def _checked_layers(model: PreTrainedModel, options: EngineOptions) -> list[LayerGeometry]:

@@ -14,7 +14,7 @@ import torch
 from dynamic_lora_adapters.apply.costs import KernelCosts, measure_costs
 from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.device.groups import ProjectionGroup
-from dynamic_lora_adapters.kernels import DeltaKernel, compile_ahead
+from dynamic_lora_adapters.kernels import DeltaKernel
 from dynamic_lora_server.engine.startup.mode_costs import measure_mode_costs
 from dynamic_lora_server.modes.costs import StepCosts
 
@@ -61,9 +61,8 @@ def startup_costs(
 
     `trial` runs a step of the base model with so many rows. Steps are measured where
     something `merges` or `drafts`, a switch only with `merges`. What a busy machine left no
-    time to measure whole is not written. Kernels are compiled either way.
+    time to measure whole is not written.
     """
-    compile_ahead(kernels, [(g.in_features, g.out_features) for g in groups], device, dtype)
     if file is not None and file.is_file():
         try:
             found = StartupCosts.from_json(file.read_text(), kernels)

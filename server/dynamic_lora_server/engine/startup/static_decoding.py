@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 from dynamic_lora_adapters.device.groups import ProjectionGroup
 from dynamic_lora_adapters.device.tables import AddressTables
 from dynamic_lora_adapters.kernels import has_triton
+from dynamic_lora_adapters.transfer import check_alive
 from dynamic_lora_server.engine.attention.paged import (
     LARGEST_HEAD,
     PAGE_SIZE,
     PagedKernel,
     PagedTables,
     paged_kernel_available,
+    triton_pages_available,
 )
 from dynamic_lora_server.engine.graphs.compiled_layers import CompiledLayers
 from dynamic_lora_server.engine.graphs.decode_graphs import DecodeGraphs
@@ -65,7 +67,7 @@ def static_decoding(
 
     None where they cannot be had; the log says why. Raises InvalidParameter if compiled
     layers are asked for there, UnsupportedModel if the model's cannot be compiled or
-    give other logits.
+    give other logits, torch.AcceleratorError where nothing runs on the device any more.
     """
     model = runner.model
     obstacle = _obstacle(runner, wish)
@@ -87,6 +89,7 @@ def static_decoding(
         if model.device.type == "cuda":
             graphs.capture(lambda done, total: on_step(f"Capturing CUDA graphs ({done}/{total})"))
     except Exception as error:  # compilers fail in as many ways as they have passes
+        check_alive(model.device)
         if wish.compiled:
             raise _refusal(model, error) from error
         logger.warning("Decoding runs without CUDA graphs: %s", error)
@@ -114,7 +117,7 @@ def static_kernel(
     """
     if dtype in (torch.float16, torch.bfloat16) and paged_kernel_available(device, head_dim):
         return PagedKernel
-    if device.type == "cuda" and has_triton(device):
+    if device.type == "cuda" and triton_pages_available(device, dtype):
         from dynamic_lora_server.engine.attention.paged_triton import TritonPages
 
         return TritonPages

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from dynamic_lora_server.engine.attention import paged
 from dynamic_lora_server.engine.attention.paged import PagedTables
 from dynamic_lora_server.engine.graphs.static_attention import GatheredPages
-from tests.support.triton import compile_for_a_gpu, interpreted
+from tests.support.triton import CAPABILITIES, compile_for_a_gpu, interpreted
 
 if TYPE_CHECKING:
     from dynamic_lora_server.engine.attention.paged_triton import TritonPages
@@ -122,6 +123,12 @@ def test_few_rows_are_shared_between_more_programs() -> None:
     assert splits_of(7, 1) == 32
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_it_passes_what_is_tried_at_start(dtype: torch.dtype) -> None:
+    assert paged.triton_pages_available.__wrapped__(torch.device("cpu"), dtype)
+
+
 def test_rows_need_not_lie_side_by_side(kernel: type["TritonPages"]) -> None:
     tables = tables_for([30, 70], 2)
     q = torch.randn(4, 2, 64).transpose(0, 1)
@@ -133,11 +140,13 @@ def test_rows_need_not_lie_side_by_side(kernel: type["TritonPages"]) -> None:
 @pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_for_a_gpu(
     dtype: str,
     num_bytes: int,
     width: int,
     splits: int,
+    capability: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -157,6 +166,8 @@ def test_kernels_compile_for_a_gpu(
         "VALUE_DIM": width,
         "TOKENS": tokens,
     }
-    assert compile_for_a_gpu(paged_triton.attend_kernel, pointers, shapes | {"UPCAST": False})
+    shapes_of_one = shapes | {"UPCAST": False}
+    sizes = ["dim", "value_dim"]
+    assert compile_for_a_gpu(paged_triton.attend_kernel, pointers, shapes_of_one, capability, sizes)
     few = {name: shapes[name] for name in ("SPLITS", "VALUE_DIM")}
-    assert compile_for_a_gpu(paged_triton.combine_kernel, pointers, few)
+    assert compile_for_a_gpu(paged_triton.combine_kernel, pointers, few, capability, sizes)

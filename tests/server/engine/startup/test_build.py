@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from dynamic_lora_adapters.apply import costs
 from dynamic_lora_adapters.apply.costs import KernelCosts
 from dynamic_lora_adapters.apply.products import ProductKind
 from dynamic_lora_adapters.kernels import KERNELS
@@ -14,7 +15,6 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.decoder.native_decoder import adopt_native_layers
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.startup import build as building
-from dynamic_lora_server.engine.startup import costs as startup_costs
 from dynamic_lora_server.engine.startup.build import EngineOptions, build_engine
 from dynamic_lora_server.engine.startup.costs import StartupCosts
 from dynamic_lora_server.engine.startup.mode_costs import settled_mode
@@ -152,9 +152,12 @@ def test_kernels_are_compiled_at_starts_that_measure_nothing_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[list[tuple[int, int]]] = []
-    monkeypatch.setattr(
-        startup_costs, "compile_ahead", lambda _, shapes, *__: compiled.append(list(shapes))
-    )
+
+    def noting(kernels: Any, shapes: list[tuple[int, int]], *_: object) -> Any:
+        compiled.append(shapes)
+        return kernels
+
+    monkeypatch.setattr(costs, "compiled_ahead", noting)
     file = tmp_path / "costs.json"
     file.with_stem("costs-plain").write_text(
         StartupCosts(KernelCosts(dict.fromkeys(KERNELS, {(1, 1): 1.0})), NO_STEPS).to_json()
