@@ -264,9 +264,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the JSON file; 1, with the reasons, if a part cannot be done."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    for package in _LOGGED:
-        logging.getLogger(package).setLevel(logging.INFO)
     document: dict[str, Any] = {"shapes": []}
     try:
         for document in measure(arguments):
@@ -281,5 +278,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures(document) else 0
 
 
+def _show_log() -> None:
+    logging.basicConfig(format="%(message)s")
+    for package in _LOGGED:
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
 if __name__ == "__main__":
+    _show_log()
     sys.exit(main())
