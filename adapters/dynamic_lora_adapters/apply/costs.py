@@ -124,7 +124,8 @@ def group_kernels(
 ) -> dict[str, DeltaKernel]:
     """The kernels that run on all of these groups, by name; without `native` none in C++.
 
-    As `kernels_for` has them, and compiled; factors are kept in `factor_dtype`, or in `dtype`.
+    As `kernels_for` has them, and `compiled_ahead`; factors are kept in `factor_dtype`, or in
+    `dtype`.
     """
     shapes = [(g.in_features, g.out_features) for g in groups]
     widths = [width for shape in shapes for width in shape]
