@@ -70,7 +70,7 @@ class BaseGeometry:
     module path to its class name and `parameters` every parameter to its shape,
     so that what exists but cannot be served is refused by name.
     `transposed_experts` are the modules whose experts are stored as [in, out].
-    `embedding_dtype` is what the token embedding is held in.
+    `embedding_dtype` is what the token embedding computes in.
     `rows` is what a trial run showed of the modules that work row by row, by path, and
     `layers` what it showed of each layer's attention; empty without one.
     """
@@ -103,6 +103,8 @@ class BaseGeometry:
     @classmethod
     def of(cls, model: "torch.nn.Module", *, model_id: str) -> "BaseGeometry":
         """Read the geometry off a transformers causal LM (before any layer is wrapped)."""
+        from dynamic_lora_adapters.apply.widening import dtype_of
+
         head = model.get_output_embeddings()  # type: ignore[operator]
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         linears: dict[str, LinearShape] = {}
@@ -128,7 +130,7 @@ class BaseGeometry:
                 path for path, m in model.named_modules() if getattr(m, "is_transposed", False)
             ),
             tied=head is not None and head.weight is embedding.weight,
-            embedding_dtype=embedding.weight.dtype,
+            embedding_dtype=dtype_of(embedding),
         )
 
 

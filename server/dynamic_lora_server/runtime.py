@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamic_lora_adapters.apply.pristine import Restore
 from dynamic_lora_adapters.apply.products import ProductKind
+from dynamic_lora_adapters.apply.widening import model_dtype
 from dynamic_lora_adapters.compositions.saved import SavedCompositions
 from dynamic_lora_adapters.device.pool_stats import PoolStats
 from dynamic_lora_adapters.files.archive import UploadLimits
@@ -157,13 +158,12 @@ class Runtime:
             store=store,
             limits=UploadLimits(max_bytes=config.max_upload_bytes),
             base=built.weights,
-            dtype=model.dtype,
+            dtype=model_dtype(model),
             factor_dtype=built.pool.factor_dtype,
             database_url=config.database_url,
             reserved=config.served_model_names,
         )
-        published = registry.import_shipped(shipped)
-        logger.info("published %d shipped adapters", len(published))
+        logger.info("published %d shipped adapters", len(registry.import_shipped(shipped)))
         if registry.list():
             import_peft()
         saved = SavedCompositions(registry, registry.index)
@@ -183,7 +183,7 @@ class Runtime:
             built=built,
             loader=loader,
             device=str(device),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(model_dtype(model)).removeprefix("torch."),
             fingerprint=_fingerprint(config, base, model),
         )
 
@@ -279,7 +279,7 @@ def _options(config: ServerConfig, base: BaseModel, model: PreTrainedModel) -> E
         mode=Mode(config.mode),
         restore=Restore(config.restore),
         checkpoint=base.path,
-        costs_file=_costs_file(config, base, model.dtype, drafts=speculate > 0),
+        costs_file=_costs_file(config, base, model_dtype(model), drafts=speculate > 0),
         compile_layers=config.compile,
         overlap=None if config.overlap else False,
         speculate=speculate,
@@ -327,8 +327,8 @@ def _costs_file(config: ServerConfig, base: BaseModel, dtype: torch.dtype, *, dr
 
 
 def _fingerprint(config: ServerConfig, base: BaseModel, model: PreTrainedModel) -> str:
-    precision = (str(model.dtype), config.quantize, config.kv_dtype, model.device.type)
-    return fingerprint(base.path, (own_version(), *precision))
+    dtypes = str(model_dtype(model)), config.quantize, config.kv_dtype
+    return fingerprint(base.path, (own_version(), *dtypes, model.device.type))
 
 
 def _limits(

@@ -10,7 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dynamic_lora_adapters.apply.layers import DeltaSite, GroupedProjection, LoraConv1D, LoraLinear
 from dynamic_lora_adapters.apply.products import ProductKind, make_product
+from dynamic_lora_adapters.apply.widening import dtype_of
 from dynamic_lora_adapters.device.groups import ProjectionGroup
+from dynamic_lora_adapters.weight import Weight, in_one
 
 AnyLinear = nn.Linear | Conv1D
 
@@ -67,7 +69,7 @@ def _joinable(first: AnyLinear, second: AnyLinear) -> bool:
     return (
         isinstance(first, nn.Linear)
         and isinstance(second, nn.Linear)
-        and first.weight.dtype == second.weight.dtype
+        and dtype_of(first) == dtype_of(second)
         and first.weight.device == second.weight.device
         and (first.bias is None) == (second.bias is None)
     )
@@ -109,21 +111,26 @@ def inject(
     """Replace every layer of the groups by one that adds an adapter's terms.
 
     Returns the site that they read and their projections, in the order of the
-    groups. The weights of a group are joined into one tensor and the members'
-    become views of it, so `state_dict` keeps its keys. Any `kind` of product
-    but PLAIN reads packed copies, which take as much memory again.
+    groups. PLAIN products read the weights of a group joined into one tensor, of which the
+    members' become views, so `state_dict` keeps its keys. Any other `kind` reads packed copies,
+    and leaves the weights as they are kept.
     """
     site = DeltaSite()
     projections = []
     for index, group in enumerate(groups):
         members = [linear_at(model, path) for path in group.paths]
-        weight, bias = _join_weights(members)
-        # The head may share its weight with the embedding, which a merge must not touch.
+        dtype = dtype_of(members[0])
+        kept: Weight = tuple(weight_of(member) for member in members)
+        if kind is ProductKind.PLAIN:
+            kept = _join_weights(members, dtype)
+        bias = _join_biases(members)
         halves = len(set(group.widths)) == 1 and len(group.widths) == 2
-        product = make_product(kind, weight, bias, shared=group.is_head, halves=halves)
+        # The head may share its weight with the embedding, which a merge must not touch.
+        shared = group.is_head
+        product = make_product(kind, kept, bias, dtype=dtype, shared=shared, halves=halves)
         transposed = isinstance(members[0], Conv1D)
         projection = GroupedProjection(
-            group, index, site, product, weight, bias, transposed=transposed
+            group, index, site, product, kept, bias, dtype=dtype, transposed=transposed
         )
         projections.append(projection)
         for number, (path, member) in enumerate(zip(group.paths, members, strict=True)):
@@ -139,17 +146,22 @@ def _wrapped(layer: AnyLinear, projection: GroupedProjection, number: int) -> nn
 
 
 @torch.no_grad()
-def _join_weights(members: list[AnyLinear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight = weight_of(members[0])
-    bias = None if members[0].bias is None else members[0].bias.data
-    if len(members) == 1:
-        return weight, bias
-    weight = torch.cat([weight_of(member) for member in members])
-    widths = [len(weight_of(member)) for member in members]
-    for member, view in zip(members, weight.split(widths), strict=True):
+def _join_weights(members: list[AnyLinear], dtype: torch.dtype) -> torch.Tensor:
+    weights = tuple(weight_of(member) for member in members)
+    whole = in_one(weights, dtype)
+    if len(members) == 1 and whole is weights[0]:
+        return whole
+    for member, view in zip(members, whole.split([*map(len, weights)]), strict=True):
         member.weight = nn.Parameter(view, requires_grad=False)
-    if bias is not None:
-        bias = torch.cat([member.bias.data for member in members])
-        for member, view in zip(members, bias.split(widths), strict=True):
-            member.bias = nn.Parameter(view, requires_grad=False)
-    return weight, bias
+    return whole
+
+
+@torch.no_grad()
+def _join_biases(members: list[AnyLinear]) -> torch.Tensor | None:
+    biases = [member.bias.data for member in members if member.bias is not None]
+    if len(biases) < 2:
+        return biases[0] if biases else None
+    joined = torch.cat(biases)
+    for member, view in zip(members, joined.split([*map(len, biases)]), strict=True):
+        member.bias = nn.Parameter(view, requires_grad=False)
+    return joined

@@ -12,6 +12,7 @@ from dynamic_lora_adapters.apply.uncompiled import uncompiled
 from dynamic_lora_adapters.device.groups import ProjectionGroup
 from dynamic_lora_adapters.rows import RowSegment
 from dynamic_lora_adapters.segments import DeltaPlan, Effect, Run
+from dynamic_lora_adapters.weight import Weight, in_one
 
 
 class StaticDeltas(Protocol):
@@ -40,8 +41,8 @@ class GroupedProjection:
     """The joined projection of a group: one base product, then the deltas in place.
 
     The first member called with an input computes the output of all members;
-    the others take their columns of it. Holds no parameters itself: members'
-    weights are views of the joined weight.
+    the others take their columns of it. Holds no parameters itself: `kept` are
+    the members' weights, one each or joined, and `dtype` is what it computes in.
     """
 
     def __init__(
@@ -50,20 +51,33 @@ class GroupedProjection:
         index: int,
         site: DeltaSite,
         base: BaseProduct,
-        weight: torch.Tensor,
+        kept: Weight,
         bias: torch.Tensor | None,
         *,
+        dtype: torch.dtype,
         transposed: bool = False,
     ) -> None:
         self.group = group
         self.base = base
-        self.weight = weight
+        self.kept = kept
+        self.dtype = dtype
         self.transposed = transposed
         self.index = index
         self._site = site
         self._bias = bias
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The joined weight [out, in]: a copy, unless it is kept so."""
+        return in_one(self.kept, self.dtype)
+
+    def of_members(self, weight: Weight) -> tuple[torch.Tensor, ...]:
+        """A weight as `kept` is, by members [width, in]."""
+        if isinstance(weight, tuple):
+            return weight
+        return tuple(weight.split(list(self.group.widths)))
 
     def member(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Output of member `number` for x [..., in], shape [..., width]."""

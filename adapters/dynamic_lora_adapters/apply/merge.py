@@ -17,6 +17,7 @@ from dynamic_lora_adapters.apply.pristine import Pristine
 from dynamic_lora_adapters.device.groups import GroupTerms, ProjectionGroup
 from dynamic_lora_adapters.device.slab import ResidentAdapter
 from dynamic_lora_adapters.native.product import Bfloat16Product, Int8Product, NativeProduct
+from dynamic_lora_adapters.weight import in_one
 
 _ROUNDED = (Bfloat16Product, Int8Product)
 # Other rows get W x back as (W + BA) x - BA x, whose error grows as BA does beside W,
@@ -61,7 +62,7 @@ class Merger:
     def rounds(self) -> bool:
         """Whether merged weights have fewer bits than float32; the rows of others notice then."""
         return any(
-            projection.weight.dtype != torch.float32 or isinstance(projection.base, _ROUNDED)
+            projection.dtype != torch.float32 or isinstance(projection.base, _ROUNDED)
             for projection in self._projections
         )
 
@@ -95,12 +96,12 @@ class Merger:
 
     def _keeps_steps(self, index: int, terms: GroupTerms) -> bool:
         projection = self._projections[index]
-        base, weight = projection.base, projection.weight
+        base = projection.base
         assert isinstance(base, Int8Product)
         if terms.low_rank and terms.a is not None and terms.b is not None:
-            steps = base.steps_folded(weight, terms.a.float(), terms.b.float())
+            steps = base.steps_folded(projection.kept, terms.a.float(), terms.b.float())
         else:
-            steps = terms.fold(weight).abs().amax(1) / 127
+            steps = terms.fold(projection.weight).abs().amax(1) / 127
         return bool((steps <= _LARGEST_STEP * self._steps[index]).all())
 
     def _measured(self) -> list[torch.Tensor]:
@@ -112,7 +113,7 @@ class Merger:
                 * torch.tensor(
                     [
                         float(torch.linalg.vector_norm(part, dtype=torch.float32))
-                        for part in projection.weight.split(list(projection.group.widths))
+                        for part in projection.of_members(projection.kept)
                     ]
                 )
                 for projection in self._projections
@@ -183,7 +184,8 @@ class Merger:
             assert new.b is not None
             projection.base.replace_folded(weight, new.a.float(), new.b.float())
         else:
-            projection.base.replace(new.fold(weight).to(projection.weight.dtype))
+            folded = new.fold(in_one(weight, projection.dtype))
+            projection.base.replace(folded.to(projection.dtype))
 
 
 def _foldable(terms: Sequence[GroupTerms], index: int) -> GroupTerms | None:

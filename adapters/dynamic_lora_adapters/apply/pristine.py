@@ -11,6 +11,7 @@ import torch
 from dynamic_lora_adapters.apply.layers import GroupedProjection
 from dynamic_lora_adapters.base_weights import BaseWeights, ModelWeights
 from dynamic_lora_adapters.device.groups import GroupTerms
+from dynamic_lora_adapters.weight import Weight
 
 
 class Restore(StrEnum):
@@ -38,13 +39,11 @@ class Pristine(ABC):
             yield
 
     @abstractmethod
-    def weight(
-        self, index: int, projection: GroupedProjection, held: GroupTerms | None
-    ) -> torch.Tensor:
+    def weight(self, index: int, projection: GroupedProjection, held: GroupTerms | None) -> Weight:
         """The group's weight [out, in] without `held`, the terms that are in it now."""
 
     @abstractmethod
-    def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
+    def value(self, index: int, projection: GroupedProjection) -> Weight:
         """The group's weight [out, in] as the checkpoint has it; from any thread."""
 
     def restore(self, index: int, projection: GroupedProjection) -> None:
@@ -67,24 +66,22 @@ class CopiedWeights(Pristine):
         super().__init__()
         self._copies: dict[int, torch.Tensor] = {}
 
-    def weight(
-        self, index: int, projection: GroupedProjection, held: GroupTerms | None
-    ) -> torch.Tensor:
+    def weight(self, index: int, projection: GroupedProjection, held: GroupTerms | None) -> Weight:
         """As the base class says; bit for bit."""
         if projection.base.separate:
-            return projection.weight
+            return projection.kept
         if index not in self._copies:
             assert held is None, "the copy is made before the first merge"
             self._copies[index] = _host_copy(projection.weight.detach())
         return self._copies[index].to(projection.weight.device, non_blocking=True)
 
-    def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
+    def value(self, index: int, projection: GroupedProjection) -> Weight:
         """As the base class says."""
         with self._lock:
             copy = self._copies.get(index)
             if copy is not None:
                 return copy
-            return projection.weight if projection.base.separate else projection.weight.clone()
+            return projection.kept if projection.base.separate else projection.weight.clone()
 
     def restore(self, index: int, projection: GroupedProjection) -> None:
         """As the base class says; what was never copied was never changed."""
@@ -121,12 +118,10 @@ class SubtractedWeights(Pristine):
         self._drifts = [0.0] * len(projections)
         self.num_refreshes = 0
 
-    def weight(
-        self, index: int, projection: GroupedProjection, held: GroupTerms | None
-    ) -> torch.Tensor:
+    def weight(self, index: int, projection: GroupedProjection, held: GroupTerms | None) -> Weight:
         """As the base class says, up to the drift."""
         if held is None or projection.base.separate:
-            return projection.weight
+            return projection.kept
         weight = held.unfold(projection.weight).to(projection.weight.dtype)
         self._measure(index, weight)
         sample = self._samples[index]
@@ -137,9 +132,9 @@ class SubtractedWeights(Pristine):
         self.drift = max(self._drifts)
         return weight
 
-    def value(self, index: int, projection: GroupedProjection) -> torch.Tensor:
+    def value(self, index: int, projection: GroupedProjection) -> Weight:
         """As the base class says, read from the checkpoint."""
-        return projection.weight if projection.base.separate else self._reload(index)
+        return projection.kept if projection.base.separate else self._reload(index)
 
     def forget_copies(self) -> None:
         """As the base class says: there are none."""
@@ -175,8 +170,7 @@ class PristineWeights:
             return self._others.parameter(name)
         index, number = place
         projection = self._projections[index]
-        joined = self._pristine.value(index, projection)
-        weight = joined.split(list(projection.group.widths))[number]
+        weight = projection.of_members(self._pristine.value(index, projection))[number]
         # `Conv1D` stores its weight as [in, out].
         weight = weight.T if projection.transposed else weight
         exact: torch.Tensor = weight.to("cpu", torch.float32)

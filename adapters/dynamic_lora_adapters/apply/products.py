@@ -25,6 +25,7 @@ from dynamic_lora_adapters.native.product import (
     W8a8Product,
     gains_by_eight_bits,
 )
+from dynamic_lora_adapters.weight import Weight, in_one, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class BaseProduct(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    def replace(self, weight: torch.Tensor) -> None: ...
+    def replace(self, weight: Weight) -> None: ...
 
 
 class PlainProduct:
@@ -98,9 +99,11 @@ class PlainProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
 
-    def replace(self, weight: torch.Tensor) -> None:
+    def replace(self, weight: Weight) -> None:
         """Overwrite the weight, keeping its memory."""
-        self._weight.copy_(weight)
+        parts = parts_of(weight)
+        for place, part in zip(self._weight.split([*map(len, parts)]), parts, strict=True):
+            place.copy_(part)
 
 
 class DetachedProduct(PlainProduct):
@@ -108,9 +111,9 @@ class DetachedProduct(PlainProduct):
 
     separate = True
 
-    def replace(self, weight: torch.Tensor) -> None:
+    def replace(self, weight: Weight) -> None:
         """Multiply by another weight."""
-        self._weight = weight
+        self._weight = in_one(weight, self._weight.dtype)
 
 
 class PackedProduct:
@@ -123,6 +126,7 @@ class PackedProduct:
     separate = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._dtype = weight.dtype
         self.replace(weight)
         self._bias = bias
 
@@ -132,23 +136,26 @@ class PackedProduct:
         )
         return out
 
-    def replace(self, weight: torch.Tensor) -> None:
+    def replace(self, weight: Weight) -> None:
         """Pack another weight."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+        whole = in_one(weight, self._dtype).contiguous()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS_HINT)
 
 
 def make_product(
     kind: ProductKind,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     *,
+    dtype: torch.dtype | None = None,
     shared: bool = False,
     halves: bool = False,
 ) -> BaseProduct:
     """The product of a weight [out, in], which is `shared` if others read it too.
 
-    `halves` says that two layers of one width are joined in it: C++ lays these out so that, if
-    they are a gate and what it lets through, it can activate them while it multiplies.
+    It is of inputs in `dtype`, by default that of the weight. `halves` says that two layers of one
+    width are joined in it: C++ lays these out so that, if they are a gate and what it lets
+    through, it can activate them while it multiplies.
     """
     if kind is ProductKind.NATIVE:
         return NativeProduct(weight, bias, halves=halves)
@@ -158,9 +165,10 @@ def make_product(
         return Int8Product(weight, bias, halves=halves)
     if kind is ProductKind.W8A8:
         return W8a8Product(weight, bias, halves=halves)
+    whole = in_one(weight, dtype or parts_of(weight)[0].dtype)
     if kind is ProductKind.PACKED:
-        return PackedProduct(weight, bias)
-    return DetachedProduct(weight, bias) if shared else PlainProduct(weight, bias)
+        return PackedProduct(whole, bias)
+    return DetachedProduct(whole, bias) if shared else PlainProduct(whole, bias)
 
 
 def obstacle(kind: ProductKind, weight: torch.Tensor) -> str | None:

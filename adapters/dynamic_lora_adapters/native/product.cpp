@@ -1,6 +1,7 @@
 // The base product as a call of its own, and the packing of weights; `product.h`
 // and `product_inputs.h` have the kernels.
 
+#include "kept_weight.h"
 #include "product.h"
 #include "team.h"
 
@@ -168,10 +169,9 @@ void put_block(const float* block, int64_t count, BFloat16* to) {
   write_past_caches(rounded, even(count) * kWidth * sizeof(BFloat16), to);
 }
 
-// A weight [n, k] + b^T a, with rows ldw apart. See `Projection` for `halves`.
+// A weight + b^T a. See `Projection` for `halves`.
 struct Folded {
-  const float* weight;
-  int64_t ldw, n, k;
+  KeptWeight weight;
   bool halves;
   Factors factors;
 
@@ -180,6 +180,7 @@ struct Folded {
   // Returns what `Memory` says; where that ran out, nothing was called.
   template <typename Act>
   int64_t for_each_panel(const Act& act) const {
+    const int64_t n = weight.n, k = weight.k;
     Memory memory;
     Team team;
 #pragma omp parallel
@@ -196,9 +197,10 @@ struct Folded {
         on_panel.take(factors, column, width);
         act(j, column, width, [&](const auto& take) {
           for (int64_t first = 0; first < k; first += kBlock) {
-            alignas(64) float block[kBlock * kWidth];
+            alignas(64) float block[kBlock * kWidth], room[kBlock * kWidth];
             const int64_t count = std::min(kBlock, k - first);
-            pack_block(weight + column * ldw + first, ldw, width, count, block);
+            const WeightBlock rows = weight.block(column, width, first, count, room, kBlock);
+            pack_block(rows.data, rows.stride, width, count, block);
             add_factors(on_panel, first, count, block);
             take(block, first, count);
           }
@@ -283,7 +285,7 @@ int64_t pack_bytes(const Folded& folded, int8_t* packed, float* scale, int64_t d
     for (int64_t c = 0; c < width; c++) scale[column + c] = largest.scale(c / kLanes)[c % kLanes];
     if (!packed) return;
     for_each_block([&](const float* block, int64_t first, int64_t count) {
-      const int64_t whole = first + kBlock < folded.k ? count : depth - first;
+      const int64_t whole = first + kBlock < folded.weight.k ? count : depth - first;
       put_bytes<Together>(block, count, whole, added, largest,
                           packed + (j * depth + first) * kWidth);
     });
@@ -310,34 +312,34 @@ int64_t dynamic_lora_rounds_to_bfloat16() { return pairs_pay(); }
 // Whether inputs in eight bits are multiplied faster than any others.
 int64_t dynamic_lora_gains_by_eight_bits() { return kMultipliesFours && !kMatrixUnit; }
 
-// weight [n, k] + b^T a, with rows ldw apart; packed begins at a cache line and has room for n
-// rounded up to whole panels. With a rank of 0, the weight alone. Returns what `Memory` says.
-int64_t dynamic_lora_pack(const float* weight, int64_t ldw, float* packed, int64_t n, int64_t k,
+// weight [n, k], in parts, + b^T a; packed begins at a cache line and has room for n rounded up to
+// whole panels. With a rank of 0, the weight alone. Returns what `Memory` says.
+int64_t dynamic_lora_pack(const KeptRows* weight, float* packed, int64_t n, int64_t k,
                           int64_t halves, const float* a, int64_t lda, const float* b,
                           int64_t ldb, int64_t rank) {
-  return pack(Folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}}, packed, k);
+  return pack(Folded{{weight, n, k}, halves != 0, {a, b, lda, ldb, rank}}, packed, k);
 }
 
 // The same, rounded to bfloat16.
-int64_t dynamic_lora_pack_bfloat16(const float* weight, int64_t ldw, BFloat16* packed, int64_t n,
-                                   int64_t k, int64_t halves, const float* a, int64_t lda,
-                                   const float* b, int64_t ldb, int64_t rank) {
-  return pack(Folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}}, packed, even(k));
+int64_t dynamic_lora_pack_bfloat16(const KeptRows* weight, BFloat16* packed, int64_t n, int64_t k,
+                                   int64_t halves, const float* a, int64_t lda, const float* b,
+                                   int64_t ldb, int64_t rank) {
+  return pack(Folded{{weight, n, k}, halves != 0, {a, b, lda, ldb, rank}}, packed, even(k));
 }
 
 // The same in eight bits; scale [n] is written, too.
-int64_t dynamic_lora_pack_int8(const float* weight, int64_t ldw, int8_t* packed, float* scale,
-                               int64_t n, int64_t k, int64_t halves, const float* a, int64_t lda,
+int64_t dynamic_lora_pack_int8(const KeptRows* weight, int8_t* packed, float* scale, int64_t n,
+                               int64_t k, int64_t halves, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int64_t rank) {
-  const Folded folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}};
+  const Folded folded{{weight, n, k}, halves != 0, {a, b, lda, ldb, rank}};
   return pack_bytes<kBytesTogether>(folded, packed, scale, panel_depth(kBytes, k), 0);
 }
 
 // The same beside inputs in eight bits.
-int64_t dynamic_lora_pack_w8a8(const float* weight, int64_t ldw, int8_t* packed, float* scale,
-                               int64_t n, int64_t k, int64_t halves, const float* a, int64_t lda,
+int64_t dynamic_lora_pack_w8a8(const KeptRows* weight, int8_t* packed, float* scale, int64_t n,
+                               int64_t k, int64_t halves, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int64_t rank) {
-  const Folded folded{weight, ldw, n, k, halves != 0, {a, b, lda, ldb, rank}};
+  const Folded folded{{weight, n, k}, halves != 0, {a, b, lda, ldb, rank}};
   return pack_bytes<4>(folded, packed, scale, panel_depth(kAllBytes, k), kAdded);
 }
 

@@ -10,6 +10,7 @@ import torch
 
 from dynamic_lora_adapters.arena import Arena
 from dynamic_lora_adapters.native.library import allocating, load_library
+from dynamic_lora_adapters.weight import Weight, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _PACK = {
     torch.uint8: "dynamic_lora_pack_w8a8",
 }
 _SCALED = (torch.int8, torch.uint8)
+# What `kept_weight.h` calls Format.
+_KEPT_IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Projection(ctypes.Structure):
@@ -42,27 +45,32 @@ class Projection(ctypes.Structure):
     ]
 
 
+class _KeptRows(ctypes.Structure):
+    """What `kept_weight.h` calls KeptRows."""
+
+    _fields_ = [("data", _POINTER), ("stride", _SIZE), ("rows", _SIZE), ("format", _SIZE)]
+
+
 class NativeProduct:
     """`x @ W.T + bias` in float32 on a CPU, from a packed copy of the weight [out, in].
 
-    With `halves`, panels of either half of the outputs lie in turns, if the halves are whole
-    panels. `projection` tells other C++ where it lies, as long as this object lives. Raises
-    NativeUnavailable where it cannot be compiled.
+    The weight may be kept in float32, bfloat16 or float16. With `halves`, panels of either half of
+    the outputs lie in turns, if the halves are whole panels. `projection` tells other C++ where it
+    lies, as long as this object lives. Raises NativeUnavailable where it cannot be compiled.
     """
 
     separate = True
     _dtype = torch.float32
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
-    ) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, *, halves: bool = False) -> None:
         library = load_library("product")
         argtypes = [ctypes.POINTER(Projection), _POINTER, _POINTER, _SIZE]
         self._product = allocating(library, "dynamic_lora_product", argtypes)
-        self._out_features, self._in_features = weight.shape
-        self._packed = _panels(library, weight.shape, self._dtype)
-        self._halves = halves and len(weight) % (2 * _panel_width(library)) == 0
-        self._scale = torch.empty(len(weight)) if self._dtype in _SCALED else None
+        parts = parts_of(weight)
+        self._out_features, self._in_features = sum(map(len, parts)), parts[0].shape[1]
+        self._packed = _panels(library, self._out_features, self._in_features, self._dtype)
+        self._halves = halves and self._out_features % (2 * _panel_width(library)) == 0
+        self._scale = torch.empty(self._out_features) if self._dtype in _SCALED else None
         self._bias = None if bias is None else bias.contiguous()
         self.projection = Projection(
             packed=self._packed.data_ptr(),
@@ -83,19 +91,17 @@ class NativeProduct:
         self._product(self._address, x.data_ptr(), out.data_ptr(), x.numel() // self._in_features)
         return out
 
-    def replace(self, weight: torch.Tensor) -> None:
+    def replace(self, weight: Weight) -> None:
         """Pack another weight into the same memory."""
-        self._pack(weight.float())
+        self._pack(weight)
 
-    def replace_folded(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    def replace_folded(self, weight: Weight, a: torch.Tensor, b: torch.Tensor) -> None:
         """The same for `weight + b.T @ a`, in one pass; a [rank, in] and b [rank, out], float32."""
-        assert a.dtype == b.dtype == torch.float32 and len(a) == len(b)
-        assert (b.shape[1], a.shape[1]) == tuple(weight.shape)
-        self._pack(weight.float(), a, b)
+        self._pack(weight, a, b)
 
     def _pack(
         self,
-        weight: torch.Tensor,
+        weight: Weight,
         a: torch.Tensor | None = None,
         b: torch.Tensor | None = None,
     ) -> None:
@@ -106,23 +112,29 @@ class NativeProduct:
     def _pack_to(
         self,
         places: list[int | None],
-        weight: torch.Tensor,
+        weight: Weight,
         a: torch.Tensor | None,
         b: torch.Tensor | None,
     ) -> None:
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
-        arguments = [_POINTER, _SIZE, *[_POINTER] * len(places), *[_SIZE] * 3]
+        shape = self._out_features, self._in_features
+        parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts_of(weight)]
+        assert sum(map(len, parts)) == shape[0] and {p.shape[1] for p in parts} == {shape[1]}
+        kept = (_KeptRows * len(parts))(
+            *(_KeptRows(p.data_ptr(), p.stride(0), len(p), _KEPT_IN[p.dtype]) for p in parts)
+        )
+        arguments = [ctypes.POINTER(_KeptRows), *[_POINTER] * len(places), *[_SIZE] * 3]
         factors = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE]
         pack = allocating(
             load_library("product"), _PACK[self._packed.dtype], [*arguments, *factors]
         )
-        sizes = (weight.data_ptr(), weight.stride(0), *places, *weight.shape, self._halves)
         if a is None or b is None:
-            pack(*sizes, None, 0, None, 0, 0)
+            pack(kept, *places, *shape, self._halves, None, 0, None, 0, 0)
             return
+        assert a.dtype == b.dtype == torch.float32 and len(a) == len(b)
+        assert (b.shape[1], a.shape[1]) == shape
         assert a.stride(1) == 1 and b.stride(1) == 1, "rows of the factors must be dense"
-        pack(*sizes, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))
+        factor_rows = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), len(a))
+        pack(kept, *places, *shape, self._halves, *factor_rows)
 
 
 class Bfloat16Product(NativeProduct):
@@ -184,10 +196,10 @@ class Int8Product(NativeProduct):
         assert self._scale is not None
         return self._scale.clone()
 
-    def steps_folded(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def steps_folded(self, weight: Weight, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """What they would be multiples of after `replace_folded`, [out]."""
         found = torch.empty(self._out_features)
-        self._pack_to([None, found.data_ptr()], weight.float(), a, b)
+        self._pack_to([None, found.data_ptr()], weight, a, b)
         return found
 
 
@@ -202,9 +214,7 @@ class W8a8Product(Int8Product):
 
     _dtype = torch.uint8
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, halves: bool = False
-    ) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, *, halves: bool = False) -> None:
         super().__init__(weight, bias, halves=halves)
         if not gains_by_eight_bits():
             _warn_of_no_gain()
@@ -234,10 +244,10 @@ def _panel_width(library: ctypes.CDLL) -> int:
     return int(panel_width())
 
 
-def _panels(library: ctypes.CDLL, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _panels(library: ctypes.CDLL, outs: int, ins: int, dtype: torch.dtype) -> torch.Tensor:
     width = _panel_width(library)
     panel_depth = library.dynamic_lora_panel_depth
     panel_depth.argtypes = [_SIZE, _SIZE]
     panel_depth.restype = _SIZE
-    depth = int(panel_depth(_FORMATS[dtype], shape[1]))
-    return _ARENA.empty(-(-shape[0] // width) * width * depth, dtype=dtype)
+    depth = int(panel_depth(_FORMATS[dtype], ins))
+    return _ARENA.empty(-(-outs // width) * width * depth, dtype=dtype)

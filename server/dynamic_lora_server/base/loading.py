@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,12 +22,15 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from dynamic_lora_adapters.apply.widening import widen
 from dynamic_lora_server.base.base_model import BaseModel, BaseModelUnavailable
 from dynamic_lora_server.base.dtypes import choose_dtype
 from dynamic_lora_server.config import ServerConfig
+from dynamic_lora_server.engine.decoder.llama_layers import widening_paths
 
 _MOST_NAMED = 8
 # Where transformers looks for weights, in its order: all in one file, or in several by an index.
+_SHORT = {"BF16": torch.bfloat16, "F16": torch.float16}
 _WEIGHTS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
 
 
@@ -60,7 +63,10 @@ def load_model(
     wanted = config.dtype if config.quantize == "none" else "float32"
     dtype = choose_dtype(wanted, device, model_config, native=config.native)
     with _unusable(base):
-        model = read_model(base.path, dtype)
+        short = None if device.type != "cpu" or dtype != torch.float32 else short_dtype(base.path)
+        model = None if short is None else _read_short(base.path, short)
+        if model is None:
+            model = read_model(base.path, dtype)
     torch.nn.Module.to(model, device)
     torch.nn.Module.eval(model)
     return model, tokenizer
@@ -92,6 +98,40 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         ]
         raise WrongWeights(f"its weights have other shapes than its config: {_listed(told, other)}")
     return model
+
+
+def _read_short(folder: Path, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model in float32, but its layers' weights where the files, in `dtype`, have them.
+
+    None if not all of it would be what it is when it is read in float32.
+    """
+    model = read_model(folder, dtype)
+    paths = widening_paths(model)
+    if not paths:
+        return None
+    widen(model, paths, torch.float32)
+    model.config.dtype = torch.float32
+    return model
+
+
+def short_dtype(folder: Path) -> torch.dtype | None:
+    """The sixteen bits that every weight of a folder's safetensors files is in; None if not so."""
+    found = set()
+    for path in _safetensors(folder):
+        with safe_open(path, framework="pt") as stream:
+            names = list(stream.keys())
+            found |= {stream.get_slice(name).get_dtype() for name in names}
+    return _SHORT.get(found.pop()) if len(found) == 1 else None
+
+
+def _safetensors(folder: Path) -> Collection[Path]:
+    """The files that transformers reads weights from; none where it reads others."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {folder / file for file in places.values()}
+    return []
 
 
 def _listed(told: list[str], of: Collection[object]) -> str:

@@ -12,6 +12,7 @@ from dynamic_lora_adapters.apply.costs import KernelChooser
 from dynamic_lora_adapters.apply.layers import DeltaSite
 from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.apply.row_hooks import RowHooks
+from dynamic_lora_adapters.apply.widening import model_dtype
 from dynamic_lora_adapters.native.head import Highest
 from dynamic_lora_adapters.segments import slot_order
 from dynamic_lora_adapters.transfer import to_device
@@ -164,7 +165,7 @@ class ModelRunner:
 
     def _paged_kernel(self, batch: Batch) -> PagedKernel | None:
         # The kernel takes no float32.
-        if not self.paged or self.model.dtype not in (torch.float16, torch.bfloat16):
+        if not self.paged or model_dtype(self.model) not in (torch.float16, torch.bfloat16):
             return None
         if not paged_kernel_available(self.cache.device, self.head_dim):
             return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.apply.widening import model_dtype
 from dynamic_lora_adapters.geometry import LayerGeometry
 from dynamic_lora_server.engine.attention.packed import ATTENTION_NAME, AttentionStep, attending
 from dynamic_lora_server.engine.batch import Span
@@ -64,7 +65,7 @@ def adopt_attention(model: PreTrainedModel) -> list[LayerGeometry]:
             "AttentionInterface; such a model cannot be served."
         )
     error = (packed - expected).abs().max() / expected.abs().max()
-    if not error <= TOLERANCE[model.dtype]:
+    if not error <= TOLERANCE[model_dtype(model)]:
         raise UnsupportedModel(
             f"{name} gives other logits in a packed batch (relative difference {error:.1e}); "
             "it cannot be served exactly."

@@ -93,6 +93,46 @@ def test_halves_that_lie_in_turns_make_no_difference(
         assert torch.equal(in_turns(x), plain(x))
 
 
+@pytest.mark.parametrize("kind", ProductKind)
+@given(
+    widths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    in_features=st.one_of(st.integers(1, 210), st.integers(2040, 2060)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    padding=st.integers(0, 3),
+    halves=st.booleans(),
+)
+@settings(deadline=None)
+@torch.inference_mode()
+def test_a_weight_in_parts_gives_the_bits_of_one_in_float32(
+    kind: ProductKind,
+    widths: list[int],
+    in_features: int,
+    dtype: torch.dtype,
+    padding: int,
+    halves: bool,
+) -> None:
+    if (reason := obstacle(kind, WEIGHT)) is not None:
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, in_features + padding, generator=generator).to(dtype) for n in widths]
+    parts = tuple(part[:, :in_features] for part in rows)
+    whole = torch.cat(parts).float()
+    in_parts = make_product(kind, parts, None, dtype=torch.float32, halves=halves)
+    in_one = make_product(kind, whole, None, halves=halves)
+    x = torch.randn(5, in_features, generator=generator)
+    assert torch.equal(in_parts(x), in_one(x))
+    negated = tuple(-part for part in parts)
+    in_parts.replace(negated)
+    in_one.replace(-whole)
+    assert torch.equal(in_parts(x), in_one(x))
+    if isinstance(in_parts, NativeProduct) and isinstance(in_one, NativeProduct):
+        a = torch.randn(3, in_features, generator=generator)
+        b = torch.randn(3, sum(widths), generator=generator)
+        in_parts.replace_folded(negated, a, b)
+        in_one.replace_folded(-whole, a, b)
+        assert torch.equal(in_parts(x), in_one(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_a_replaced_weight_is_multiplied_by(kind: ProductKind) -> None:

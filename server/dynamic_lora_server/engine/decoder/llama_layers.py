@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.apply.layers import GroupedProjection
+from dynamic_lora_adapters.apply.widening import may_widen
 from dynamic_lora_adapters.native.layer import LayerParts, Site
 from dynamic_lora_adapters.native.norm import NativeRmsNorm
 from dynamic_lora_adapters.native.product import NativeProduct
@@ -57,6 +58,25 @@ def has_llama_layers(model: PreTrainedModel) -> bool:
 def layer_paths(model: PreTrainedModel) -> list[str]:
     """Where modules with the parts of a Llama layer are, in the model's order."""
     return [p for p, m in model.named_modules() if _children(m) == _LAYER_PARTS]
+
+
+def widening_paths(model: PreTrainedModel) -> list[str]:
+    """The modules of a model in sixteen bits whose weights may stay so while it computes in more.
+
+    None if layers are not made as Llama's, or if it has made anything else of this dtype than
+    its parameters: that may have been rounded.
+    """
+    if not has_llama_layers(model) or any(b.dtype == model.dtype for b in model.buffers()):
+        return []
+    parents = {f"{path}.{part}" for path in layer_paths(model) for part in ("self_attn", "mlp")}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not all(map(may_widen, ends)):
+        return []  # they may share a weight
+    return [
+        path
+        for path, module in model.named_modules()
+        if module in ends or (path.rpartition(".")[0] in parents and may_widen(module))
+    ]
 
 
 def _children(module: nn.Module) -> set[str]:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamic_lora_adapters.apply.layers import DeltaSite, GroupedProjection
+from dynamic_lora_adapters.apply.widening import model_dtype
 from dynamic_lora_adapters.native import NativeUnavailable
 from dynamic_lora_adapters.native.attention import NativeAttention
 from dynamic_lora_adapters.native.head import Highest, NativeHead
@@ -230,7 +231,7 @@ class NativeDecoder:
         """
         self._frame, self._head = frame, head
         window = context_window(self._model.config)
-        like = torch.zeros(1, dtype=self._model.dtype, device=self._model.device)
+        like = torch.zeros(1, dtype=model_dtype(self._model), device=self._model.device)
         self._tables = RotaryTables(frame.rotary, window, like)
         self._layers = [_Layer(*layer) for layer in layers]
         kinds = [(layer.native.widths, layer.kind) for layer in self._layers]
@@ -289,11 +290,11 @@ def _take_over(
     assert decoder.attention is not None
     if not has_llama_layers(model):
         raise Unsuited("not all of them have the parts of a Llama layer")
-    serves = partial(decoder.attention.serves, model.dtype)
+    serves = partial(decoder.attention.serves, model_dtype(model))
     if not all(map(serves, cache.keys, cache.values)):
-        keys = cache.keys[0]
+        keys, dtype = cache.keys[0], model_dtype(model)
         raise Unsuited(
-            f"attention is not in C++ for {model.dtype} on {keys.device}, heads of {keys.shape[2]}"
+            f"attention is not in C++ for {dtype} on {keys.device}, heads of {keys.shape[2]}"
         )
     if any(
         keys.shape != values.shape for keys, values in zip(cache.keys, cache.values, strict=True)
@@ -301,9 +302,9 @@ def _take_over(
         raise Unsuited("keys and values differ in size")
     rounded = any(isinstance(p.base, Int8Product) for p in projections)
     tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE
-    if cache.keys[0].dtype != model.dtype:
+    if cache.keys[0].dtype != model_dtype(model):
         # What may be taken over shows best where nothing is rounded in between.
-        whole = cache.similar(num_cells=PROBE_CELLS, dtype=model.dtype)
+        whole = cache.similar(num_cells=PROBE_CELLS, dtype=model_dtype(model))
         _take_over_on(whole, model, decoder, projections, tolerance)
         decoder.give_back()
         tolerance = _SHORTENED_TOLERANCE

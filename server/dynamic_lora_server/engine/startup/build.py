@@ -12,22 +12,20 @@ from dynamic_lora_adapters.apply.costs import KernelChooser, group_kernels
 from dynamic_lora_adapters.apply.inject import (
     head_group,
     inject,
-    linear_at,
     observe_groups,
-    weight_of,
 )
 from dynamic_lora_adapters.apply.merge import Merger
 from dynamic_lora_adapters.apply.pristine import PristineWeights, Restore
-from dynamic_lora_adapters.apply.products import EXACT_KINDS, ProductKind, fastest_kind, obstacle
+from dynamic_lora_adapters.apply.products import ProductKind
 from dynamic_lora_adapters.apply.row_axes import watching_rows
 from dynamic_lora_adapters.apply.row_hooks import RowHooks
+from dynamic_lora_adapters.apply.widening import computed_bytes, model_dtype
 from dynamic_lora_adapters.device.groups import ProjectionGroup
 from dynamic_lora_adapters.device.slots import AdapterPool
 from dynamic_lora_adapters.geometry import BaseGeometry, LayerGeometry
 from dynamic_lora_adapters.kernels.factor_layout import FactorLayout, layout_for
 from dynamic_lora_adapters.native.norm import adopt_native_norms
 from dynamic_lora_adapters.native.sampling import native_sampling
-from dynamic_lora_server.engine.decoder.llama_layers import has_llama_layers
 from dynamic_lora_server.engine.decoder.native_decoder import adopt_native_layers
 from dynamic_lora_server.engine.decoder.rotary import context_window
 from dynamic_lora_server.engine.decoder.trial import decode_trial
@@ -47,8 +45,9 @@ from dynamic_lora_server.engine.probe import (
 from dynamic_lora_server.engine.scheduler import Scheduler
 from dynamic_lora_server.engine.startup.costs import startup_costs
 from dynamic_lora_server.engine.startup.kv_plan import KVWish, kv_dtype, plan_kv
-from dynamic_lora_server.engine.startup.memory import free_memory, share_of_free
+from dynamic_lora_server.engine.startup.memory import share_of_free
 from dynamic_lora_server.engine.startup.mode_costs import settled_mode
+from dynamic_lora_server.engine.startup.product_kind import product_kind
 from dynamic_lora_server.engine.startup.restore import pristine_weights
 from dynamic_lora_server.engine.startup.static_decoding import StaticWish, static_decoding
 from dynamic_lora_server.errors import InvalidParameter
@@ -135,7 +134,7 @@ def build_engine(
     kind = _product_kind(model, groups, options)
     copied = 0  # by merges
     if kind is ProductKind.PLAIN and options.restore is Restore.COPY:
-        copied = sum(p.nbytes for p in model.parameters())
+        copied = computed_bytes(model)
     options = replace(options, mode=settled_mode(options.mode, model.device, copied=copied))
     wish = _kv_wish(model, kind, options)
     dtype = kv_dtype(model, wish)  # refused, if so, before what takes long
@@ -186,7 +185,7 @@ def _measured(
     kernels = group_kernels(
         groups,
         device=model.device,
-        dtype=model.dtype,
+        dtype=model_dtype(model),
         native=options.native,
         factor_dtype=kind.factor_dtype,
     )
@@ -196,7 +195,7 @@ def _measured(
         merger,
         trial,
         device=model.device,
-        dtype=model.dtype,
+        dtype=model_dtype(model),
         factor_dtype=kind.factor_dtype,
         merges=options.mode is not Mode.BYPASS,
         drafts=options.speculate > 0,
@@ -277,40 +276,10 @@ def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> list[ProjectionGr
 def _product_kind(
     model: PreTrainedModel, groups: list[ProjectionGroup], options: EngineOptions
 ) -> ProductKind:
-    """The kind that was asked for, or the fastest that this machine has memory for."""
-    wanted = options.base_product
-    layers = [group for group in groups if not group.is_head]
-    if not layers:
-        return ProductKind.PLAIN
-    widest = max(layers, key=lambda group: group.widths[0] * group.in_features)
-    weight = weight_of(linear_at(model, widest.paths[0]))
-    if wanted is not None:
-        if (reason := obstacle(wanted, weight)) is not None:
-            raise InvalidParameter(
-                f"base_product = {wanted} cannot be had here: {reason}.",
-                field="base_product",
-                fix="Leave the option out: the fastest of those that can be had is used.",
-            )
-        return wanted
-    # Packed weights leave the parameters as they are: nothing to subtract from.
-    # Their copies may take half of what is free; the rest is for the caches.
-    if options.restore is Restore.SUBTRACT or model.device.type != "cpu":
-        return ProductKind.PLAIN
-    taken, free = sum(p.nbytes for p in model.parameters()), free_memory(model.device)
-    if 2 * taken >= free:
-        logger.warning(
-            "Weights are not packed, and products are slower for it: a copy takes %d MiB, and of "
-            "free memory (%d MiB) half is for the caches",
-            *(taken >> 20, free >> 20),
-        )
-        return ProductKind.PLAIN
-    kinds = [k for k in EXACT_KINDS if options.native or k is not ProductKind.NATIVE]
-    obstacles = {kind: obstacle(kind, weight) for kind in kinds}
-    for kind, reason in obstacles.items():
-        if reason is not None:
-            logger.info("No %s products: %s", kind, reason)
-    possible = [kind for kind in kinds if obstacles[kind] is None]
-    return fastest_kind(weight, possible, whole_layers=has_llama_layers(model))
+    in_place = options.restore is Restore.SUBTRACT
+    return product_kind(
+        model, groups, options.base_product, native=options.native, in_place=in_place
+    )
 
 
 def _adapter_pool(
@@ -330,7 +299,7 @@ def _adapter_pool(
         groups,
         budget_bytes=memory,
         device=model.device,
-        dtype=model.dtype,
+        dtype=model_dtype(model),
         factor_dtype=kind.factor_dtype,
         layout=layout,
         shortens=not plain and kind.factor_dtype is None and chooser.reads_mixed,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.apply.widening import model_dtype
 from dynamic_lora_adapters.geometry import LayerGeometry
 from dynamic_lora_server.engine.attention.paged import PAGE_SIZE
 from dynamic_lora_server.engine.kv.cache import KVCache
@@ -105,12 +106,12 @@ def kv_dtype(model: PreTrainedModel, wish: KVWish) -> torch.dtype:
     Raises InvalidParameter for one that cannot be had.
     """
     on_pages = wish.in_pages(model.device)
-    shortens = model.device.type == "cpu" and model.dtype == torch.float32 and not on_pages
+    shortens = model.device.type == "cpu" and model_dtype(model) == torch.float32 and not on_pages
     if wish.dtype is None:
-        return torch.bfloat16 if wish.rounded and shortens else model.dtype
-    if wish.dtype == model.dtype or (wish.dtype == torch.bfloat16 and shortens):
+        return torch.bfloat16 if wish.rounded and shortens else model_dtype(model)
+    if wish.dtype == model_dtype(model) or (wish.dtype == torch.bfloat16 and shortens):
         return wish.dtype
-    wanted, own = (str(dtype).removeprefix("torch.") for dtype in (wish.dtype, model.dtype))
+    wanted, own = (str(dtype).removeprefix("torch.") for dtype in (wish.dtype, model_dtype(model)))
     raise InvalidParameter(
         f"kv_dtype = {wanted} cannot be had here: keys and values are kept in the model's dtype, "
         f"{own}, or, on a CPU beside float32 and not in pages, in bfloat16.",

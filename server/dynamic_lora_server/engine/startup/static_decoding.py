@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from dynamic_lora_adapters.apply.widening import model_dtype
 from dynamic_lora_adapters.device.groups import ProjectionGroup
 from dynamic_lora_adapters.device.tables import AddressTables
 from dynamic_lora_adapters.kernels import has_triton
@@ -130,7 +131,7 @@ def _obstacle(runner: ModelRunner, wish: StaticWish) -> str | None:
     obstacle = None
     if wish.graphs is None:
         model = runner.model
-        obstacle = graphs_obstacle(model.device, model.dtype, runner.head_dim)
+        obstacle = graphs_obstacle(model.device, model_dtype(model), runner.head_dim)
     return obstacle or (None if runner.paged else "the KV cache has no pages")
 
 
@@ -152,7 +153,7 @@ def _static_step(
         runner.cache,
         StaticBuffers(shape, model.device),
         AddressTables(groups, shape.max_rows, model.device),
-        static_kernel(model.device, model.dtype, runner.head_dim),
+        static_kernel(model.device, model_dtype(model), runner.head_dim),
     )
 
 
@@ -177,7 +178,7 @@ def _compile(step: StaticStep, model: PreTrainedModel) -> None:
     step.layers = CompiledLayers(model)
     for size, logits in zip(sizes, expected, strict=True):
         difference = (_trial(step, model, size) - logits).abs().max() / logits.abs().max()
-        if not difference <= TOLERANCE[model.dtype]:
+        if not difference <= TOLERANCE[model_dtype(model)]:
             raise UnsupportedModel(
                 f"the logits of {size} rows are others (relative difference {difference:.1e})"
             )

@@ -15,6 +15,7 @@ from dynamic_lora_adapters.terms import AdapterTerms, LinearTerms
 from dynamic_lora_server.engine.decoder.native_decoder import adopt_native_layers
 from dynamic_lora_server.engine.engine import FailedEvent
 from dynamic_lora_server.engine.startup import build as building
+from dynamic_lora_server.engine.startup import product_kind
 from dynamic_lora_server.engine.startup.build import EngineOptions, build_engine
 from dynamic_lora_server.engine.startup.costs import StartupCosts
 from dynamic_lora_server.engine.startup.mode_costs import settled_mode
@@ -48,7 +49,7 @@ def test_weights_stay_plain_where_memory_for_the_copies_is_not_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("dynamic_lora_server.engine.startup.build.free_memory", lambda _: 1000)
+    monkeypatch.setattr(product_kind, "free_memory", lambda _: 1000)
     build(said)
     assert "Laying out the weights (plain products)" in said
     build(said, base_product=ProductKind.PACKED)
@@ -61,7 +62,7 @@ def test_weights_that_are_not_on_a_cpu_stay_plain_and_nothing_runs_in_cpp(
     built = make_engine(tiny_llama(), native=False)
     runner = built.engine.runner
     torch.nn.Module.to(runner.model, torch.device("meta"))
-    monkeypatch.setattr("dynamic_lora_server.engine.startup.build.free_memory", lambda _: 1000)
+    monkeypatch.setattr(product_kind, "free_memory", lambda _: 1000)
     kind = building._product_kind(runner.model, built.groups, EngineOptions())
     assert kind is ProductKind.PLAIN
     decoder = adopt_native_layers(runner.model, runner.site, [], runner.cache)
