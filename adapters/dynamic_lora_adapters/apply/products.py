@@ -23,7 +23,7 @@ from dynamic_lora_adapters.native.product import (
     Int8Product,
     NativeProduct,
     W8a8Product,
-    gains_by_eight_bits,
+    doubles_by_eight_bits,
 )
 from dynamic_lora_adapters.weight import Weight, in_one, parts_of
 
@@ -65,7 +65,7 @@ class ProductKind(StrEnum):
 
         Raises NativeUnavailable for INT8 where its C++ cannot be compiled.
         """
-        if self is ProductKind.W8A8 or (self is ProductKind.INT8 and gains_by_eight_bits()):
+        if self is ProductKind.W8A8 or (self is ProductKind.INT8 and doubles_by_eight_bits()):
             return torch.uint8
         return torch.bfloat16 if self.rounded else None
 

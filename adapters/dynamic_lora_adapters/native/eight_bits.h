@@ -3,7 +3,8 @@
 // Inputs are rounded to eight bits, with a scale for each kFewInputs of a row: as llama.cpp's Q8_0
 // has one for 32. Four neighbouring inputs times four weights make one sum of 32 bits per output.
 // With VNNI one instruction does that, and multiplies twice as many as one for inputs in sixteen
-// bits; elsewhere there are as many instructions as for those, and the same sums.
+// bits. With AVX2 alone one instruction makes two sums of sixteen bits, which hold two products if
+// inputs have seven bits, and another adds these: three for as many products as four otherwise.
 //
 // The instruction takes one of the two without a sign. Weights are kept with 128 added; each sum
 // begins with what that adds to it, taken away.
@@ -28,13 +29,19 @@ constexpr bool kMultipliesFours = true;
 #else
 constexpr bool kMultipliesFours = false;
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+constexpr bool kAddsTwos = true;  // two products in sixteen bits
+#else
+constexpr bool kAddsTwos = false;
+#endif
+constexpr int kLargestInput = kAddsTwos ? 63 : 127;  // 2 * 63 * 255 < 2^15
 
 // Inputs of a panel, in whole fours.
 inline int64_t whole_fours(int64_t k) { return (k + 3) / 4 * 4; }
 
 inline int64_t few_groups(int64_t k) { return (k + kFewInputs - 1) / kFewInputs; }
 
-#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 
 typedef int8_t Fours __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
 
@@ -53,10 +60,18 @@ inline IntVec dot_fours(IntVec sums, Fours weights, Fours inputs) {
   return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
                                                       reinterpret_cast<__m512i>(weights),
                                                       reinterpret_cast<__m512i>(inputs)));
-#else
+#elif defined(__AVXVNNI__)
   return reinterpret_cast<IntVec>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sums),
                                                           reinterpret_cast<__m256i>(weights),
                                                           reinterpret_cast<__m256i>(inputs)));
+#else
+  alignas(32) static const int16_t ones[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1,
+                                                       1, 1, 1, 1, 1, 1, 1, 1};
+  IntVec products;  // one piece for the same reason as in `dot`
+  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sums), "=&x"(products)
+      : "x"(weights), "x"(inputs), "m"(ones));
+  return sums;
 #endif
 }
 
@@ -160,7 +175,8 @@ inline void round_few(const float* x, int64_t k, int64_t row, int64_t group, int
   int8_t* to = copies.bytes.data() + row * row_stride<int8_t>(k) + group * kFewInputs;
   const int64_t place = row * few_groups(k) + group;
   const Rounded rounded =
-      count == kFewInputs ? round_group(x, kFewInputs, to) : round_group(x, count, to);
+      count == kFewInputs ? round_group<int8_t, kLargestInput>(x, kFewInputs, to)
+                          : round_group<int8_t, kLargestInput>(x, count, to);
   copies.scales[place] = rounded.scale;
   copies.starts[place] = -kAdded * rounded.total;
 }

@@ -309,8 +309,14 @@ void dynamic_lora_keep_inputs_whole(int64_t more) { whole_inputs += more; }
 // Whether inputs are rounded to bfloat16 beside weights in it.
 int64_t dynamic_lora_rounds_to_bfloat16() { return pairs_pay(); }
 
-// Whether inputs in eight bits are multiplied faster than any others.
-int64_t dynamic_lora_gains_by_eight_bits() { return kMultipliesFours && !kMatrixUnit; }
+// Whether inputs in eight bits are multiplied faster than any others, and whether twice as fast.
+int64_t dynamic_lora_gains_by_eight_bits() {
+  return (kMultipliesFours || kAddsTwos) && !kMatrixUnit;
+}
+int64_t dynamic_lora_doubles_by_eight_bits() { return kMultipliesFours && !kMatrixUnit; }
+
+// What the largest of a group of inputs in eight bits becomes.
+int64_t dynamic_lora_largest_input() { return kLargestInput; }
 
 // weight [n, k], in parts, + b^T a; packed begins at a cache line and has room for n rounded up to
 // whole panels. With a rank of 0, the weight alone. Returns what `Memory` says.

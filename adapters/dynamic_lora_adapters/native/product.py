@@ -69,7 +69,7 @@ class NativeProduct:
         parts = parts_of(weight)
         self._out_features, self._in_features = sum(map(len, parts)), parts[0].shape[1]
         self._packed = _panels(library, self._out_features, self._in_features, self._dtype)
-        self._halves = halves and self._out_features % (2 * _panel_width(library)) == 0
+        self._halves = halves and self._out_features % (2 * _told("dynamic_lora_panel_width")) == 0
         self._scale = torch.empty(self._out_features) if self._dtype in _SCALED else None
         self._bias = None if bias is None else bias.contiguous()
         self.projection = Projection(
@@ -171,10 +171,7 @@ def whole_inputs() -> Iterator[None]:
 
 def rounds_inputs() -> bool:
     """Whether `Bfloat16Product` rounds its inputs on this processor. Raises NativeUnavailable."""
-    rounds = load_library("product").dynamic_lora_rounds_to_bfloat16
-    rounds.argtypes = []
-    rounds.restype = _SIZE
-    return bool(rounds())
+    return bool(_told("dynamic_lora_rounds_to_bfloat16"))
 
 
 class Int8Product(NativeProduct):
@@ -206,10 +203,11 @@ class Int8Product(NativeProduct):
 class W8a8Product(Int8Product):
     """The same with inputs rounded to eight bits, 64 at a time with a scale.
 
-    Where the processor has VNNI one instruction multiplies twice as many; elsewhere it gains
-    nothing, and it does without Intel's matrix unit AMX, which is logged once. Weights are kept
-    with 128 added, for one operand of that instruction has no sign. Raises NativeUnavailable where
-    it cannot be compiled.
+    Where the processor has VNNI one instruction multiplies twice as many. With AVX2 alone three
+    take the place of four, if inputs have seven bits (`largest_input`). Elsewhere it gains nothing,
+    and it does without Intel's matrix unit AMX, which is logged once. Weights are kept with 128
+    added, for one operand of these instructions has no sign. Raises NativeUnavailable where it
+    cannot be compiled.
     """
 
     _dtype = torch.uint8
@@ -222,30 +220,47 @@ class W8a8Product(Int8Product):
 
 @cache
 def gains_by_eight_bits() -> bool:
-    """Whether `W8a8Product` is to gain by VNNI, without AMX beside it. Raises NativeUnavailable."""
-    gains = load_library("product").dynamic_lora_gains_by_eight_bits
-    gains.argtypes = []
-    gains.restype = _SIZE
-    return bool(gains())
+    """Whether `W8a8Product` is the fastest: with VNNI or AVX2, and no AMX.
+
+    Raises NativeUnavailable.
+    """
+    return bool(_told("dynamic_lora_gains_by_eight_bits"))
+
+
+@cache
+def doubles_by_eight_bits() -> bool:
+    """Whether it multiplies twice as fast as others: by VNNI, without AMX beside it.
+
+    Raises NativeUnavailable.
+    """
+    return bool(_told("dynamic_lora_doubles_by_eight_bits"))
+
+
+@cache
+def largest_input() -> int:
+    """What `W8a8Product` makes of the largest of inputs that share a scale: an input has seven bits
+    where that is 63, and eight where it is 127. Raises NativeUnavailable."""
+    return _told("dynamic_lora_largest_input")
 
 
 @cache
 def _warn_of_no_gain() -> None:
     logger.warning(
-        "Inputs in eight bits (w8a8) gain nothing on this processor, which has no VNNI, or has "
-        "AMX, which they do without: prefer int8, which is closer to the model"
+        "Inputs in eight bits (w8a8) gain nothing on this processor, which has neither VNNI nor "
+        "AVX2, or has AMX, which they do without: prefer int8, which is closer to the model"
     )
 
 
-def _panel_width(library: ctypes.CDLL) -> int:
-    panel_width = library.dynamic_lora_panel_width
-    panel_width.argtypes = []
-    panel_width.restype = _SIZE
-    return int(panel_width())
+def _told(name: str) -> int:
+    """What a function without arguments of the library says of it."""
+    function = load_library("product")[name]
+    function.argtypes = []
+    function.restype = _SIZE
+    return int(function())
 
 
 def _panels(library: ctypes.CDLL, outs: int, ins: int, dtype: torch.dtype) -> torch.Tensor:
-    width = _panel_width(library)
+    width = _told("dynamic_lora_panel_width")
     panel_depth = library.dynamic_lora_panel_depth
     panel_depth.argtypes = [_SIZE, _SIZE]
     panel_depth.restype = _SIZE

@@ -102,8 +102,12 @@ inline IntVec dot(IntVec sums, PairVec weights, PairVec inputs) {
   return sums + reinterpret_cast<IntVec>(_mm512_madd_epi16(reinterpret_cast<__m512i>(weights),
                                                            reinterpret_cast<__m512i>(inputs)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  return sums + held(reinterpret_cast<IntVec>(_mm256_madd_epi16(
-                    reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(inputs))));
+  // Apart from each other, GCC multiplies far ahead of the sums, for which registers do not suffice.
+  IntVec products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sums), "=&x"(products)
+      : "x"(weights), "x"(inputs));
+  return sums;
 #else
   UNROLL
   for (int i = 0; i < kLanes; i++)
@@ -200,12 +204,12 @@ struct Rounded {
   int32_t total;
 };
 
-// Rounds x [count] of one row to as many bits as `Whole` has, and the rest of the last vector to
-// zeros. Inlined, since callers know the number of most.
-template <typename Whole>
+// Rounds x [count] of one row to whole numbers, of which the largest becomes `Top`, and the rest of
+// the last vector to zeros. Inlined, since callers know the number of most.
+template <typename Whole, int Top = std::numeric_limits<Whole>::max()>
 __attribute__((always_inline)) inline Rounded round_group(const float* x, int64_t count,
                                                           Whole* out) {
-  constexpr float kLargest = std::numeric_limits<Whole>::max();
+  constexpr float kLargest = Top;
   constexpr int kUpper = 32 - 8 * sizeof(Whole);  // bits that are left out
   const auto for_each_vector = [&](const auto& act) __attribute__((always_inline)) {
     int64_t i = 0;

@@ -316,7 +316,9 @@ class EightBits:
         return torch.cat(groups, dim=1)
 
 
-EIGHT_BITS = [EightBits(ProductKind.INT8, 256, 32767), EightBits(ProductKind.W8A8, 64, 127)]
+EIGHT_BITS = [EightBits(ProductKind.INT8, 256, 32767)]
+if obstacle(ProductKind.W8A8, WEIGHT) is None:
+    EIGHT_BITS.append(EightBits(ProductKind.W8A8, 64, native_product.largest_input()))
 eight_bits = pytest.mark.parametrize("bits", EIGHT_BITS, ids=lambda bits: bits.kind.value)
 
 
@@ -498,11 +500,21 @@ def test_eight_bits_that_gain_nothing_are_told_of_once(
 @pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
 def test_eight_bits_gain_where_processors_say_so() -> None:
     flags = library.processor()
-    gains = native_product.gains_by_eight_bits()
+    gains, doubles = native_product.gains_by_eight_bits(), native_product.doubles_by_eight_bits()
     if "avx512_vnni" in flags:
-        assert gains is not library.has_matrix_unit()
+        assert gains is doubles is not library.has_matrix_unit()
     else:  # an old compiler does not know AVX-VNNI
-        assert not gains or "avx_vnni" in flags
+        assert not doubles or "avx_vnni" in flags
+        assert gains is ("avx2" in flags and (doubles or "avx512f" not in flags))
+
+
+@pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("sign", [1, -1])
+@torch.inference_mode()
+def test_the_largest_weights_and_inputs_in_eight_bits_are_added_in_full(sign: int) -> None:
+    """Sums of two products are the largest that they can be."""
+    out = make_product(ProductKind.W8A8, sign * torch.ones(20, 260), None)(torch.ones(9, 260))
+    torch.testing.assert_close(out, torch.full((9, 20), sign * 260.0))
 
 
 @pytest.mark.skipif(obstacle(ProductKind.W8A8, WEIGHT) is not None, reason="no C++ compiler")

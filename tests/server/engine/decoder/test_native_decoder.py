@@ -515,7 +515,7 @@ def test_layers_with_rounded_weights_give_the_logits_of_their_products(
         run_all(built, sequences)
         return torch.cat(logits)
 
-    monkeypatch.setattr(products, "gains_by_eight_bits", lambda: in_bytes)
+    monkeypatch.setattr(products, "doubles_by_eight_bits", lambda: in_bytes)
     if reads_tiles():  # what deltas read is rounded to bfloat16, whatever the products read
         step = max(step, 5e-3)
     folder = odd_ranks if name == "odd ranks" else folders[name]
