@@ -219,7 +219,7 @@ def divergence(exact: list[torch.Tensor], rounded: list[torch.Tensor]) -> float:
     return total / sum(len(one) for one in exact)
 
 
-def measure(base: Path, data: Path) -> dict[str, dict[str, float]]:
+def measure(base: Path, data: Path, ways: Iterable[str] = WAYS) -> dict[str, dict[str, float]]:
     """Divergences by task, `base` for none, and by way."""
     found: dict[str, dict[str, float]] = {}
     console = Console(stderr=True)
@@ -228,16 +228,16 @@ def measure(base: Path, data: Path) -> dict[str, dict[str, float]]:
         exact = log_probabilities(load(base, task, None), given)
         found[task or "base"] = {
             name: divergence(exact, log_probabilities(load(base, task, name), given))
-            for name in WAYS
+            for name in ways
         }
     return found
 
 
 def as_table(found: dict[str, dict[str, float]]) -> Table:
     """A row for each task."""
-    table = Table("nats a token", *WAYS)
+    table = Table("nats a token", *found["base"])
     for task, values in found.items():
-        table.add_row(task, *(f"{values[name]:.5f}" for name in WAYS))
+        table.add_row(task, *(f"{value:.5f}" for value in values.values()))
     return table
 
 
@@ -245,10 +245,11 @@ def main(argv: list[str]) -> None:
     """Measure, print and write."""
     root = command("divergence", __doc__)
     root.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    root.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="(default: all)")
     root.add_argument("--output", type=Path, help="a JSON file to write")
     args = root.parse_args(argv)
     with exit_with_reason("divergence", TrainingError):
-        found = measure(resolve_base(None).path, args.data)
+        found = measure(resolve_base(None).path, args.data, args.ways)
     Console().print(as_table(found))
     if args.output:
         write_json(found, args.output)

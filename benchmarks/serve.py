@@ -50,12 +50,10 @@ _BFLOAT16_PEERS = (
 )
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 # The same for inputs in eight bits.
-_EIGHT_BIT_PEERS = (
-    "dynamic-lora-w8a8@1+32",
-    "vllm-cpu-w8a8",
-    "vllm-cpu-w8a8-base@8+32",
-)
+_EIGHT_BIT_PEERS = ("vllm-cpu-w8a8", "vllm-cpu-w8a8-base@8+32")
 _EIGHT_BIT_FLAGS = frozenset({"avx512_vnni"})
+_OWN_EIGHT_BIT_PEERS = ("dynamic-lora-w8a8@1+32",)
+_OWN_EIGHT_BIT_FLAGS = frozenset({"avx512_vnni", "avx2"})
 _COMPARE_SECONDS = 30.0
 
 
@@ -112,6 +110,7 @@ def default_peers() -> str:
     """The peers of a comparison on this machine, as `--peers` takes them."""
     flags, peers = cpu_flags(), list(_PEERS)
     for needed, more in (
+        (_OWN_EIGHT_BIT_FLAGS, _OWN_EIGHT_BIT_PEERS),
         (_EIGHT_BIT_FLAGS, _EIGHT_BIT_PEERS),
         (_BFLOAT16_FLAGS, _BFLOAT16_PEERS),
     ):

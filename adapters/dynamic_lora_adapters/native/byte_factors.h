@@ -105,7 +105,7 @@ struct ByteTiles {
       const int64_t first = part.first % kRanks, last = first + part.last - part.first;
       alignas(64) float own[kRanks] = {};
       std::memcpy(own + first, sums + first, (last - first) * sizeof(float));
-      const Rounded rounded = round_group<int8_t, kLargestInput>(own, kRanks, to.values);
+      const Rounded rounded = round_group<int8_t, kAddsTwos>(own, kRanks, to.values);
       to.scale = rounded.scale;
       to.start = -kAdded * rounded.total;
     }

@@ -3,8 +3,9 @@
 // Inputs are rounded to eight bits, with a scale for each kFewInputs of a row: as llama.cpp's Q8_0
 // has one for 32. Four neighbouring inputs times four weights make one sum of 32 bits per output.
 // With VNNI one instruction does that, and multiplies twice as many as one for inputs in sixteen
-// bits. With AVX2 alone one instruction makes two sums of sixteen bits, which hold two products if
-// inputs have seven bits, and another adds these: three for as many products as four otherwise.
+// bits. With AVX2 alone one instruction makes sums of two products in sixteen bits, and another adds
+// two of these: three for as many products as four otherwise. The sums fit if two inputs are at most
+// 128 together; so it is they that share the eight bits.
 //
 // The instruction takes one of the two without a sign. Weights are kept with 128 added; each sum
 // begins with what that adds to it, taken away.
@@ -30,11 +31,10 @@ constexpr bool kMultipliesFours = true;
 constexpr bool kMultipliesFours = false;
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
-constexpr bool kAddsTwos = true;  // two products in sixteen bits
+constexpr bool kAddsTwos = true;  // two products in sixteen bits: (127 + 1) * 255 < 2^15
 #else
 constexpr bool kAddsTwos = false;
 #endif
-constexpr int kLargestInput = kAddsTwos ? 63 : 127;  // 2 * 63 * 255 < 2^15
 
 // Inputs of a panel, in whole fours.
 inline int64_t whole_fours(int64_t k) { return (k + 3) / 4 * 4; }
@@ -175,8 +175,8 @@ inline void round_few(const float* x, int64_t k, int64_t row, int64_t group, int
   int8_t* to = copies.bytes.data() + row * row_stride<int8_t>(k) + group * kFewInputs;
   const int64_t place = row * few_groups(k) + group;
   const Rounded rounded =
-      count == kFewInputs ? round_group<int8_t, kLargestInput>(x, kFewInputs, to)
-                          : round_group<int8_t, kLargestInput>(x, count, to);
+      count == kFewInputs ? round_group<int8_t, kAddsTwos>(x, kFewInputs, to)
+                          : round_group<int8_t, kAddsTwos>(x, count, to);
   copies.scales[place] = rounded.scale;
   copies.starts[place] = -kAdded * rounded.total;
 }

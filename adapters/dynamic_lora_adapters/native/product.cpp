@@ -315,8 +315,8 @@ int64_t dynamic_lora_gains_by_eight_bits() {
 }
 int64_t dynamic_lora_doubles_by_eight_bits() { return kMultipliesFours && !kMatrixUnit; }
 
-// What the largest of a group of inputs in eight bits becomes.
-int64_t dynamic_lora_largest_input() { return kLargestInput; }
+// Whether two neighbouring inputs in eight bits share these.
+int64_t dynamic_lora_adds_twos() { return kAddsTwos; }
 
 // weight [n, k], in parts, + b^T a; packed begins at a cache line and has room for n rounded up to
 // whole panels. With a rank of 0, the weight alone. Returns what `Memory` says.

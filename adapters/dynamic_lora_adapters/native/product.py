@@ -204,10 +204,10 @@ class W8a8Product(Int8Product):
     """The same with inputs rounded to eight bits, 64 at a time with a scale.
 
     Where the processor has VNNI one instruction multiplies twice as many. With AVX2 alone three
-    take the place of four, if inputs have seven bits (`largest_input`). Elsewhere it gains nothing,
-    and it does without Intel's matrix unit AMX, which is logged once. Weights are kept with 128
-    added, for one operand of these instructions has no sign. Raises NativeUnavailable where it
-    cannot be compiled.
+    take the place of four, if neighbouring inputs share the eight bits (`rounds_pairs`). Elsewhere
+    it gains nothing, and it does without Intel's matrix unit AMX, which is logged once. Weights are
+    kept with 128 added, for one operand of these instructions has no sign. Raises NativeUnavailable
+    where it cannot be compiled.
     """
 
     _dtype = torch.uint8
@@ -237,10 +237,10 @@ def doubles_by_eight_bits() -> bool:
 
 
 @cache
-def largest_input() -> int:
-    """What `W8a8Product` makes of the largest of inputs that share a scale: an input has seven bits
-    where that is 63, and eight where it is 127. Raises NativeUnavailable."""
-    return _told("dynamic_lora_largest_input")
+def rounds_pairs() -> bool:
+    """Whether `W8a8Product` has two neighbouring inputs share eight bits: the largest sum of their
+    magnitudes becomes 127, in place of the largest magnitude. Raises NativeUnavailable."""
+    return bool(_told("dynamic_lora_adds_twos"))
 
 
 @cache

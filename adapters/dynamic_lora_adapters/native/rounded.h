@@ -204,12 +204,24 @@ struct Rounded {
   int32_t total;
 };
 
-// Rounds x [count] of one row to whole numbers, of which the largest becomes `Top`, and the rest of
-// the last vector to zeros. Inlined, since callers know the number of most.
-template <typename Whole, int Top = std::numeric_limits<Whole>::max()>
+// Each lane and its neighbour, the first with the second and so on, added up in both.
+inline Vec beside(Vec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return v + reinterpret_cast<Vec>(_mm256_permute_ps(reinterpret_cast<__m256>(v), 0xb1));
+#else
+  Vec others;
+  for (int i = 0; i < kLanes; i++) others[i] = v[i ^ 1];
+  return v + others;
+#endif
+}
+
+// Rounds x [count] of one row to as many bits as `Whole` has, and the rest of the last vector to
+// zeros; in `Pairs` so that two neighbours together, rather than one alone, become its largest.
+// Inlined, since callers know the number of most.
+template <typename Whole, bool Pairs = false>
 __attribute__((always_inline)) inline Rounded round_group(const float* x, int64_t count,
                                                           Whole* out) {
-  constexpr float kLargest = Top;
+  constexpr float kLargest = std::numeric_limits<Whole>::max();
   constexpr int kUpper = 32 - 8 * sizeof(Whole);  // bits that are left out
   const auto for_each_vector = [&](const auto& act) __attribute__((always_inline)) {
     int64_t i = 0;
@@ -221,7 +233,8 @@ __attribute__((always_inline)) inline Rounded round_group(const float* x, int64_
   };
   Vec top{}, zero{};
   for_each_vector([&](int64_t, Vec value) __attribute__((always_inline)) {
-    const Vec size = value < Vec{} ? -value : value;
+    Vec size = value < Vec{} ? -value : value;
+    if constexpr (Pairs) size = beside(size);
     top = size > top ? size : top;
     zero += value * 0.0f;
   });
