@@ -132,10 +132,12 @@ def build_engine(
         groups = _groups(model, geometry)
     geometry = replace(geometry, rows=rows, layers=tuple(layers))
     kind = _product_kind(model, groups, options)
-    copied = 0  # by merges
+    copied = widened = 0  # by merges, and by products before
     if kind is ProductKind.PLAIN and options.restore is Restore.COPY:
         copied = computed_bytes(model)
-    options = replace(options, mode=settled_mode(options.mode, model.device, copied=copied))
+        widened = copied - sum(parameter.nbytes for parameter in model.parameters())
+    mode = settled_mode(options.mode, model.device, copied=copied, widened=widened)
+    options = replace(options, mode=mode)
     wish = _kv_wish(model, kind, options)
     dtype = kv_dtype(model, wish)  # refused, if so, before what takes long
     on_step(f"Laying out the weights ({kind} products)")

@@ -26,18 +26,19 @@ _LENGTHS = (1, 4, 32)
 _SAMPLES = 2
 
 
-def settled_mode(wanted: Mode, device: torch.device, *, copied: int) -> Mode:
+def settled_mode(wanted: Mode, device: torch.device, *, copied: int, widened: int = 0) -> Mode:
     """What is wanted, but that AUTO never merges on a GPU, nor where memory is short.
 
     Costs are measured of steps that run operator by operator. On a GPU decoding steps are captured
     ones, where deltas cost something else, and a merge that takes other rows out of them far more.
-    Merges keep copies of weights, `copied` bytes in all, which may take half of what is free.
+    Merges keep copies of weights, `copied` bytes in all, which may take half of what is free once
+    weights that are kept short have taken `widened` bytes more.
     """
     if wanted is not Mode.AUTO:
         return wanted
     if device.type == "cuda":
         return Mode.BYPASS
-    if copied and 2 * copied >= (free := free_memory(device)):
+    if copied and 2 * copied >= (free := free_memory(device) - widened):
         logger.warning(
             "Adapters are not merged: a copy of the weights takes %d MiB, and of free memory "
             "(%d MiB) half is for the caches",

@@ -106,6 +106,15 @@ def test_on_a_gpu_adapters_are_merged_only_if_that_is_asked_for(device: str) -> 
     assert settled == {Mode.AUTO: auto, Mode.BYPASS: Mode.BYPASS, Mode.MERGED: Mode.MERGED}
 
 
+def test_memory_that_weights_kept_short_will_take_is_not_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dynamic_lora_server.engine.startup.mode_costs.free_memory", lambda _: 99)
+    cpu = torch.device("cpu")
+    assert settled_mode(Mode.AUTO, cpu, copied=40) is Mode.AUTO
+    assert settled_mode(Mode.AUTO, cpu, copied=40, widened=20) is Mode.BYPASS
+
+
 def test_where_memory_is_short_adapters_are_merged_only_if_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,8 +147,8 @@ def test_a_start_with_memory_again_measures_the_switch(
 def test_the_mode_that_is_settled_for_the_device_is_the_engine_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def on_cuda(mode: Mode, _device: torch.device, *, copied: int) -> Mode:
-        return settled_mode(mode, CUDA, copied=copied)
+    def on_cuda(mode: Mode, _device: torch.device, *, copied: int, widened: int) -> Mode:
+        return settled_mode(mode, CUDA, copied=copied, widened=widened)
 
     monkeypatch.setattr(building, "settled_mode", on_cuda)
     said: list[str] = []
