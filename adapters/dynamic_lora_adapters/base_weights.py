@@ -1,5 +1,6 @@
 """The base model's own parameters, for adapters that are read against them."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dynamic_lora_adapters.geometry import LinearShape
@@ -11,8 +12,11 @@ if TYPE_CHECKING:
 class BaseWeights(Protocol):
     """Gives out parameters of the base model as they were before any adapter."""
 
-    def parameter(self, name: str) -> "torch.Tensor":
-        """The pristine value of a parameter, in fp32 on the CPU; raises KeyError."""
+    def parameter(self, name: str, rows: Sequence[int] | None = None) -> "torch.Tensor":
+        """The pristine value of a parameter, or of these rows, in fp32 on the CPU.
+
+        Raises KeyError.
+        """
         ...
 
 
@@ -25,8 +29,8 @@ class ModelWeights:
     def __init__(self, model: "torch.nn.Module") -> None:
         self._model = model
 
-    def parameter(self, name: str) -> "torch.Tensor":
-        """The parameter's present value, in fp32 on the CPU; raises KeyError."""
+    def parameter(self, name: str, rows: Sequence[int] | None = None) -> "torch.Tensor":
+        """The parameter's present value, or that of rows, in fp32 on the CPU; raises KeyError."""
         import torch
 
         path, _, leaf = name.rpartition(".")
@@ -36,7 +40,9 @@ class ModelWeights:
             raise KeyError(name) from None
         if not isinstance(value, torch.Tensor):
             raise KeyError(name)
-        return value.detach().to("cpu", torch.float32)
+        value = value.detach()
+        # Chosen first: a table in fewer bits is widened as a copy.
+        return (value if rows is None else value[list(rows)]).to("cpu", torch.float32)
 
 
 def linear_weight(base: BaseWeights, path: str, shape: LinearShape) -> "torch.Tensor":
@@ -48,6 +54,7 @@ def linear_weight(base: BaseWeights, path: str, shape: LinearShape) -> "torch.Te
 class NoWeights:
     """`BaseWeights` where nobody gave any: asking for one is an error of the program."""
 
-    def parameter(self, name: str) -> "torch.Tensor":
+    def parameter(self, name: str, rows: Sequence[int] | None = None) -> "torch.Tensor":
         """Raises ValueError."""
-        raise ValueError(f"this adapter is read against the base model's {name!r}: pass base=...")
+        which = name if rows is None else f"{name}, rows {list(rows)}"
+        raise ValueError(f"this adapter is read against the base model's {which!r}: pass base=...")

@@ -103,7 +103,7 @@ class BaseGeometry:
     @classmethod
     def of(cls, model: "torch.nn.Module", *, model_id: str) -> "BaseGeometry":
         """Read the geometry off a transformers causal LM (before any layer is wrapped)."""
-        from dynamic_lora_adapters.apply.widening import dtype_of
+        from dynamic_lora_adapters.apply.widening import class_name, dtype_of
 
         head = model.get_output_embeddings()  # type: ignore[operator]
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -119,7 +119,7 @@ class BaseGeometry:
             model_type=str(config.model_type),  # type: ignore[union-attr]
             num_layers=int(config.num_hidden_layers),  # type: ignore[union-attr, arg-type]
             linears=linears,
-            modules={path: type(m).__name__ for path, m in model.named_modules() if path},
+            modules={path: class_name(m) for path, m in model.named_modules() if path},
             heads=heads,
             embeddings=_embedding_shape(model, embedding),
             parameters={

@@ -110,11 +110,12 @@ class SubtractedWeights(Pristine):
     ) -> None:
         super().__init__()
         self._reload = reload
-        self._rows = [_spread(len(p.weight), self.SAMPLE_ROWS) for p in projections]
-        self._samples = [
-            p.weight[rows.to(p.weight.device)].clone()
-            for p, rows in zip(projections, self._rows, strict=True)
-        ]
+        # Of what is never changed in place nothing drifts.
+        changed = {i: p.weight for i, p in enumerate(projections) if not p.base.separate}
+        self._rows = {i: _spread(len(w), self.SAMPLE_ROWS) for i, w in changed.items()}
+        self._samples = {
+            i: weight[self._rows[i].to(weight.device)].clone() for i, weight in changed.items()
+        }
         self._drifts = [0.0] * len(projections)
         self.num_refreshes = 0
 
@@ -162,18 +163,19 @@ class PristineWeights:
         }
         self._projections = projections
 
-    def parameter(self, name: str) -> torch.Tensor:
-        """The checkpoint's value in fp32 on the CPU; raises KeyError."""
+    def parameter(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """The checkpoint's value, or that of rows, in fp32 on the CPU; raises KeyError."""
         path, _, leaf = name.rpartition(".")
         place = self._places.get(path)
         if leaf != "weight" or place is None:
-            return self._others.parameter(name)
+            return self._others.parameter(name, rows)
         index, number = place
         projection = self._projections[index]
         weight = projection.of_members(self._pristine.value(index, projection))[number]
         # `Conv1D` stores its weight as [in, out].
         weight = weight.T if projection.transposed else weight
-        exact: torch.Tensor = weight.to("cpu", torch.float32)
+        chosen = weight if rows is None else weight[list(rows)]
+        exact: torch.Tensor = chosen.to("cpu", torch.float32)
         return exact
 
 

@@ -56,6 +56,13 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     return dtype
 
 
+def class_name(module: nn.Module) -> str:
+    """What a module is called where users read of it: as what it stands for."""
+    if isinstance(module, WideningLinear):
+        return nn.Linear.__name__
+    return (nn.Embedding if isinstance(module, WideningEmbedding) else type(module)).__name__
+
+
 def model_dtype(model: PreTrainedModel) -> torch.dtype:
     """What a model computes in: transformers' `dtype` is what its first parameter is kept in."""
     embedding = model.get_input_embeddings()

@@ -75,7 +75,7 @@ def read_tokens(
             f"The tensors {' and '.join(names)} differ, but the base model ties their layers.",
             field=names[-1],
         )
-    rows = first - base.parameter(f"{embedding}.weight")[ids]
+    rows = first - base.parameter(f"{embedding}.weight", ids)
     token_ids = torch.tensor(ids, dtype=torch.int64)
     return AdapterTerms(
         embeddings={embedding: embedding_rows(token_ids, rows)},

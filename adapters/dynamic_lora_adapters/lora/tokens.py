@@ -32,10 +32,11 @@ def read_token_rows(
     rows: Rows = {}
     for path, ids in layers.items():
         if path not in followers:
-            table = base.parameter(f"{path}.weight")
-            token_ids = _token_ids(path, ids, table.shape[0])
-            new = checkpoint.take(path, Part.TOKENS, (len(ids), table.shape[1]))
-            rows[path] = (torch.tensor(token_ids), new - table[token_ids])
+            name = f"{path}.weight"
+            num_tokens, dim = geometry.parameters[name]
+            token_ids = _token_ids(path, ids, num_tokens)
+            new = checkpoint.take(path, Part.TOKENS, (len(ids), dim))
+            rows[path] = (torch.tensor(token_ids), new - base.parameter(name, token_ids))
     for path, source in followers.items():
         rows[path] = rows[source]
         if checkpoint.has(path, Part.TOKENS):

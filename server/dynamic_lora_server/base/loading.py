@@ -29,8 +29,8 @@ from dynamic_lora_server.config import ServerConfig
 from dynamic_lora_server.engine.decoder.llama_layers import widening_paths
 
 _MOST_NAMED = 8
-# Where transformers looks for weights, in its order: all in one file, or in several by an index.
 _SHORT = {"BF16": torch.bfloat16, "F16": torch.float16}
+# Where transformers looks for weights, in its order: all in one file, or in several by an index.
 _WEIGHTS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
 
 

@@ -1,10 +1,11 @@
 """Checkpoints in sixteen bits whose weights stay in their files, beside a model in float32."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -17,12 +18,13 @@ from dynamic_lora_adapters.apply.widening import (
     model_dtype,
     widen,
 )
+from dynamic_lora_adapters.geometry import BaseGeometry
 from dynamic_lora_server.base.base_model import BaseModel
 from dynamic_lora_server.base.loading import load_model, read_model
 from dynamic_lora_server.engine.startup import product_kind
 from dynamic_lora_server.engine.startup.build import BuiltEngine
 from dynamic_lora_server.modes import Mode
-from tests.support.adapters import load_with_peft
+from tests.support.adapters import load_with_peft, save_adapter
 from tests.support.engines import (
     TASKS,
     admit,
@@ -33,12 +35,13 @@ from tests.support.engines import (
     recorded_logits,
     run_all,
 )
-from tests.support.models import TINY_MODELS, tiny_llama, tiny_tokenizer
+from tests.support.models import TINY_MODELS, TINY_MOE_MODELS, tiny_llama, tiny_tokenizer
 from tests.support.runtimes import tiny_config
 
 MAPS = Path("/proc/self/maps")
 WEIGHTS = "model.safetensors"
 SHORT = [torch.bfloat16, torch.float16]
+LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "granite", *TINY_MOE_MODELS}
 PROMPTS = [random_prompt(3 + 9 * i, seed=i) for i in range(len(TASKS))]
 
 
@@ -142,9 +145,46 @@ def test_tokens_are_those_of_peft(
     named = {name.replace(" ", "_"): folder for name, folder in folders.items()}
     oracle: PeftModel = load_with_peft(read_model(base, torch.float32), named)
     options = {"base_product": kind, "mode": Mode.MERGED, "restore": restore, "checkpoint": base}
-    tokens = run_tasks(make_engine(load(base), **options), folders)
+    model = load(base)
+    assert "lm_head" in widened(model)
+    built = make_engine(model, **options)
+    tokens = run_tasks(built, folders)
+    assert built.modes.stats().num_merged_rows > 0
     for task, prompt, actual in zip(TASKS, PROMPTS, tokens, strict=True):
         assert actual == expected_tokens(oracle, task, prompt), task
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_dora": True, "target_modules": "all-linear"},
+        {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 42]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["DoRA", "DoRA of the embedding", "tokens", "embedding"],
+)
+def test_adapters_are_read_against_the_widened_weights(
+    keys: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    base = save_short(tmp_path / "base", model=tiny_llama(tie_word_embeddings=tied))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **keys)
+    folder = save_adapter(tmp_path / "own", read_model(base, torch.float32), config)
+    model = load(base)
+    assert "lm_head" in widened(model)
+    built = make_engine(model)
+    resident = admit(built, folder)
+    tokens = run_all(built, [make_sequence(prompt, adapter=resident) for prompt in PROMPTS])
+    oracle = load_with_peft(read_model(base, torch.float32), {"own": folder})
+    assert tokens == [expected_tokens(oracle, "own", prompt) for prompt in PROMPTS]
+
+
+def test_users_read_of_the_modules_that_these_stand_for(tmp_path: Path) -> None:
+    model = load(save_short(tmp_path))
+    assert "lm_head" in widened(model)
+    shown, whole = (BaseGeometry.of(m, model_id="x") for m in (model, tiny_llama()))
+    assert shown.modules == whole.modules
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="what is mapped cannot be read here")
@@ -162,10 +202,12 @@ def test_beside_packed_weights_the_files_are_mapped(
     assert all(table.dtype is dtype for table in tables.values())
 
 
+@pytest.mark.skipif(not MAPS.exists(), reason="what is mapped cannot be read here")
 def test_so_they_are_where_there_are_several(tmp_path: Path) -> None:
     model = load(save_short(tmp_path, shard_size="50KB"))
-    assert not (tmp_path / WEIGHTS).exists()
-    assert "model.layers.0.mlp.up_proj" in widened(model)
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert len(files) > 1
+    assert {mapped_file(model.get_parameter(f"{path}.weight")) for path in widened(model)} == files
 
 
 def test_one_weight_in_other_bits_has_all_read_in_float32(tmp_path: Path) -> None:
@@ -179,18 +221,21 @@ def test_one_weight_in_other_bits_has_all_read_in_float32(tmp_path: Path) -> Non
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", sorted(TINY_MODELS))
+@pytest.mark.parametrize("family", sorted(TINY_MODELS | TINY_MOE_MODELS))
 @torch.inference_mode()
 def test_of_each_architecture_the_logits_are_float32s(family: str, tmp_path: Path) -> None:
     """Of those that round something else when they are made in sixteen bits, nothing stays short.
 
     Gemma's scale of the embedding is one.
     """
-    base, ids = save_short(tmp_path, model=TINY_MODELS[family]()), torch.arange(3, 40)[None]
+    base, ids = (
+        save_short(tmp_path, model=(TINY_MODELS | TINY_MOE_MODELS)[family]()),
+        torch.arange(3, 40)[None],
+    )
     model = load(base)
     assert torch.equal(model(ids).logits, read_model(base, torch.float32)(ids).logits)
     assert model.config.dtype is torch.float32
-    assert bool(widened(model)) is (family in {"llama", "mistral", "qwen2", "qwen3", "granite"})
+    assert bool(widened(model)) is (family in LLAMA_LIKE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -63,7 +63,7 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
 def widening_paths(model: PreTrainedModel) -> list[str]:
     """The modules of a model in sixteen bits whose weights may stay so while it computes in more.
 
-    None if layers are not made as Llama's, or if it has made anything else of this dtype than
+    Empty if layers are not made as Llama's, or if it has made anything else of this dtype than
     its parameters: that may have been rounded.
     """
     if not has_llama_layers(model) or any(b.dtype == model.dtype for b in model.buffers()):
