@@ -89,7 +89,7 @@ struct ByteTiles {
       const auto* ahead = reinterpret_cast<const char*>(factors) + kAheadInA;
       four_tile<Rows, kByteVecs>(copies_.bytes.data() + row * ldx, ldx,
                                  copies_.scales.data() + row * groups,
-                                 copies_.starts.data() + row * groups, groups, factors,
+                                 copies_.starts.data() + row, groups, factors,
                                  whole_fours(in_), true, sums, {ahead, kRanks * 4});
       const auto* scales = reinterpret_cast<const float*>(tile);
       for (int r = 0; r < Rows; r++) {

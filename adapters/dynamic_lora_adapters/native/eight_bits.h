@@ -7,8 +7,8 @@
 // two of these: three for as many products as four otherwise. The sums fit if two inputs are at most
 // 128 together; so it is they that share the eight bits.
 //
-// The instruction takes one of the two without a sign. Weights are kept with 128 added; each sum
-// begins with what that adds to it, taken away.
+// The instruction takes one of the two without a sign. Weights are kept with 128 added; the sums of a
+// row begin with what that adds to them, taken away.
 
 #pragma once
 
@@ -22,7 +22,6 @@ namespace dynamic_lora {
 
 constexpr int64_t kFewInputs = 64;  // that share a scale
 constexpr int kAdded = 128;         // to a weight
-constexpr int kFourRows = kLanes == 16 ? 7 : 6;  // sums fit into 32 registers beside a group's
 // Sums that wait for each other: two of each keep the processor busy, where registers hold them.
 constexpr int kFewSums = kLanes == 16 ? 8 : 4;
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
@@ -35,6 +34,9 @@ constexpr bool kAddsTwos = true;  // two products in sixteen bits: (127 + 1) * 2
 #else
 constexpr bool kAddsTwos = false;
 #endif
+// Sums fit into 32 registers beside a group's. Of 16, those of a group take twelve, or eight where the
+// instructions for two products need some as well.
+constexpr int kFourRows = kLanes == 16 ? 7 : kAddsTwos ? 4 : 6;
 
 // Inputs of a panel, in whole fours.
 inline int64_t whole_fours(int64_t k) { return (k + 3) / 4 * 4; }
@@ -65,12 +67,11 @@ inline IntVec dot_fours(IntVec sums, Fours weights, Fours inputs) {
                                                           reinterpret_cast<__m256i>(weights),
                                                           reinterpret_cast<__m256i>(inputs)));
 #else
-  alignas(32) static const int16_t ones[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1,
-                                                       1, 1, 1, 1, 1, 1, 1, 1};
+  const PairVec ones = held(PairVec{} + 1);
   IntVec products;  // one piece for the same reason as in `dot`
   asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
       : "+x"(sums), "=&x"(products)
-      : "x"(weights), "x"(inputs), "m"(ones));
+      : "x"(weights), "x"(inputs), "x"(ones));
   return sums;
 #endif
 }
@@ -107,26 +108,21 @@ inline IntVec dot_fours(IntVec sums, const Fours& weights, const Fours& inputs) 
 // where that is `fresh`, writes it there. `ahead` goes on with each four inputs.
 template <int Rows, int Vecs>
 __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const float* scales,
-                                         const int32_t* starts, int64_t groups,
-                                         const uint8_t* panel, int64_t depth, bool fresh, float* y,
-                                         Ahead ahead) {
+                                         const float* starts, int64_t groups, const uint8_t* panel,
+                                         int64_t depth, bool fresh, float* y, Ahead ahead) {
   constexpr int kWide = Vecs * kLanes;
   constexpr int kChains = Rows * Vecs <= kFewSums ? 2 : 1;
   const bool often = ahead.often();
   TileRows<Rows, int8_t> rows(x, ldx);
   Vec sums[Rows][Vecs];
   begin_sums(fresh, y, kWide, sums);
-  for (int64_t first = 0; first < depth; first += kFewInputs, scales++, starts++) {
-    IntVec own[kChains][Rows][Vecs];
+  UNROLL
+  for (int r = 0; r < Rows; r++) {
     UNROLL
-    for (int r = 0; r < Rows; r++) {
-      UNROLL
-      for (int v = 0; v < Vecs; v++) {
-        own[0][r][v] = starts[r * groups] - IntVec{};
-        UNROLL
-        for (int c = 1; c < kChains; c++) own[c][r][v] = IntVec{};
-      }
-    }
+    for (int v = 0; v < Vecs; v++) sums[r][v] += starts[r];
+  }
+  for (int64_t first = 0; first < depth; first += kFewInputs, scales++) {
+    IntVec own[kChains][Rows][Vecs] = {};
     // Multiplies the four inputs behind so many fours.
     const auto multiply = [&](int fours) __attribute__((always_inline)) {
       Fours weights[Vecs];
@@ -166,19 +162,19 @@ __attribute__((noinline)) void four_tile(const int8_t* x, int64_t ldx, const flo
 inline void make_eight_bit_room(int64_t rows, int64_t k, InputCopies& copies) {
   have_room(copies.bytes, rows * row_stride<int8_t>(k));
   have_room(copies.scales, rows * few_groups(k));
-  have_room(copies.starts, rows * few_groups(k));
+  have_room(copies.starts, rows);
 }
 
-// Rounds group number `group`, x [count], of row number `row`.
+// Rounds group number `group`, x [count], of row number `row`; groups come in their order.
 inline void round_few(const float* x, int64_t k, int64_t row, int64_t group, int64_t count,
                       InputCopies& copies) {
   int8_t* to = copies.bytes.data() + row * row_stride<int8_t>(k) + group * kFewInputs;
-  const int64_t place = row * few_groups(k) + group;
   const Rounded rounded =
       count == kFewInputs ? round_group<int8_t, kAddsTwos>(x, kFewInputs, to)
                           : round_group<int8_t, kAddsTwos>(x, count, to);
-  copies.scales[place] = rounded.scale;
-  copies.starts[place] = -kAdded * rounded.total;
+  copies.scales[row * few_groups(k) + group] = rounded.scale;
+  const float before = group == 0 ? 0.0f : copies.starts[row];
+  copies.starts[row] = before - rounded.scale * static_cast<float>(kAdded * rounded.total);
 }
 
 // The same for what rounding it to row number `other` has left of it.

@@ -241,8 +241,9 @@ struct Largest {
     }
   }
 
-  // What weights of eight bits are multiples of: 127 of it are the largest.
-  Vec scale(int v) const { return (tops[v] > Vec{} ? tops[v] / 127.0f : all(1.0f)) + zeros[v]; }
+  // What weights of eight bits are multiples of: 127 of it are the largest. Of nothing but zeros it
+  // is zero: sums of weights with something added are not zero to the bit.
+  Vec scale(int v) const { return tops[v] / 127.0f + zeros[v]; }
 };
 
 // Inputs [count, kWidth] of a panel, and zeros up to `depth`, as bytes [depth / Together][kWidth]
@@ -252,14 +253,14 @@ void put_bytes(const float* block, int64_t count, int64_t depth, int added, cons
                int8_t* to) {
   UNROLL
   for (int v = 0; v < kPanelVecs; v++) {
-    const Vec scale = largest.scale(v);
+    const Vec scale = largest.scale(v), step = scale > Vec{} ? scale : all(1.0f);
     for (int64_t i = 0; i < depth; i += Together) {
       IntVec bytes{};
       UNROLL
       for (int j = 0; j < Together; j++) {
         Vec whole{};
         if (i + j < count)
-          whole = (load(block + (i + j) * kWidth + v * kLanes) / scale + kMagic) - kMagic;
+          whole = (load(block + (i + j) * kWidth + v * kLanes) / step + kMagic) - kMagic;
         bytes |= ((__builtin_convertvector(whole, IntVec) + added) & 255) << 8 * j;
       }
       int8_t* place = to + i * kWidth + v * kLanes * Together;

@@ -175,7 +175,7 @@ struct EightBitInputs {
     with_rows<kFourRows>(rows, [&](auto count) {
       four_tile<count(), kPanelVecs>(copies.bytes.data() + row * ldx, ldx,
                                      copies.scales.data() + row * groups,
-                                     copies.starts.data() + row * groups, groups, panel, depth,
+                                     copies.starts.data() + row, groups, panel, depth,
                                      fresh, sums, ahead);
     });
   }

@@ -58,7 +58,7 @@ struct InputCopies {
   Lines<int16_t> values;  // [rows, row_stride]
   Lines<int8_t> bytes;    // in place of values, for the matrix unit and for inputs in eight bits
   Lines<float> scales;    // [rows, groups], of kGroup or kFewInputs
-  Lines<int32_t> starts;  // [rows, groups]: of inputs in eight bits, what their sums begin with
+  Lines<float> starts;    // [rows]: of inputs in eight bits, what their sums begin with
   Lines<float> spread;    // [rows, spread_stride]
 
   static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
