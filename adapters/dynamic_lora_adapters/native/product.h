@@ -41,10 +41,15 @@ struct Product {
   using Weight = typename Inputs::Weight;
   using Way = typename Inputs::Way;
   static constexpr int64_t kSums = Way::kSharing * Way::kRows * kWidth;
+  static constexpr int64_t kRowBytes = kWidth * sizeof(Weight);  // of a panel
   const Inputs& inputs;
   const Projection& p;
   int64_t m;
   Extra extra[2];  // for a panel, or one of each half
+  // Reckoned once: divisions take a part of the time of a tile.
+  const typename Way::Blocks blocks{m, Way::kRows};
+  const int64_t part = inputs.depth() * kRowBytes / blocks.count;  // of a panel, for each block
+  const int64_t step = (kRowBytes + blocks.count - 1) / blocks.count;
 
   int64_t panels() const { return (p.n + kWidth - 1) / kWidth; }
 
@@ -59,7 +64,6 @@ struct Product {
 
   template <typename Act>
   void for_each_group(const Act& act) const {
-    const typename Way::Blocks blocks(m, Way::kRows);
     const int64_t size = shares(blocks.count) ? blocks.count : 1;
     for (int64_t first = 0; first < blocks.count; first += size) {
       const int64_t row = blocks.first(first);
@@ -69,12 +73,10 @@ struct Product {
 
   // Sums of panel `number`; `panels` are multiplied group by group.
   void sum(int64_t number, int64_t panels, const Group& group, float* sums) const {
-    const typename Way::Blocks blocks(m, Way::kRows);
-    const int64_t depth = inputs.depth(), bytes = kWidth * sizeof(Weight), count = blocks.count;
+    const int64_t depth = inputs.depth(), count = blocks.count;
     const int64_t size = shares(count) ? Way::kShared : Inputs::kSlice;
     const Weight* panel = packed(number);
     const auto* own = reinterpret_cast<const char*>(panel);
-    const int64_t step = (bytes + count - 1) / count;
     for (int64_t i = 0; i < depth; i += size) {
       const int64_t slice = std::min(size, depth - i);
       for (int64_t b = group.first; b < group.last; b++) {
@@ -82,10 +84,10 @@ struct Product {
         // Read once, a panel runs ahead of itself. Of shared slices each block asks for a part of
         // the next, else for one of the panel behind those that are read together.
         const Ahead ahead =
-            count == 1 ? Ahead{own + i * bytes + Way::kAhead * kLineBytes, bytes}
+            count == 1 ? Ahead{own + i * kRowBytes + Way::kAhead * kLineBytes, kRowBytes}
             : shares(count)
-                ? Ahead{own + (i + size) * bytes + slice * bytes / count * b, step}
-                : Ahead{own + panels * depth * bytes + depth * bytes / count * b + i * step, step};
+                ? Ahead{own + (i + size) * kRowBytes + slice * kRowBytes / count * b, step}
+                : Ahead{own + panels * depth * kRowBytes + part * b + i * step, step};
         inputs.add(rows, row, i, panel + i * kWidth, slice, sums + (row - group.row) * kWidth,
                    ahead);
       }

@@ -210,7 +210,7 @@ async def test_who_waits_for_room_is_told_that_the_engine_broke(
         with pytest.raises(EngineFailed, match="the books do not balance"):
             await collect(runtime, spec())
         with pytest.raises(EngineFailed, match="the books do not balance"):
-            async with asyncio.timeout(10), runtime.loader.hold(second):
+            async with asyncio.timeout(60), runtime.loader.hold(second):
                 pass
         assert isinstance(await runtime.service.until_broken(), EngineFailed)
 
@@ -232,7 +232,7 @@ async def test_who_waits_for_room_is_told_that_the_server_shuts_down(tmp_path: P
         runtime.service.refuse()
         await asyncio.to_thread(runtime.service.close)
         with pytest.raises(NotReady, match="shutting down"):
-            await asyncio.wait_for(waiting, 10)
+            await asyncio.wait_for(waiting, 60)
         with pytest.raises(NotReady, match="shutting down"):
             async for _ in stream:
                 pass
@@ -308,7 +308,7 @@ async def test_a_request_does_not_wait_for_the_files_of_what_was_deleted(
             collected.set()
 
         monkeypatch.setattr(runtime.registry, "collect", slowly)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             async with runtime.loader.hold("a"):
                 runtime.registry.delete("a")
         go_on.set()
@@ -355,7 +355,7 @@ async def test_an_adapter_on_the_device_is_held_and_let_go_without_a_thread(
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         busy = asyncio.create_task(asyncio.to_thread(go_on.wait, 60))
         try:
-            async with asyncio.timeout(20), runtime.loader.hold("a") as held:
+            async with asyncio.timeout(60), runtime.loader.hold("a") as held:
                 assert held is not None
         finally:
             go_on.set()
@@ -554,4 +554,4 @@ async def test_who_waits_for_the_room_of_a_cancelled_load_gets_it(
         await asyncio.sleep(0.2)
         assert not second.done()
         go_on.set()
-        assert finishes(await asyncio.wait_for(second, 20))
+        assert finishes(await asyncio.wait_for(second, 60))
